@@ -1,0 +1,26 @@
+"""Parallel Loop Transformers (PLT, arXiv 2510.24824) in JAX and Flax."""
+
+from plt_jax.config import LoopConfig, ModelConfig, RunConfig, load_config
+from plt_jax.decoding.cache import Cache, init_cache, prepare_for_decode
+from plt_jax.decoding.generation import generate
+from plt_jax.decoding.prefill import prefill
+from plt_jax.decoding.sampling import Sampling
+from plt_jax.decoding.step import decode_step
+from plt_jax.errors import InputError
+from plt_jax.model.transformer import Transformer
+
+__all__ = [
+    "Cache",
+    "InputError",
+    "LoopConfig",
+    "ModelConfig",
+    "RunConfig",
+    "Sampling",
+    "Transformer",
+    "decode_step",
+    "generate",
+    "init_cache",
+    "load_config",
+    "prefill",
+    "prepare_for_decode",
+]

