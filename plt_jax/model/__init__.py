@@ -1,0 +1,1 @@
+"""The network: tokens -> embedding -> looped stack of decoder layers -> logits."""

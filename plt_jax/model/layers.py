@@ -1,0 +1,103 @@
+"""Small pieces shared by training and decoding: parameters, RMSNorm, RoPE, SwiGLU, embedding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class Parameter(NamedTuple):
+    """One declaration of a parameter: shape, logical axis names, how it starts, if it decays."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    initializer: nn.initializers.Initializer
+    decays: bool = False
+    """Whether weight decay applies."""
+
+
+def declare(module: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, jax.Array]:
+    """Creates (or reads) a module's parameters, float32, with their logical axis names attached."""
+    return {
+        name: module.param(
+            name,
+            nn.with_logical_partitioning(parameter.initializer, parameter.axes),
+            parameter.shape,
+            jnp.float32,
+        )
+        for name, parameter in parameters.items()
+    }
+
+
+def scale_parameter(width: int, axis: str) -> Parameter:
+    """The scale vector of an RMSNorm."""
+    return Parameter((width,), (axis,), nn.initializers.ones_init())
+
+
+def zero_parameter(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Parameter:
+    """A parameter that starts at zero."""
+    return Parameter(shape, axes, nn.initializers.zeros_init())
+
+
+def projection(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], inputs: int, scale: float = 1.0
+) -> Parameter:
+    """A projection that starts normal with standard deviation `scale / sqrt(inputs)`."""
+    return Parameter(shape, axes, nn.initializers.normal(scale / math.sqrt(inputs)), decays=True)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """Divides the last axis by its root mean square, in float32; keeps x's shape and dtype."""
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse * scale).astype(x.dtype)
+
+
+class Rotation(NamedTuple):
+    """Cosines and sines of RoPE's angles, float32 [B, T, 1, H/2]."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rope_rotation(positions_BT: jax.Array, head_width: int, theta: float) -> Rotation:
+    """RoPE's rotation at integer positions [B, T]."""
+    exponents = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
+    frequencies = 1.0 / theta**exponents
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
+    """Applies RoPE in the half-rotation layout of llama: pairs are (h, h + H/2)."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = (
+        first * rotation.cos - second * rotation.sin,
+        second * rotation.cos + first * rotation.sin,
+    )
+    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+
+
+def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """The SwiGLU feed-forward layer: (silu(x·gate) * (x·up))·down, [B, T, D] -> [B, T, D]."""
+    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF.astype(x_BTD.dtype))
+    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF.astype(x_BTD.dtype))
+    return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, down_FD.astype(x_BTD.dtype))
+
+
+def embed(tokens_BT: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of the embedding table, [B, T] -> [B, T, D] in the compute dtype."""
+    return embedding_VD.astype(dtype)[tokens_BT]
+
+
+def logits_from(x_BTD: jax.Array, embedding_VD: jax.Array, head_DV: jax.Array | None) -> jax.Array:
+    """Normed states to float32 logits [B, T, V]; without a head, by the transposed embedding."""
+    weight_DV = embedding_VD.T if head_DV is None else head_DV
+    return jnp.einsum(
+        "BTD,DV->BTV", x_BTD, weight_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
+    )

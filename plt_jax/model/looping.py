@@ -1,0 +1,93 @@
+"""The looping schemes (Table 2 of the PLT paper): one stack of layers applied L times.
+
+Loop 1 reads the embeddings. Each later loop reads what the previous loop handed on: at the same
+position (vanilla looping), or, with cross-loop parallelism (CLP), shifted right by one position and
+added to the embeddings again. Every loop is parallel over positions; loops run one after another.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from plt_jax.config import LoopConfig
+from plt_jax.model.block import Context, KeysValues
+
+
+class LoopStates(NamedTuple):
+    """The states of all loops, in the compute dtype."""
+
+    raw_LBTD: jax.Array
+    """The last layer's output of each loop."""
+    handed_LBTD: jax.Array
+    """What each loop hands on: the final norm of it, or, between loops that are not normalised, the
+    raw output."""
+
+
+class LoopedModel(Protocol):
+    """What the loops ask of the module that owns the parameters."""
+
+    def layers(
+        self, x_BTD: jax.Array, context: Context, shared: KeysValues | None
+    ) -> tuple[jax.Array, KeysValues]: ...
+
+    def normalize(self, x_BTD: jax.Array) -> jax.Array: ...
+
+
+def shift_right(states_BTD: jax.Array, documents_BT: jax.Array | None) -> jax.Array:
+    """Moves states one position to the right; zero at the first position of every document."""
+    shifted_BTD = jnp.pad(states_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    if documents_BT is None:
+        return shifted_BTD
+    same_document = documents_BT == jnp.pad(
+        documents_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1
+    )
+    return jnp.where(same_document[:, :, None], shifted_BTD, 0)
+
+
+def loop_input(loop: LoopConfig, embeddings_BTD: jax.Array, previous_BTD: jax.Array) -> jax.Array:
+    """What a loop > 1 reads: `previous` as it is, or a·E + b·previous in the shifted schemes."""
+    if not loop.shifted:
+        return previous_BTD
+    mixed = loop.embedding_scale * embeddings_BTD + loop.hidden_scale * previous_BTD
+    return mixed.astype(embeddings_BTD.dtype)
+
+
+def run_loops(
+    model: nn.Module | LoopedModel, loop: LoopConfig, embeddings_BTD: jax.Array, context: Context
+) -> LoopStates:
+    """Runs all loops over whole sequences; embeddings [B, T, D].
+
+    Loops 2..L are one scan that holds the model's parameters fixed, so that the program's size does
+    not grow with L.
+    """
+    raw_BTD, keys_values = model.layers(embeddings_BTD, context, None)
+    shared = None if loop.later_attention == "own" else keys_values
+
+    def hand_on(model, raw_BTD, last: bool = False):
+        return model.normalize(raw_BTD) if loop.normalize_between_loops or last else raw_BTD
+
+    def later_loop(model, previous_BTD, _):
+        if loop.shifted:
+            previous_BTD = shift_right(previous_BTD, context.documents_BT)
+        x_BTD = loop_input(loop, embeddings_BTD, previous_BTD)
+        raw_BTD, _ = model.layers(x_BTD, context, shared)
+        handed_BTD = hand_on(model, raw_BTD)
+        return handed_BTD, (raw_BTD, handed_BTD)
+
+    raw_LBTD, handed_LBTD = raw_BTD[None], hand_on(model, raw_BTD)[None]
+    if loop.count > 1:
+        later_loops = nn.scan(
+            later_loop,
+            variable_broadcast="params",
+            split_rngs={"params": False},
+            length=loop.count - 1,
+        )
+        _, (raws, handeds) = later_loops(model, handed_LBTD[0], None)
+        raw_LBTD = jnp.concatenate([raw_LBTD, raws])
+        handed_LBTD = jnp.concatenate([handed_LBTD, handeds])
+    final_BTD = hand_on(model, raw_LBTD[-1], last=True)
+    return LoopStates(raw_LBTD, handed_LBTD.at[-1].set(final_BTD))

@@ -1,0 +1,127 @@
+"""The Parallel Loop Transformer: tokens to logits."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from plt_jax.config import ModelConfig
+from plt_jax.model.block import Context, KeysValues, block_stack
+from plt_jax.model.layers import (
+    Parameter,
+    declare,
+    embed,
+    logits_from,
+    projection,
+    rms_norm,
+    rope_rotation,
+    scale_parameter,
+)
+from plt_jax.model.looping import LoopStates, run_loops
+
+EMBEDDING_STD = 0.02  # Small beside the residual branches, whose sum the norms rescale anyway.
+
+
+def top_parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """The parameters outside the layers."""
+    V, D = config.vocab_size, config.width
+    parameters = {
+        "embedding": Parameter((V, D), ("vocab", "embed"), nn.initializers.normal(EMBEDDING_STD)),
+        "final_norm": scale_parameter(D, "embed"),
+    }
+    if not config.tied_embeddings:
+        parameters["head"] = projection((D, V), ("embed", "vocab"), D)
+    return parameters
+
+
+def number_documents(segment_ids_BT: jax.Array) -> jax.Array:
+    """Numbers the runs of equal segment ids of each row 0, 1, ...; each run is one document."""
+    starts = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
+    return jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+
+
+def positions_in_documents(documents_BT: jax.Array) -> jax.Array:
+    """Position of each token in its document, int32 [B, T], from the documents' numbers."""
+    index = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)
+    starts = jnp.pad(documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+class Transformer(nn.Module):
+    """A decoder-only transformer whose layer stack runs L times, by any scheme of the config.
+
+    `init(key, tokens)["params"]` is `{"embedding": [V, D], "final_norm": [D], "head": [D, V] unless
+    tied, "layers": {name: [J, ...]}}`, float32, each leaf boxed with its logical axis names
+    (`flax.linen.unbox` takes them off).
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        self.top = declare(self, top_parameters(self.config))
+        self.stack = block_stack(self.config, name="layers")
+
+    def layers(
+        self, x_BTD: jax.Array, context: Context, shared: KeysValues | None
+    ) -> tuple[jax.Array, KeysValues]:
+        """All layers once; see `block_stack`."""
+        return self.stack(x_BTD, context, shared)
+
+    def normalize(self, x_BTD: jax.Array) -> jax.Array:
+        """The final norm, also used between loops."""
+        return rms_norm(x_BTD, self.top["final_norm"], self.config.norm_epsilon)
+
+    def loop_states(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> LoopStates:
+        """The states of every loop [L, B, T, D]; arguments as in `__call__`."""
+        config = self.config
+        documents_BT = None if segment_ids is None else number_documents(segment_ids)
+        if positions is None and documents_BT is not None:
+            positions = positions_in_documents(documents_BT)
+        elif positions is None:
+            positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
+        context = Context(
+            rope_rotation(positions, config.head_width, config.rope_theta), documents_BT
+        )
+        embeddings_BTD = embed(tokens_BT, self.top["embedding"], jnp.dtype(config.dtype))
+        embeddings_BTD = nn.with_logical_constraint(
+            embeddings_BTD, ("batch", "length", "activation")
+        )
+        return run_loops(self, config.loop, embeddings_BTD, context)
+
+    def logits(self, normed_BTD: jax.Array) -> jax.Array:
+        """Normed states [B, T, D] to float32 logits [B, T, V]."""
+        logits_BTV = logits_from(normed_BTD, self.top["embedding"], self.top.get("head"))
+        return nn.with_logical_constraint(logits_BTV, ("batch", "length", "vocab"))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """The last loop's logits, float32 [B, T, V]; position i predicts token i + 1.
+
+        Args:
+          tokens: int32 [B, T].
+          segment_ids: int32 [B, T]; runs of equal ids are documents, and nothing crosses their
+            borders. Without it each row is one document.
+          positions: int32 [B, T] for RoPE alone; by default counted within each document.
+        """
+        states = self.loop_states(tokens, segment_ids, positions)
+        return self.logits(states.handed_LBTD[-1])
+
+    def logits_by_loop(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """A readout of every loop: the head on each loop's normed output, float32 [L, B, T, V]."""
+        states = self.loop_states(tokens, segment_ids, positions)
+        return jax.vmap(self.logits)(self.normalize(states.raw_LBTD))
