@@ -1,0 +1,1 @@
+"""Decoding: the shared cache, prefill, the one-pass step, sampling, generation."""

@@ -1,0 +1,47 @@
+"""Text in, text out, around token generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+from tokenizers import Tokenizer
+
+from plt_jax.config import ModelConfig
+from plt_jax.data.tokenizer import bos_id, eos_id
+from plt_jax.decoding.cache import Params
+from plt_jax.decoding.generation import stream
+from plt_jax.decoding.sampling import Sampling
+
+
+def stream_text(
+    config: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: jax.Array,
+) -> Iterator[str]:
+    """Yields the continuation of a prompt, at the start of a document, piece by piece.
+
+    It ends at the end-of-document token, at max_new_tokens, or where the context is full.
+
+    Raises:
+      InputError: the prompt is longer than the context, or an argument is out of its range.
+    """
+    tokens = [bos_id(tokenizer), *tokenizer.encode(prompt).ids]
+    end = eos_id(tokenizer)
+    sampling = sampling._replace(stop_tokens=(*sampling.stop_tokens, end))
+    if len(tokens) < config.max_length:
+        max_new_tokens = min(max_new_tokens, config.max_length - len(tokens))
+    new: list[int] = []
+    shown = ""
+    for (token,) in stream(config, params, [tokens], max_new_tokens, sampling, key):
+        new.append(int(token))
+        text = tokenizer.decode(new)
+        # A character of several bytes may still be cut in the middle.
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            shown = text
+    yield tokenizer.decode(new)[len(shown) :]
