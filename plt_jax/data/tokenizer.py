@@ -1,0 +1,186 @@
+"""The byte-level BPE tokenizer: trained, loaded, cached, and measured in bytes.
+
+Tokenizers are plain `tokenizers.Tokenizer` objects. Those made here read text as text: the name of
+a special token in a document is encoded as its characters.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from plt_jax.config import RunConfig
+from plt_jax.data.cache import cache_folder, fingerprint, write_atomically
+from plt_jax.errors import InputError
+
+BOS_NAMES = ("<|bos|>", "<s>", "<|begin_of_text|>", "<|endoftext|>")
+EOS_NAMES = ("<|eos|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
+"""Names under which tokenizers keep the two special tokens, the first that exists being used."""
+
+SMALLEST_VOCABULARY = 258
+"""All bytes, and the two special tokens."""
+
+
+def tokenizer_for(config: RunConfig, documents: Sequence[str]) -> Tokenizer:
+    """The tokenizer of a run: the one at `tokenizer.path`, or one trained on the documents.
+
+    A trained one is kept in `data.cache_dir` and found again for the same documents and settings.
+
+    Args:
+      config: its sections model, data and tokenizer are read.
+      documents: the training documents; not the validation ones, of which the vocabulary must not
+        know.
+
+    Raises:
+      InputError: the file is missing or broken, has more tokens than `model.vocab_size` or lacks a
+        special token; `model.vocab_size` is too small to train one; or the cache is unwritable.
+    """
+    if config.tokenizer.path is not None:
+        tokenizer = load_tokenizer(config.tokenizer.path)
+        _check_size(tokenizer, config.model.vocab_size)
+        bos_id(tokenizer)
+        eos_id(tokenizer)
+        return tokenizer
+    settings = (config.model.vocab_size, config.tokenizer.min_frequency)
+    name = f"tokenizer-{fingerprint([repr(settings), *documents])}.json"
+    path = cache_folder(config.data.cache_dir) / name
+    if path.exists():
+        return load_tokenizer(path)
+    tokenizer = train_tokenizer(documents, *settings)
+    write_atomically(path, lambda file: file.write(tokenizer.to_str().encode("utf-8")))
+    return tokenizer
+
+
+def train_tokenizer(documents: Sequence[str], vocab_size: int, min_frequency: int) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer, with `<|bos|>` as token 0 and `<|eos|>` as token 1.
+
+    Args:
+      documents: the text to train on.
+      vocab_size: most tokens that it may have; a small text makes for fewer.
+      min_frequency: occurrences that a pair of tokens needs to be merged.
+
+    Raises:
+      InputError: vocab_size cannot hold every byte and the two special tokens.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"model.vocab_size {vocab_size} cannot hold all 256 bytes and 2 special tokens; "
+            f"set it to {SMALLEST_VOCABULARY} or more"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[BOS_NAMES[0], EOS_NAMES[0]],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer.json of Hugging Face tokenizers, without its truncation and padding.
+
+    Raises:
+      InputError: the file cannot be read, or is no such file.
+    """
+    path = Path(path).expanduser()
+    try:
+        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"cannot read the tokenizer {path} ({error.strerror}); give the path of a "
+            "tokenizer.json file"
+        ) from error
+    except Exception as error:  # tokenizers raises nothing narrower for a file that it refuses
+        raise InputError(
+            f"{path} is not a tokenizer.json of Hugging Face tokenizers "
+            f"({' '.join(str(error).split())}); replace it, or delete it to have it made again"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    # Not kept in the file: text that spells a special token must stay text.
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def bos_id(tokenizer: Tokenizer) -> int:
+    """The id of the token that begins a document; InputError if none of BOS_NAMES is there."""
+    return _special_id(tokenizer, BOS_NAMES, "beginning")
+
+
+def eos_id(tokenizer: Tokenizer) -> int:
+    """The id of the token that ends a document; InputError if none of EOS_NAMES is there."""
+    return _special_id(tokenizer, EOS_NAMES, "end")
+
+
+def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """How many bytes of UTF-8 text each token stands for.
+
+    Over the tokens of any text they add up to its length in bytes, if the tokenizer takes the text
+    as it is; one with a normalizer (Unicode NFC, say) or a prefix space counts the text it makes.
+
+    Args:
+      tokenizer: a byte-level one.
+      vocab_size: V, at least the tokenizer's size.
+
+    Returns:
+      int32 [V], 0 for special tokens and for ids that no token has.
+
+    Raises:
+      InputError: the tokenizer is not byte-level, lacks a byte, or has ids of V or above.
+    """
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    # One that lacks a byte would drop it from the text without a word.
+    if not (_decodes_bytes(tokenizer) and alphabet.issubset(vocabulary)):
+        raise InputError(
+            "the tokenizer is not byte-level with all 256 bytes, which bits per byte need; give "
+            "one that is in tokenizer.path, or none to have one trained"
+        )
+    _check_size(tokenizer, vocab_size)
+    lengths = np.zeros(vocab_size, np.int32)
+    for token, index in vocabulary.items():
+        # In a byte-level vocabulary each character of this alphabet is one byte.
+        lengths[index] = len(token) if alphabet.issuperset(token) else len(token.encode("utf-8"))
+    for index, added in tokenizer.get_added_tokens_decoder().items():
+        lengths[index] = 0 if added.special else len(added.content.encode("utf-8"))
+    return lengths
+
+
+def _special_id(tokenizer: Tokenizer, names: Sequence[str], role: str) -> int:
+    # The vocabulary itself is not asked: there, "<s>" may be a merge of ordinary text.
+    ids = {
+        added.content: index
+        for index, added in tokenizer.get_added_tokens_decoder().items()
+        if added.special
+    }
+    for name in names:
+        if name in ids:
+            return ids[name]
+    raise InputError(
+        f"the tokenizer has no special token for the {role} of a document; "
+        f"add one of {', '.join(names)} to it"
+    )
+
+
+def _check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+    # Ids may have gaps, so the number of tokens would not do.
+    needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    if needed > vocab_size:
+        raise InputError(
+            f"the tokenizer has {needed} tokens, more than model.vocab_size {vocab_size}; "
+            f"set model.vocab_size to {needed} or more"
+        )
+
+
+def _decodes_bytes(tokenizer: Tokenizer) -> bool:
+    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    steps = decoder.get("decoders", [decoder])
+    return any(step.get("type") == "ByteLevel" for step in steps)

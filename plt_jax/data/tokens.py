@@ -1,0 +1,95 @@
+"""Documents as one array of token ids, kept in the cache folder and read from there as needed."""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from plt_jax.data.cache import cache_folder, fingerprint, write_atomically
+from plt_jax.data.tokenizer import bos_id, eos_id
+from plt_jax.errors import InputError
+
+_CHUNK_LENGTH = 2**16
+"""Characters encoded in one piece, at least, if there is more: all cores share a long document."""
+_CHUNKS_AT_ONCE = 32
+"""Few, because what tokenizers returns takes a hundred bytes and more for each character."""
+_LONE_NEWLINE = re.compile(r"(?<=\S)\n(?=\S)")
+
+
+class TokenizedDocuments(NamedTuple):
+    """Documents, each as bos + its text's tokens + eos, one after the other."""
+
+    tokens: np.ndarray
+    """uint16 or uint32 [M], possibly a memory-mapped file."""
+    starts: np.ndarray
+    """int64 [documents], where each document's bos is in `tokens`; starts[0] is 0."""
+
+
+def tokenize(documents: Sequence[str], tokenizer: Tokenizer, cache_dir: str) -> TokenizedDocuments:
+    """Encodes documents, or finds them encoded in the cache folder.
+
+    Args:
+      documents: at least one.
+      tokenizer: made by `plt_jax.data.tokenizer`, so that text stays text.
+      cache_dir: a folder, made if need be.
+
+    Raises:
+      InputError: the cache cannot be written or holds a broken file, or the tokenizer lacks a bos
+        or eos token.
+    """
+    key = fingerprint([tokenizer.to_str(), *documents])
+    folder = cache_folder(cache_dir)
+    tokens_path, starts_path = folder / f"tokens-{key}.npy", folder / f"starts-{key}.npy"
+    if not (tokens_path.exists() and starts_path.exists()):
+        encoded = _encode(documents, tokenizer)
+        write_atomically(tokens_path, lambda file: np.save(file, encoded.tokens))
+        write_atomically(starts_path, lambda file: np.save(file, encoded.starts))
+    return TokenizedDocuments(_load(tokens_path, mmap_mode="r"), _load(starts_path))
+
+
+def _encode(documents: Sequence[str], tokenizer: Tokenizer) -> TokenizedDocuments:
+    largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    dtype = np.uint16 if largest_id < 2**16 else np.uint32
+    bos, eos = np.array([bos_id(tokenizer)], dtype), np.array([eos_id(tokenizer)], dtype)
+    chunks = [_split(document) for document in documents]
+    encoded = _encode_chunks(itertools.chain.from_iterable(chunks), tokenizer, dtype)
+    pieces, starts, length = [], [], 0
+    for document in chunks:
+        body = list(itertools.islice(encoded, len(document)))
+        pieces += [bos, *body, eos]
+        starts.append(length)
+        length += 2 + sum(map(len, body))
+    return TokenizedDocuments(np.concatenate(pieces), np.array(starts, np.int64))
+
+
+def _split(text: str) -> list[str]:
+    """Cuts a long text after newlines between visible characters.
+
+    There the usual pre-tokenizers' regular expressions cut as well, so the tokens do not change.
+    """
+    chunks, begin = [], 0
+    while found := _LONE_NEWLINE.search(text, begin + _CHUNK_LENGTH):
+        chunks.append(text[begin : found.end()])
+        begin = found.end()
+    return [*chunks, text[begin:]]
+
+
+def _encode_chunks(
+    chunks: Iterator[str], tokenizer: Tokenizer, dtype: type[np.generic]
+) -> Iterator[np.ndarray]:
+    while batch := list(itertools.islice(chunks, _CHUNKS_AT_ONCE)):
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+            yield np.array(encoding.ids, dtype)
+
+
+def _load(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode=mmap_mode)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(
+            f"the cached file {path} is broken; delete it to have it made again"
+        ) from error

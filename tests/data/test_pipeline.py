@@ -1,0 +1,138 @@
+"""Training batches that resume exactly on any number of processes, and evaluation batches."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from plt_jax.data.packing import PackedExamples
+from plt_jax.data.pipeline import evaluation_batches, training_dataset
+from plt_jax.data.tokens import TokenizedDocuments
+from plt_jax.errors import InputError
+
+EXAMPLES = 10
+
+
+def numbered(*lengths: int) -> TokenizedDocuments:
+    """Documents of these lengths, whose tokens are 0, 1, 2, ..."""
+    starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+    return TokenizedDocuments(np.arange(sum(lengths), dtype=np.uint16), starts)
+
+
+@pytest.fixture
+def tokenized() -> TokenizedDocuments:
+    """Four documents that make exactly ten examples of 16 tokens."""
+    return numbered(40, 30, 50, 41)
+
+
+def take(batches, count):
+    return list(itertools.islice(batches, count))
+
+
+def assert_same(ones, others):
+    assert len(ones) == len(others)
+    for one, other in zip(ones, others, strict=True):
+        np.testing.assert_equal(one, other)
+
+
+def test_every_epoch_has_every_example_once_in_another_order(make_config, tokenized):
+    batches = take(training_dataset(make_config(), tokenized), 5)
+    assert batches[0]["tokens"].shape == (4, 16)
+    assert batches[0]["weights"].dtype == np.float32
+    first = np.concatenate([batch["tokens"][:, 0] for batch in batches])
+    one, two = first[:EXAMPLES], first[EXAMPLES:]
+    assert len(set(one.tolist())) == EXAMPLES
+    assert sorted(one) == sorted(two)
+    assert one.tolist() != two.tolist()
+
+
+def test_the_seed_decides_the_order_of_documents_and_of_examples(make_config, tokenized):
+    def first_tokens(seed, tokenized):
+        batches = take(training_dataset(make_config(seed=seed), tokenized), 5)
+        return np.concatenate([batch["tokens"][:, 0] for batch in batches])[:EXAMPLES].tolist()
+
+    assert first_tokens(1, tokenized) == first_tokens(1, tokenized)
+    # Other examples, since other documents are neighbours, and not just in another order.
+    assert sorted(first_tokens(1, tokenized)) != sorted(first_tokens(2, tokenized))
+    one_document = numbered(161)
+    assert first_tokens(1, one_document) != first_tokens(2, one_document)
+
+
+def test_an_incomplete_example_is_not_trained_on(make_config):
+    batches = take(training_dataset(make_config(), numbered(100, 75)), 20)
+    assert all((batch["segment_ids"] > 0).all() for batch in batches)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 16])
+def test_state_resumes_exactly(make_config, tokenized, prefetch):
+    config = make_config(data={"prefetch": prefetch})
+    iterator = iter(training_dataset(config, tokenized))
+    take(iterator, 7)
+    state = iterator.get_state()
+    expected = take(iterator, 8)
+    resumed = iter(training_dataset(make_config(), tokenized))
+    resumed.set_state(state)
+    assert_same(take(resumed, 8), expected)
+    # Going back works too, on an iterator that has read ahead.
+    iterator.set_state(state)
+    assert_same(take(iterator, 8), expected)
+
+
+def test_processes_share_the_global_batch_and_the_state(make_config, tokenized):
+    config = make_config()
+    whole = iter(training_dataset(config, tokenized, 0, 1))
+    parts = [iter(training_dataset(config, tokenized, index, 2)) for index in range(2)]
+
+    def joined(count):
+        slices = zip(*(take(part, count) for part in parts), strict=True)
+        return [
+            {name: np.concatenate([one[name], two[name]]) for name in one} for one, two in slices
+        ]
+
+    assert_same(joined(6), take(whole, 6))
+    state = whole.get_state()
+    assert parts[0].get_state() == parts[1].get_state() == state
+    expected = take(whole, 3)
+    for part in parts:
+        take(part, 2)
+        part.set_state(state)
+    assert_same(joined(3), expected)
+
+
+def test_process_count_must_divide_the_batch(make_config, tokenized):
+    with pytest.raises(InputError, match=r"batch_size 4 is not divisible by the 3 processes"):
+        training_dataset(make_config(), tokenized, 0, 3)
+
+
+def test_too_little_text_is_refused_with_its_size(make_config, tokenized):
+    with pytest.raises(
+        InputError,
+        match=r"161 tokens, which is 10 examples of 16, fewer than training\.batch_size 11; "
+        r"lower training\.batch_size or data\.sequence_length",
+    ):
+        training_dataset(make_config(training={"batch_size": 11}), tokenized)
+    assert take(training_dataset(make_config(training={"batch_size": 10}), tokenized), 1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 5, 16])
+def test_evaluation_reads_everything_once_in_one_shape(tokenized, batch_size):
+    examples = PackedExamples(tokenized, 13)
+    batches = list(evaluation_batches(examples, batch_size))
+    assert {batch["tokens"].shape for batch in batches} == {(batch_size, 13)}
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    for index, example in enumerate(examples):
+        for name, values in example.items():
+            np.testing.assert_array_equal(rows[name][index], values)
+    assert all(not values[len(examples) :].any() for values in rows.values())
+    assert len(rows["tokens"]) < len(examples) + batch_size
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(1, [0]), (2, [0, 5]), (4, [0, 2, 5, 7]), (99, list(range(10)))]
+)
+def test_limited_evaluation_is_evenly_spaced(tokenized, limit, expected):
+    examples = PackedExamples(tokenized, 16)
+    batches = list(evaluation_batches(examples, 3, limit))
+    rows = np.concatenate([batch["tokens"][:, 0] for batch in batches])
+    assert rows[: len(expected)].tolist() == [16 * index for index in expected]
+    assert not rows[len(expected) :].any()
