@@ -1,0 +1,215 @@
+"""The judge: a plain reference of the Parallel Loop Transformer family, full forward pass only.
+
+Written from DESIGN.md section 1 alone and sharing no code with the package, so that the two can
+disagree. Python loops over loops and layers, explicit [T, T] masks, every expert run on every
+token: it is meant for tiny shapes. Letters in shapes: B batch, T sequence, D width, N query heads,
+K key/value heads, H head width, F feed-forward width, X experts, V vocabulary, L loops, J layers.
+"""
+
+import jax
+import jax.numpy as jnp
+
+SHIFTED_SCHEMES = ("clp", "clp_kv_share", "plt")  # loops > 1 start from a E[i] + b H[i-1]
+WINDOWED_SCHEMES = ("plt", "loop_kv_share_window")  # loops > 1 blend loop 1's K/V with a window
+SCHEMES = ("no_loop", "vanilla_loop", "clp", "clp_kv_share", "plt", "loop_kv_share_window")
+
+
+def forward(settings, params, tokens, segment_ids=None, positions=None):
+    """Tokens [B, T] -> logits [B, T, V] and what every loop produced.
+
+    Args:
+      settings: any object with the model's attributes (layers, heads, ..., loop.*, moe.*).
+      params: nested dict of arrays; each entry of params["layers"] has a leading layer axis J.
+      tokens: integers [B, T].
+      segment_ids: integers [B, T] or None (one document a row). Documents are runs of equal
+        consecutive ids; the same id coming back later is another document.
+      positions: integers [B, T] or None (they restart at 0 in each document). Used by RoPE only.
+
+    Returns:
+      dict: "logits" [B, T, V]; "hidden_loops", a list of L arrays [B, T, D], what each loop hands
+      on; "raw_loops", a list of L arrays [B, T, D], the last layer's output before any norm.
+    """
+    loop = settings.loop
+    if loop.scheme not in SCHEMES or (loop.scheme == "no_loop" and loop.count != 1):
+        raise ValueError(f"no such model: scheme {loop.scheme!r} with {loop.count} loops")
+    with jax.default_matmul_precision("highest"):
+        params = jax.tree.map(jnp.asarray, params)
+        tokens = jnp.asarray(tokens)
+        document = document_numbers(tokens, segment_ids)
+        if positions is None:
+            positions = positions_in_document(document)
+        causal, windowed = masks(document, loop.window)
+        rotation = rope_rotation(jnp.asarray(positions), settings.head_width, settings.rope_theta)
+
+        embedded = params["embedding"][tokens]
+        x = embedded  # loop 1 reads the embedding, unscaled
+        first_kv = [None] * settings.layers  # per layer, (k, v) of loop 1
+        hidden_loops, raw_loops = [], []
+        for l in range(loop.count):  # noqa: E741
+            if l > 0 and loop.scheme in SHIFTED_SCHEMES:
+                carried = shift(hidden_loops[l - 1], document)
+                x = loop.embedding_scale * embedded + loop.hidden_scale * carried
+            elif l > 0:
+                x = hidden_loops[l - 1]
+            for j in range(settings.layers):
+                layer = {name: array[j] for name, array in params["layers"].items()}
+                x, own_kv = decoder_layer(
+                    settings, layer, x, first_kv[j], causal, windowed, rotation
+                )
+                if l == 0:
+                    first_kv[j] = own_kv
+            raw_loops.append(x)
+            if loop.normalize_between_loops or l == loop.count - 1:
+                x = rms_norm(x, params["final_norm"], settings.norm_epsilon)
+            hidden_loops.append(x)
+
+        head = params["embedding"].T if settings.tied_embeddings else params["head"]
+        logits = hidden_loops[-1] @ head
+    return {"logits": logits, "hidden_loops": hidden_loops, "raw_loops": raw_loops}
+
+
+# ---- documents: numbering, positions, masks, shift ----
+
+
+def document_numbers(tokens, segment_ids):
+    """Number [B, T] of the document that each position is in: 0, 1, 2, ... along a row."""
+    if segment_ids is None:
+        return jnp.zeros(tokens.shape, jnp.int32)
+    segment_ids = jnp.asarray(segment_ids)
+    starts = segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.cumsum(jnp.pad(starts, ((0, 0), (1, 0))), axis=1)
+
+
+def positions_in_document(document):
+    """Position [B, T] of each token counted from its document's first: the earlier ones in it."""
+    return jnp.sum(masks(document, 1)[0], axis=-1) - 1
+
+
+def masks(document, window):
+    """Which key [.., .., s] a query [.., t, ..] may see, from documents [B, T]: two of [B, T, T].
+
+    The first: causally, inside the document. The second: also among the last `window` keys, the
+    query's own included.
+    """
+    t = jnp.arange(document.shape[1])
+    distance = t[:, None] - t[None, :]  # [T, T], how far the key lies behind the query
+    causal = jnp.stack([(row[:, None] == row[None, :]) & (distance >= 0) for row in document])
+    return causal, causal & (distance < window)
+
+
+def shift(hidden, document):
+    """[B, T, D] -> [B, T, D] where position i holds i - 1's; each document's first holds zeros."""
+    before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    continues = jnp.pad(document[:, 1:] == document[:, :-1], ((0, 0), (1, 0)))
+    return jnp.where(continues[:, :, None], before, 0.0)
+
+
+# ---- one decoder layer ----
+
+
+def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
+    """Layer input [B, T, D] -> its output [B, T, D] and its own (k, v), each [B, T, K, H].
+
+    first_kv is None in loop 1, else this layer's (k, v) from loop 1.
+    """
+    epsilon, scheme = settings.norm_epsilon, settings.loop.scheme
+
+    normed = rms_norm(x, layer["attention_norm"], epsilon)
+    q = jnp.einsum("btd,dnh->btnh", normed, layer["q"])
+    k = jnp.einsum("btd,dkh->btkh", normed, layer["k"])
+    v = jnp.einsum("btd,dkh->btkh", normed, layer["v"])
+    if settings.qk_norm:
+        q, k = rms_norm(q, layer["q_norm"], epsilon), rms_norm(k, layer["k_norm"], epsilon)
+    q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+
+    if first_kv is None or scheme in ("vanilla_loop", "clp"):
+        attended = attention(q, k, v, causal)
+    elif scheme == "clp_kv_share":
+        attended = attention(q, *first_kv, causal)
+    else:  # WINDOWED_SCHEMES
+        g = gate(settings, layer, q, x)[..., None]  # [B, T, N, 1]
+        attended = g * attention(q, *first_kv, causal) + (1 - g) * attention(q, k, v, windowed)
+    x = x + jnp.einsum("btnh,nhd->btd", attended, layer["o"])
+
+    normed = rms_norm(x, layer["ffn_norm"], epsilon)
+    if settings.moe.experts:
+        update = mixture_of_experts(settings.moe, layer, normed)
+    else:
+        update = swiglu(normed, layer["ffn_gate"], layer["ffn_up"], layer["ffn_down"])
+    if settings.ffn_output_norm:
+        update = rms_norm(update, layer["ffn_output_norm"], epsilon)
+    return x + update, (k, v)
+
+
+def attention(q, k, v, mask):
+    """Queries [B, T, N, H], keys and values [B, T, K, H], mask [B, T, T] -> [B, T, N, H]."""
+    queries_per_key = q.shape[2] // k.shape[2]  # query head n reads key/value head n // that
+    k, v = jnp.repeat(k, queries_per_key, axis=2), jnp.repeat(v, queries_per_key, axis=2)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+
+def gate(settings, layer, q, x):
+    """Share [B, T, N] of the global branch, from the rotated q [B, T, N, H] or layer input x."""
+    if settings.loop.gate_input == "query":
+        score = jnp.einsum("btnh,nh->btn", q, layer["gate_weight"])
+    else:
+        normed = rms_norm(x, layer["gate_norm"], settings.norm_epsilon)
+        score = jnp.einsum("btd,dn->btn", normed, layer["gate_weight"])
+    return jax.nn.sigmoid(score + layer["gate_bias"])
+
+
+def mixture_of_experts(moe, layer, x):
+    """[B, T, D] -> [B, T, D]: the chosen experts' weighted sum, and the shared expert if any."""
+    scores = x @ layer["router"]  # [B, T, X]
+    if moe.routing == "softmax_then_topk":
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), moe.experts_per_token)
+        if moe.renormalize:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    elif moe.routing == "topk_then_softmax":
+        scores, chosen = jax.lax.top_k(scores, moe.experts_per_token)
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        raise ValueError(f"no such routing: {moe.routing!r}")
+
+    output = jnp.zeros_like(x)
+    for e in range(moe.experts):
+        weight = jnp.sum(jnp.where(chosen == e, weights, 0.0), axis=-1, keepdims=True)  # [B, T, 1]
+        expert = (layer[name][e] for name in ("expert_gate", "expert_up", "expert_down"))
+        output = output + weight * swiglu(x, *expert)
+    if moe.shared_width:
+        shared = swiglu(x, layer["shared_gate_proj"], layer["shared_up"], layer["shared_down"])
+        if moe.shared_gate:
+            shared = jax.nn.sigmoid(x @ layer["shared_router"]) * shared
+        output = output + shared
+    return output
+
+
+# ---- small parts ----
+
+
+def swiglu(x, gate_DF, up_DF, down_FD):
+    """[B, T, D] -> [B, T, D]."""
+    return (jax.nn.silu(x @ gate_DF) * (x @ up_DF)) @ down_FD
+
+
+def rms_norm(x, scale, epsilon):
+    """Normalise the last axis to root mean square 1, then multiply by scale [last axis]."""
+    return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale
+
+
+def rope_rotation(positions, head_width, theta):
+    """(cos, sin), each float32 [B, T, 1, H], of the rotate-half convention."""
+    exponents = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
+    frequencies = 1.0 / jnp.float32(theta) ** exponents  # [H/2]
+    angles = positions.astype(jnp.float32)[:, :, None] * frequencies
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x, rotation):
+    """Rotate [B, T, N or K, H]: feature h turns together with feature h + H/2."""
+    cos, sin = (part.astype(x.dtype) for part in rotation)
+    first, second = jnp.split(x, 2, axis=-1)
+    return x * cos + jnp.concatenate([-second, first], axis=-1) * sin
