@@ -1,0 +1,107 @@
+"""Checkpoints on disk: the only file that knows orbax.
+
+A checkpoint holds, under its step's number, the parameters, the optimizer's state and the data
+iterator's, so that evaluation can read the parameters alone and training can go on exactly.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from plt_jax.config import CheckpointConfig
+from plt_jax.errors import InputError
+
+# Orbax reports every save and restore in several lines; what users need to know, we print.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one run; saving is asynchronous, use as a context manager to finish it."""
+
+    def __init__(self, directory: str | Path, config: CheckpointConfig):
+        policies = ocp.training.preservation_policies
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["validation_loss"],
+            reverse=True,  # the policy keeps the end of the order, and lower is better
+            n=config.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        self._checkpointer = ocp.training.Checkpointer(
+            Path(directory).absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(config.keep), best]
+            ),
+            cleanup_tmp_directories=True,
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest complete checkpoint's step; None where there is none."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        optimizer: Any,
+        data: Any,
+        validation_loss: float | None = None,
+    ) -> None:
+        """Starts saving; returns once the arrays are copied.
+
+        Args:
+          params, optimizer: trees of arrays, stored apart.
+          data: the data iterator, positioned after the step's batch.
+          validation_loss: nats per token, by which the best checkpoints are kept.
+        """
+        metrics = None if validation_loss is None else {"validation_loss": validation_loss}
+        self._checkpointer.save_checkpointables_async(
+            step, {"params": params, "optimizer": optimizer, "data": data}, metrics=metrics
+        )
+
+    def restore(self, params: Any, optimizer: Any, data: Any) -> tuple[Any, Any]:
+        """The newest parameters and optimizer state; sets the data iterator's position.
+
+        Args:
+          params, optimizer: the abstract trees, with shardings, that the arrays are read into.
+          data: a data iterator of the same dataset.
+        """
+        restored = self._checkpointer.load_checkpointables(
+            None, {"params": params, "optimizer": optimizer, "data": data}
+        )
+        return restored["params"], restored["optimizer"]
+
+
+def list_steps(directory: str | Path) -> list[int]:
+    """Steps of the complete checkpoints in a directory, ascending."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    # Orbax writes under a temporary name and renames when complete.
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+
+
+def load_params(directory: str | Path, step: int, abstract: Any) -> Any:
+    """The parameters of one checkpoint, in the shapes and shardings of `abstract`.
+
+    Raises:
+      InputError: the checkpoint cannot be read into these shapes.
+    """
+    path = (Path(directory) / str(step)).absolute()
+    try:
+        return ocp.load_checkpointables(path, {"params": abstract})["params"]
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"cannot read the checkpoint {path}: {reason}") from error

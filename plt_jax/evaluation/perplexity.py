@@ -1,0 +1,106 @@
+"""Loss, perplexity and bits per byte on packed text, of the last loop and read out at each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from plt_jax.config import ModelConfig, RunConfig
+from plt_jax.data.packing import PackedExamples
+from plt_jax.data.pipeline import evaluation_batches
+from plt_jax.model.loss import cross_entropy
+from plt_jax.model.transformer import Transformer
+from plt_jax.sharding import batch_sharding, place_batch, use_mesh
+
+
+class Score(NamedTuple):
+    """How well text is predicted."""
+
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    """exp(loss); not comparable across tokenizers."""
+    bits_per_byte: float
+    """Bits per UTF-8 byte of text; comparable across tokenizers."""
+
+
+class Evaluation(NamedTuple):
+    """Scores over a text, of which the last loop's is the model's."""
+
+    by_loop: list[Score]
+    """The head read out on each loop's normed output, loop 1 first."""
+    tokens: int
+    """Tokens predicted."""
+    text_bytes: int
+    """UTF-8 bytes they stand for."""
+
+    @property
+    def score(self) -> Score:
+        """The model's own score."""
+        return self.by_loop[-1]
+
+    def to_json(self) -> dict[str, Any]:
+        """As eval.json has it."""
+        by_loop = [{"loop": index + 1, **s._asdict()} for index, s in enumerate(self.by_loop)]
+        return {
+            **self.score._asdict(),
+            "tokens": self.tokens,
+            "bytes": self.text_bytes,
+            "by_loop": by_loop,
+        }
+
+
+def make_evaluate(
+    config: RunConfig, mesh: Mesh, token_bytes: np.ndarray
+) -> Callable[[Any, PackedExamples, int | None], Evaluation]:
+    """`evaluate(params, examples, limit) -> Evaluation`, compiled once for the mesh.
+
+    `limit` reads that many examples, evenly spaced; None reads all.
+
+    Raises:
+      InputError: evaluation.batch_size does not divide over the mesh.
+    """
+    batch_size = config.evaluation.batch_size
+    rows = batch_sharding(mesh, batch_size, "evaluation.batch_size")
+    sum_losses = jax.jit(lambda params, batch: losses_by_loop(config.model, params, batch))
+
+    def evaluate(params: Any, examples: PackedExamples, limit: int | None) -> Evaluation:
+        nats, tokens, text_bytes = np.zeros(config.model.loop.count), 0, 0
+        with use_mesh(mesh):
+            for batch in evaluation_batches(examples, batch_size, limit):
+                nats += np.asarray(sum_losses(params, place_batch(batch, rows)), np.float64)
+                counted = batch["weights"] > 0
+                tokens += int(counted.sum())
+                text_bytes += int(token_bytes[batch["targets"][counted]].sum())
+        return Evaluation([score(n, tokens, text_bytes) for n in nats], tokens, text_bytes)
+
+    return evaluate
+
+
+def losses_by_loop(config: ModelConfig, params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+    """Summed negative log-likelihood of a batch's targets in nats, by loop, float32 [L]."""
+    model = Transformer(config)
+
+    def summed(model: Transformer, raw_BTD: jax.Array) -> jax.Array:
+        logits_BTV = model.logits(model.normalize(raw_BTD))
+        nll_BT, _ = cross_entropy(logits_BTV, batch["targets"])
+        return jnp.sum(nll_BT * batch["weights"])
+
+    def losses(model: Transformer) -> jax.Array:
+        states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
+        # One loop at a time: logits are the largest array there is.
+        return jax.lax.map(lambda raw_BTD: summed(model, raw_BTD), states.raw_LBTD)
+
+    return model.apply({"params": params}, method=losses)
+
+
+def score(nats: float, tokens: int, text_bytes: int) -> Score:
+    """The score of summed nats over a number of tokens and the bytes they stand for."""
+    loss = float(nats) / max(tokens, 1)
+    return Score(loss, math.exp(min(loss, 700.0)), float(nats) / math.log(2) / max(text_bytes, 1))

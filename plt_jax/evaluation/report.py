@@ -1,0 +1,68 @@
+"""The evaluation that eval.py prints and writes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plt_jax.data.corpus import read_documents
+from plt_jax.data.load import examples_from_text, validation_examples
+from plt_jax.data.tokenizer import token_bytes
+from plt_jax.errors import InputError
+from plt_jax.evaluation.perplexity import make_evaluate
+from plt_jax.run import open_trained, write_text
+from plt_jax.sharding import make_mesh
+
+EVALUATION = "eval.json"
+
+
+class Report(NamedTuple):
+    """What was found, and where it was written."""
+
+    numbers: dict[str, Any]
+    """`loss`, `perplexity`, `bits_per_byte` of the last loop, the same `by_loop`, what was read."""
+    path: Path
+
+    def table(self) -> str:
+        """The numbers by loop, as text; the last loop's are the model's."""
+        lines = [f"{'loop':>4}  {'loss':>8}  {'perplexity':>10}  {'bits per byte':>13}"]
+        lines += [
+            f"{row['loop']:>4}  {row['loss']:>8.4f}  {row['perplexity']:>10.2f}  "
+            f"{row['bits_per_byte']:>13.4f}"
+            for row in self.numbers["by_loop"]
+        ]
+        return "\n".join(lines)
+
+
+def evaluate_trained(path: str, text: str | None = None, batch_size: int | None = None) -> Report:
+    """Evaluates a run or checkpoint on its held-out documents, or on other text; writes eval.json.
+
+    Raises:
+      InputError: no such checkpoint or text, or a batch size that is not positive or does not
+        divide over the devices.
+    """
+    trained = open_trained(path)
+    config = trained.config
+    if batch_size is not None:
+        if batch_size < 1:
+            raise InputError(f"--batch_size is {batch_size}; it must be at least 1")
+        evaluation = config.evaluation.model_copy(update={"batch_size": batch_size})
+        config = config.model_copy(update={"evaluation": evaluation})
+    if text is None:
+        examples = validation_examples(config, trained.tokenizer)
+    else:
+        examples = examples_from_text(
+            read_documents(text), trained.tokenizer, config.sequence_length, config.data.cache_dir
+        )
+    mesh = make_mesh(config.mesh)
+    bytes_V = token_bytes(trained.tokenizer, config.model.vocab_size)
+    evaluation = make_evaluate(config, mesh, bytes_V)(trained.params, examples, None)
+    numbers = {
+        "step": trained.step,
+        "text": text or f"held out from {config.data.source}",
+        **evaluation.to_json(),
+    }
+    target = trained.directory / EVALUATION
+    write_text(target, json.dumps(numbers, indent=2) + "\n")
+    return Report(numbers, target)

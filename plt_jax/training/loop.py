@@ -1,0 +1,213 @@
+"""A training run from its configuration: start or resume, train, evaluate, save, report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from plt_jax.checkpoint import Checkpoints
+from plt_jax.config import RunConfig
+from plt_jax.data.load import Data, load_data
+from plt_jax.decoding.sampling import Sampling
+from plt_jax.decoding.text import stream_text
+from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
+from plt_jax.run import CHECKPOINTS, check_directory, write_directory
+from plt_jax.sharding import batch_sharding, make_mesh, place_batch
+from plt_jax.training.metrics import MetricsWriter, plot_losses
+from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
+from plt_jax.training.signals import StopRequest
+from plt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+
+SAMPLE_TOKENS = 120
+
+
+class Outcome(NamedTuple):
+    """How a call of `train` ended."""
+
+    step: int
+    stopped: bool
+    """By a signal, with the state saved."""
+
+
+class Run(NamedTuple):
+    """What stays fixed while a run trains."""
+
+    config: RunConfig
+    directory: Path
+    data: Data
+    mesh: Mesh
+    rows: NamedSharding
+    evaluate: Callable[[Any, Any, int | None], Evaluation]
+    checkpoints: Checkpoints
+
+
+def train(config: RunConfig) -> Outcome:
+    """Trains until `training.steps`, from the newest checkpoint of the run directory if it has one.
+
+    SIGTERM and SIGINT (Ctrl-C) end the run after the step under way, with its state saved; the same
+    command resumes it, bit for bit.
+
+    Raises:
+      InputError: text, tokenizer, mesh or run directory do not fit the configuration; nothing in
+        the run directory is changed then.
+      FloatingPointError: the loss is no longer finite.
+    """
+    # Everything is checked before anything is written.
+    changes = check_directory(config)
+    mesh = make_mesh(config.mesh)
+    rows = batch_sharding(mesh, config.training.batch_size, "training.batch_size")
+    abstract = abstract_state(config, mesh)
+    data = load_data(config)
+    evaluate = make_evaluate(config, mesh, data.token_bytes)
+
+    directory = write_directory(config, data.tokenizer)
+    describe(config, data, mesh, abstract.params, changes)
+    with StopRequest() as stop, Checkpoints(directory / CHECKPOINTS, config.checkpoint) as saved:
+        run = Run(config, directory, data, mesh, rows, evaluate, saved)
+        batches = iter(data.training)
+        state = start_or_resume(run, abstract, batches)
+        start = int(state.step)
+        if start >= config.training.steps:
+            print(f"finished: {directory} is at step {start} of {config.training.steps}")
+            return Outcome(start, stopped=False)
+        with (
+            MetricsWriter(directory, resumed_step=start) as metrics,
+            ProgressReport(start, config.training.steps) as report,
+        ):
+            state, speed = train_steps(run, state, batches, metrics, report, stop)
+    step = int(state.step)
+    plot_losses(directory)
+    if step < config.training.steps:
+        print(f"stopped at step {step}, saved; run the same command to go on")
+        return Outcome(step, stopped=True)
+    print_sample(run, state.params)
+    print(
+        f"done: {config.training.steps - start} steps, median {speed.median():,.0f} tokens/s, "
+        f"peak memory {peak_memory() / 2**30:.2f} GiB; the run is in {directory}"
+    )
+    return Outcome(step, stopped=False)
+
+
+def start_or_resume(run: Run, abstract: TrainState, batches: Iterator) -> TrainState:
+    """A fresh state, or the newest checkpoint's with the batches set to go on behind it."""
+    step = run.checkpoints.latest_step
+    if step is None:
+        return init_state(run.config, run.mesh)
+    print(f"resuming at step {step} of {run.config.training.steps}", flush=True)
+    optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
+    params, optimizer = run.checkpoints.restore(abstract.params, optimizer, batches)
+    return TrainState(optimizer["step"], params, optimizer["opt_state"])
+
+
+def train_steps(
+    run: Run,
+    state: TrainState,
+    batches: Iterator,
+    metrics: MetricsWriter,
+    report: ProgressReport,
+    stop: StopRequest,
+) -> tuple[TrainState, Speedometer]:
+    """Steps up to the last one, or until a stop is requested; evaluates and saves on the way."""
+    training = run.config.training
+    train_step = make_train_step(run.config, run.mesh)
+    speed = Speedometer(training.batch_size * run.config.sequence_length)
+    step = int(state.step)
+    report.say("compiling the train step ...")
+    while step < training.steps and not stop.requested:
+        state, values = train_step(state, place_batch(next(batches), run.rows))
+        step += 1
+        last = step == training.steps
+        if not speed.started:
+            jax.block_until_ready(values)
+            speed.start(step)
+        if step % training.log_every == 0 or last:
+            log_step(run, step, values, speed, metrics, report)
+        validation_loss = None
+        if step % training.evaluate_every == 0 or last:
+            with speed.paused():
+                limit = None if last else run.config.evaluation.sequences
+                evaluation = run.evaluate(state.params, run.data.validation, limit)
+            validation_loss = evaluation.score.loss
+            log_evaluation(step, evaluation, metrics, report)
+        if step % training.checkpoint_every == 0 or last or stop.requested:
+            with speed.paused():
+                optimizer = {"step": state.step, "opt_state": state.opt_state}
+                run.checkpoints.save(step, state.params, optimizer, batches, validation_loss)
+    return state, speed
+
+
+def log_step(
+    run: Run,
+    step: int,
+    values: dict[str, jax.Array],
+    speed: Speedometer,
+    metrics: MetricsWriter,
+    report: ProgressReport,
+) -> None:
+    """Writes a step's metrics and reports it; waits for the step to be computed.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    numbers = {name: float(value) for name, value in values.items()}
+    loss, tokens_per_second = numbers["loss"], speed.mark(step)
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss is {loss} at step {step}; lower optimizer.learning_rate, and run again to "
+            "resume from the last checkpoint"
+        )
+    metrics.write(step, **numbers, tokens_per_second=tokens_per_second)
+    counts = run.data.counts
+    predicted = counts["training_tokens"] - counts["training_documents"]  # all but each bos
+    bits_per_byte = score(loss * predicted, predicted, counts["training_bytes"]).bits_per_byte
+    report.advance(step, loss, bits_per_byte, tokens_per_second)
+
+
+def log_evaluation(
+    step: int, evaluation: Evaluation, metrics: MetricsWriter, report: ProgressReport
+) -> None:
+    """Writes and reports an evaluation."""
+    score = evaluation.score
+    metrics.write(
+        step,
+        validation_loss=score.loss,
+        bits_per_byte=score.bits_per_byte,
+        validation_tokens=evaluation.tokens,
+    )
+    report.say(
+        f"step {step}: held-out loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte "
+        f"({evaluation.tokens:,} tokens)"
+    )
+
+
+def describe(config: RunConfig, data: Data, mesh: Mesh, params: Any, changes: list[str]) -> None:
+    """Prints what is about to be trained, on what."""
+    loop, counts = config.model.loop, data.counts
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    print(f"run directory {config.run_dir}")
+    for change in changes:
+        print(f"changed since its last start: {change}")
+    print(
+        f"model: {loop.scheme}, {loop.count} loops, {parameters:,} parameters, {config.model.dtype}"
+    )
+    for part in ("training", "validation"):
+        print(
+            f"{part} text: {counts[f'{part}_documents']} documents, "
+            f"{counts[f'{part}_tokens']:,} tokens, {counts[f'{part}_bytes']:,} bytes"
+        )
+    print(f"devices: {mesh.devices.size} {jax.devices()[0].platform} ({axes})", flush=True)
+
+
+def print_sample(run: Run, params: Any) -> None:
+    """Prints text that the model writes, drawn with the run's seed."""
+    prompt, seed = run.config.training.sample_prompt, jax.random.key(run.config.seed)
+    sampling = Sampling(temperature=0.8, top_p=0.95)
+    tokenizer = run.data.tokenizer
+    pieces = stream_text(run.config.model, params, tokenizer, prompt, SAMPLE_TOKENS, sampling, seed)
+    print(f"a sample:\n{prompt}{''.join(pieces)}\n")

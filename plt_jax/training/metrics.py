@@ -1,0 +1,80 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the picture of the losses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+from plt_jax.run import METRICS, write_text
+
+
+class MetricsWriter:
+    """Appends rows of numbers to metrics.jsonl and to TensorBoard."""
+
+    def __init__(self, directory: Path, resumed_step: int):
+        """Opens both, dropping what an earlier start wrote after the step that this one resumes."""
+        self._path = directory / METRICS
+        kept = [row for row in read_metrics(directory) if row["step"] <= resumed_step]
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            str(directory / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
+        )
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def write(self, step: int, **values: float) -> None:
+        """Writes one row."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+
+def read_metrics(directory: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    path = directory / METRICS
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_losses(directory: Path) -> None:
+    """Draws loss.png: training and validation loss in nats per token, and the validation's bits."""
+    from matplotlib.figure import Figure  # slow to import, and needed once a run
+
+    rows = read_metrics(directory)
+    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    validation = [row for row in rows if "validation_loss" in row]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if training:
+        axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.6, label="training")
+    if validation:
+        steps = [row["step"] for row in validation]
+        losses = [row["validation_loss"] for row in validation]
+        axes.plot(steps, losses, "o-", color="tab:orange", label="held-out text")
+        axes.annotate(
+            f"{validation[-1]['bits_per_byte']:.3f} bits per byte",
+            (steps[-1], losses[-1]),
+            xytext=(-6, 10),
+            textcoords="offset points",
+            horizontalalignment="right",
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(directory.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(directory / "loss.png", dpi=120)

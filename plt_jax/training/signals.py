@@ -1,0 +1,28 @@
+"""Turning SIGTERM and SIGINT into a request to stop at the next safe point."""
+
+from __future__ import annotations
+
+import signal
+
+
+class StopRequest:
+    """While entered, a first SIGTERM or SIGINT only sets `requested`; a second acts at once."""
+
+    def __init__(self):
+        self.requested = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._request)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, _frame: object) -> None:
+        self.requested = True
+        for other, handler in self._before.items():
+            signal.signal(other, handler)
+        print(f"{signal.Signals(number).name}: saving after this step ...", flush=True)

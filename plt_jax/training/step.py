@@ -1,0 +1,146 @@
+"""The train step: loss on the last loop, gradients, one optimizer update; jitted, state donated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from plt_jax.config import ModelConfig, RunConfig
+from plt_jax.model.loss import cross_entropy
+from plt_jax.model.transformer import Transformer
+from plt_jax.sharding import batch_sharding, shardings_of, use_mesh
+from plt_jax.training.optimizer import make_optimizer, make_schedule
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What a training step reads and writes."""
+
+    step: jax.Array
+    """int32 scalar: optimizer steps taken."""
+    params: Any
+    """float32, as `Transformer.init` gives them, unboxed."""
+    opt_state: optax.OptState
+
+
+def make_init(config: RunConfig) -> Callable[[jax.Array], TrainState]:
+    """`init(key) -> TrainState`, its leaves boxed with their logical axes."""
+    model = Transformer(config.model)
+    optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
+
+    def init(key: jax.Array) -> TrainState:
+        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return init
+
+
+def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the train state, without making it."""
+    boxed = jax.eval_shape(make_init(config), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings_of(boxed, mesh),
+    )
+
+
+def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
+    """A fresh train state, made straight into its shardings from the run's seed."""
+    init = make_init(config)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    with use_mesh(mesh):
+        make = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=shardings)
+        return make(jax.random.key(config.seed))
+
+
+def batch_loss(
+    config: ModelConfig, params: Any, batch: Batch, z_loss: float
+) -> tuple[jax.Array, jax.Array]:
+    """The loss to minimise and the cross-entropy, both summed in nats over the batch's targets."""
+    logits_BTV = Transformer(config).apply(
+        {"params": params}, batch["tokens"], segment_ids=batch["segment_ids"]
+    )
+    nll_BT, log_z_BT = cross_entropy(logits_BTV, batch["targets"])
+    nll = jnp.sum(nll_BT * batch["weights"])
+    return nll + z_loss * jnp.sum(jnp.square(log_z_BT) * batch["weights"]), nll
+
+
+def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+    """Mean cross-entropy per target, and the gradient of the mean loss, over all micro-batches.
+
+    Sums are divided once at the end, so the result does not depend on how targets fall into
+    micro-batches.
+    """
+    parts, z_loss = config.training.accumulate, config.training.z_loss
+    gradient = jax.grad(
+        lambda params, micro: batch_loss(config.model, params, micro, z_loss), has_aux=True
+    )
+    if parts == 1:
+        grads, nll = gradient(params, batch)
+    else:
+
+        def add(sums, micro):
+            return jax.tree.map(jnp.add, sums, gradient(params, micro)), None
+
+        # Strided, so that every micro-batch has rows on every device.
+        micros = jax.tree.map(
+            lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
+        (grads, nll), _ = jax.lax.scan(add, zeros, micros)
+    targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    return nll / targets, jax.tree.map(lambda grad: grad / targets, grads)
+
+
+def make_train_step(
+    config: RunConfig, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`step(state, batch) -> (state, metrics)`, jitted for the mesh; the state is donated.
+
+    A batch holds int32 [B, T] `tokens`, `targets` and `segment_ids`, and float32 [B, T] `weights`.
+    Metrics are float32 scalars: `loss` in nats per target, `gradient_norm` before clipping,
+    `learning_rate`.
+    """
+    optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
+    schedule = make_schedule(config.optimizer, config.training.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, grads = accumulate_gradients(config, state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(grads),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    rows = batch_sharding(
+        mesh,
+        config.training.batch_size // config.training.accumulate,
+        "training.batch_size / training.accumulate",
+    )
+    jitted = jax.jit(
+        train_step,
+        in_shardings=(shardings, rows),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        with use_mesh(mesh):
+            return jitted(state, batch)
+
+    return step
