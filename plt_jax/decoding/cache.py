@@ -27,11 +27,11 @@ class Cache:
     lengths: jax.Array
     """int32 [B]: tokens processed."""
     keys: LayerArrays
-    """[B, R, S, K, H]: R = 1 (loop 1's, shared by all loops) or L (each loop its own)."""
+    """[B, R, K, S, H]: R = 1 (loop 1's, shared by all loops) or L (each loop its own)."""
     values: LayerArrays
     """As keys."""
     ring_keys: LayerArrays
-    """[B, L-1, W, K, H]: the last W keys of loops 2..L; position p is in slot p mod W. Empty
+    """[B, L-1, K, W, H]: the last W keys of loops 2..L; position p is in slot p mod W. Empty
     without a window."""
     ring_values: LayerArrays
     """As ring_keys."""
@@ -42,7 +42,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """Tokens that fit, S."""
-        return self.keys[0].shape[2]
+        return self.keys[0].shape[3]
 
 
 def init_cache(
@@ -62,9 +62,9 @@ def init_cache(
         )
     dtype = jnp.dtype(config.dtype if dtype is None else dtype)
     loop = config.loop
-    heads = (config.kv_heads, config.head_width)
-    full = (batch, loop.count if loop.later_attention == "own" else 1, max_length, *heads)
-    ring = (batch, loop.count - 1, loop.window, *heads)
+    K, H = config.kv_heads, config.head_width
+    full = (batch, loop.count if loop.later_attention == "own" else 1, K, max_length, H)
+    ring = (batch, loop.count - 1, K, loop.window, H)
     windowed_layers = config.layers if loop.later_attention == "gated" and loop.count > 1 else 0
 
     def zeros(shape: tuple[int, ...], layers: int) -> LayerArrays:
@@ -103,16 +103,16 @@ def prepare_for_decode(config: ModelConfig, params: Params) -> Params:
 
 
 def write(
-    cache_BRSKH: jax.Array, new_BRTKH: jax.Array, slots_BT: jax.Array, first_row: int = 0
+    cache_BRKSH: jax.Array, new_BRKTH: jax.Array, slots_BT: jax.Array, first_row: int = 0
 ) -> jax.Array:
     """Writes T keys or values of loops `first_row`, ... into their slots.
 
     A slot at or beyond S is dropped (a negative one would wrap around: no caller makes one).
     """
-    rows = jnp.arange(cache_BRSKH.shape[0])[:, None]
-    loops = slice(first_row, first_row + new_BRTKH.shape[1])
-    new_BTRKH = new_BRTKH.swapaxes(1, 2).astype(cache_BRSKH.dtype)
-    return cache_BRSKH.at[rows, loops, slots_BT].set(new_BTRKH, mode="drop")
+    rows = jnp.arange(cache_BRKSH.shape[0])[:, None]
+    loops = slice(first_row, first_row + new_BRKTH.shape[1])
+    new_BTRKH = jnp.moveaxis(new_BRKTH, 3, 1).astype(cache_BRKSH.dtype)
+    return cache_BRKSH.at[rows, loops, :, slots_BT].set(new_BTRKH, mode="drop")
 
 
 def ring_positions(lengths_B: jax.Array, window: int) -> jax.Array:

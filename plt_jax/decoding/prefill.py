@@ -114,7 +114,7 @@ def _run_loop(
 
     for layer, weights in enumerate(params["layers"]):
 
-        def attend(q, k, v, gate_BTN, layer=layer):
+        def attend(q, k, v, gate_BNT, layer=layer):
             if own:
                 for cached, new in ((keys, k), (values, v)):
                     cached[layer] = write(cached[layer], new[:, None], slots_BC, row)
@@ -129,9 +129,9 @@ def _run_loop(
             seen = []
             for ring, new in ((ring_keys, k), (ring_values, v)):
                 held = ring[layer][:, index - 1]
-                seen.append(jnp.concatenate([held.astype(new.dtype), new], axis=1))
+                seen.append(jnp.concatenate([held.astype(new.dtype), new], axis=2))
                 ring[layer] = write(ring[layer], new[:, None], ring_slots_BC, index - 1)
-            return blend(gate_BTN, everything, masked_attention(q, *seen, window_mask))
+            return blend(gate_BNT, everything, masked_attention(q, *seen, window_mask))
 
         x_BCD = apply_block(config, weights, x_BCD, rotation, attend)
     return x_BCD, cache.replace(

@@ -77,10 +77,10 @@ def _run_rows(
 
     for layer, weights in enumerate(params["layers"]):
 
-        def attend(q, k, v, gate_BLN, layer=layer):
+        def attend(q, k, v, gate_BNL, layer=layer):
             cached_rows = keys[layer].shape[1]
             for cached, new in ((keys, k), (values, v)):
-                cached[layer] = write(cached[layer], new[:, :cached_rows, None], slots_B1)
+                cached[layer] = write(cached[layer], rows_of(new)[:, :cached_rows], slots_B1)
             if cached_rows > 1:
                 return _own_attention(q, keys[layer], values[layer], mask_B1S)
             # Loops are a second query axis here: the shared cache is read once for all of them.
@@ -90,10 +90,10 @@ def _run_rows(
             if not ring_keys:
                 return everything
             for ring, new in ((ring_keys, k), (ring_values, v)):
-                ring[layer] = write(ring[layer], new[:, 1:, None], ring_slots_B1)
-            local = _own_attention(q[:, 1:], ring_keys[layer], ring_values[layer], ring_mask_B1W)
-            later = blend(gate_BLN[:, 1:], everything[:, 1:], local)
-            return jnp.concatenate([everything[:, :1], later], axis=1)
+                ring[layer] = write(ring[layer], rows_of(new)[:, 1:], ring_slots_B1)
+            local = _own_attention(q[:, :, 1:], ring_keys[layer], ring_values[layer], ring_mask_B1W)
+            later = blend(gate_BNL[:, :, 1:], everything[:, :, 1:], local)
+            return jnp.concatenate([everything[:, :, :1], later], axis=2)
 
         x_BLD = apply_block(config, weights, x_BLD, rotation, attend)
     return x_BLD, cache.replace(
@@ -104,14 +104,20 @@ def _run_rows(
     )
 
 
+def rows_of(x_BKLH: jax.Array) -> jax.Array:
+    """Keys or values of all loops at one position, in the caches' layout [B, L, K, 1, H]."""
+    return x_BKLH.swapaxes(1, 2)[:, :, :, None]
+
+
 def _own_attention(
-    q_BRNH: jax.Array, keys_BRSKH: jax.Array, values_BRSKH: jax.Array, mask_B1S: jax.Array
+    q_BNRH: jax.Array, keys_BRKSH: jax.Array, values_BRKSH: jax.Array, mask_B1S: jax.Array
 ) -> jax.Array:
     """Each of R rows attends to its own keys; all rows of a sequence share the mask."""
 
-    def one_row(q_BNH, k_BSKH, v_BSKH):
+    def one_row(q_BNH, k_BKSH, v_BKSH):
         dtype = q_BNH.dtype
-        out = masked_attention(q_BNH[:, None], k_BSKH.astype(dtype), v_BSKH.astype(dtype), mask_B1S)
-        return out[:, 0]
+        q_BN1H = q_BNH[:, :, None]
+        out = masked_attention(q_BN1H, k_BKSH.astype(dtype), v_BKSH.astype(dtype), mask_B1S)
+        return out[:, :, 0]
 
-    return jax.vmap(one_row, in_axes=1, out_axes=1)(q_BRNH, keys_BRSKH, values_BRSKH)
+    return jax.vmap(one_row, in_axes=(2, 1, 1), out_axes=2)(q_BNRH, keys_BRKSH, values_BRKSH)

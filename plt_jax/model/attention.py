@@ -1,7 +1,8 @@
 """Grouped-query attention and its gated sliding-window form (G-SWA, Algorithm 3 of the PLT paper).
 
 Arrays are named by axis: B sequences, T queries, S keys, N query heads, K key/value heads,
-G = N / K query heads per key/value head, H head width, D model width.
+G = N / K query heads per key/value head, H head width, D model width. Heads come before positions:
+the batched products of attention then need no transposed copies.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from plt_jax.model.layers import (
 # Far below any logit, yet finite: a float32 softmax gives such keys a weight of exactly zero, and
 # so an exactly zero gradient, without the NaN that a row of infinities would make.
 MASKED = -1e30
-MIN_BLOCK = 32  # Smaller blocks of windowed attention cost more in overhead than they save.
+MIN_BLOCK = 64  # Smaller blocks of queries cost more in overhead than they save in products.
+MAX_BLOCKS = 8  # Of causal attention; each is compiled by itself. 8 skip 7/16 of all products.
 
 
 def attention_parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -65,44 +67,44 @@ def gate_parameters(config: ModelConfig) -> dict[str, Parameter]:
 def project_qkv(
     config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array, rotation: Rotation
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of normed inputs."""
-    q_BTNH, k_BTKH, v_BTKH = (
-        jnp.einsum("BTD,DNH->BTNH", x_BTD, weights[name].astype(x_BTD.dtype)) for name in "qkv"
+    """Rotated queries [B, N, T, H], rotated keys and values [B, K, T, H] of normed inputs."""
+    q_BNTH, k_BKTH, v_BKTH = (
+        jnp.einsum("BTD,DNH->BNTH", x_BTD, weights[name].astype(x_BTD.dtype)) for name in "qkv"
     )
     if config.qk_norm:
-        q_BTNH = rms_norm(q_BTNH, weights["q_norm"], config.norm_epsilon)
-        k_BTKH = rms_norm(k_BTKH, weights["k_norm"], config.norm_epsilon)
-    return rotate(q_BTNH, rotation), rotate(k_BTKH, rotation), v_BTKH
+        q_BNTH = rms_norm(q_BNTH, weights["q_norm"], config.norm_epsilon)
+        k_BKTH = rms_norm(k_BKTH, weights["k_norm"], config.norm_epsilon)
+    return rotate(q_BNTH, rotation), rotate(k_BKTH, rotation), v_BKTH
 
 
 def gate(
-    config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array, q_BTNH: jax.Array
+    config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array, q_BNTH: jax.Array
 ) -> jax.Array | None:
-    """The weight of G-SWA's global branch, float32 in (0, 1) [B, T, N]; None without a gate.
+    """The weight of G-SWA's global branch, float32 in (0, 1) [B, N, T]; None without a gate.
 
     Args:
       x_BTD: the layer's input before its norm.
-      q_BTNH: the rotated queries.
+      q_BNTH: the rotated queries.
     """
     if config.loop.later_attention != "gated":
         return None
     weight = weights["gate_weight"]
     if config.loop.gate_input == "query":
-        score = jnp.einsum("BTNH,NH->BTN", q_BTNH.astype(jnp.float32), weight)
+        score_BNT = jnp.einsum("BNTH,NH->BNT", q_BNTH.astype(jnp.float32), weight)
     else:
         normed_BTD = rms_norm(x_BTD.astype(jnp.float32), weights["gate_norm"], config.norm_epsilon)
-        score = jnp.einsum("BTD,DN->BTN", normed_BTD, weight)
-    return jax.nn.sigmoid(score + weights["gate_bias"])
+        score_BNT = jnp.einsum("BTD,DN->BNT", normed_BTD, weight)
+    return jax.nn.sigmoid(score_BNT + weights["gate_bias"][:, None])
 
 
-def blend(gate_BTN: jax.Array, global_BTNH: jax.Array, local_BTNH: jax.Array) -> jax.Array:
+def blend(gate_BNT: jax.Array, global_BNTH: jax.Array, local_BNTH: jax.Array) -> jax.Array:
     """G-SWA's output g·global + (1 - g)·local, in the branches' dtype."""
-    g = gate_BTN[..., None]
-    return (g * global_BTNH + (1.0 - g) * local_BTNH).astype(global_BTNH.dtype)
+    g = gate_BNT[..., None]
+    return (g * global_BNTH + (1.0 - g) * local_BNTH).astype(global_BNTH.dtype)
 
 
 def masked_attention(
-    q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
 ) -> jax.Array:
     """Softmax attention of queries to the keys that a mask allows; softmax in float32.
 
@@ -110,84 +112,93 @@ def masked_attention(
       mask_BTS: bool, broadcastable to [B, T, S]; every query needs one allowed key.
 
     Returns:
-      [B, T, N, H] in the dtype of the queries.
+      [B, N, T, H] in the dtype of the queries.
     """
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+    B, N, T, H = q_BNTH.shape
+    K = k_BKSH.shape[1]
+    q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)
     logits_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
+        "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
     )
     logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS / math.sqrt(H), MASKED)
-    weights_BKGTS = jax.nn.softmax(logits_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    out_BTKGH = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BKGTS, v_BSKH)
-    return out_BTKGH.reshape(B, T, N, H)
+    # The softmax's denominator divides the [T, H] outputs instead of the [T, S] weights. Its result
+    # does not depend on the maximum, so neither does the gradient.
+    largest = jax.lax.stop_gradient(jnp.max(logits_BKGTS, axis=-1, keepdims=True))
+    weights_BKGTS = jnp.exp(logits_BKGTS - largest)
+    out_BKGTH = jnp.einsum(
+        "BKGTS,BKSH->BKGTH",
+        weights_BKGTS.astype(v_BKSH.dtype),
+        v_BKSH,
+        preferred_element_type=jnp.float32,
+    )
+    out_BKGTH /= jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
+    return out_BKGTH.astype(q_BNTH.dtype).reshape(B, N, T, H)
 
 
 def causal_attention(
-    q_BTNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, documents_BT: jax.Array | None
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, documents_BT: jax.Array | None
 ) -> jax.Array:
-    """Attention of every position to itself and all earlier ones of its document."""
-    T = q_BTNH.shape[1]
-    return _attention_within(q_BTNH, k_BTKH, v_BTKH, documents_BT, window=T)
+    """Attention of every position to itself and all earlier ones of its document, [B, N, T, H].
+
+    Each block of queries meets only the keys up to its own end.
+    """
+    T = q_BNTH.shape[2]
+    block = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
+    outs = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        mask_BTS = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop))[None]
+        if documents_BT is not None:
+            mask_BTS &= documents_BT[:, start:stop, None] == documents_BT[:, None, :stop]
+        keys, values = k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
+        outs.append(masked_attention(q_BNTH[:, :, start:stop], keys, values, mask_BTS))
+    return jnp.concatenate(outs, axis=2)
 
 
 def windowed_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
+    q_BNTH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
     documents_BT: jax.Array | None,
     window: int,
 ) -> jax.Array:
     """Attention of every position to the last `window` keys of its document, itself included.
 
     Work and memory grow as T·window: each block of queries meets its own block of keys and the one
-    before, which together hold every key of its windows.
+    before, which together hold every key of its windows. [B, N, T, H].
     """
-    B, T = q_BTNH.shape[:2]
-    block = max(window - 1, MIN_BLOCK)
-    if 2 * block >= T:  # Two blocks of keys are all keys.
-        return _attention_within(q_BTNH, k_BTKH, v_BTKH, documents_BT, window)
-    if documents_BT is None:
-        documents_BT = jnp.zeros((B, T), jnp.int32)
-    padding = -T % block
-    blocks = (T + padding) // block
+    B, N, T, H = q_BNTH.shape
+    block = min(max(window - 1, MIN_BLOCK), T)
+    blocks = -(-T // block)
+    padded = blocks * block
 
-    def to_blocks(x: jax.Array, fill: int = 0) -> jax.Array:
-        widths = [(0, 0), (0, padding)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, widths, constant_values=fill)
-        return x.reshape(B, blocks, block, *x.shape[2:])
+    def split(x_BKTH: jax.Array) -> jax.Array:
+        """Blocks as batch rows, [B·blocks, K, block, H]."""
+        x_BKTH = jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, padded - T), (0, 0)))
+        heads = x_BKTH.shape[1]
+        x = x_BKTH.reshape(B, heads, blocks, block, H).swapaxes(1, 2)
+        return x.reshape(B * blocks, heads, block, H)
 
-    def with_previous(x: jax.Array, fill: int = 0) -> jax.Array:
-        first = jnp.full_like(x[:, :1], fill)
-        pairs = jnp.concatenate([jnp.concatenate([first, x[:, :-1]], axis=1), x], axis=2)
-        return pairs.reshape(B * blocks, 2 * block, *x.shape[3:])
+    def with_previous(x: jax.Array, rows: int = B) -> jax.Array:
+        """Each block [rows·blocks, ..., block, H] behind the one before it in its sequence."""
+        x = x.reshape(rows, blocks, *x.shape[1:])
+        previous = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+        pairs = jnp.concatenate([previous, x], axis=-2)
+        return pairs.reshape(rows * blocks, *pairs.shape[2:])
 
-    # Blocks become batch rows; -1 marks the key documents of the block before the first.
-    query_documents = to_blocks(documents_BT)
-    key_documents = with_previous(query_documents, fill=-1)
     distance = (block + jnp.arange(block))[:, None] - jnp.arange(2 * block)[None, :]
     mask = (distance >= 0) & (distance < window)
-    mask = mask & (query_documents.reshape(-1, block, 1) == key_documents[:, None, :])
+    # Document 0 is what lies before the first block.
+    numbers_BT = jnp.ones((1, T), jnp.int32) if documents_BT is None else documents_BT + 1
+    rows = numbers_BT.shape[0]
+    numbers = jnp.pad(numbers_BT, ((0, 0), (0, padded - T))).reshape(rows * blocks, block, 1)
+    mask = mask & (numbers == with_previous(numbers, rows)[:, None, :, 0])
+    mask = jnp.broadcast_to(mask.reshape(rows, blocks, block, -1), (B, blocks, block, 2 * block))
     out = masked_attention(
-        to_blocks(q_BTNH).reshape(B * blocks, block, *q_BTNH.shape[2:]),
-        with_previous(to_blocks(k_BTKH)),
-        with_previous(to_blocks(v_BTKH)),
-        mask,
+        split(q_BNTH),
+        with_previous(split(k_BKTH)),
+        with_previous(split(v_BKTH)),
+        mask.reshape(B * blocks, block, 2 * block),
     )
-    return out.reshape(B, blocks * block, *q_BTNH.shape[2:])[:, :T]
-
-
-def _attention_within(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    documents_BT: jax.Array | None,
-    window: int,
-) -> jax.Array:
-    index = jnp.arange(q_BTNH.shape[1])
-    distance = index[:, None] - index[None, :]
-    mask_BTS = ((distance >= 0) & (distance < window))[None]
-    if documents_BT is not None:
-        mask_BTS = mask_BTS & (documents_BT[:, :, None] == documents_BT[:, None, :])
-    return masked_attention(q_BTNH, k_BTKH, v_BTKH, mask_BTS)
+    out_BNTH = out.reshape(B, blocks, N, block, H).swapaxes(1, 2).reshape(B, N, padded, H)
+    return out_BNTH[:, :, :T]

@@ -64,13 +64,13 @@ def apply_block(
 ) -> jax.Array:
     """One pre-norm decoder layer, [B, T, D] -> [B, T, D].
 
-    Training, prefill and decoding differ only in `attend(q_BTNH, k_BTKH, v_BTKH, gate_BTN)`, which
-    decides what the queries see and returns the heads' outputs [B, T, N, H].
+    Training, prefill and decoding differ only in `attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT)`, which
+    decides what the queries see and returns the heads' outputs [B, N, T, H].
     """
     normed_BTD = rms_norm(x_BTD, weights["attention_norm"], config.norm_epsilon)
-    q_BTNH, k_BTKH, v_BTKH = project_qkv(config, weights, normed_BTD, rotation)
-    out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, gate(config, weights, x_BTD, q_BTNH))
-    x_BTD += jnp.einsum("BTNH,NHD->BTD", out_BTNH, weights["o"].astype(x_BTD.dtype))
+    q_BNTH, k_BKTH, v_BKTH = project_qkv(config, weights, normed_BTD, rotation)
+    out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, gate(config, weights, x_BTD, q_BNTH))
+    x_BTD += jnp.einsum("BNTH,NHD->BTD", out_BNTH, weights["o"].astype(x_BTD.dtype))
     return x_BTD + feed_forward(config, weights, x_BTD)
 
 
@@ -97,7 +97,7 @@ class Block(nn.Module):
         """Applies the layer.
 
         Args:
-          shared: loop 1's keys and values [B, T, K, H] of this layer, for loops that read them;
+          shared: loop 1's keys and values [B, K, T, H] of this layer, for loops that read them;
             None for loops that attend to their own.
 
         Returns:
@@ -107,7 +107,7 @@ class Block(nn.Module):
         loop = self.config.loop
         made: KeysValues = ()
 
-        def attend(q, k, v, gate_BTN):
+        def attend(q, k, v, gate_BNT):
             nonlocal made
             made = (k, v)
             keys, values = made if shared is None else shared
@@ -115,7 +115,7 @@ class Block(nn.Module):
             if shared is None or loop.later_attention == "shared":
                 return everything
             local = windowed_attention(q, k, v, context.documents_BT, loop.window)
-            return blend(gate_BTN, everything, local)
+            return blend(gate_BNT, everything, local)
 
         x_BTD = apply_block(self.config, weights, x_BTD, context.rotation, attend)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))

@@ -59,7 +59,7 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of RoPE's angles, float32 [B, T, 1, H/2]."""
+    """Cosines and sines of RoPE's angles, float32 [B, 1, T, H/2]."""
 
     cos: jax.Array
     sin: jax.Array
@@ -69,18 +69,18 @@ def rope_rotation(positions_BT: jax.Array, head_width: int, theta: float) -> Rot
     """RoPE's rotation at integer positions [B, T]."""
     exponents = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
     frequencies = 1.0 / theta**exponents
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies
+    angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
-def rotate(x_BTNH: jax.Array, rotation: Rotation) -> jax.Array:
+def rotate(x_BNTH: jax.Array, rotation: Rotation) -> jax.Array:
     """Applies RoPE in the half-rotation layout of llama: pairs are (h, h + H/2)."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    first, second = jnp.split(x_BNTH.astype(jnp.float32), 2, axis=-1)
     rotated = (
         first * rotation.cos - second * rotation.sin,
         second * rotation.cos + first * rotation.sin,
     )
-    return jnp.concatenate(rotated, axis=-1).astype(x_BTNH.dtype)
+    return jnp.concatenate(rotated, axis=-1).astype(x_BNTH.dtype)
 
 
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
