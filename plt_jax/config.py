@@ -99,6 +99,40 @@ class LoopConfig(Section):
         return SCHEMES[self.scheme].later_attention
 
 
+class MoEConfig(Section):
+    """Mixture-of-experts feed-forward layers; all layers of a model are of one kind."""
+
+    experts: NonNegativeInt = 0
+    """Experts X; 0 for dense layers."""
+    experts_per_token: PositiveInt = 2
+    """Experts k that each token goes to."""
+    expert_width: PositiveInt = 512
+    """Hidden width of one expert."""
+    routing: Literal["softmax_then_topk", "topk_then_softmax"] = "softmax_then_topk"
+    """Whether weights are probabilities among all experts or among the chosen ones."""
+    renormalize: bool = True
+    """Divide the chosen weights by their sum (softmax_then_topk)."""
+    shared_width: NonNegativeInt = 0
+    """Hidden width of an expert that every token goes to besides; 0 for none."""
+    shared_gate: bool = False
+    """Scale the shared expert's output by a sigmoid gate per token."""
+    load_balance_loss: NonNegativeFloat = 0.01
+    """Weight of the load-balancing loss."""
+    router_z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log-normaliser of the router's softmax."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> MoEConfig:
+        if self.experts and self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} is above experts {self.experts}; "
+                "lower the one or raise the other"
+            )
+        if self.shared_gate and not self.shared_width:
+            raise ValueError("shared_gate needs a shared expert; set shared_width, or drop it")
+        return self
+
+
 class ModelConfig(Section):
     """Shape and arithmetic of the network."""
 
@@ -118,7 +152,7 @@ class ModelConfig(Section):
     head_width: PositiveInt | None = None
     """Width H of one head, even; default width / heads."""
     ffn_width: PositiveInt = 2048
-    """Hidden width F of the SwiGLU feed-forward layer."""
+    """Hidden width F of the SwiGLU feed-forward layer, when dense."""
     rope_theta: PositiveFloat = 500000.0
     """Base of the rotary position embedding's frequencies."""
     norm_epsilon: PositiveFloat = 1e-5
@@ -137,6 +171,8 @@ class ModelConfig(Section):
     """Layers unrolled per step of the scan over layers; `layers` unrolls it all."""
     loop: LoopConfig = LoopConfig()
     """How the stack is looped."""
+    moe: MoEConfig = MoEConfig()
+    """Mixture of experts instead of dense feed-forward layers."""
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("kv_heads", "tensor"),
     ("head", None),
     ("ffn", "tensor"),
+    ("expert", None),
     ("layers", None),
 )
 """Logical axis -> mesh axes."""

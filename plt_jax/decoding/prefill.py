@@ -133,7 +133,7 @@ def _run_loop(
                 ring[layer] = write(ring[layer], new[:, None], ring_slots_BC, index - 1)
             return blend(gate_BNT, everything, masked_attention(q, *seen, window_mask))
 
-        x_BCD = apply_block(config, weights, x_BCD, rotation, attend)
+        x_BCD, _ = apply_block(config, weights, x_BCD, rotation, attend)
     return x_BCD, cache.replace(
         keys=tuple(keys),
         values=tuple(values),

@@ -95,7 +95,7 @@ def _run_rows(
             later = blend(gate_BNL[:, :, 1:], everything[:, :, 1:], local)
             return jnp.concatenate([everything[:, :, :1], later], axis=2)
 
-        x_BLD = apply_block(config, weights, x_BLD, rotation, attend)
+        x_BLD, _ = apply_block(config, weights, x_BLD, rotation, attend)
     return x_BLD, cache.replace(
         keys=tuple(keys),
         values=tuple(values),

@@ -28,9 +28,19 @@ from plt_jax.model.layers import (
     scale_parameter,
     swiglu,
 )
+from plt_jax.model.moe import RouterStatistics, mixture_of_experts, moe_parameters
 
 KeysValues = tuple[jax.Array, jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+class LayerOutputs(NamedTuple):
+    """What a layer makes besides its output."""
+
+    keys_values: KeysValues
+    """[B, K, T, H] each, the keys rotated."""
+    router: RouterStatistics | None
+    """None in dense layers."""
 
 
 class Context(NamedTuple):
@@ -46,10 +56,15 @@ def block_parameters(config: ModelConfig) -> dict[str, Parameter]:
     D, F = config.width, config.ffn_width
     parameters = attention_parameters(config) | {
         "ffn_norm": scale_parameter(D, "embed"),
-        "ffn_gate": projection((D, F), ("embed", "ffn"), D),
-        "ffn_up": projection((D, F), ("embed", "ffn"), D),
-        "ffn_down": projection((F, D), ("ffn", "embed"), F, 1 / math.sqrt(2 * config.layers)),
     }
+    if config.moe.experts:
+        parameters |= moe_parameters(config)
+    else:
+        parameters |= {
+            "ffn_gate": projection((D, F), ("embed", "ffn"), D),
+            "ffn_up": projection((D, F), ("embed", "ffn"), D),
+            "ffn_down": projection((F, D), ("ffn", "embed"), F, 1 / math.sqrt(2 * config.layers)),
+        }
     if config.ffn_output_norm:
         parameters["ffn_output_norm"] = scale_parameter(D, "embed")
     return parameters
@@ -61,8 +76,8 @@ def apply_block(
     x_BTD: jax.Array,
     rotation: Rotation,
     attend: Attend,
-) -> jax.Array:
-    """One pre-norm decoder layer, [B, T, D] -> [B, T, D].
+) -> tuple[jax.Array, RouterStatistics | None]:
+    """One pre-norm decoder layer, [B, T, D] -> [B, T, D], and its router's statistics if it is MoE.
 
     Training, prefill and decoding differ only in `attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT)`, which
     decides what the queries see and returns the heads' outputs [B, N, T, H].
@@ -71,18 +86,23 @@ def apply_block(
     q_BNTH, k_BKTH, v_BKTH = project_qkv(config, weights, normed_BTD, rotation)
     out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, gate(config, weights, x_BTD, q_BNTH))
     x_BTD += jnp.einsum("BNTH,NHD->BTD", out_BNTH, weights["o"].astype(x_BTD.dtype))
-    return x_BTD + feed_forward(config, weights, x_BTD)
+    out_BTD, router = feed_forward(config, weights, x_BTD)
+    return x_BTD + out_BTD, router
 
 
 def feed_forward(
     config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array
-) -> jax.Array:
+) -> tuple[jax.Array, RouterStatistics | None]:
     """The feed-forward half of a layer, its norms included and the residual sum not."""
     normed_BTD = rms_norm(x_BTD, weights["ffn_norm"], config.norm_epsilon)
-    out_BTD = swiglu(normed_BTD, weights["ffn_gate"], weights["ffn_up"], weights["ffn_down"])
+    if config.moe.experts:
+        out_BTD, router = mixture_of_experts(config.moe, weights, normed_BTD)
+    else:
+        out_BTD = swiglu(normed_BTD, weights["ffn_gate"], weights["ffn_up"], weights["ffn_down"])
+        router = None
     if config.ffn_output_norm:
         out_BTD = rms_norm(out_BTD, weights["ffn_output_norm"], config.norm_epsilon)
-    return out_BTD
+    return out_BTD, router
 
 
 class Block(nn.Module):
@@ -93,7 +113,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, x_BTD: jax.Array, context: Context, shared: KeysValues | None = None
-    ) -> tuple[jax.Array, KeysValues]:
+    ) -> tuple[jax.Array, LayerOutputs]:
         """Applies the layer.
 
         Args:
@@ -101,7 +121,7 @@ class Block(nn.Module):
             None for loops that attend to their own.
 
         Returns:
-          The layer's output [B, T, D], and the keys and values that it made.
+          The layer's output [B, T, D], and what it made on the way.
         """
         weights = declare(self, block_parameters(self.config))
         loop = self.config.loop
@@ -117,15 +137,15 @@ class Block(nn.Module):
             local = windowed_attention(q, k, v, context.documents_BT, loop.window)
             return blend(gate_BNT, everything, local)
 
-        x_BTD = apply_block(self.config, weights, x_BTD, context.rotation, attend)
+        x_BTD, router = apply_block(self.config, weights, x_BTD, context.rotation, attend)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))
-        return x_BTD, made
+        return x_BTD, LayerOutputs(made, router)
 
 
 def block_stack(config: ModelConfig, name: str | None = None) -> nn.Module:
-    """All layers as one module: `stack(x, context, shared) -> (x, keys and values by layer)`.
+    """All layers as one module: `stack(x, context, shared) -> (x, LayerOutputs)`.
 
-    A scan over layers: parameters, `shared` and the keys and values returned have a leading axis J.
+    A scan over layers: parameters, `shared` and the LayerOutputs have a leading axis J.
     """
     block = Block
     if config.remat != "none":

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import LoopConfig
-from plt_jax.model.block import Context, KeysValues
+from plt_jax.model.block import Context, KeysValues, LayerOutputs
+from plt_jax.model.moe import RouterStatistics
 
 
 class LoopStates(NamedTuple):
@@ -25,6 +26,8 @@ class LoopStates(NamedTuple):
     handed_LBTD: jax.Array
     """What each loop hands on: the final norm of it, or, between loops that are not normalised, the
     raw output."""
+    router: RouterStatistics | None
+    """The routers' statistics [L, J, ...]; None in dense models."""
 
 
 class LoopedModel(Protocol):
@@ -32,7 +35,7 @@ class LoopedModel(Protocol):
 
     def layers(
         self, x_BTD: jax.Array, context: Context, shared: KeysValues | None
-    ) -> tuple[jax.Array, KeysValues]: ...
+    ) -> tuple[jax.Array, LayerOutputs]: ...
 
     def normalize(self, x_BTD: jax.Array) -> jax.Array: ...
 
@@ -64,21 +67,22 @@ def run_loops(
     Loops 2..L are one scan that holds the model's parameters fixed, so that the program's size does
     not grow with L.
     """
-    raw_BTD, keys_values = model.layers(embeddings_BTD, context, None)
-    shared = None if loop.later_attention == "own" else keys_values
+    raw_BTD, outputs = model.layers(embeddings_BTD, context, None)
+    shared = None if loop.later_attention == "own" else outputs.keys_values
 
-    def hand_on(model, raw_BTD, last: bool = False):
-        return model.normalize(raw_BTD) if loop.normalize_between_loops or last else raw_BTD
+    def hand_on(model, raw_BTD):
+        return model.normalize(raw_BTD) if loop.normalize_between_loops else raw_BTD
 
     def later_loop(model, previous_BTD, _):
         if loop.shifted:
             previous_BTD = shift_right(previous_BTD, context.documents_BT)
         x_BTD = loop_input(loop, embeddings_BTD, previous_BTD)
-        raw_BTD, _ = model.layers(x_BTD, context, shared)
+        raw_BTD, outputs = model.layers(x_BTD, context, shared)
         handed_BTD = hand_on(model, raw_BTD)
-        return handed_BTD, (raw_BTD, handed_BTD)
+        return handed_BTD, LoopStates(raw_BTD, handed_BTD, outputs.router)
 
-    raw_LBTD, handed_LBTD = raw_BTD[None], hand_on(model, raw_BTD)[None]
+    first = LoopStates(raw_BTD, hand_on(model, raw_BTD), outputs.router)
+    states = jax.tree.map(lambda x: x[None], first)
     if loop.count > 1:
         later_loops = nn.scan(
             later_loop,
@@ -86,8 +90,9 @@ def run_loops(
             split_rngs={"params": False},
             length=loop.count - 1,
         )
-        _, (raws, handeds) = later_loops(model, handed_LBTD[0], None)
-        raw_LBTD = jnp.concatenate([raw_LBTD, raws])
-        handed_LBTD = jnp.concatenate([handed_LBTD, handeds])
-    final_BTD = hand_on(model, raw_LBTD[-1], last=True)
-    return LoopStates(raw_LBTD, handed_LBTD.at[-1].set(final_BTD))
+        _, later = later_loops(model, first.handed_LBTD, None)
+        states = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), states, later)
+    if not loop.normalize_between_loops:  # the last loop's output is normalised all the same
+        last_BTD = model.normalize(states.raw_LBTD[-1])
+        states = states._replace(handed_LBTD=states.handed_LBTD.at[-1].set(last_BTD))
+    return states

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.model.block import Context, KeysValues, block_stack
+from plt_jax.model.block import Context, KeysValues, LayerOutputs, block_stack
 from plt_jax.model.layers import (
     Parameter,
     declare,
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
 
     def layers(
         self, x_BTD: jax.Array, context: Context, shared: KeysValues | None
-    ) -> tuple[jax.Array, KeysValues]:
+    ) -> tuple[jax.Array, LayerOutputs]:
         """All layers once; see `block_stack`."""
         return self.stack(x_BTD, context, shared)
 

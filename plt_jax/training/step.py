@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.model.loss import cross_entropy
+from plt_jax.model.moe import RouterStatistics, auxiliary_loss, load_entropy
 from plt_jax.model.transformer import Transformer
 from plt_jax.sharding import batch_sharding, shardings_of, use_mesh
 from plt_jax.training.optimizer import make_optimizer, make_schedule
@@ -66,18 +67,28 @@ def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
 
 def batch_loss(
     config: ModelConfig, params: Any, batch: Batch, z_loss: float
-) -> tuple[jax.Array, jax.Array]:
-    """The loss to minimise and the cross-entropy, both summed in nats over the batch's targets."""
-    logits_BTV = Transformer(config).apply(
-        {"params": params}, batch["tokens"], segment_ids=batch["segment_ids"]
-    )
+) -> tuple[jax.Array, Metrics]:
+    """The loss to minimise, summed in nats over the batch's targets, and sums to report."""
+
+    def forward(model: Transformer) -> tuple[jax.Array, RouterStatistics | None]:
+        states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
+        return model.logits(states.handed_LBTD[-1]), states.router
+
+    logits_BTV, router = Transformer(config).apply({"params": params}, method=forward)
     nll_BT, log_z_BT = cross_entropy(logits_BTV, batch["targets"])
-    nll = jnp.sum(nll_BT * batch["weights"])
-    return nll + z_loss * jnp.sum(jnp.square(log_z_BT) * batch["weights"]), nll
+    weights_BT, targets = batch["weights"], jnp.sum(batch["weights"])
+    nll = jnp.sum(nll_BT * weights_BT)
+    loss = nll + z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT)
+    sums = {"loss": nll}
+    if router is not None:
+        loss += targets * auxiliary_loss(config.moe, router)
+        sums["expert_load_entropy"] = targets * load_entropy(router)
+        sums["expert_max_load"] = targets * jnp.max(router.load_X)
+    return loss, sums
 
 
-def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-    """Mean cross-entropy per target, and the gradient of the mean loss, over all micro-batches.
+def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[Metrics, Any]:
+    """Metrics, as means per target, and the gradient of the mean loss, over all micro-batches.
 
     Sums are divided once at the end, so the result does not depend on how targets fall into
     micro-batches.
@@ -87,7 +98,7 @@ def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[
         lambda params, micro: batch_loss(config.model, params, micro, z_loss), has_aux=True
     )
     if parts == 1:
-        grads, nll = gradient(params, batch)
+        grads, sums = gradient(params, batch)
     else:
 
         def add(sums, micro):
@@ -97,10 +108,11 @@ def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[
         micros = jax.tree.map(
             lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
         )
-        zeros = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()))
-        (grads, nll), _ = jax.lax.scan(add, zeros, micros)
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micros))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (grads, sums), _ = jax.lax.scan(add, zeros, micros)
     targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-    return nll / targets, jax.tree.map(lambda grad: grad / targets, grads)
+    return jax.tree.map(lambda summed: summed / targets, (sums, grads))
 
 
 def make_train_step(
@@ -110,16 +122,17 @@ def make_train_step(
 
     A batch holds int32 [B, T] `tokens`, `targets` and `segment_ids`, and float32 [B, T] `weights`.
     Metrics are float32 scalars: `loss` in nats per target, `gradient_norm` before clipping,
-    `learning_rate`.
+    `learning_rate`; with experts, `expert_load_entropy` (1 is even) and `expert_max_load` (the
+    largest share of one expert in any loop and layer).
     """
     optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
     schedule = make_schedule(config.optimizer, config.training.steps)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        loss, grads = accumulate_gradients(config, state.params, batch)
+        means, grads = accumulate_gradients(config, state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         metrics = {
-            "loss": loss,
+            **means,
             "gradient_norm": optax.global_norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
