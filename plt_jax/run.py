@@ -12,16 +12,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from plt_jax.checkpoint import list_steps, load_params
-from plt_jax.config import RunConfig, Section, dump_config, load_config
+from plt_jax.config import MeshConfig, RunConfig, Section, dump_config, load_config
 from plt_jax.data.tokenizer import load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.model.transformer import Transformer
+from plt_jax.sharding import abstract_arrays, make_mesh
 
 CONFIG, TOKENIZER, CHECKPOINTS, METRICS = (
     "config.yaml",
@@ -59,8 +60,12 @@ class Trained(NamedTuple):
     """As `Transformer.init` gives them, unboxed."""
 
 
-def open_trained(path: str | Path) -> Trained:
+def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
+
+    Args:
+      mesh: where the parameters go, by the rules of sharding.py; default one device. It need not be
+        the one that they were trained on.
 
     Raises:
       InputError: the path is neither, or holds no checkpoint.
@@ -88,15 +93,9 @@ def open_trained(path: str | Path) -> Trained:
     step = steps[-1] if step is None else step
     config = load_config(directory / CONFIG)
     tokenizer = load_tokenizer(directory / TOKENIZER)
-    abstract = nn.unbox(
-        jax.eval_shape(
-            Transformer(config.model).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)
-        )
-    )["params"]
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract
-    )
+    init = Transformer(config.model).init
+    boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    abstract = abstract_arrays(boxed, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
     params = load_params(directory / CHECKPOINTS, step, abstract)
     return Trained(directory, config, tokenizer, step, params)
 

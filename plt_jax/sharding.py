@@ -96,6 +96,15 @@ def shardings_of(abstract: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(check, shapes, specs)
 
 
+def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of abstract arrays boxed with their logical axes; unboxed."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.unbox(boxed),
+        shardings_of(boxed, mesh),
+    )
+
+
 def batch_sharding(mesh: Mesh, batch_size: int, field: str) -> NamedSharding:
     """The sharding of arrays [B, ...], split by rows over the data and fsdp axes.
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plt_jax.config import MeshConfig
 from plt_jax.data.corpus import read_documents
 from plt_jax.data.load import examples_from_text, validation_examples
 from plt_jax.data.tokenizer import token_bytes
@@ -42,7 +43,9 @@ def evaluate_trained(path: str, text: str | None = None, batch_size: int | None 
       InputError: no such checkpoint or text, or a batch size that is not positive or does not
         divide over the devices.
     """
-    trained = open_trained(path)
+    # All devices here share the batch, whatever mesh the run was trained on.
+    mesh = make_mesh(MeshConfig())
+    trained = open_trained(path, mesh)
     config = trained.config
     if batch_size is not None:
         if batch_size < 1:
@@ -55,7 +58,6 @@ def evaluate_trained(path: str, text: str | None = None, batch_size: int | None 
         examples = examples_from_text(
             read_documents(text), trained.tokenizer, config.sequence_length, config.data.cache_dir
         )
-    mesh = make_mesh(config.mesh)
     bytes_V = token_bytes(trained.tokenizer, config.model.vocab_size)
     evaluation = make_evaluate(config, mesh, bytes_V)(trained.params, examples, None)
     numbers = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,14 +22,16 @@ from plt_jax.model.layers import (
 )
 from plt_jax.model.looping import LoopStates, run_loops
 
-EMBEDDING_STD = 0.02  # Small beside the residual branches, whose sum the norms rescale anyway.
-
 
 def top_parameters(config: ModelConfig) -> dict[str, Parameter]:
     """The parameters outside the layers."""
     V, D = config.vocab_size, config.width
+    # As large as the normed states that later loops add to them, and as the sum of the first
+    # layers' outputs, so that tokens are told apart from the start. Tied, they are the head too,
+    # whose logits must start small.
+    embedding_std = 1 / math.sqrt(D) if config.tied_embeddings else 1.0
     parameters = {
-        "embedding": Parameter((V, D), ("vocab", "embed"), nn.initializers.normal(EMBEDDING_STD)),
+        "embedding": Parameter((V, D), ("vocab", "embed"), nn.initializers.normal(embedding_std)),
         "final_norm": scale_parameter(D, "embed"),
     }
     if not config.tied_embeddings:

@@ -16,7 +16,7 @@ from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.moe import RouterStatistics, auxiliary_loss, load_entropy
 from plt_jax.model.transformer import Transformer
-from plt_jax.sharding import batch_sharding, shardings_of, use_mesh
+from plt_jax.sharding import abstract_arrays, batch_sharding, use_mesh
 from plt_jax.training.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]
@@ -48,12 +48,7 @@ def make_init(config: RunConfig) -> Callable[[jax.Array], TrainState]:
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the train state, without making it."""
-    boxed = jax.eval_shape(make_init(config), jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
-        shardings_of(boxed, mesh),
-    )
+    return abstract_arrays(jax.eval_shape(make_init(config), jax.random.key(0)), mesh)
 
 
 def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
