@@ -37,7 +37,6 @@ def main() -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     sampling.check()
     trained = open_trained(arguments.path)
-    sys.stdout.write(arguments.prompt)
     pieces = stream_text(
         trained.config.model,
         trained.params,
@@ -47,6 +46,7 @@ def main() -> None:
         sampling,
         jax.random.key(arguments.seed),
     )
+    sys.stdout.write(arguments.prompt)
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()

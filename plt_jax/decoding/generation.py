@@ -16,9 +16,10 @@ from plt_jax.decoding.sampling import Sampling, sample
 from plt_jax.decoding.step import decode_step
 from plt_jax.errors import InputError
 
-PREFILL_CHUNK = 256  # Bounds prefill's memory at chunk x cache, and the number of compiled shapes.
+PREFILL_CHUNK = 256  # Bounds prefill's memory at chunk x cache.
 
 _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=4)
+_decode_step = jax.jit(decode_step, static_argnums=0, donate_argnums=3)
 
 
 def generate(
@@ -70,11 +71,20 @@ def stream(
     )
 
 
-def _stream(config, params, prompts, max_new_tokens, sampling, keys_B) -> Iterator[np.ndarray]:
-    longest = max(map(len, prompts))
-    logits_BV, cache = prefill_prompts(
-        config, params, prompts, init_cache(config, len(prompts), longest + max_new_tokens)
-    )
+def _stream(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    keys_B: jax.Array,
+) -> Iterator[np.ndarray]:
+    """The generator behind `stream`, whose own checks run at the call."""
+    longest = max(map(len, prompts)) + max_new_tokens
+    # Rounded up, so that prompts of many lengths share few compiled programs.
+    capacity = -(-longest // PREFILL_CHUNK) * PREFILL_CHUNK
+    cache = init_cache(config, len(prompts), capacity)
+    logits_BV, cache = prefill_prompts(config, params, prompts, cache)
     running_B = jnp.ones(len(prompts), bool)
     tokens_B = jnp.zeros(len(prompts), jnp.int32)
     for index in range(max_new_tokens):
@@ -84,9 +94,6 @@ def _stream(config, params, prompts, max_new_tokens, sampling, keys_B) -> Iterat
             return
         if index + 1 < max_new_tokens:
             logits_BV, cache = _decode_step(config, params, tokens_B, cache)
-
-
-_decode_step = jax.jit(decode_step, static_argnums=0, donate_argnums=3)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -115,8 +122,9 @@ def prefill_prompts(
     The cache given is donated.
     """
     lengths_B = np.array([len(prompt) for prompt in prompts])
-    chunk = min(PREFILL_CHUNK, cache.capacity)
-    padded = np.zeros((len(prompts), -(-lengths_B.max() // chunk) * chunk), np.int32)
+    longest = int(lengths_B.max())
+    chunk = min(PREFILL_CHUNK, cache.capacity, 1 << (longest - 1).bit_length())
+    padded = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     logits_BV = None
@@ -144,9 +152,14 @@ def _check_prompts(
                 f"prompt {index} holds token {wrong[0]}, outside the vocabulary of "
                 f"{config.vocab_size}"
             )
-        if len(prompt) + max_new_tokens > config.max_length:
+        room = config.max_length - len(prompt)
+        if room < 1:
+            raise InputError(
+                f"prompt {index} has {len(prompt)} tokens, but the context holds "
+                f"{config.max_length}, one of them new; shorten it to {config.max_length - 1}"
+            )
+        if room < max_new_tokens:
             raise InputError(
                 f"prompt {index} has {len(prompt)} tokens and {max_new_tokens} new ones are asked "
-                f"for, but the context holds {config.max_length}; shorten the prompt or ask for at "
-                f"most {max(config.max_length - len(prompt), 0)}"
+                f"for, but the context holds {config.max_length}; ask for at most {room}"
             )

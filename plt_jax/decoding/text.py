@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from tokenizers import Tokenizer
 
 from plt_jax.config import ModelConfig
@@ -23,7 +24,7 @@ def stream_text(
     sampling: Sampling,
     key: jax.Array,
 ) -> Iterator[str]:
-    """Yields the continuation of a prompt, at the start of a document, piece by piece.
+    """The continuation of a prompt that begins a document, piece by piece.
 
     It ends at the end-of-document token, at max_new_tokens, or where the context is full.
 
@@ -35,12 +36,16 @@ def stream_text(
     sampling = sampling._replace(stop_tokens=(*sampling.stop_tokens, end))
     if len(tokens) < config.max_length:
         max_new_tokens = min(max_new_tokens, config.max_length - len(tokens))
+    return _pieces(stream(config, params, [tokens], max_new_tokens, sampling, key), tokenizer)
+
+
+def _pieces(steps: Iterator[np.ndarray], tokenizer: Tokenizer) -> Iterator[str]:
+    """Text as its tokens come, never a part of a character."""
     new: list[int] = []
     shown = ""
-    for (token,) in stream(config, params, [tokens], max_new_tokens, sampling, key):
+    for (token,) in steps:
         new.append(int(token))
         text = tokenizer.decode(new)
-        # A character of several bytes may still be cut in the middle.
         if not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(shown) :]
             shown = text

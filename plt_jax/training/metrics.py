@@ -51,7 +51,7 @@ def read_metrics(directory: Path) -> list[dict[str, float]]:
 
 
 def plot_losses(directory: Path) -> None:
-    """Draws loss.png: training and validation loss in nats per token, and the validation's bits."""
+    """Draws loss.png: training and validation loss in nats per token, by step."""
     from matplotlib.figure import Figure  # slow to import, and needed once a run
 
     rows = read_metrics(directory)
@@ -64,14 +64,8 @@ def plot_losses(directory: Path) -> None:
     if validation:
         steps = [row["step"] for row in validation]
         losses = [row["validation_loss"] for row in validation]
-        axes.plot(steps, losses, "o-", color="tab:orange", label="held-out text")
-        axes.annotate(
-            f"{validation[-1]['bits_per_byte']:.3f} bits per byte",
-            (steps[-1], losses[-1]),
-            xytext=(-6, 10),
-            textcoords="offset points",
-            horizontalalignment="right",
-        )
+        label = f"held-out text (last: {validation[-1]['bits_per_byte']:.3f} bits per byte)"
+        axes.plot(steps, losses, "o-", color="tab:orange", label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(directory.name)
