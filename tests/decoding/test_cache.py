@@ -1,0 +1,145 @@
+"""The cache's size, the parameters' layouts, and what is refused."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plt_jax import Transformer, decode_step, init_cache, prefill, prepare_for_decode
+from plt_jax.decoding.cache import ring_positions
+from plt_jax.decoding.prefill import _window_of_chunk
+from tests.models import ALL, compiled, random_params, small_config
+
+B, S, W, D = 3, 40, 5, 16
+
+
+def size(tree) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("scheme", "count"), ALL)
+def test_size(scheme, count):
+    """The table of the paper: K/V times L without sharing, W/S of it more per loop with windows."""
+    plain = init_cache(small_config("no_loop", 1), B, S)
+    cache = init_cache(small_config(scheme, count, window=W), B, S)
+    keys_values = size((plain.keys, plain.values))
+    assert keys_values == 2 * 2 * B * S * 2 * 4 * 4  # k and v, layers, B, S, heads, width, bytes
+    assert size(plain) == keys_values + 4 * B
+
+    later, windows, full = count - 1, 0, 1
+    if scheme in ("vanilla_loop", "clp"):
+        full = count
+    elif scheme in ("plt", "loop_kv_share_window"):
+        windows = later
+    carried = later if scheme in ("clp", "clp_kv_share", "plt") else 0
+    assert cache.carried.shape == (B, carried, D)
+    expected = keys_values * full + keys_values * windows * W // S + 4 * B * carried * D + 4 * B
+    assert size(cache) == expected
+    assert cache.capacity == S
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(cache))
+
+
+def test_dtype():
+    config = small_config("plt", 2, dtype="bfloat16")
+    for cache, dtype in (
+        (init_cache(config, B, S), jnp.bfloat16),
+        (init_cache(config, B, S, "float32"), jnp.float32),
+    ):
+        arrays = (*cache.keys, *cache.values, *cache.ring_keys, *cache.ring_values, cache.carried)
+        assert {array.dtype for array in arrays} == {jnp.dtype(dtype)}
+        assert cache.lengths.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_ring_positions(window):
+    """After n tokens the ring holds the last of them, each in slot position mod window."""
+    for length in range(20):
+        slots = [-1] * window
+        for position in range(length):
+            slots[position % window] = position
+        held = np.asarray(ring_positions(jnp.array([length]), window))[0]
+        np.testing.assert_array_equal(np.maximum(held, -1), slots)
+
+
+@pytest.mark.parametrize("window", [1, 3, 7])
+def test_a_chunk_writes_each_slot_of_a_ring_once(window):
+    """Which of two writes to one slot stays is not defined, though a CPU keeps the last."""
+    config = small_config("plt", 2, window=window)
+    cache = init_cache(config, 4, S).replace(lengths=jnp.array([0, 2, 5, 11]))
+    lengths, positions = jnp.array([10, 10, 1, 0]), cache.lengths[:, None] + jnp.arange(10)
+    real = jnp.arange(10) < lengths[:, None]
+    _, slots = _window_of_chunk(window, positions, real, lengths, cache)
+    for row, length in zip(np.asarray(slots), lengths, strict=True):
+        written = row[row < window]
+        assert len(set(written.tolist())) == len(written) == min(window, length)
+
+
+def test_raw_boxed_and_prepared_params_answer_alike():
+    config = small_config("no_loop", 1)
+    tokens, lengths, cache = jnp.ones((2, 3), int), jnp.array([3, 2]), init_cache(config, 2, 8)
+
+    @compiled
+    def answer(params):
+        logits, filled = prefill(config, params, tokens, lengths, cache)
+        return logits, *decode_step(config, params, tokens[:, 0], filled)
+
+    boxed = compiled(Transformer(config).init)(jax.random.key(0), tokens)["params"]
+    assert isinstance(boxed["head"], nn.Partitioned)
+    prepared = answer(prepare_for_decode(config, boxed))
+    for params in (boxed, nn.unbox(boxed)):
+        jax.tree.map(
+            lambda actual, right: np.testing.assert_allclose(actual, right, atol=1e-6),
+            answer(params),
+            prepared,
+        )
+
+
+def test_preparing_casts_projections_alone_and_happens_once():
+    config = small_config("plt", 2, dtype="bfloat16")
+    params = random_params(config)
+    prepared = prepare_for_decode(config, params)
+    assert prepare_for_decode(config, prepared) is prepared
+    assert len(prepared["layers"]) == config.layers
+    for j, layer in enumerate(prepared["layers"]):
+        assert layer.keys() == params["layers"].keys()
+        np.testing.assert_array_equal(layer["q"], params["layers"]["q"][j].astype(jnp.bfloat16))
+        assert layer["q"].dtype == prepared["head"].dtype == jnp.bfloat16
+        assert layer["ffn_norm"].dtype == prepared["final_norm"].dtype == jnp.float32
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 8), (2, 0), (-1, 8)])
+def test_empty_cache_is_refused(batch, length):
+    with pytest.raises(ValueError, match=rf"at least 1, got {batch}, {length}"):
+        init_cache(small_config(), batch, length)
+
+
+def call_prefill(shape, lengths, config=small_config()):
+    params, cache = random_params(config), init_cache(config, 2, 8)
+    prefill(config, params, jnp.zeros(shape, jnp.int32), jnp.zeros(lengths, jnp.int32), cache)
+
+
+@pytest.mark.parametrize(
+    ("shape", "lengths", "message"),
+    [
+        ((3, 4), (3,), "do not match a cache of 2 sequences"),
+        ((2, 9), (2,), "a chunk of 9 tokens does not fit a cache of 8"),
+        ((2, 0), (2,), "a chunk of 0 tokens"),
+        ((2, 4), (3,), r"lengths must have shape \(2,\), got \(3,\)"),
+        ((2, 4), (2, 1), r"lengths must have shape \(2,\), got \(2, 1\)"),
+        ((2, 4), (), r"lengths must have shape \(2,\), got \(\)"),
+    ],
+)
+def test_prefill_of_other_shapes_is_refused(shape, lengths, message):
+    with pytest.raises(ValueError, match=message):
+        call_prefill(shape, lengths)
+
+
+@pytest.mark.parametrize("scheme", ["plt", "vanilla_loop"])
+def test_step_of_another_batch_is_refused(scheme):
+    config = small_config(scheme)
+    with pytest.raises(ValueError, match="do not match a cache of 2 sequences"):
+        decode_step(config, random_params(config), jnp.zeros(3, int), init_cache(config, 2, 8))

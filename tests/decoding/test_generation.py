@@ -1,0 +1,160 @@
+"""Generation: greedy against the full forward pass, and what a row may depend on."""
+
+import jax
+import numpy as np
+import pytest
+
+from plt_jax import InputError, Sampling, generate
+from plt_jax.decoding import generation
+from plt_jax.decoding.generation import stream
+from tests.models import forward, random_params, small_config
+
+CONFIG = small_config("plt", 3, window=3)
+PROMPTS = ([5, 1, 9, 2, 2, 7, 30], [0], [8, 8, 3, 1])
+NEW = 6
+LENGTH = 24  # one shape for all full forward passes
+SAMPLING = Sampling(temperature=1.5, top_k=20, top_p=0.95)
+
+
+def greedy(config, prompt, new) -> list[int]:
+    """The most likely token after each prefix, by the full forward pass over all of it."""
+    params, tokens = random_params(config), list(prompt)
+    for _ in range(new):
+        padded = np.zeros((3, LENGTH), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits = forward(config)(params, padded)[0, len(tokens) - 1]
+        tokens.append(int(np.argmax(logits)))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def continuation():
+    """The greedy continuation of every prompt, [3, NEW]."""
+    return np.array([greedy(CONFIG, prompt, NEW) for prompt in PROMPTS])
+
+
+def run(prompts=PROMPTS, new=NEW, sampling=Sampling(), seed=None, config=CONFIG):
+    key = None if seed is None else jax.random.key(seed)
+    return generate(config, random_params(config), prompts, new, sampling, key)
+
+
+def test_ragged_prompts_continue_as_the_forward_pass_says(continuation):
+    tokens = run()
+    assert tokens.dtype == np.int32
+    np.testing.assert_array_equal(tokens, continuation)
+
+
+@pytest.mark.parametrize("scheme", ["no_loop", "loop_kv_share_window"])
+def test_schemes_that_decode_in_other_ways(scheme):
+    config = small_config(scheme, 1 if scheme == "no_loop" else 2, window=3)
+    expected = [greedy(config, prompt, NEW) for prompt in PROMPTS]
+    np.testing.assert_array_equal(run(config=config), expected)
+
+
+def test_prompt_alone_continues_as_among_others(continuation):
+    np.testing.assert_array_equal(run([PROMPTS[0]]), continuation[:1])
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_prompts_longer_than_a_chunk(continuation, monkeypatch, chunk):
+    """Here prompts end in different chunks, inside one and at its end."""
+    monkeypatch.setattr(generation, "PREFILL_CHUNK", chunk)
+    np.testing.assert_array_equal(run(), continuation)
+
+
+def test_one_new_token(continuation):
+    np.testing.assert_array_equal(run(new=1), continuation[:, :1])
+
+
+def test_context_can_be_filled(continuation):
+    config = CONFIG.model_copy(update={"max_length": len(PROMPTS[0]) + NEW})
+    np.testing.assert_array_equal(run(config=config)[0], continuation[0])
+
+
+def test_arrays_are_prompts_too(continuation):
+    prompts = [np.array(prompt, np.int64) for prompt in PROMPTS]
+    np.testing.assert_array_equal(run(prompts), continuation)
+
+
+# ---- draws ----
+
+
+def test_a_seed_decides_the_draws():
+    first = run(sampling=SAMPLING, seed=1)
+    np.testing.assert_array_equal(first, run(sampling=SAMPLING, seed=1))
+    assert np.any(first != run(sampling=SAMPLING, seed=2))
+    assert np.all((first >= 0) & (first < CONFIG.vocab_size))
+
+
+def test_a_row_does_not_depend_on_other_prompts():
+    others = ([1, 2, 3, 4, 5, 6, 7], [0], [11])
+    first, second = run(sampling=SAMPLING, seed=1), run(others, sampling=SAMPLING, seed=1)
+    np.testing.assert_array_equal(first[1], second[1])
+    assert np.any(first[0] != second[0])
+
+
+def test_equal_prompts_draw_differently_by_row_and_step():
+    """One key would give each row, or each step, the same draw."""
+    tokens = run([[0]] * 3, new=12, sampling=Sampling(temperature=100.0), seed=3)
+    assert len({tuple(row) for row in tokens.tolist()}) == 3
+    assert all(len(set(row)) > 4 for row in tokens.tolist())
+
+
+# ---- stop tokens ----
+
+
+def until_stop(row, stops):
+    """A row with everything after the first stop token replaced by it."""
+    for index, token in enumerate(row):
+        if token in stops:
+            return [*row[:index], *[token] * (len(row) - index)]
+    return list(row)
+
+
+def test_a_row_repeats_its_stop_token_and_others_go_on(continuation):
+    stop = int(continuation[0][1])
+    expected = [until_stop(row, {stop}) for row in continuation.tolist()]
+    assert expected[0] != continuation.tolist()[0] and expected[1:] == continuation.tolist()[1:]
+    np.testing.assert_array_equal(run(sampling=Sampling(stop_tokens=(stop,))), expected)
+
+
+def test_generation_ends_when_all_rows_have_stopped(continuation):
+    """Each row has its own stop token, the last at step 2; stop tokens are not swallowed."""
+    stops = tuple(sorted({int(continuation[row][row]) for row in range(3)}))
+    expected = [until_stop(row, set(stops)) for row in continuation.tolist()]
+    sampling = Sampling(stop_tokens=stops)
+    steps = list(stream(CONFIG, random_params(CONFIG), PROMPTS, NEW, sampling))
+    last_stop = max(min(row.index(s) for s in stops if s in row) for row in continuation.tolist())
+    assert len(steps) == last_stop + 1 <= 3
+    np.testing.assert_array_equal(np.stack(steps, axis=1), np.array(expected)[:, : len(steps)])
+    np.testing.assert_array_equal(run(sampling=sampling), expected)
+
+
+# ---- what is refused, when called and before any device work ----
+
+
+@pytest.mark.parametrize(
+    ("prompts", "new", "sampling", "message"),
+    [
+        ([], 1, Sampling(), "no prompts were given"),
+        ([[1], []], 1, Sampling(), "prompt 1 is empty"),
+        ([[1], [2, 31]], 1, Sampling(), "prompt 1 holds token 31, outside the vocabulary of 31"),
+        ([[-1]], 1, Sampling(), "prompt 0 holds token -1"),
+        ([[1] * 60], 5, Sampling(), "prompt 0 has 60 tokens and 5 new ones .* at most 4"),
+        ([[1] * 64], 5, Sampling(), "prompt 0 has 64 tokens.*shorten it to 63"),
+        ([[1], [1] * 70], 1, Sampling(), "prompt 1 has 70 tokens.*shorten it to 63"),
+        ([[1]], 0, Sampling(), "max_new_tokens is 0"),
+        ([[1]], -3, Sampling(), "max_new_tokens is -3"),
+        ([[1]], 1, Sampling(temperature=1.0), "needs a key"),
+        ([[1]], 1, Sampling(top_p=2.0), "top_p is 2.0"),
+    ],
+)
+@pytest.mark.parametrize("function", [generate, stream])
+def test_bad_input_is_refused(function, prompts, new, sampling, message, monkeypatch):
+    def device_work(*_):
+        raise AssertionError("device work began")
+
+    monkeypatch.setattr(generation, "init_cache", device_work)
+    monkeypatch.setattr(generation, "prepare_for_decode", device_work)
+    with pytest.raises(InputError, match=message):
+        function(CONFIG, random_params(CONFIG), prompts, new, sampling)

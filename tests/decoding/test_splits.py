@@ -1,0 +1,168 @@
+"""Decoding in any split of prefill chunks and decode steps is the full forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from plt_jax import ModelConfig, decode_step, init_cache, prefill, prepare_for_decode
+from plt_jax.decoding.cache import Cache, ring_positions
+from tests.models import ALL, compiled, forward, random_params, random_tokens, small_config
+
+TOLERANCE = 1e-4
+B, CAPACITY = 3, 24
+STEP = None
+"""A decode step, among chunks given as their lengths by row."""
+
+CASES = {
+    **{f"{scheme}-{count}": small_config(scheme, count, window=3) for scheme, count in ALL},
+    "plt-3-window-1": small_config("plt", 3, window=1),
+    "plt-3-window-30": small_config("plt", 3, window=30, gate_input="hidden"),
+    "loop_kv_share_window-2-window-1": small_config(
+        "loop_kv_share_window", 2, window=1, normalize_between_loops=False, tied_embeddings=True
+    ),
+    "loop_kv_share_window-2-window-30": small_config("loop_kv_share_window", 2, window=30),
+    "plt-4-options": small_config(
+        "plt",
+        4,
+        gate_input="hidden",
+        normalize_between_loops=False,
+        embedding_scale=0.7,
+        qk_norm=True,
+        ffn_output_norm=True,
+        kv_heads=1,
+    ),
+}
+
+operations = st.lists(
+    st.just(STEP) | st.tuples(*[st.sampled_from((0, 1, 2, 4, 7, 15))] * B), min_size=1, max_size=8
+)
+
+
+@functools.cache
+def programs(config: ModelConfig):
+    """`prefill(params, tokens, lengths, cache)` and `decode_step(params, tokens, cache)`."""
+    return (
+        compiled(functools.partial(prefill.__wrapped__, config)),
+        compiled(functools.partial(decode_step.__wrapped__, config)),
+    )
+
+
+@functools.cache
+def prepared(config: ModelConfig):
+    return prepare_for_decode(config, random_params(config))
+
+
+class Decoder:
+    """Feeds fixed sequences to a cache and compares every answer with the full forward pass."""
+
+    def __init__(self, config: ModelConfig, dtype=None, tolerance=TOLERANCE):
+        self.config, self.tolerance = config, tolerance
+        self.tokens = np.asarray(random_tokens(config, B, CAPACITY))
+        self.expected = np.asarray(forward(config)(random_params(config), self.tokens))
+        self.cache = init_cache(config, B, CAPACITY, dtype)
+        self.done = np.zeros(B, int)
+
+    def chunk(self, lengths):
+        """Prefills up to `lengths` more tokens of each row; junk follows them in the chunk."""
+        lengths = np.minimum(lengths, CAPACITY - self.done)
+        chunk = np.random.default_rng(self.done).integers(
+            0, self.config.vocab_size, (B, CAPACITY), dtype=np.int32
+        )
+        for row in range(B):
+            start, length = self.done[row], lengths[row]
+            chunk[row, :length] = self.tokens[row, start : start + length]
+        run = programs(self.config)[0]
+        logits, self.cache = run(prepared(self.config), chunk, lengths, self.cache)
+        self.check(logits, lengths)
+
+    def step(self):
+        """Decodes the next token of every row, or none where a row is at its end."""
+        if np.max(self.done) == CAPACITY:
+            return
+        tokens = self.tokens[np.arange(B), self.done]
+        logits, self.cache = programs(self.config)[1](prepared(self.config), tokens, self.cache)
+        self.check(logits, np.ones(B, int))
+
+    def check(self, logits, lengths):
+        self.done += lengths
+        np.testing.assert_array_equal(self.cache.lengths, self.done)
+        assert logits.dtype == jnp.float32 and logits.shape == (B, self.config.vocab_size)
+        for row in np.flatnonzero(lengths):
+            right = self.expected[row, self.done[row] - 1]
+            np.testing.assert_allclose(logits[row], right, atol=self.tolerance, rtol=0)
+
+    def run(self, operations):
+        for operation in operations:
+            self.step() if operation is STEP else self.chunk(operation)
+
+
+def meaningful(config: ModelConfig, cache: Cache):
+    """The parts of a cache that later answers depend on; zero elsewhere."""
+    slots = jnp.arange(CAPACITY) < cache.lengths[:, None]
+    ring = ring_positions(cache.lengths, config.loop.window) >= 0
+
+    def part(arrays, filled):
+        return [jnp.where(filled[:, None, None, :, None], array, 0) for array in arrays]
+
+    return (
+        cache.lengths,
+        part([*cache.keys, *cache.values], slots),
+        part([*cache.ring_keys, *cache.ring_values], ring),
+        cache.carried,
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(operations)
+@example([STEP] * CAPACITY)
+@example([(24, 24, 24)])
+@example([(24, 1, 13), (0, 0, 11), (0, 20, 0)])
+@example([(0, 0, 0), (0, 2, 9), STEP, STEP, (5, 0, 0), STEP, (15, 15, 7), STEP, STEP])
+def test_any_split_is_the_forward_pass(case, operations):
+    """Each answer is the forward pass's, and the cache that of one chunk."""
+    config = CASES[case]
+    split, whole = Decoder(config), Decoder(config)
+    split.run(operations)
+    whole.chunk(split.done)
+    jax.tree.map(
+        lambda actual, right: np.testing.assert_allclose(actual, right, atol=2e-5, rtol=1e-5),
+        meaningful(config, split.cache),
+        meaningful(config, whole.cache),
+    )
+
+
+@pytest.mark.parametrize("case", ["plt-3", "clp-3", "vanilla_loop-3"])
+def test_a_cache_is_not_modified(case):
+    """Two calls from one cache answer alike: it can be kept, as the state after a shared prompt."""
+    config = CASES[case]
+    decoder = Decoder(config)
+    decoder.chunk([7, 3, 1])
+    before, done = decoder.cache, decoder.done.copy()
+    kept = jax.tree.map(np.array, before)
+    for _ in range(2):
+        decoder.cache, decoder.done = before, done.copy()
+        decoder.step()
+        decoder.cache, decoder.done = before, done.copy()
+        decoder.chunk([2, 0, 5])
+    jax.tree.map(np.testing.assert_array_equal, before, kept)
+
+
+def test_bfloat16():
+    """Keys rounded to 8 bits move the logits by a share of a hundredth of their spread or so."""
+    config = small_config("plt", 3, window=3)
+    split = [(7, 3, 1), STEP, (2, 4, 0), STEP, STEP, (0, 7, 15)]
+    spread = np.std(Decoder(config).expected)
+    Decoder(config, dtype="bfloat16", tolerance=0.2 * spread).run(split)
+
+    rounded = Decoder(small_config("plt", 3, window=3, dtype="bfloat16"), tolerance=0.2 * spread)
+    rounded.run(split)
+    assert {leaf.dtype for leaf in jax.tree.leaves(rounded.cache)} == {
+        jnp.dtype(jnp.bfloat16),
+        jnp.dtype(jnp.int32),
+    }

@@ -1,0 +1,69 @@
+"""The decode step's work: one pass of the stack for all loops, one read of the shared cache."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from plt_jax import decode_step, init_cache, prepare_for_decode
+from tests.models import ALL, random_params, small_config
+
+B, S, LAYERS = 3, 40, 2
+SHIFTED = ("no_loop", "clp", "clp_kv_share", "plt")
+
+
+def equations(jaxpr) -> Iterator:
+    """All equations of a jaxpr, with those of nested ones; no loop hides repetitions of any."""
+    for equation in jaxpr.eqns:
+        assert equation.primitive.name not in ("scan", "while")
+        yield equation
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@functools.cache
+def products(scheme: str, count: int) -> list[list[tuple[int, ...]]]:
+    """The shapes of both operands of every matrix product of a decode step."""
+    config = small_config(scheme, count)
+    params = prepare_for_decode(config, random_params(config))
+    jaxpr = jax.make_jaxpr(functools.partial(decode_step, config))(
+        params, jnp.zeros(B, jnp.int32), init_cache(config, B, S)
+    )
+    return [
+        [operand.aval.shape for operand in equation.invars]
+        for equation in equations(jaxpr.jaxpr)
+        if equation.primitive.name == "dot_general"
+    ]
+
+
+def count_with(shape, scheme, count):
+    return sum(shape in operands for operands in products(scheme, count))
+
+
+@pytest.mark.parametrize(("scheme", "count"), ALL)
+def test_weights_are_read_once_for_all_loops(scheme, count):
+    """Each weight is in one product a layer; L in the schemes without a shift."""
+    passes = 1 if scheme in SHIFTED else count
+    weights = {"gate and up": (16, 24), "down": (24, 16), "q": (16, 4, 4), "o": (4, 4, 16)}
+    read = {name: count_with(shape, scheme, count) for name, shape in weights.items()}
+    per_layer = {"gate and up": 2, "down": 1, "q": 1, "o": 1}
+    assert read == {name: n * LAYERS * passes for name, n in per_layer.items()}
+
+
+@pytest.mark.parametrize(("scheme", "count"), ALL)
+def test_shared_cache_is_read_once_for_all_loops(scheme, count):
+    """Once for the logits and once for the sum of values, in every layer."""
+    shared = (B, 2, S, 4)
+    passes = count if scheme == "loop_kv_share_window" else 1
+    if scheme not in ("clp", "vanilla_loop"):
+        assert count_with(shared, scheme, count) == 2 * LAYERS * passes
+
+
+@pytest.mark.parametrize(("scheme", "count"), ALL)
+def test_head_reads_the_last_loop_alone(scheme, count):
+    head = [operands for operands in products(scheme, count) if (16, 31) in operands]
+    assert head == [[(B, 1, 16), (16, 31)]]

@@ -1,0 +1,85 @@
+"""Streaming text: the pieces are the whole, and no character is cut."""
+
+import jax
+import numpy as np
+import pytest
+
+from plt_jax import InputError, Sampling, generate
+from plt_jax.data.tokenizer import bos_id, eos_id, train_tokenizer
+from plt_jax.decoding import text
+from plt_jax.decoding.text import stream_text
+from tests.models import random_params, small_config
+
+CONFIG = small_config("plt", 2, vocab_size=258, max_length=40)
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Every token is one byte."""
+    return train_tokenizer(["a union of states"], vocab_size=258, min_frequency=2)
+
+
+def pieces(tokenizer, prompt="state", new=12, sampling=Sampling(), seed=0):
+    key = jax.random.key(seed)
+    return list(stream_text(CONFIG, random_params(CONFIG), tokenizer, prompt, new, sampling, key))
+
+
+@pytest.mark.parametrize(
+    "continuation", ["", "plain", "naïve € 😀 ünï", "😀", "ends inside 😀"], ids=repr
+)
+def test_characters_of_several_bytes_come_whole(tokenizer, monkeypatch, continuation):
+    tokens = tokenizer.encode(continuation).ids
+    assert len(tokens) == len(continuation.encode())
+    cut = continuation.startswith("ends")
+    if cut:
+        tokens = tokens[:-1]
+
+    def planned(config, params, prompts, new, sampling, key):
+        assert prompts == [[bos_id(tokenizer), *tokenizer.encode("state").ids]]
+        assert sampling.stop_tokens == (5, eos_id(tokenizer))
+        yield from (np.array([token]) for token in [*tokens, eos_id(tokenizer)])
+
+    monkeypatch.setattr(text, "stream", planned)
+    out = pieces(tokenizer, sampling=Sampling(stop_tokens=(5,)))
+    assert "".join(out) == tokenizer.decode(tokens)
+    whole = "".join(out[:-1]) if cut else "".join(out)
+    assert REPLACEMENT not in whole
+    assert whole == (continuation[:-1] if cut else continuation)
+    # Piece by piece: each character is there as soon as its bytes are.
+    assert sum(map(bool, out)) == len(continuation)
+
+
+def test_pieces_are_the_decoded_tokens(tokenizer):
+    """Of a random model, whose bytes are mostly no characters."""
+    sampling = Sampling(temperature=2.0)
+    prompt = [bos_id(tokenizer), *tokenizer.encode("state").ids]
+    for seed in range(3):
+        tokens = generate(
+            CONFIG,
+            random_params(CONFIG),
+            [prompt],
+            12,
+            sampling._replace(stop_tokens=(eos_id(tokenizer),)),
+            jax.random.key(seed),
+        )
+        out = pieces(tokenizer, sampling=sampling, seed=seed)
+        assert "".join(out) == tokenizer.decode(tokens[0].tolist())
+
+
+def test_it_ends_where_the_context_is_full(tokenizer, monkeypatch):
+    asked = []
+
+    def planned(config, params, prompts, new, sampling, key):
+        asked.append(len(prompts[0]) + new)
+        return iter(())
+
+    monkeypatch.setattr(text, "stream", planned)
+    assert "".join(pieces(tokenizer, prompt="s" * 30, new=100)) == ""
+    assert asked == [CONFIG.max_length]
+
+
+def test_prompt_beyond_the_context_is_refused(tokenizer):
+    for length in (39, 40, 50):
+        with pytest.raises(InputError, match=f"prompt 0 has {length + 1} tokens"):
+            pieces(tokenizer, prompt="s" * length, new=1)

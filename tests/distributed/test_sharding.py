@@ -1,0 +1,175 @@
+"""Eight devices give what one gives, with the parameters laid out by the rules."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from plt_jax.config import MeshConfig, load_config
+from plt_jax.errors import InputError
+from plt_jax.evaluation.report import evaluate_trained
+from plt_jax.run import open_trained
+from plt_jax.sharding import make_mesh
+from plt_jax.training import loop
+from tests.distributed.worker import MESHES, SHAPE
+from tests.training.runs import REPOSITORY, environment, losses
+
+CASES = [
+    *[("plt", mesh) for mesh in MESHES if mesh != "one"],
+    ("tied", "all"),
+    ("accumulated", "data"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def found(folder):
+    """What tests/distributed/worker.py prints."""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.worker", str(folder)],
+        **{"cwd": REPOSITORY, "env": environment(**flags), "capture_output": True, "timeout": 500},
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads(done.stdout)
+    assert found["devices"] == 8
+    return found
+
+
+@pytest.mark.parametrize(("model", "mesh"), CASES)
+def test_every_mesh_gives_the_losses_of_one_device(found, model, mesh):
+    case = found[model][mesh]
+    for got, expected in zip(case["metrics"], case["expected"], strict=True):
+        assert got == pytest.approx(expected, rel=1e-5)
+    assert case["expected"][0]["loss"] != case["expected"][1]["loss"]
+
+
+@pytest.mark.parametrize(("model", "mesh"), CASES)
+def test_every_mesh_gives_the_updates_of_one_device(found, model, mesh):
+    case = found[model][mesh]
+    for name, difference in case["differences"].items():
+        assert difference < 2e-6, name
+        assert case["moved"][name] > 1e-4, name
+
+
+AXES = {
+    "embedding": ("tensor", "fsdp"),
+    "final_norm": ("fsdp",),
+    "head": ("fsdp", "tensor"),
+    "layers.attention_norm": (None, "fsdp"),
+    "layers.ffn_norm": (None, "fsdp"),
+    "layers.q": (None, "fsdp", "tensor", None),
+    "layers.k": (None, "fsdp", "tensor", None),
+    "layers.v": (None, "fsdp", "tensor", None),
+    "layers.o": (None, "tensor", None, "fsdp"),
+    "layers.gate_bias": (None, "tensor"),
+    "layers.gate_weight": (None, "tensor", None),
+    "layers.ffn_gate": (None, "fsdp", "tensor"),
+    "layers.ffn_up": (None, "fsdp", "tensor"),
+    "layers.ffn_down": (None, "tensor", "fsdp"),
+}
+V, D, N, K, F = (SHAPE[name] for name in ("vocab_size", "width", "heads", "kv_heads", "ffn_width"))
+H = D // N
+SHAPES = {
+    "embedding": (V, D),
+    "final_norm": (D,),
+    "head": (D, V),
+    "layers.attention_norm": (1, D),
+    "layers.ffn_norm": (1, D),
+    "layers.q": (1, D, N, H),
+    "layers.k": (1, D, K, H),
+    "layers.v": (1, D, K, H),
+    "layers.o": (1, N, H, D),
+    "layers.gate_bias": (1, N),
+    "layers.gate_weight": (1, N, H),
+    "layers.ffn_gate": (1, D, F),
+    "layers.ffn_up": (1, D, F),
+    "layers.ffn_down": (1, F, D),
+}
+
+
+@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != "one"])
+def test_parameters_and_moments_lie_as_the_rules_say(found, mesh):
+    sizes = {"tensor": 1, "fsdp": 1} | MESHES[mesh]
+    shards = found["plt"][mesh]["shards"]
+    seen = 0
+    for leaf, (shard, devices) in shards.items():
+        name = next((name for name in AXES if leaf.endswith(f".{name}")), None)
+        if name is None:
+            assert shard == [], leaf
+            continue
+        expected = [
+            size // sizes.get(axis, 1) for size, axis in zip(SHAPES[name], AXES[name], strict=True)
+        ]
+        assert shard == expected, leaf
+        assert devices == 8, leaf
+        seen += 1
+    # The parameters, and Adam's two running means of each.
+    assert seen == 3 * len(AXES)
+
+
+REFUSED = {
+    "more devices": ["need 16 devices, but there are 8", "set one axis to -1"],
+    "fewer devices": ["need 4 devices, but there are 8"],
+    "no size": ["8 devices do not divide by the fixed axes' product 3", "mesh.data = -1"],
+    "kv_heads": ["layers.k has a dimension of 2", "mesh axis tensor = 4"],
+    "heads": ["has a dimension of 2", "mesh axis tensor = 4"],
+    "width": ["has a dimension of 20", "mesh axis fsdp = 8"],
+    "vocabulary": ["has a dimension of 63", "mesh axis tensor = 2"],
+    "micro-batch": ["training.batch_size / training.accumulate = 4 does not divide by the 8 dev"],
+    "batch": ["training.batch_size = 12 does not divide by the 8 devices of mesh axes data x fsdp"],
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_divide_is_refused(found, case):
+    message = found["refusals"][case]
+    for part in REFUSED[case]:
+        assert part in message
+    assert "change" in message and "\n" not in message
+
+
+def test_a_refused_parameter_is_named_as_in_the_model(found):
+    for case in ("kv_heads", "heads", "width", "vocabulary"):
+        assert found["refusals"][case].split()[0].removeprefix("params.") in AXES
+
+
+def test_without_devices_to_fill_the_mesh_it_is_refused():
+    with pytest.raises(InputError, match="need 2 devices, but there are 1; change a size, or set"):
+        make_mesh(MeshConfig(data=2), jax.devices()[:1])
+    assert make_mesh(MeshConfig(), jax.devices()[:1]).shape == {"data": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_a_run_trained_on_eight_devices_opens_on_one(found, folder):
+    trained = open_trained(folder / "run")
+    assert trained.step == found["trained"]["step"] == 4
+    assert trained.config.mesh.sizes() == MESHES["all"]
+    for leaf in jax.tree.leaves(trained.params):
+        assert len(leaf.sharding.device_set) == 1
+        assert np.isfinite(leaf).all()
+
+
+def test_a_run_evaluates_the_same_on_eight_devices_and_on_one(found, folder):
+    numbers = evaluate_trained(str(folder / "run")).numbers
+    for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes"):
+        assert numbers[name] == pytest.approx(found["trained"]["evaluation"][name], rel=1e-5)
+
+
+def test_a_run_trained_on_eight_devices_resumes_on_one(found, folder):
+    config = load_config(
+        folder / "run" / "config.yaml",
+        {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "training": {"steps": 6}},
+    )
+    before = losses(config)
+    assert loop.train(config) == loop.Outcome(6, stopped=False)
+    after = losses(config)
+    assert list(after) == [1, 2, 3, 4, 5, 6]
+    assert {step: after[step] for step in before} == before
+    assert max(after[5], after[6]) < after[1]

@@ -1,0 +1,184 @@
+"""Trains small models on eight host devices, in several meshes; prints what it found as JSON.
+
+Runs in a process of its own, since the number of devices is fixed when JAX starts:
+`python -m tests.distributed.worker FOLDER`. The folder gets a run trained on a 2 x 2 x 2 mesh.
+"""
+
+import contextlib
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from plt_jax.config import RunConfig
+from plt_jax.errors import InputError
+from plt_jax.evaluation.report import evaluate_trained
+from plt_jax.sharding import batch_sharding, make_mesh, place_batch
+from plt_jax.training.loop import train
+from plt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+from tests.training.runs import make_home, tiny_config
+
+MESHES = {
+    "one": {},
+    "data": {"data": 8},
+    "fsdp": {"data": 1, "fsdp": 8},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+    "data and tensor": {"data": 4, "fsdp": 1, "tensor": 2},
+}
+SETTINGS = {
+    "plt": {"loop": {"scheme": "plt", "count": 2, "window": 3}},
+    "tied": {"loop": {"scheme": "clp", "count": 3}, "tied_embeddings": True, "qk_norm": True},
+}
+SHAPE = {
+    "vocab_size": 64,
+    "max_length": 16,
+    "width": 16,
+    "layers": 1,
+    "heads": 4,
+    "kv_heads": 2,
+    "ffn_width": 32,
+}
+
+
+def make_config(mesh, model, accumulate=1, **sizes) -> RunConfig:
+    # An epsilon well above rounding, since Adam divides tiny gradients by themselves.
+    return RunConfig(
+        model=SHAPE | SETTINGS[model] | sizes,
+        mesh=mesh,
+        optimizer={"learning_rate": 1e-2, "warmup_fraction": 0.0, "epsilon": 1e-3},
+        training={"steps": 10, "batch_size": 16, "accumulate": accumulate, "z_loss": 1e-2},
+    )
+
+
+def make_batches():
+    random = np.random.default_rng(0)
+    for _ in range(2):
+        tokens = random.integers(0, 64, (16, 13), np.int32)
+        yield {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segment_ids": np.cumsum(random.random((16, 12)) < 0.2, axis=1, dtype=np.int32),
+            "weights": (random.random((16, 12)) < 0.8).astype(np.float32),
+        }
+
+
+def mesh_of(config):
+    devices = jax.devices()[:1] if config.mesh.sizes() == RunConfig().mesh.sizes() else None
+    return make_mesh(config.mesh, devices)
+
+
+def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float]]]:
+    """Two steps from the start."""
+    mesh = mesh_of(config)
+    step, state = make_train_step(config, mesh), init_state(config, mesh)
+    rows = batch_sharding(mesh, config.training.batch_size, "training.batch_size")
+    metrics = []
+    for batch in make_batches():
+        state, values = step(state, place_batch(batch, rows))
+        metrics.append({name: float(value) for name, value in values.items()})
+    return state, metrics
+
+
+@functools.cache
+def on_one_device(model: str):
+    """Parameters at the start and after the steps, by name, and the metrics."""
+    config = make_config(MESHES["one"], model)
+    start = named(jax.device_get(init_state(config, mesh_of(config)).params))
+    state, metrics = take_steps(config)
+    return start, named(jax.device_get(state.params)), metrics
+
+
+def named(tree) -> dict[str, jax.Array]:
+    """Leaves by their path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def compare(model: str, mesh: str, accumulate: int = 1) -> dict:
+    """What a mesh gives against one device: metrics, largest differences, shards."""
+    start, expected, against = on_one_device(model)
+    got, metrics = take_steps(make_config(MESHES[mesh], model, accumulate))
+    params = named(jax.device_get(got.params))
+    return {
+        "metrics": metrics,
+        "expected": against,
+        "differences": largest_differences(expected, params),
+        "moved": largest_differences(expected, start),
+        "shards": {
+            name: [leaf.addressable_shards[0].data.shape, len(leaf.sharding.device_set)]
+            for name, leaf in named(got).items()
+        },
+    }
+
+
+def largest_differences(one, other) -> dict[str, float]:
+    return {name: float(np.abs(one[name] - other[name]).max()) for name in one}
+
+
+def refusal(make) -> str:
+    try:
+        make()
+    except InputError as error:
+        return str(error)
+    return "not refused"
+
+
+def refusals() -> dict[str, str]:
+    def state(mesh, **sizes):
+        config = make_config(mesh, "plt", **sizes)
+        return lambda: abstract_state(config, make_mesh(config.mesh))
+
+    def step(mesh, accumulate):
+        config = make_config(mesh, "plt", accumulate)
+        return lambda: make_train_step(config, make_mesh(config.mesh))
+
+    tensor_4 = {"data": 2, "tensor": 4}
+    return {
+        "more devices": refusal(state({"data": 16})),
+        "fewer devices": refusal(state({"data": 4})),
+        "no size": refusal(state({"tensor": 3})),
+        "kv_heads": refusal(state(tensor_4)),
+        "heads": refusal(state(tensor_4, heads=2, kv_heads=2, head_width=4)),
+        "width": refusal(state({"data": 1, "fsdp": 8}, width=20, head_width=4)),
+        "vocabulary": refusal(state({"data": 4, "tensor": 2}, vocab_size=63)),
+        "micro-batch": refusal(step({"data": 8}, 4)),
+        "batch": refusal(
+            lambda: batch_sharding(make_mesh(RunConfig().mesh), 12, "training.batch_size")
+        ),
+    }
+
+
+def train_and_evaluate(folder: Path) -> dict:
+    """A run on all eight devices, evaluated on them too."""
+    config = tiny_config(
+        make_home(folder / "home"),
+        folder / "run",
+        model={"kv_heads": 2},
+        mesh=MESHES["all"],
+        training={"steps": 4, "evaluate_every": 2, "checkpoint_every": 2},
+        evaluation={"batch_size": 8},
+    )
+    outcome = train(config)
+    return {"step": outcome.step, "evaluation": evaluate_trained(str(folder / "run")).numbers}
+
+
+def main(folder: Path) -> None:
+    with contextlib.redirect_stdout(sys.stderr):
+        found = {
+            "devices": jax.device_count(),
+            "plt": {mesh: compare("plt", mesh) for mesh in MESHES if mesh != "one"},
+            "tied": {"all": compare("tied", "all")},
+            "accumulated": {"data": compare("plt", "data", accumulate=2)},
+            "refusals": refusals(),
+            "trained": train_and_evaluate(folder),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

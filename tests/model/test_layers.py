@@ -1,0 +1,97 @@
+"""The small pieces against their formulas, written out with numpy."""
+
+import itertools
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plt_jax.model.layers import logits_from, rms_norm, rope_rotation, rotate, swiglu
+from plt_jax.model.looping import shift_right
+from plt_jax.model.loss import cross_entropy
+from plt_jax.model.transformer import number_documents, positions_in_documents
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return RNG.normal(size=shape).astype(np.float32)
+
+
+def test_rms_norm():
+    x, scale = normal(2, 3, 8), normal(8)
+    expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 0.5) * scale
+    np.testing.assert_allclose(rms_norm(x, scale, 0.5), expected, atol=1e-6)
+
+
+def test_rms_norm_of_bfloat16_is_computed_in_float32():
+    """Rounded once, at the end."""
+    x = jnp.asarray(normal(4, 256) * 100, jnp.bfloat16)
+    normed = rms_norm(x, jnp.ones(256), 1e-5)
+    assert normed.dtype == jnp.bfloat16
+    wide = np.asarray(x, np.float32)
+    expected = wide / np.sqrt(np.mean(wide**2, axis=-1, keepdims=True) + 1e-5)
+    np.testing.assert_array_equal(normed, np.asarray(expected, jnp.bfloat16))
+
+
+def test_swiglu():
+    x, gate, up, down = normal(2, 3, 4), normal(4, 5), normal(4, 5), normal(5, 4)
+    gated = x @ gate
+    expected = (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
+    np.testing.assert_allclose(swiglu(x, gate, up, down), expected, atol=1e-5)
+
+
+def test_rope_turns_pairs_by_position_times_frequency():
+    x = normal(1, 2, 3, 6)
+    positions = np.array([[0, 1, 1000]])
+    turned = np.asarray(rotate(x, rope_rotation(positions, head_width=6, theta=100.0)))
+    for t, position in enumerate(positions[0]):
+        for pair in range(3):
+            pairs = x[0, :, t, pair] + 1j * x[0, :, t, pair + 3]
+            pairs = pairs * np.exp(1j * position * 100.0 ** (-pair / 3))
+            np.testing.assert_allclose(turned[0, :, t, pair], pairs.real, atol=2e-4)
+            np.testing.assert_allclose(turned[0, :, t, pair + 3], pairs.imag, atol=2e-4)
+
+
+def test_logits_by_head_and_by_embedding():
+    x, embedding, head = normal(2, 3, 4), normal(7, 4), normal(4, 7)
+    np.testing.assert_allclose(logits_from(x, embedding, head), x @ head, atol=1e-5)
+    np.testing.assert_allclose(logits_from(x, embedding, None), x @ embedding.T, atol=1e-5)
+    assert logits_from(x.astype(jnp.bfloat16), embedding, head).dtype == jnp.float32
+
+
+def test_cross_entropy():
+    logits, targets = normal(2, 3, 5), RNG.integers(0, 5, (2, 3))
+    loss, log_z = cross_entropy(logits, targets)
+    expected = np.log(np.sum(np.exp(logits), axis=-1))
+    np.testing.assert_allclose(log_z, expected, atol=1e-6)
+    for index in np.ndindex(2, 3):
+        chosen = logits[(*index, targets[index])]
+        np.testing.assert_allclose(loss[index], expected[index] - chosen, atol=1e-6)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5)), min_size=12, max_size=12))
+def test_documents_are_runs_of_equal_ids(runs):
+    ids = np.array([name for name, length in runs for _ in range(length)][:12])
+    numbers, positions = [0], [0]
+    for before, after in itertools.pairwise(ids):
+        numbers.append(numbers[-1] + (before != after))
+        positions.append(0 if before != after else positions[-1] + 1)
+    documents = number_documents(jnp.asarray(ids[None]))
+    np.testing.assert_array_equal(documents, [numbers])
+    np.testing.assert_array_equal(positions_in_documents(documents), [positions])
+
+    states = normal(1, 12, 3)
+    shifted = shift_right(states, documents)
+    for i, position in enumerate(positions):
+        expected = states[0, i - 1] if position else np.zeros(3)
+        np.testing.assert_array_equal(shifted[0, i], expected)
+
+
+def test_shift_of_one_document():
+    states = normal(2, 4, 3)
+    shifted = np.asarray(shift_right(states, None))
+    np.testing.assert_array_equal(shifted[:, 1:], states[:, :-1])
+    np.testing.assert_array_equal(shifted[:, 0], np.zeros((2, 3)))

@@ -1,0 +1,186 @@
+"""A training run: what it writes, prints, refuses and keeps."""
+
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from plt_jax.checkpoint import list_steps
+from plt_jax.config import load_config
+from plt_jax.errors import InputError
+from plt_jax.run import CHECKPOINTS, CONFIG, METRICS, open_trained
+from plt_jax.training import loop
+from tests.training.runs import STEPS, json_rows, saved_state, snapshot, tiny_config
+
+
+def test_the_run_directory_holds_everything(finished):
+    directory = finished.directory
+    names = {path.name for path in directory.iterdir()}
+    expected = {"config.yaml", "tokenizer.json", "checkpoints", "metrics.jsonl", "tensorboard"}
+    assert names == expected | {"loss.png"}
+    assert load_config(directory / CONFIG) == finished.config
+    assert list_steps(directory / CHECKPOINTS)[-1] == STEPS
+    assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [path.name.startswith("events.") for path in (directory / "tensorboard").iterdir()]
+
+
+def test_metrics_have_a_row_a_step_and_one_an_evaluation(finished):
+    rows = json_rows(finished.directory / METRICS)
+    training = [row for row in rows if "loss" in row]
+    validation = [row for row in rows if "validation_loss" in row]
+    assert [row["step"] for row in training] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in validation] == [4, STEPS]
+    assert len(rows) == len(training) + len(validation)
+    for row in training:
+        assert {"step", "loss", "tokens_per_second", "gradient_norm", "learning_rate"} == set(row)
+        assert np.isfinite(list(row.values())).all()
+    for row in validation:
+        assert set(row) == {"step", "validation_loss", "bits_per_byte", "validation_tokens"}
+    # The last evaluation reads all held-out text, the others evaluation.sequences.
+    assert validation[0]["validation_tokens"] <= 2 * 16 < validation[1]["validation_tokens"]
+    assert training[-1]["tokens_per_second"] > 0
+    rates = [row["learning_rate"] for row in training]
+    assert rates[0] == pytest.approx(1e-2) and rates == sorted(rates, reverse=True)
+
+
+def test_the_events_hold_the_same_numbers(finished):
+    from tensorboardX.proto.event_pb2 import Event
+
+    (path,) = (finished.directory / "tensorboard").iterdir()
+    data, found = path.read_bytes(), {}
+    while data:
+        # A record is its length, the length's checksum, the event, and its checksum.
+        length = int.from_bytes(data[:8], "little")
+        event = Event.FromString(data[12 : 12 + length])
+        for value in event.summary.value:
+            found[value.tag, event.step] = value.simple_value
+        data = data[16 + length :]
+    for row in json_rows(finished.directory / METRICS):
+        step = row.pop("step")
+        for name, value in row.items():
+            assert found.pop((name, step)) == pytest.approx(value, rel=1e-6)
+    assert not found
+
+
+def test_what_is_printed(finished, tmp_path, capsys):
+    config = tiny_config(finished.home, tmp_path / "run", training={"sample_prompt": "the peace"})
+    loop.train(config)
+    out = capsys.readouterr().out
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(saved_state(config).params))
+    for expected in (
+        f"run directory {tmp_path / 'run'}\n",
+        f"model: plt, 2 loops, {parameters:,} parameters, float32\n",
+        "training text: 9 documents, ",
+        "validation text: 3 documents, ",
+        "devices: 1 cpu (data 1 x fsdp 1 x tensor 1)\n" if jax.device_count() == 1 else "devices",
+        "compiling the train step ...\n",
+        "a sample:\nthe peace",
+        f"done: {STEPS} steps, median ",
+        f"the run is in {tmp_path / 'run'}\n",
+    ):
+        assert expected in out
+    assert len(re.findall(r"^step \d/8  loss \d+\.\d{3}  \d+\.\d{3} bits/byte  ", out, re.M)) == 8
+    assert len(re.findall(r"^step [48]: held-out loss \d\.\d{4}, ", out, re.M)) == 2
+    assert re.search(r"median [\d,]+ tokens/s, peak memory \d+\.\d\d GiB", out)
+
+
+def test_bits_per_byte_that_are_printed_are_those_of_the_training_text(finished, tmp_path, capsys):
+    # Of a uniform guess over the vocabulary, for instance: log2(V) for each token predicted.
+    config = tiny_config(finished.home, tmp_path / "run")
+    loop.train(config)
+    out = capsys.readouterr().out
+    loss, bits = map(float, re.search(r"step 1/8  loss ([\d.]+)  ([\d.]+) bits", out).groups())
+    tokens, size = (
+        int(number.replace(",", ""))
+        for number in re.search(
+            r"training text: 9 documents, (\S+) tokens, (\S+) bytes", out
+        ).groups()
+    )
+    assert bits == pytest.approx(loss / np.log(2) * (tokens - 9) / size, abs=2e-3)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path):
+    config = tiny_config(finished.home, tmp_path / "run", optimizer={"learning_rate": 1e30})
+    with pytest.raises(FloatingPointError, match=r"the loss is (nan|inf) at step 2; lower optim"):
+        loop.train(config)
+    assert list_steps(tmp_path / "run" / CHECKPOINTS) == []
+
+
+def poison(at):
+    """A train step maker whose steps from `at` on make everything NaN."""
+    make = loop.make_train_step
+
+    def poisoned_maker(config, mesh):
+        step = make(config, mesh)
+
+        def poisoned(state, batch):
+            state, values = step(state, batch)
+            if int(state.step) < at:
+                return state, values
+            nan = jax.tree.map(lambda leaf: leaf * np.float32("nan"), state.params)
+            return state.replace(params=nan), values | {"loss": values["loss"] * float("nan")}
+
+        return poisoned
+
+    return poisoned_maker
+
+
+def test_a_loss_that_is_not_finite_leaves_the_checkpoints(finished, tmp_path, monkeypatch):
+    config = finished.copy(tmp_path / "run")
+    before = snapshot(tmp_path / "run" / CHECKPOINTS)
+    training = config.training.model_copy(update={"steps": STEPS + 2, "checkpoint_every": 1})
+    monkeypatch.setattr(loop, "make_train_step", poison(at=STEPS + 1))
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 9"):
+        loop.train(config.model_copy(update={"training": training}))
+    assert snapshot(tmp_path / "run" / CHECKPOINTS) == before
+
+
+def test_no_checkpoint_is_written_of_a_loss_that_is_not_finite(finished, tmp_path, monkeypatch):
+    # Also where the loss is not about to be logged: such a checkpoint could never be resumed from.
+    monkeypatch.setattr(loop, "make_train_step", poison(at=3))
+    config = tiny_config(
+        finished.home, tmp_path / "run", training={"log_every": 6, "checkpoint_every": 2}
+    )
+    with pytest.raises(FloatingPointError):
+        loop.train(config)
+    assert list_steps(tmp_path / "run" / CHECKPOINTS) == [2]
+    params = open_trained(tmp_path / "run").params
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"mesh": {"data": 64}}, "need 64 devices, but there are"),
+        ({"data": {"source": "nowhere"}}, "there is no text at 'nowhere'"),
+        ({"data": {"validation_source": "nowhere"}}, "there is no text at 'nowhere'"),
+        ({"training": {"batch_size": 64}}, "fewer than training.batch_size 64"),
+        ({"tokenizer": {"path": "nowhere.json"}}, "cannot read the tokenizer nowhere.json"),
+        ({"model": {"vocab_size": 100}}, "model.vocab_size 100 cannot hold all 256 bytes"),
+        ({"training": {"sample_prompt": "peace " * 40}}, "sample_prompt"),
+    ],
+    ids=["mesh", "source", "validation", "batch", "tokenizer", "vocabulary", "prompt"],
+)
+def test_nothing_is_written_for_a_run_that_cannot_start(finished, tmp_path, sections, message):
+    config = tiny_config(finished.home, tmp_path / "run", **sections)
+    with pytest.raises(InputError) as refusal:
+        loop.train(config)
+    assert message in str(refusal.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_are_kept(finished, tmp_path):
+    config = tiny_config(
+        finished.home,
+        tmp_path / "run",
+        training={"checkpoint_every": 1},
+        checkpoint={"keep": 3, "keep_best": 1},
+    )
+    loop.train(config)
+    rows = json_rows(Path(config.run_dir) / METRICS)
+    best = min(
+        (row for row in rows if "validation_loss" in row), key=lambda r: r["validation_loss"]
+    )
+    assert list_steps(tmp_path / "run" / CHECKPOINTS) == sorted({6, 7, 8, best["step"]})

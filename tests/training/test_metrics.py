@@ -1,0 +1,83 @@
+"""metrics.jsonl, TensorBoard events, and the picture of the losses."""
+
+import json
+
+import pytest
+
+from plt_jax.training.metrics import MetricsWriter, plot_losses, read_metrics
+from tests.training.runs import json_rows
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes rows in one start of a run that resumes at a step."""
+
+    def write(resumed_step, *steps, loss=0.5):
+        with MetricsWriter(tmp_path, resumed_step) as metrics:
+            for step in steps:
+                metrics.write(step, loss=loss, tokens_per_second=7.0)
+
+    return write
+
+
+def steps(directory) -> list[int]:
+    return [row["step"] for row in read_metrics(directory)]
+
+
+def test_rows_are_json_objects_one_a_line(tmp_path, write):
+    write(0, 1, 2)
+    assert json_rows(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": 0.5, "tokens_per_second": 7.0},
+        {"step": 2, "loss": 0.5, "tokens_per_second": 7.0},
+    ]
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_rows_are_there_at_once(tmp_path):
+    with MetricsWriter(tmp_path, 0) as metrics:
+        metrics.write(1, loss=2.0)
+        assert steps(tmp_path) == [1]
+
+
+def test_rows_behind_the_resumed_step_are_dropped(tmp_path, write):
+    write(0, 1, 2, 3, 3, 4)
+    write(3, 4, 5, loss=0.25)
+    assert steps(tmp_path) == [1, 2, 3, 3, 4, 5]
+    assert [row["loss"] for row in read_metrics(tmp_path)][-3:] == [0.5, 0.25, 0.25]
+    write(0, 1)
+    assert steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("cut", [1, 2, 10, 30])
+def test_a_last_line_that_was_cut_short_is_dropped(tmp_path, write, cut):
+    write(0, 1, 2, 3)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-cut])
+    # Less its newline alone, the row is whole.
+    kept = [1, 2, 3] if cut == 1 else [1, 2]
+    assert steps(tmp_path) == kept
+    write(3, 4)
+    assert steps(tmp_path) == [*kept, 4]
+    assert [row["step"] for row in json_rows(path)] == [*kept, 4]
+
+
+def test_there_may_be_no_rows(tmp_path):
+    assert read_metrics(tmp_path) == []
+    MetricsWriter(tmp_path, 0).__exit__()
+    assert read_metrics(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"step": 1, "loss": 2.0}],
+        [{"step": 1, "validation_loss": 2.0, "bits_per_byte": 1.0}],
+        [{"step": 1, "loss": 2.0}, {"step": 1, "validation_loss": 2.0, "bits_per_byte": 1.0}],
+    ],
+)
+def test_any_rows_make_a_picture(tmp_path, rows, recwarn):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_losses(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert not [str(warning.message) for warning in recwarn if "legend" in str(warning.message)]

@@ -1,0 +1,236 @@
+"""A run that was stopped and resumed is, bit for bit, one that was not."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plt_jax.checkpoint import list_steps
+from plt_jax.data.load import load_data
+from plt_jax.run import CHECKPOINTS, METRICS, TOKENIZER, open_trained
+from plt_jax.training import loop
+from tests.training.runs import (
+    STEPS,
+    assert_same_run,
+    call_at,
+    command,
+    environment,
+    losses,
+    numbers,
+    saved_state,
+    snapshot,
+    tiny_config,
+    write_config,
+)
+
+
+def steps_of(config) -> list[int]:
+    return list_steps(Path(config.run_dir) / CHECKPOINTS)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def fail():
+    raise RuntimeError("power cut")
+
+
+def test_the_run_reads_more_than_one_epoch(finished):
+    # So that the tests below resume on both sides of its border.
+    counts = load_data(finished.config).counts
+    batches = (counts["training_tokens"] - 1) // 16 / 4
+    assert 5 <= batches < 6
+
+
+@pytest.mark.parametrize(
+    ("at", "stop"), [(3, terminate), (4, interrupt), (6, terminate)], ids=["3", "4", "6"]
+)
+def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, at, stop, capsys):
+    config = tiny_config(finished.home, tmp_path / "run")
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with call_at(at, stop):
+        assert loop.train(config) == loop.Outcome(at, stopped=True)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert steps_of(config)[-1] == at
+    assert f"stopped at step {at}, saved; run the same command" in capsys.readouterr().out
+    assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+    assert f"resuming at step {at} of {STEPS}" in capsys.readouterr().out
+    assert_same_run(config, finished.config)
+
+
+def test_a_run_stopped_twice_and_read_without_prefetch_goes_on_bit_for_bit(finished, tmp_path):
+    config = tiny_config(finished.home, tmp_path / "run", data={"prefetch": 0})
+    for at in (2, 5):
+        with call_at(at, terminate):
+            assert loop.train(config).step == at
+    loop.train(tiny_config(finished.home, tmp_path / "run", data={"prefetch": 16}))
+    assert_same_run(config, finished.config)
+
+
+def test_a_stop_at_the_last_step_is_the_end(finished, tmp_path):
+    config = tiny_config(finished.home, tmp_path / "run")
+    with call_at(STEPS, terminate):
+        assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+    assert_same_run(config, finished.config)
+
+
+def test_a_failed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
+    config = tiny_config(finished.home, tmp_path / "run")
+    with call_at(6, fail), pytest.raises(RuntimeError, match="power cut"):
+        loop.train(config)
+    assert steps_of(config) == [4]
+    assert list(losses(config)) == [1, 2, 3, 4, 5, 6]
+    loop.train(config)
+    assert_same_run(config, finished.config)
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_starts_again(finished, tmp_path):
+    config = tiny_config(finished.home, tmp_path / "run")
+    with call_at(2, fail), pytest.raises(RuntimeError, match="power cut"):
+        loop.train(config)
+    assert steps_of(config) == []
+    loop.train(config)
+    assert_same_run(config, finished.config)
+
+
+def test_accumulated_steps_go_on_bit_for_bit(finished, tmp_path):
+    whole, stopped = (
+        tiny_config(finished.home, tmp_path / name, training={"accumulate": 2})
+        for name in ("whole", "stopped")
+    )
+    loop.train(whole)
+    with call_at(5, terminate):
+        loop.train(stopped)
+    loop.train(stopped)
+    assert_same_run(stopped, whole)
+    assert losses(whole) == pytest.approx(losses(finished.config), rel=1e-4)
+    assert list(losses(whole)) == list(range(1, STEPS + 1))
+
+
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+import jax
+from plt_jax.config import load_config
+from plt_jax.training import loop
+from tests.training.runs import call_at
+
+config = load_config(sys.argv[1])
+
+def kill():
+    # The checkpoint of step 4 is written beside the steps.
+    until = time.monotonic() + 60
+    while not (Path(config.run_dir) / "checkpoints" / "4").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    with open(Path(config.run_dir) / "metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "lo')
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with call_at(6, kill):
+    loop.train(config)
+"""
+
+
+def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path):
+    config = tiny_config(finished.home, tmp_path / "run")
+    path = write_config(tmp_path / "config.yaml", config.model_dump())
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, path], env=environment(), capture_output=True, timeout=300
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    # A kill while step 8 is written leaves a folder of this form.
+    directory = Path(config.run_dir) / CHECKPOINTS
+    shutil.copytree(directory / "4", directory / "8.orbax-checkpoint-tmp")
+    (directory / "8.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
+    assert steps_of(config) == [4]
+    loop.train(config)
+    assert_same_run(config, finished.config)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(finished):
+    before = snapshot(finished.directory)
+    config = write_config(finished.home / "again.yaml", finished.config.model_dump())
+    result = command("train.py", config)
+    assert result.code == 0
+    assert f"finished: {finished.directory} is at step {STEPS} of {STEPS}" in result.out
+    assert snapshot(finished.directory) == before
+
+
+def test_a_run_may_be_made_longer(finished, tmp_path):
+    config = finished.copy(tmp_path / "run")
+    before = numbers(config)
+    training = config.training.model_copy(update={"steps": STEPS + 2})
+    config = config.model_copy(update={"training": training})
+    assert loop.train(config) == loop.Outcome(STEPS + 2, stopped=False)
+    assert steps_of(config)[-1] == STEPS + 2
+    assert numbers(config)[: len(before)] == before
+    assert list(losses(config)) == list(range(1, STEPS + 3))
+    assert open_trained(config.run_dir).config.training.steps == STEPS + 2
+
+
+def test_a_refused_resume_changes_nothing(finished, tmp_path):
+    config = finished.copy(tmp_path / "run")
+    before = snapshot(tmp_path)
+    path = write_config(finished.home / "other.yaml", config.model_dump())
+    result = command("train.py", path, "--seed", "1")
+    assert result.code == 2
+    assert "seed: 0 -> 1" in result.err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_resume_is_refused_if_the_text_has_changed(finished, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(finished.home / "corpus", home / "corpus")
+    config = tiny_config(home, tmp_path / "run")
+    with call_at(4, terminate):
+        loop.train(config)
+    (home / "corpus" / "00.txt").write_text("other words altogether, and more of them: " * 9)
+    before = snapshot(tmp_path / "run")
+    result = command("train.py", tmp_path / "run" / "config.yaml")
+    assert result.code == 2, result
+    assert TOKENIZER in result.err or "text" in result.err
+    assert snapshot(tmp_path / "run") == before
+
+
+class AskedLate:
+    """A stop request that arrives between the decision to save and the loop's next turn."""
+
+    def __init__(self):
+        self._reads = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def requested(self) -> bool:
+        # Asked before the first step, and after it whether to save.
+        self._reads += 1
+        return self._reads > 2
+
+
+def test_a_stop_at_any_moment_saves_the_step_that_it_names(finished, tmp_path, monkeypatch):
+    config = tiny_config(finished.home, tmp_path / "run")
+    monkeypatch.setattr(loop, "StopRequest", AskedLate)
+    outcome = loop.train(config)
+    assert outcome.stopped
+    assert steps_of(config) == [outcome.step]
+
+
+def test_the_state_is_all_there_is(finished):
+    # What assert_same_run compares is not empty, nor the same at every step.
+    saved = saved_state(finished.config)
+    assert saved.step == STEPS == int(saved.optimizer["step"])
+    assert (Path(finished.config.run_dir) / METRICS).read_text().count("\n") == STEPS + 2
+    assert len(set(losses(finished.config).values())) == STEPS

@@ -1,0 +1,191 @@
+"""The train step: what is minimised, over what, and that it gets smaller."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plt_jax import Transformer
+from plt_jax.config import RunConfig
+from plt_jax.sharding import make_mesh
+from plt_jax.training import step as module
+from plt_jax.training.step import init_state, make_train_step
+from tests.models import random_params, small_config
+
+MODEL = small_config(window=3, layers=1)
+
+accumulate_gradients = jax.jit(module.accumulate_gradients, static_argnums=0)
+batch_loss = jax.jit(module.batch_loss, static_argnums=0)
+
+
+def make_config(model=MODEL, seed=0, training=None, **optimizer) -> RunConfig:
+    steady = {"schedule": "constant", "warmup_fraction": 0.0}
+    return RunConfig(
+        seed=seed,
+        model=model,
+        optimizer=steady | optimizer,
+        training={"steps": 50, "batch_size": 8} | (training or {}),
+    )
+
+
+def make_batch(seed=0, rows=8, length=12, model=MODEL):
+    """Packed documents; targets at their ends, and some more, have weight 0."""
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, model.vocab_size, (rows, length + 1), np.int32)
+    ids = np.cumsum(random.random((rows, length + 1)) < 0.2, axis=1, dtype=np.int32) + 1
+    same = (ids[:, 1:] == ids[:, :-1]).astype(np.float32)
+    # Rows of very different weight, so that micro-batches differ.
+    same[: rows // 2] *= random.random((rows // 2, length)) < 0.4
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": ids[:, :-1],
+        "weights": same,
+    }
+
+
+def log_softmax(logits):
+    logits = np.asarray(logits, np.float64)
+    largest = logits.max(-1, keepdims=True)
+    log_z = np.log(np.exp(logits - largest).sum(-1, keepdims=True)) + largest
+    return logits - log_z, log_z[..., 0]
+
+
+def hand_computed(params, batch):
+    """Negative log-likelihoods and log-normalisers, float64 [B, T]."""
+    logits = jax.jit(Transformer(MODEL).apply)(
+        {"params": params}, batch["tokens"], batch["segment_ids"]
+    )
+    log_p, log_z = log_softmax(logits)
+    return -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0], log_z
+
+
+def close(one, other, rtol=1e-5, atol=1e-6):
+    for (path, left), right in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
+    ):
+        np.testing.assert_allclose(left, right, rtol, atol, err_msg=jax.tree_util.keystr(path))
+
+
+def test_the_loss_is_the_mean_over_weighted_targets():
+    params, batch = random_params(MODEL), make_batch()
+    nll, _ = hand_computed(params, batch)
+    metrics, _ = accumulate_gradients(make_config(), params, batch)
+    expected = (nll * batch["weights"]).sum() / batch["weights"].sum()
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_z_loss_is_the_weighted_squared_log_normaliser():
+    params, batch = random_params(MODEL), make_batch()
+    nll, log_z = hand_computed(params, batch)
+    weights = batch["weights"]
+    loss, sums = batch_loss(MODEL, params, batch, 0.3)
+    expected = (nll * weights).sum() + 0.3 * (log_z**2 * weights).sum()
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert float(sums["loss"]) == pytest.approx((nll * weights).sum(), rel=1e-5)
+
+
+def test_the_z_loss_reaches_the_gradient_but_not_the_reported_loss():
+    params, batch = random_params(MODEL), make_batch()
+    plain, gradients = accumulate_gradients(make_config(), params, batch)
+    config = make_config(training={"z_loss": 0.3})
+    with_z, z_gradients = accumulate_gradients(config, params, batch)
+    assert float(with_z["loss"]) == float(plain["loss"])
+    total = batch["weights"].sum()
+    summed, _ = jax.jit(jax.grad(module.batch_loss, 1, has_aux=True), static_argnums=0)(
+        MODEL, params, batch, 0.3
+    )
+    close(z_gradients, jax.tree.map(lambda leaf: leaf / total, summed))
+    largest = jax.tree.map(lambda a, b: float(abs(a - b).max()), z_gradients, gradients)
+    assert min(largest["head"], largest["layers"]["q"]) > 1e-4
+
+
+def test_targets_of_weight_zero_do_not_count():
+    params, batch = random_params(MODEL), make_batch()
+    other = batch | {
+        "targets": np.where(batch["weights"] > 0, batch["targets"], (batch["targets"] + 7) % 31)
+    }
+    assert (other["targets"] != batch["targets"]).any()
+    config = make_config(training={"z_loss": 0.3})
+    one, two = (accumulate_gradients(config, params, b) for b in (batch, other))
+    close(one, two, rtol=0, atol=0)
+
+
+def test_a_batch_without_targets_changes_nothing_and_is_finite():
+    params, batch = random_params(MODEL), make_batch()
+    batch = batch | {"weights": np.zeros_like(batch["weights"])}
+    metrics, gradients = accumulate_gradients(make_config(), params, batch)
+    assert float(metrics["loss"]) == 0.0
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
+
+
+def test_accumulation_gives_the_whole_batchs_gradient():
+    params, batch = random_params(MODEL), make_batch()
+    totals = [batch["weights"][start::4].sum() for start in range(4)]
+    assert len(set(totals)) > 1, "the micro-batches should weigh differently"
+    whole = accumulate_gradients(make_config(training={"z_loss": 0.3}), params, batch)
+    for parts in (2, 4):
+        config = make_config(training={"accumulate": parts, "z_loss": 0.3})
+        close(accumulate_gradients(config, params, batch), whole)
+
+
+def take_steps(config: RunConfig, batches):
+    mesh = make_mesh(config.mesh)
+    step, state, metrics = make_train_step(config, mesh), init_state(config, mesh), []
+    for batch in batches:
+        state, values = step(state, batch)
+        metrics.append({name: float(value) for name, value in values.items()})
+    return state, metrics
+
+
+def test_accumulation_gives_the_same_updates():
+    # An epsilon well above rounding, since Adam divides tiny gradients by themselves.
+    batches, smooth = [make_batch(0), make_batch(1)], {"epsilon": 1e-3, "learning_rate": 2e-2}
+    results = [
+        take_steps(make_config(training={"accumulate": parts}, **smooth), batches)
+        for parts in (1, 4)
+    ]
+    (state, metrics), *others = results
+    assert int(state.step) == 2
+    for other_state, other_metrics in others:
+        close(other_state.params, state.params, rtol=0, atol=1e-6)
+        for one, two in zip(metrics, other_metrics, strict=True):
+            assert one == pytest.approx(two, rel=1e-5)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    batch = make_batch(3)
+    config = make_config(epsilon=1e-3, learning_rate=2e-2)
+    state, metrics = take_steps(config, [batch] * 50)
+    losses = [values["loss"] for values in metrics]
+    assert losses[0] == pytest.approx(np.log(31), rel=0.35)
+    assert losses[-1] < 0.2 * losses[0]
+    assert int(state.step) == 50
+
+
+def test_metrics_are_the_gradients_norm_and_the_rate_that_was_used():
+    batch = make_batch()
+    config = RunConfig(
+        model=MODEL,
+        optimizer={"learning_rate": 0.02, "warmup_fraction": 0.4, "clip_norm": 1e-3},
+        training={"steps": 5, "batch_size": 8},
+    )
+    params = init_state(config, make_mesh(config.mesh)).params
+    _, gradients = accumulate_gradients(make_config(), params, batch)
+    norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradients)))
+    _, metrics = take_steps(config, [batch] * 3)
+    assert metrics[0]["gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    assert norm > 1e-2
+    rates = [values["learning_rate"] for values in metrics]
+    assert rates == pytest.approx([0.0, 0.01, 0.02], rel=1e-5)
+    # A rate of 0 moves nothing, so the second step sees the same loss.
+    assert metrics[1]["loss"] == metrics[0]["loss"] != metrics[2]["loss"]
+
+
+def test_the_seed_decides_the_start():
+    mesh = make_mesh(make_config().mesh)
+    one, same, other = (init_state(make_config(seed=seed), mesh) for seed in (1, 1, 2))
+    close(one.params, same.params, rtol=0, atol=0)
+    assert not np.array_equal(one.params["head"], other.params["head"])
+    assert int(one.step) == 0
+    assert {leaf.dtype for leaf in jax.tree.leaves(one.params)} == {jnp.dtype("float32")}
