@@ -1,6 +1,7 @@
 """Parallel Loop Transformers (PLT, arXiv 2510.24824) in JAX and Flax."""
 
-from plt_jax.config import LoopConfig, ModelConfig, RunConfig, load_config
+from plt_jax.config import LoopConfig, ModelConfig, MoEConfig, RunConfig
+from plt_jax.config_file import load_config
 from plt_jax.decoding.cache import Cache, init_cache, prepare_for_decode
 from plt_jax.decoding.generation import generate
 from plt_jax.decoding.prefill import prefill
@@ -13,6 +14,7 @@ __all__ = [
     "Cache",
     "InputError",
     "LoopConfig",
+    "MoEConfig",
     "ModelConfig",
     "RunConfig",
     "Sampling",

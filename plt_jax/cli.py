@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 
 from pydantic_settings import BaseSettings, CliSettingsSource
 
-from plt_jax.config import RunConfig, load_config
+from plt_jax.config import RunConfig
+from plt_jax.config_file import load_config
 from plt_jax.errors import InputError
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3

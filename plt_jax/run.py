@@ -18,7 +18,8 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from plt_jax.checkpoint import list_steps, load_params
-from plt_jax.config import MeshConfig, RunConfig, Section, dump_config, load_config
+from plt_jax.config import MeshConfig, RunConfig, Section
+from plt_jax.config_file import dump_config, load_config
 from plt_jax.data.tokenizer import load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.model.transformer import Transformer

@@ -14,10 +14,8 @@ from plt_jax.config import (
     ModelConfig,
     RunConfig,
     Section,
-    dump_config,
-    load_config,
-    merge,
 )
+from plt_jax.config_file import dump_config, load_config, merge
 from plt_jax.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

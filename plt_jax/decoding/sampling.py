@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -24,7 +25,7 @@ class Sampling(NamedTuple):
 
     def check(self) -> None:
         """Raises InputError for a value outside its range."""
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise InputError(f"temperature is {self.temperature}; it must be 0 or more")
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; it must be 0 (all) or more")

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from plt_jax.config import MeshConfig, load_config
+from plt_jax.config import MeshConfig
+from plt_jax.config_file import load_config
 from plt_jax.errors import InputError
 from plt_jax.evaluation.report import evaluate_trained
 from plt_jax.run import open_trained

@@ -20,7 +20,8 @@ import numpy as np
 import yaml
 
 from plt_jax.checkpoint import Checkpoints, list_steps
-from plt_jax.config import RunConfig, merge
+from plt_jax.config import RunConfig
+from plt_jax.config_file import merge
 from plt_jax.data.load import load_data
 from plt_jax.run import CHECKPOINTS
 from plt_jax.sharding import make_mesh

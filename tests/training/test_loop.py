@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from plt_jax.checkpoint import list_steps
-from plt_jax.config import load_config
+from plt_jax.config_file import load_config
 from plt_jax.errors import InputError
 from plt_jax.run import CHECKPOINTS, CONFIG, METRICS, open_trained
 from plt_jax.training import loop

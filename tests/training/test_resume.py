@@ -120,7 +120,7 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import jax
-from plt_jax.config import load_config
+from plt_jax.config_file import load_config
 from plt_jax.training import loop
 from tests.training.runs import call_at
 

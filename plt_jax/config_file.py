@@ -1,0 +1,79 @@
+"""Configurations as YAML files: read with overrides, written, their errors told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from plt_jax.config import RunConfig
+from plt_jax.errors import InputError
+
+
+def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Reads a YAML file, lays nested `overrides` over it, and validates the whole once.
+
+    Raises:
+      InputError: the file cannot be read, is not a YAML mapping, or a value is refused; the message
+        names the field, the value and what would be right.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
+    values = merge(values, overrides or {})
+    values.setdefault("run_dir", str(Path("runs") / path.stem))
+    try:
+        return RunConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path}: {describe_errors(error)}") from error
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every field written out."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings with `top` laid over `base`."""
+    merged = dict(base)
+    for key, value in top.items():
+        under = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(under, Mapping)
+        merged[key] = merge(under, value) if both else value
+    return merged
+
+
+def describe_errors(error: pydantic.ValidationError) -> str:
+    """Pydantic's errors in one line: field, value, what would be right, nearest name for a typo."""
+    return "; ".join(_describe(entry) for entry in error.errors(include_url=False))
+
+
+def _describe(entry: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        known = _known_fields(entry["loc"][:-1])
+        near = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown field {name}; {hint}"
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name} = {entry['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_fields(location: tuple[str, ...]) -> list[str]:
+    section: Any = RunConfig
+    for part in location:
+        section = section.model_fields[part].annotation
+    return list(section.model_fields)
