@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
 from plt_jax.config import CheckpointConfig
@@ -97,11 +98,35 @@ def load_params(directory: str | Path, step: int, abstract: Any) -> Any:
     """The parameters of one checkpoint, in the shapes and shardings of `abstract`.
 
     Raises:
-      InputError: the checkpoint cannot be read into these shapes.
+      InputError: the checkpoint cannot be read, or holds other shapes.
     """
     path = (Path(directory) / str(step)).absolute()
     try:
-        return ocp.load_checkpointables(path, {"params": abstract})["params"]
+        stored = ocp.checkpointables_metadata(path).metadata["params"]
+        differing = differing_shapes(stored, abstract)
+        params = None if differing else ocp.load_checkpointables(path, {"params": abstract})
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"cannot read the checkpoint {path}: {reason}") from error
+    if differing:
+        raise InputError(
+            f"cannot read the checkpoint {path}: {differing}; it was trained with another config"
+        )
+    return params["params"]
+
+
+def differing_shapes(stored: Any, wanted: Any) -> str:
+    """The first parameter whose shape differs between two trees of arrays, "" if none does."""
+
+    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
+            for path, leaf in leaves
+        }
+
+    stored, wanted = shapes(stored), shapes(wanted)
+    for name in sorted(stored | wanted):
+        if stored.get(name) != wanted.get(name):
+            return f"{name} has shape {stored.get(name)} there, and {wanted.get(name)} in the model"
+    return ""

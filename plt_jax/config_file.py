@@ -32,7 +32,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     if not isinstance(values, Mapping):
         raise InputError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
     values = merge(values, overrides or {})
-    values.setdefault("run_dir", str(Path("runs") / path.stem))
+    if values.get("run_dir") is None:
+        values["run_dir"] = str(Path("runs") / path.stem)
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:

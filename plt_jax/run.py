@@ -71,7 +71,7 @@ def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
     Raises:
       InputError: the path is neither, or holds no checkpoint.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # the name of a folder given as . tells what it is
     if not path.exists():
         raise InputError(f"{path} does not exist; give a run directory, or one of its checkpoints")
     directory, step = path, None
@@ -141,11 +141,25 @@ def write_directory(config: RunConfig, tokenizer: Tokenizer) -> Path:
     directory = Path(config.run_dir)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_text(directory / CONFIG, dump_config(config))
-        write_text(directory / TOKENIZER, tokenizer.to_str())
     except OSError as error:
-        raise InputError(f"cannot write to --run_dir {directory}: {error.strerror}") from error
+        raise InputError(f"cannot make --run_dir {directory}: {error.strerror}") from error
+    write_text(directory / CONFIG, dump_config(config))
+    write_text(directory / TOKENIZER, tokenizer.to_str())
     return directory
+
+
+def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Checks that a run to resume was begun with this tokenizer.
+
+    Raises:
+      InputError: it was begun with another, so the training text or the tokenizer has changed.
+    """
+    path = Path(config.run_dir) / TOKENIZER
+    if path.exists() and load_tokenizer(path).to_str() != tokenizer.to_str():
+        raise InputError(
+            f"the training text or its tokenizer has changed since {path} was written; bring back "
+            "the text to resume, or choose another --run_dir"
+        )
 
 
 def differing_values(one: Section, other: Section) -> dict[str, tuple[Any, Any]]:
@@ -162,7 +176,14 @@ def differing_values(one: Section, other: Section) -> dict[str, tuple[Any, Any]]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that a kill leaves the old one or the new one."""
+    """Replaces a file as a whole, so that a kill leaves the old one or the new one.
+
+    Raises:
+      InputError: it cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
+from tokenizers import Tokenizer
 
 from plt_jax.checkpoint import Checkpoints
 from plt_jax.config import RunConfig
 from plt_jax.data.load import Data, load_data
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import stream_text
+from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
-from plt_jax.run import CHECKPOINTS, check_directory, write_directory
+from plt_jax.run import CHECKPOINTS, check_directory, check_tokenizer, write_directory
 from plt_jax.sharding import batch_sharding, make_mesh, place_batch
 from plt_jax.training.metrics import MetricsWriter, plot_losses
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
@@ -55,7 +57,7 @@ def train(config: RunConfig) -> Outcome:
     Raises:
       InputError: text, tokenizer, mesh or run directory do not fit the configuration; nothing in
         the run directory is changed then.
-      FloatingPointError: the loss is no longer finite.
+      FloatingPointError: the loss or gradient is no longer finite.
     """
     # Everything is checked before anything is written.
     changes = check_directory(config)
@@ -63,6 +65,8 @@ def train(config: RunConfig) -> Outcome:
     rows = batch_sharding(mesh, config.training.batch_size, "training.batch_size")
     abstract = abstract_state(config, mesh)
     data = load_data(config)
+    check_tokenizer(config, data.tokenizer)
+    check_sample_prompt(config, data.tokenizer)
     evaluate = make_evaluate(config, mesh, data.token_bytes)
 
     directory = write_directory(config, data.tokenizer)
@@ -116,9 +120,9 @@ def train_steps(
     training = run.config.training
     train_step = make_train_step(run.config, run.mesh)
     speed = Speedometer(training.batch_size * run.config.sequence_length)
-    step = int(state.step)
+    step, stopping = int(state.step), False
     report.say("compiling the train step ...")
-    while step < training.steps and not stop.requested:
+    while step < training.steps and not stopping:
         state, values = train_step(state, place_batch(next(batches), run.rows))
         step += 1
         last = step == training.steps
@@ -134,7 +138,9 @@ def train_steps(
                 evaluation = run.evaluate(state.params, run.data.validation, limit)
             validation_loss = evaluation.score.loss
             log_evaluation(step, evaluation, metrics, report)
-        if step % training.checkpoint_every == 0 or last or stop.requested:
+        stopping = stop.requested  # read once: the step that is saved is the step it stops at
+        if step % training.checkpoint_every == 0 or last or stopping:
+            require_finite(step, values)
             with speed.paused():
                 optimizer = {"step": state.step, "opt_state": state.opt_state}
                 run.checkpoints.save(step, state.params, optimizer, batches, validation_loss)
@@ -149,23 +155,25 @@ def log_step(
     metrics: MetricsWriter,
     report: ProgressReport,
 ) -> None:
-    """Writes a step's metrics and reports it; waits for the step to be computed.
-
-    Raises:
-      FloatingPointError: the loss is not finite.
-    """
+    """Writes a step's metrics and reports it; waits for the step to be computed."""
+    require_finite(step, values)
     numbers = {name: float(value) for name, value in values.items()}
     loss, tokens_per_second = numbers["loss"], speed.mark(step)
-    if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss is {loss} at step {step}; lower optimizer.learning_rate, and run again to "
-            "resume from the last checkpoint"
-        )
     metrics.write(step, **numbers, tokens_per_second=tokens_per_second)
     counts = run.data.counts
     predicted = counts["training_tokens"] - counts["training_documents"]  # all but each bos
     bits_per_byte = score(loss * predicted, predicted, counts["training_bytes"]).bits_per_byte
     report.advance(step, loss, bits_per_byte, tokens_per_second)
+
+
+def require_finite(step: int, values: dict[str, jax.Array]) -> None:
+    """Raises FloatingPointError if a step's loss or gradient is not finite: nothing can follow."""
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(values[name]):
+            raise FloatingPointError(
+                f"the {name} is {float(values[name])} at step {step}; lower "
+                "optimizer.learning_rate, and run again to resume from the last checkpoint"
+            )
 
 
 def log_evaluation(
@@ -202,6 +210,16 @@ def describe(config: RunConfig, data: Data, mesh: Mesh, params: Any, changes: li
             f"{counts[f'{part}_tokens']:,} tokens, {counts[f'{part}_bytes']:,} bytes"
         )
     print(f"devices: {mesh.devices.size} {jax.devices()[0].platform} ({axes})", flush=True)
+
+
+def check_sample_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Raises InputError for a sample prompt that leaves no room in the context."""
+    length = 1 + len(tokenizer.encode(config.training.sample_prompt).ids)
+    if length >= config.model.max_length:
+        raise InputError(
+            f"training.sample_prompt has {length} tokens, but the context holds "
+            f"{config.model.max_length} (model.max_length), one of them new; shorten it"
+        )
 
 
 def print_sample(run: Run, params: Any) -> None:

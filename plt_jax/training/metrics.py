@@ -70,5 +70,6 @@ def plot_losses(directory: Path) -> None:
     axes.set_ylabel("loss (nats per token)")
     axes.set_title(directory.name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    if training or validation:
+        axes.legend()
     figure.savefig(directory / "loss.png", dpi=120)

@@ -16,13 +16,9 @@ from plt_jax.run import open_trained
 from plt_jax.sharding import make_mesh
 from plt_jax.training import loop
 from tests.distributed.worker import MESHES, SHAPE
-from tests.training.runs import REPOSITORY, environment, losses
+from tests.training.runs import REPOSITORY, STEPS, environment, losses
 
-CASES = [
-    *[("plt", mesh) for mesh in MESHES if mesh != "one"],
-    ("tied", "all"),
-    ("accumulated", "data"),
-]
+CASES = [mesh for mesh in MESHES if mesh != "one"]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +29,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     """What tests/distributed/worker.py prints."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        # Compiles in two thirds of the time.
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.worker", str(folder)],
         **{"cwd": REPOSITORY, "env": environment(**flags), "capture_output": True, "timeout": 500},
@@ -44,17 +45,17 @@ def found(folder):
     return found
 
 
-@pytest.mark.parametrize(("model", "mesh"), CASES)
-def test_every_mesh_gives_the_losses_of_one_device(found, model, mesh):
-    case = found[model][mesh]
+@pytest.mark.parametrize("mesh", CASES)
+def test_every_mesh_gives_the_losses_of_one_device(found, mesh):
+    case = found["meshes"][mesh]
     for got, expected in zip(case["metrics"], case["expected"], strict=True):
         assert got == pytest.approx(expected, rel=1e-5)
     assert case["expected"][0]["loss"] != case["expected"][1]["loss"]
 
 
-@pytest.mark.parametrize(("model", "mesh"), CASES)
-def test_every_mesh_gives_the_updates_of_one_device(found, model, mesh):
-    case = found[model][mesh]
+@pytest.mark.parametrize("mesh", CASES)
+def test_every_mesh_gives_the_updates_of_one_device(found, mesh):
+    case = found["meshes"][mesh]
     for name, difference in case["differences"].items():
         assert difference < 2e-6, name
         assert case["moved"][name] > 1e-4, name
@@ -69,6 +70,8 @@ AXES = {
     "layers.q": (None, "fsdp", "tensor", None),
     "layers.k": (None, "fsdp", "tensor", None),
     "layers.v": (None, "fsdp", "tensor", None),
+    "layers.q_norm": (None, None),
+    "layers.k_norm": (None, None),
     "layers.o": (None, "tensor", None, "fsdp"),
     "layers.gate_bias": (None, "tensor"),
     "layers.gate_weight": (None, "tensor", None),
@@ -87,6 +90,8 @@ SHAPES = {
     "layers.q": (1, D, N, H),
     "layers.k": (1, D, K, H),
     "layers.v": (1, D, K, H),
+    "layers.q_norm": (1, H),
+    "layers.k_norm": (1, H),
     "layers.o": (1, N, H, D),
     "layers.gate_bias": (1, N),
     "layers.gate_weight": (1, N, H),
@@ -96,10 +101,10 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("mesh", [mesh for mesh in MESHES if mesh != "one"])
+@pytest.mark.parametrize("mesh", CASES)
 def test_parameters_and_moments_lie_as_the_rules_say(found, mesh):
     sizes = {"tensor": 1, "fsdp": 1} | MESHES[mesh]
-    shards = found["plt"][mesh]["shards"]
+    shards = found["meshes"][mesh]["shards"]
     seen = 0
     for leaf, (shard, devices) in shards.items():
         name = next((name for name in AXES if leaf.endswith(f".{name}")), None)
@@ -149,28 +154,31 @@ def test_without_devices_to_fill_the_mesh_it_is_refused():
 
 
 def test_a_run_trained_on_eight_devices_opens_on_one(found, folder):
-    trained = open_trained(folder / "run")
-    assert trained.step == found["trained"]["step"] == 4
-    assert trained.config.mesh.sizes() == MESHES["all"]
-    for leaf in jax.tree.leaves(trained.params):
-        assert len(leaf.sharding.device_set) == 1
-        assert np.isfinite(leaf).all()
+    assert found["trained"]["step"] == STEPS
+    for name, step in (("stopped", 4), ("run", STEPS)):
+        trained = open_trained(folder / name)
+        assert trained.step == step
+        assert trained.config.mesh.sizes() == MESHES["all"]
+        for leaf in jax.tree.leaves(trained.params):
+            assert len(leaf.sharding.device_set) == 1
+            assert np.isfinite(leaf).all()
 
 
 def test_a_run_evaluates_the_same_on_eight_devices_and_on_one(found, folder):
-    numbers = evaluate_trained(str(folder / "run")).numbers
+    numbers = evaluate_trained(str(folder / "stopped")).numbers
     for name in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes"):
         assert numbers[name] == pytest.approx(found["trained"]["evaluation"][name], rel=1e-5)
 
 
 def test_a_run_trained_on_eight_devices_resumes_on_one(found, folder):
+    eight = load_config(folder / "run" / "config.yaml")
+    mesh = {"data": -1, "fsdp": 1, "tensor": 1}
     config = load_config(
-        folder / "run" / "config.yaml",
-        {"mesh": {"data": -1, "fsdp": 1, "tensor": 1}, "training": {"steps": 6}},
+        folder / "stopped" / "config.yaml", {"mesh": mesh, "run_dir": str(folder / "stopped")}
     )
     before = losses(config)
-    assert loop.train(config) == loop.Outcome(6, stopped=False)
+    assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
     after = losses(config)
-    assert list(after) == [1, 2, 3, 4, 5, 6]
+    assert list(after) == list(range(1, STEPS + 1))
     assert {step: after[step] for step in before} == before
-    assert max(after[5], after[6]) < after[1]
+    assert after == pytest.approx(losses(eight), rel=1e-5)

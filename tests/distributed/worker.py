@@ -1,12 +1,16 @@
 """Trains small models on eight host devices, in several meshes; prints what it found as JSON.
 
 Runs in a process of its own, since the number of devices is fixed when JAX starts:
-`python -m tests.distributed.worker FOLDER`. The folder gets a run trained on a 2 x 2 x 2 mesh.
+`python -m tests.distributed.worker FOLDER`. The folder gets runs trained on a
+2 x 2 x 2 mesh.
 """
 
 import contextlib
 import functools
 import json
+import os
+import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -19,7 +23,7 @@ from plt_jax.evaluation.report import evaluate_trained
 from plt_jax.sharding import batch_sharding, make_mesh, place_batch
 from plt_jax.training.loop import train
 from plt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
-from tests.training.runs import make_home, tiny_config
+from tests.training.runs import call_at, make_home, tiny_config
 
 MESHES = {
     "one": {},
@@ -27,10 +31,6 @@ MESHES = {
     "fsdp": {"data": 1, "fsdp": 8},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
     "data and tensor": {"data": 4, "fsdp": 1, "tensor": 2},
-}
-SETTINGS = {
-    "plt": {"loop": {"scheme": "plt", "count": 2, "window": 3}},
-    "tied": {"loop": {"scheme": "clp", "count": 3}, "tied_embeddings": True, "qk_norm": True},
 }
 SHAPE = {
     "vocab_size": 64,
@@ -40,13 +40,15 @@ SHAPE = {
     "heads": 4,
     "kv_heads": 2,
     "ffn_width": 32,
+    "qk_norm": True,
+    "loop": {"scheme": "plt", "count": 2, "window": 3},
 }
 
 
-def make_config(mesh, model, accumulate=1, **sizes) -> RunConfig:
+def make_config(mesh, accumulate=1, **sizes) -> RunConfig:
     # An epsilon well above rounding, since Adam divides tiny gradients by themselves.
     return RunConfig(
-        model=SHAPE | SETTINGS[model] | sizes,
+        model=SHAPE | sizes,
         mesh=mesh,
         optimizer={"learning_rate": 1e-2, "warmup_fraction": 0.0, "epsilon": 1e-3},
         training={"steps": 10, "batch_size": 16, "accumulate": accumulate, "z_loss": 1e-2},
@@ -83,9 +85,9 @@ def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float]]]:
 
 
 @functools.cache
-def on_one_device(model: str):
+def on_one_device():
     """Parameters at the start and after the steps, by name, and the metrics."""
-    config = make_config(MESHES["one"], model)
+    config = make_config(MESHES["one"])
     start = named(jax.device_get(init_state(config, mesh_of(config)).params))
     state, metrics = take_steps(config)
     return start, named(jax.device_get(state.params)), metrics
@@ -99,10 +101,10 @@ def named(tree) -> dict[str, jax.Array]:
     }
 
 
-def compare(model: str, mesh: str, accumulate: int = 1) -> dict:
+def compare(mesh: str, accumulate: int) -> dict:
     """What a mesh gives against one device: metrics, largest differences, shards."""
-    start, expected, against = on_one_device(model)
-    got, metrics = take_steps(make_config(MESHES[mesh], model, accumulate))
+    start, expected, against = on_one_device()
+    got, metrics = take_steps(make_config(MESHES[mesh], accumulate))
     params = named(jax.device_get(got.params))
     return {
         "metrics": metrics,
@@ -130,11 +132,11 @@ def refusal(make) -> str:
 
 def refusals() -> dict[str, str]:
     def state(mesh, **sizes):
-        config = make_config(mesh, "plt", **sizes)
+        config = make_config(mesh, **sizes)
         return lambda: abstract_state(config, make_mesh(config.mesh))
 
     def step(mesh, accumulate):
-        config = make_config(mesh, "plt", accumulate)
+        config = make_config(mesh, accumulate)
         return lambda: make_train_step(config, make_mesh(config.mesh))
 
     tensor_4 = {"data": 2, "tensor": 4}
@@ -154,26 +156,27 @@ def refusals() -> dict[str, str]:
 
 
 def train_and_evaluate(folder: Path) -> dict:
-    """A run on all eight devices, evaluated on them too."""
-    config = tiny_config(
-        make_home(folder / "home"),
-        folder / "run",
-        model={"kv_heads": 2},
-        mesh=MESHES["all"],
-        training={"steps": 4, "evaluate_every": 2, "checkpoint_every": 2},
-        evaluation={"batch_size": 8},
-    )
-    outcome = train(config)
-    return {"step": outcome.step, "evaluation": evaluate_trained(str(folder / "run")).numbers}
+    """A run on all eight devices, stopped in the middle, gone on with, and evaluated on them too.
+
+    Leaves it as it was when stopped in FOLDER/stopped.
+    """
+    config = tiny_config(make_home(folder / "home"), folder / "run", mesh=MESHES["all"])
+    with call_at(4, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert train(config).stopped
+    shutil.copytree(folder / "run", folder / "stopped")
+    evaluation = evaluate_trained(str(folder / "stopped"), batch_size=8).numbers
+    return {"step": train(config).step, "evaluation": evaluation}
 
 
 def main(folder: Path) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         found = {
             "devices": jax.device_count(),
-            "plt": {mesh: compare("plt", mesh) for mesh in MESHES if mesh != "one"},
-            "tied": {"all": compare("tied", "all")},
-            "accumulated": {"data": compare("plt", "data", accumulate=2)},
+            "meshes": {
+                mesh: compare(mesh, accumulate=2 if mesh == "data" else 1)
+                for mesh in MESHES
+                if mesh != "one"
+            },
             "refusals": refusals(),
             "trained": train_and_evaluate(folder),
         }

@@ -29,6 +29,8 @@ def test_every_scheme_trains_evaluates_and_generates(finished, tmp_path, scheme)
     assert [row["loop"] for row in numbers["by_loop"]] == list(range(1, count + 1))
     assert numbers["loss"] == pytest.approx(rows[2]["validation_loss"], rel=1e-6)
 
-    result = command("plt_jax.generate", tmp_path / "run", "--max_new_tokens", "15")
+    # Drawn as the sample was that train.py printed, so that no new programs are compiled.
+    words = ["--max_new_tokens", "15", "--temperature", "0.8", "--top_p", "0.95"]
+    result = command("plt_jax.generate", tmp_path / "run", *words)
     assert (result.code, result.err) == (0, "")
     assert len(result.out) > 1

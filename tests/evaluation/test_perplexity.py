@@ -53,22 +53,21 @@ def shorter(config, count):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "settings"),
+    ("scheme", "count", "settings"),
     [
-        ("plt", {}),
-        ("vanilla_loop", {"normalize_between_loops": False}),
-        ("clp", {"tied_embeddings": True}),
+        ("plt", 3, {}),
+        ("vanilla_loop", 2, {"normalize_between_loops": False, "tied_embeddings": True}),
     ],
 )
-def test_losses_by_loop_are_those_of_models_with_fewer_loops(batch, scheme, settings):
+def test_losses_by_loop_are_those_of_models_with_fewer_loops(batch, scheme, count, settings):
     # A loop's readout is what the same parameters give when the loops end there.
-    config = small_config(scheme, 3, window=3, layers=1, **settings)
+    config = small_config(scheme, count, window=3, layers=1, **settings)
     params = random_params(config)
     got = np.asarray(losses_by_loop(config, params, batch))
-    expected = [summed_losses(shorter(config, count), params, batch) for count in (1, 2, 3)]
-    assert got.shape == (3,)
+    expected = [summed_losses(shorter(config, n + 1), params, batch) for n in range(count)]
+    assert got.shape == (count,)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
-    assert len({round(value, 3) for value in expected}) == 3
+    assert len({round(value, 3) for value in expected}) == count
 
 
 def evaluate(examples, batch_size, limit=None, config=None):
@@ -80,7 +79,7 @@ def evaluate(examples, batch_size, limit=None, config=None):
 
 def test_scores_do_not_depend_on_the_batch_size(examples):
     assert len(examples) == 7
-    one, *others = (evaluate(examples, size) for size in (1, 3, 7, 16))
+    one, *others = (evaluate(examples, size) for size in (3, 7, 8))
     for other in others:
         assert (other.tokens, other.text_bytes) == (one.tokens, one.text_bytes)
         assert other.score == pytest.approx(one.score, rel=1e-5)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from plt_jax import Transformer
@@ -60,6 +61,10 @@ def hand_computed(params, batch):
     return -np.take_along_axis(log_p, batch["targets"][..., None], -1)[..., 0], log_z
 
 
+def move(params, direction, distance):
+    return jax.tree.map(lambda leaf, along: leaf + distance * along, params, direction)
+
+
 def close(one, other, rtol=1e-5, atol=1e-6):
     for (path, left), right in zip(
         jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(other), strict=True
@@ -92,10 +97,13 @@ def test_the_z_loss_reaches_the_gradient_but_not_the_reported_loss():
     with_z, z_gradients = accumulate_gradients(config, params, batch)
     assert float(with_z["loss"]) == float(plain["loss"])
     total = batch["weights"].sum()
-    summed, _ = jax.jit(jax.grad(module.batch_loss, 1, has_aux=True), static_argnums=0)(
-        MODEL, params, batch, 0.3
+    # Along the gradient, the loss grows by the gradient's norm.
+    norm = float(optax.global_norm(z_gradients))
+    ahead, behind = (
+        batch_loss(MODEL, move(params, z_gradients, sign * 1e-2 / norm), batch, 0.3)[0]
+        for sign in (1, -1)
     )
-    close(z_gradients, jax.tree.map(lambda leaf: leaf / total, summed))
+    assert float(ahead - behind) / 2e-2 / total == pytest.approx(norm, rel=1e-2)
     largest = jax.tree.map(lambda a, b: float(abs(a - b).max()), z_gradients, gradients)
     assert min(largest["head"], largest["layers"]["q"]) > 1e-4
 
@@ -121,12 +129,11 @@ def test_a_batch_without_targets_changes_nothing_and_is_finite():
 
 def test_accumulation_gives_the_whole_batchs_gradient():
     params, batch = random_params(MODEL), make_batch()
-    totals = [batch["weights"][start::4].sum() for start in range(4)]
-    assert len(set(totals)) > 1, "the micro-batches should weigh differently"
+    totals = [batch["weights"][start::2].sum() for start in range(2)]
+    assert len(set(totals)) == 2, "the micro-batches should weigh differently"
     whole = accumulate_gradients(make_config(training={"z_loss": 0.3}), params, batch)
-    for parts in (2, 4):
-        config = make_config(training={"accumulate": parts, "z_loss": 0.3})
-        close(accumulate_gradients(config, params, batch), whole)
+    config = make_config(training={"accumulate": 2, "z_loss": 0.3})
+    close(accumulate_gradients(config, params, batch), whole)
 
 
 def take_steps(config: RunConfig, batches):
@@ -138,44 +145,45 @@ def take_steps(config: RunConfig, batches):
     return state, metrics
 
 
+# An epsilon well above rounding, since Adam divides tiny gradients by themselves. The first two of
+# fifty steps warm up.
+LEARNING = {
+    "learning_rate": 2e-2,
+    "warmup_fraction": 0.04,
+    "epsilon": 1e-3,
+    "clip_norm": 0.3,
+}
+
+
 def test_accumulation_gives_the_same_updates():
-    # An epsilon well above rounding, since Adam divides tiny gradients by themselves.
-    batches, smooth = [make_batch(0), make_batch(1)], {"epsilon": 1e-3, "learning_rate": 2e-2}
-    results = [
-        take_steps(make_config(training={"accumulate": parts}, **smooth), batches)
+    batches = [make_batch(seed) for seed in range(3)]
+    (state, metrics), (other_state, other_metrics) = (
+        take_steps(make_config(training={"accumulate": parts}, **LEARNING), batches)
         for parts in (1, 4)
-    ]
-    (state, metrics), *others = results
-    assert int(state.step) == 2
-    for other_state, other_metrics in others:
-        close(other_state.params, state.params, rtol=0, atol=1e-6)
-        for one, two in zip(metrics, other_metrics, strict=True):
-            assert one == pytest.approx(two, rel=1e-5)
+    )
+    assert int(state.step) == int(other_state.step) == 3
+    close(other_state.params, state.params, rtol=0, atol=1e-6)
+    for one, two in zip(metrics, other_metrics, strict=True):
+        assert one == pytest.approx(two, rel=1e-5)
 
 
 def test_one_batch_can_be_learned_by_heart():
-    batch = make_batch(3)
-    config = make_config(epsilon=1e-3, learning_rate=2e-2)
-    state, metrics = take_steps(config, [batch] * 50)
+    state, metrics = take_steps(make_config(**LEARNING), [make_batch(3)] * 50)
     losses = [values["loss"] for values in metrics]
     assert losses[0] == pytest.approx(np.log(31), rel=0.35)
-    assert losses[-1] < 0.2 * losses[0]
+    assert losses[-1] < 0.1 * losses[0]
     assert int(state.step) == 50
 
 
 def test_metrics_are_the_gradients_norm_and_the_rate_that_was_used():
-    batch = make_batch()
-    config = RunConfig(
-        model=MODEL,
-        optimizer={"learning_rate": 0.02, "warmup_fraction": 0.4, "clip_norm": 1e-3},
-        training={"steps": 5, "batch_size": 8},
-    )
+    batch, config = make_batch(3), make_config(**LEARNING)
     params = init_state(config, make_mesh(config.mesh)).params
     _, gradients = accumulate_gradients(make_config(), params, batch)
     norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradients)))
     _, metrics = take_steps(config, [batch] * 3)
+    # Before clipping.
     assert metrics[0]["gradient_norm"] == pytest.approx(norm, rel=1e-5)
-    assert norm > 1e-2
+    assert norm > 0.3
     rates = [values["learning_rate"] for values in metrics]
     assert rates == pytest.approx([0.0, 0.01, 0.02], rel=1e-5)
     # A rate of 0 moves nothing, so the second step sees the same loss.
