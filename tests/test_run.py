@@ -1,6 +1,7 @@
 """The run directory: what may be opened, resumed and overwritten."""
 
 import shutil
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -141,12 +142,15 @@ def test_a_directory_below_a_file_is_refused(finished, tmp_path):
 
 
 def test_a_directory_that_cannot_be_written_is_refused(finished, tmp_path):
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    with mock.patch("plt_jax.run.write_text", fail):
-        result = command("train.py", finished.directory / CONFIG, "--run_dir", tmp_path / "new")
-    assert_refused(result, f"cannot write to --run_dir {tmp_path / 'new'}: No space left on device")
+    words = ["train.py", finished.directory / CONFIG, "--run_dir", tmp_path / "new"]
+    with mock.patch.object(Path, "write_text", fail):
+        assert_refused(command(*words), f"cannot write {tmp_path / 'new' / CONFIG}: No space left")
+    (tmp_path / "new").rmdir()
+    with mock.patch.object(Path, "mkdir", fail):
+        assert_refused(command(*words), "No space left on device")
 
 
 def test_the_same_config_resumes_without_changes(finished):

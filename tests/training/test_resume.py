@@ -28,6 +28,19 @@ from tests.training.runs import (
 )
 
 
+@pytest.fixture(autouse=True)
+def unhandled():
+    """Makes a signal that the training loop leaves to others fail the test, not end the tests."""
+
+    def fail(number, _):
+        raise AssertionError(f"{signal.Signals(number).name} was not handled")
+
+    before = {number: signal.signal(number, fail) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def steps_of(config) -> list[int]:
     return list_steps(Path(config.run_dir) / CHECKPOINTS)
 
