@@ -94,6 +94,31 @@ class LoopConfig(Section):
         return SCHEMES[self.scheme].later_attention
 
 
+class RopeScalingConfig(Section):
+    """How RoPE's frequencies are stretched to reach beyond the context of an earlier training."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """Not at all; all frequencies divided by `factor`; or, as in Llama 3.1, only those whose
+    wavelength is long against `original_length`."""
+    factor: Annotated[float, Field(ge=1.0)] = 1.0
+    """What low frequencies are divided by."""
+    low_frequency_factor: PositiveFloat = 1.0
+    """Wavelengths above original_length / this are divided in full (llama3)."""
+    high_frequency_factor: PositiveFloat = 4.0
+    """Wavelengths below original_length / this stay; those between are interpolated (llama3)."""
+    original_length: PositiveInt = 8192
+    """Context in tokens of the earlier training (llama3)."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> RopeScalingConfig:
+        if self.low_frequency_factor >= self.high_frequency_factor:
+            raise ValueError(
+                f"low_frequency_factor {self.low_frequency_factor} must be below "
+                f"high_frequency_factor {self.high_frequency_factor}"
+            )
+        return self
+
+
 class MoEConfig(Section):
     """Mixture-of-experts feed-forward layers; all layers of a model are of one kind."""
 
@@ -150,12 +175,18 @@ class ModelConfig(Section):
     """Hidden width F of the SwiGLU feed-forward layer, when dense."""
     rope_theta: PositiveFloat = 500000.0
     """Base of the rotary position embedding's frequencies."""
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    """How those frequencies are stretched."""
     norm_epsilon: PositiveFloat = 1e-5
     """Added to the mean square in every RMSNorm."""
     tied_embeddings: bool = False
     """Use the transposed embedding as the output head."""
     qk_norm: bool = False
     """RMSNorm over each head's query and key before RoPE."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections."""
+    output_bias: bool = False
+    """A bias on attention's output projection."""
     ffn_output_norm: bool = False
     """RMSNorm on the feed-forward output before the residual sum."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -341,6 +372,9 @@ class RunConfig(Section):
 
     run_dir: str | None = None
     """Where the run is written; default runs/NAME for configs/NAME.yaml."""
+    start_from: str | None = None
+    """A run directory, or one of its checkpoints, whose parameters this run starts from; its model
+    and tokenizer are then the defaults here."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation and of the data's order."""
     model: ModelConfig = ModelConfig()

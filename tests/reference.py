@@ -6,6 +6,8 @@ token: it is meant for tiny shapes. Letters in shapes: B batch, T sequence, D wi
 K key/value heads, H head width, F feed-forward width, X experts, V vocabulary, L loops, J layers.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -39,7 +41,7 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
         if positions is None:
             positions = positions_in_document(document)
         causal, windowed = masks(document, loop.window)
-        rotation = rope_rotation(jnp.asarray(positions), settings.head_width, settings.rope_theta)
+        rotation = rope_rotation(settings, jnp.asarray(positions))
 
         embedded = params["embedding"][tokens]
         x = embedded  # loop 1 reads the embedding, unscaled
@@ -118,6 +120,8 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
     q = jnp.einsum("btd,dnh->btnh", normed, layer["q"])
     k = jnp.einsum("btd,dkh->btkh", normed, layer["k"])
     v = jnp.einsum("btd,dkh->btkh", normed, layer["v"])
+    if settings.qkv_bias:
+        q, k, v = q + layer["q_bias"], k + layer["k_bias"], v + layer["v_bias"]
     if settings.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], epsilon), rms_norm(k, layer["k_norm"], epsilon)
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
@@ -130,6 +134,8 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
         g = gate(settings, layer, q, x)[..., None]  # [B, T, N, 1]
         attended = g * attention(q, *first_kv, causal) + (1 - g) * attention(q, k, v, windowed)
     x = x + jnp.einsum("btnh,nhd->btd", attended, layer["o"])
+    if settings.output_bias:
+        x = x + layer["o_bias"]
 
     normed = rms_norm(x, layer["ffn_norm"], epsilon)
     if settings.moe.experts:
@@ -199,13 +205,34 @@ def rms_norm(x, scale, epsilon):
     return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale
 
 
-def rope_rotation(positions, head_width, theta):
+def rope_rotation(settings, positions):
     """(cos, sin), each float32 [B, T, 1, H], of the rotate-half convention."""
+    head_width, theta = settings.head_width, settings.rope_theta
     exponents = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
     frequencies = 1.0 / jnp.float32(theta) ** exponents  # [H/2]
+    scaling = settings.rope_scaling
+    if scaling is not None and scaling.kind == "linear":
+        frequencies = frequencies / scaling.factor
+    elif scaling is not None and scaling.kind == "llama3":
+        frequencies = jnp.array([llama3_frequency(scaling, float(f)) for f in frequencies])
     angles = positions.astype(jnp.float32)[:, :, None] * frequencies
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]
     return jnp.cos(angles), jnp.sin(angles)
+
+
+def llama3_frequency(scaling, frequency):
+    """One frequency after Llama 3.1's stretching, case by case."""
+    wavelength = 2 * math.pi / frequency
+    longest_kept = scaling.original_length / scaling.high_frequency_factor
+    shortest_divided = scaling.original_length / scaling.low_frequency_factor
+    if wavelength < longest_kept:
+        return frequency
+    if wavelength > shortest_divided:
+        return frequency / scaling.factor
+    smooth = (scaling.original_length / wavelength - scaling.low_frequency_factor) / (
+        scaling.high_frequency_factor - scaling.low_frequency_factor
+    )
+    return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
 def apply_rope(x, rotation):

@@ -48,7 +48,7 @@ def prefill(
     params = prepare_for_decode(config, params)
     loop = config.loop
     positions_BC = cache.lengths[:, None] + jnp.arange(C)
-    rotation = rope_rotation(positions_BC, config.head_width, config.rope_theta)
+    rotation = rope_rotation(config, positions_BC)
     embeddings_BCD = embed(tokens, params["embedding"], jnp.dtype(config.dtype))
     last_B = jnp.maximum(lengths - 1, 0)
 

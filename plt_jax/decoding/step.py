@@ -69,7 +69,7 @@ def _run_rows(
     loop = config.loop
     slots_B1 = cache.lengths[:, None]
     ring_slots_B1 = slots_B1 % loop.window
-    rotation = rope_rotation(slots_B1, config.head_width, config.rope_theta)
+    rotation = rope_rotation(config, slots_B1)
     mask_B1S = jnp.arange(cache.capacity) <= slots_B1[:, :, None]
     ring_mask_B1W = (ring_positions(cache.lengths + 1, loop.window) >= 0)[:, None]
     keys, values = list(cache.keys), list(cache.values)

@@ -44,6 +44,12 @@ def attention_parameters(config: ModelConfig) -> dict[str, Parameter]:
             (N, H, D), ("heads", "head", "embed"), N * H, 1 / math.sqrt(2 * config.layers)
         ),
     }
+    if config.qkv_bias:
+        parameters["q_bias"] = zero_parameter((N, H), ("heads", "head"))
+        parameters["k_bias"] = zero_parameter((K, H), ("kv_heads", "head"))
+        parameters["v_bias"] = zero_parameter((K, H), ("kv_heads", "head"))
+    if config.output_bias:
+        parameters["o_bias"] = zero_parameter((D,), ("embed",))
     if config.qk_norm:
         parameters["q_norm"] = scale_parameter(H, "head")
         parameters["k_norm"] = scale_parameter(H, "head")
@@ -71,6 +77,11 @@ def project_qkv(
     q_BNTH, k_BKTH, v_BKTH = (
         jnp.einsum("BTD,DNH->BNTH", x_BTD, weights[name].astype(x_BTD.dtype)) for name in "qkv"
     )
+    if config.qkv_bias:
+        q_BNTH, k_BKTH, v_BKTH = (
+            x_BNTH + weights[name][:, None].astype(x_BNTH.dtype)
+            for x_BNTH, name in ((q_BNTH, "q_bias"), (k_BKTH, "k_bias"), (v_BKTH, "v_bias"))
+        )
     if config.qk_norm:
         q_BNTH = rms_norm(q_BNTH, weights["q_norm"], config.norm_epsilon)
         k_BKTH = rms_norm(k_BKTH, weights["k_norm"], config.norm_epsilon)

@@ -86,6 +86,8 @@ def apply_block(
     q_BNTH, k_BKTH, v_BKTH = project_qkv(config, weights, normed_BTD, rotation)
     out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, gate(config, weights, x_BTD, q_BNTH))
     x_BTD += jnp.einsum("BNTH,NHD->BTD", out_BNTH, weights["o"].astype(x_BTD.dtype))
+    if config.output_bias:
+        x_BTD += weights["o_bias"].astype(x_BTD.dtype)
     out_BTD, router = feed_forward(config, weights, x_BTD)
     return x_BTD + out_BTD, router
 

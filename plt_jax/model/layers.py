@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from plt_jax.config import ModelConfig, RopeScalingConfig
+
 
 class Parameter(NamedTuple):
     """One declaration of a parameter: shape, logical axis names, how it starts, if it decays."""
@@ -65,12 +67,26 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-def rope_rotation(positions_BT: jax.Array, head_width: int, theta: float) -> Rotation:
+def rope_rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
     """RoPE's rotation at integer positions [B, T]."""
-    exponents = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
-    frequencies = 1.0 / theta**exponents
+    exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
+    frequencies = scale_frequencies(config.rope_scaling, 1.0 / config.rope_theta**exponents)
     angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies
     return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def scale_frequencies(scaling: RopeScalingConfig, frequencies: jax.Array) -> jax.Array:
+    """RoPE's frequencies, in radians per position, stretched to a longer context."""
+    if scaling.kind == "none":
+        return frequencies
+    low = frequencies / scaling.factor
+    if scaling.kind == "linear":
+        return low
+    # How many of its periods the original context held decides whether a frequency stays.
+    periods = scaling.original_length * frequencies / (2 * math.pi)
+    span = scaling.high_frequency_factor - scaling.low_frequency_factor
+    kept = jnp.clip((periods - scaling.low_frequency_factor) / span, 0.0, 1.0)
+    return kept * frequencies + (1.0 - kept) * low
 
 
 def rotate(x_BNTH: jax.Array, rotation: Rotation) -> jax.Array:

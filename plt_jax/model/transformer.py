@@ -89,9 +89,7 @@ class Transformer(nn.Module):
             positions = positions_in_documents(documents_BT)
         elif positions is None:
             positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        context = Context(
-            rope_rotation(positions, config.head_width, config.rope_theta), documents_BT
-        )
+        context = Context(rope_rotation(config, positions), documents_BT)
         embeddings_BTD = embed(tokens_BT, self.top["embedding"], jnp.dtype(config.dtype))
         embeddings_BTD = nn.with_logical_constraint(
             embeddings_BTD, ("batch", "length", "activation")

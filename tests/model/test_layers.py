@@ -11,6 +11,7 @@ from plt_jax.model.layers import logits_from, rms_norm, rope_rotation, rotate, s
 from plt_jax.model.looping import shift_right
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import number_documents, positions_in_documents
+from tests.models import small_config
 
 RNG = np.random.default_rng(0)
 
@@ -45,7 +46,8 @@ def test_swiglu():
 def test_rope_turns_pairs_by_position_times_frequency():
     x = normal(1, 2, 3, 6)
     positions = np.array([[0, 1, 1000]])
-    turned = np.asarray(rotate(x, rope_rotation(positions, head_width=6, theta=100.0)))
+    config = small_config(head_width=6, rope_theta=100.0)
+    turned = np.asarray(rotate(x, rope_rotation(config, positions)))
     for t, position in enumerate(positions[0]):
         for pair in range(3):
             pairs = x[0, :, t, pair] + 1j * x[0, :, t, pair + 3]
