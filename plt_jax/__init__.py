@@ -8,6 +8,7 @@ from plt_jax.decoding.prefill import prefill
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.step import decode_step
 from plt_jax.errors import InputError
+from plt_jax.interop.huggingface import load_huggingface, save_huggingface
 from plt_jax.model.transformer import Transformer
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "generate",
     "init_cache",
     "load_config",
+    "load_huggingface",
     "prefill",
     "prepare_for_decode",
+    "save_huggingface",
 ]

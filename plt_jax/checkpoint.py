@@ -94,8 +94,23 @@ def list_steps(directory: str | Path) -> list[int]:
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
 
 
-def load_params(directory: str | Path, step: int, abstract: Any) -> Any:
-    """The parameters of one checkpoint, in the shapes and shardings of `abstract`.
+def save_params(directory: str | Path, step: int, params: Any) -> None:
+    """Writes a checkpoint that holds parameters alone; returns when it is complete."""
+    path = (Path(directory) / str(step)).absolute()
+    path.parent.mkdir(exist_ok=True)
+    ocp.save_checkpointables(path, {"params": params})
+
+
+def can_resume(directory: str | Path, step: int) -> bool:
+    """Whether a checkpoint holds an optimizer's state beside the parameters."""
+    return (Path(directory) / str(step) / "optimizer").exists()
+
+
+def load_params(directory: str | Path, step: int, abstract: Any, as_stored: bool = False) -> Any:
+    """The parameters of one checkpoint, in the shapes, dtypes and shardings of `abstract`.
+
+    Args:
+      as_stored: keep the dtypes that they were stored in.
 
     Raises:
       InputError: the checkpoint cannot be read, or holds other shapes.
@@ -104,6 +119,8 @@ def load_params(directory: str | Path, step: int, abstract: Any) -> Any:
     try:
         stored = ocp.checkpointables_metadata(path).metadata["params"]
         differing = differing_shapes(stored, abstract)
+        if as_stored and not differing:
+            abstract = jax.tree.map(lambda to, of: to.update(dtype=of.dtype), abstract, stored)
         params = None if differing else ocp.load_checkpointables(path, {"params": abstract})
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -12,16 +12,42 @@ import yaml
 
 from plt_jax.config import RunConfig
 from plt_jax.errors import InputError
+from plt_jax.run_files import CONFIG, TOKENIZER, locate
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Reads a YAML file, lays nested `overrides` over it, and validates the whole once.
+
+    With a `start_from`, the sections model and tokenizer of that run lie underneath.
 
     Raises:
       InputError: the file cannot be read, is not a YAML mapping, or a value is refused; the message
         names the field, the value and what would be right.
     """
     path = Path(path)
+    values = merge(_read_yaml(path), overrides or {})
+    if isinstance(values.get("start_from"), str):
+        values = merge(_inherited(values["start_from"]), values)
+    if values.get("run_dir") is None:
+        values["run_dir"] = str(Path("runs") / path.stem)
+    return _validate(path, values)
+
+
+def load_resolved(path: Path) -> RunConfig:
+    """Reads what `dump_config` wrote: nothing is missing, so nothing is looked up elsewhere.
+
+    Raises:
+      InputError: as `load_config`.
+    """
+    return _validate(path, _read_yaml(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every field written out."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -31,18 +57,23 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise InputError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
-    values = merge(values, overrides or {})
-    if values.get("run_dir") is None:
-        values["run_dir"] = str(Path("runs") / path.stem)
+    return values
+
+
+def _validate(path: Path, values: Mapping[str, Any]) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except pydantic.ValidationError as error:
         raise InputError(f"{path}: {describe_errors(error)}") from error
 
 
-def dump_config(config: RunConfig) -> str:
-    """The resolved configuration as YAML, every field written out."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+def _inherited(start_from: str) -> dict[str, Any]:
+    """What a run takes over from the one that it starts from."""
+    directory = locate(start_from).directory
+    inherited = {"model": load_resolved(directory / CONFIG).model.model_dump()}
+    if (directory / TOKENIZER).exists():
+        inherited["tokenizer"] = {"path": str(directory / TOKENIZER)}
+    return inherited
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,14 +1,10 @@
-"""The run directory: what train.py leaves, and how everything else opens it.
-
-config.yaml      the resolved configuration
-tokenizer.json   the tokenizer (Hugging Face tokenizers)
-checkpoints/N/   orbax checkpoints by step
-metrics.jsonl    one JSON object per line; tensorboard/ has the same; loss.png draws it
-eval.json        what eval.py found last
-"""
+"""Run directories: made, checked before a run resumes in them, and opened. `run_files.py` names
+what they hold."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,20 +13,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from plt_jax.checkpoint import list_steps, load_params
+from plt_jax.checkpoint import can_resume, list_steps, load_params, save_params
 from plt_jax.config import MeshConfig, RunConfig, Section
-from plt_jax.config_file import dump_config, load_config
+from plt_jax.config_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import load_tokenizer
 from plt_jax.errors import InputError
+from plt_jax.files import new_folder, write_text
 from plt_jax.model.transformer import Transformer
+from plt_jax.run_files import CHECKPOINTS, CONFIG, HUGGINGFACE, TOKENIZER, locate
 from plt_jax.sharding import abstract_arrays, make_mesh
-
-CONFIG, TOKENIZER, CHECKPOINTS, METRICS = (
-    "config.yaml",
-    "tokenizer.json",
-    "checkpoints",
-    "metrics.jsonl",
-)
 
 # What may change between one start of a run and the next, because no step's result depends on it
 # (training.steps moves the end of the schedule: allowed, since longer training is a fair wish).
@@ -49,19 +40,42 @@ MAY_CHANGE = (
 )
 
 
-class Trained(NamedTuple):
-    """A checkpoint, opened for evaluation or decoding."""
+class Model(NamedTuple):
+    """A checkpoint's parameters, and what they are the parameters of."""
 
     directory: Path
     """The run directory."""
     config: RunConfig
+    step: int
+    params: Any
+    """As `Transformer.init` gives them, unboxed; in the dtype they are stored in."""
+
+
+class Trained(NamedTuple):
+    """A checkpoint, opened for evaluation or decoding; see `Model`."""
+
+    directory: Path
+    config: RunConfig
     tokenizer: Tokenizer
     step: int
     params: Any
-    """As `Transformer.init` gives them, unboxed."""
 
 
 def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
+    """As `open_model`, with the tokenizer; InputError if the directory has none."""
+    directory = locate(path).directory
+    if not (directory / TOKENIZER).exists() and (directory / HUGGINGFACE).exists():
+        raise InputError(
+            f"{directory} was imported without a tokenizer; import it again with --tokenizer FILE"
+        )
+    # Before the parameters, which take longer to read.
+    config, _ = find_checkpoint(path)
+    tokenizer = load_tokenizer(directory / TOKENIZER)
+    model = open_model(path, mesh)
+    return Trained(directory, config, tokenizer, model.step, model.params)
+
+
+def open_model(path: str | Path, mesh: Mesh | None = None) -> Model:
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
 
     Args:
@@ -71,19 +85,22 @@ def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
     Raises:
       InputError: the path is neither, or holds no checkpoint.
     """
-    path = Path(path).resolve()  # the name of a folder given as . tells what it is
-    if not path.exists():
-        raise InputError(f"{path} does not exist; give a run directory, or one of its checkpoints")
-    directory, step = path, None
-    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
-        directory, step = path.parent.parent, int(path.name)
-    elif path.name == CHECKPOINTS:
-        directory = path.parent
-    if not (directory / CONFIG).is_file():
-        raise InputError(
-            f"{path} is neither a run directory nor a checkpoint of one: {directory / CONFIG} is "
-            "missing; train one with train.py"
-        )
+    directory = locate(path).directory
+    config, step = find_checkpoint(path)
+    init = Transformer(config.model).init
+    boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    abstract = abstract_arrays(boxed, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
+    params = load_params(directory / CHECKPOINTS, step, abstract, as_stored=True)
+    return Model(directory, config, step, params)
+
+
+def find_checkpoint(path: str | Path) -> tuple[RunConfig, int]:
+    """The configuration of a run and the step that a path means, the newest by default.
+
+    Raises:
+      InputError: the path leads to no complete checkpoint.
+    """
+    directory, step = locate(path)
     steps = list_steps(directory / CHECKPOINTS)
     if not steps:
         raise InputError(
@@ -91,14 +108,29 @@ def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
         )
     if step is not None and step not in steps:
         raise InputError(f"{path} is not a complete checkpoint; there are {steps}")
-    step = steps[-1] if step is None else step
-    config = load_config(directory / CONFIG)
-    tokenizer = load_tokenizer(directory / TOKENIZER)
-    init = Transformer(config.model).init
-    boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    abstract = abstract_arrays(boxed, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    params = load_params(directory / CHECKPOINTS, step, abstract)
-    return Trained(directory, config, tokenizer, step, params)
+    return load_resolved(directory / CONFIG), steps[-1] if step is None else step
+
+
+def create_run(
+    config: RunConfig, params: Any, tokenizer: Path | None, files: Sequence[Path]
+) -> None:
+    """Makes `config.run_dir` with one checkpoint, of step 0, that holds only parameters.
+
+    Args:
+      tokenizer: a tokenizer.json, if there is one.
+      files: to keep under huggingface/.
+
+    Raises:
+      InputError: the directory holds something, or cannot be written to; nothing is left then.
+    """
+    with new_folder(config.run_dir) as directory:
+        write_text(directory / CONFIG, dump_config(config))
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, directory / TOKENIZER)
+        (directory / HUGGINGFACE).mkdir()
+        for file in files:
+            shutil.copyfile(file, directory / HUGGINGFACE / file.name)
+        save_params(directory / CHECKPOINTS, 0, params)
 
 
 def check_directory(config: RunConfig) -> list[str]:
@@ -121,7 +153,13 @@ def check_directory(config: RunConfig) -> list[str]:
                 "resume; choose another"
             )
         return []
-    differing = differing_values(load_config(directory / CONFIG), config)
+    steps = list_steps(directory / CHECKPOINTS)
+    if steps and not can_resume(directory / CHECKPOINTS, steps[-1]):
+        raise InputError(
+            f"--run_dir {directory} holds a converted model, with no optimizer's state to resume; "
+            f"train from it in another: --start_from {directory} --run_dir ANOTHER"
+        )
+    differing = differing_values(load_resolved(directory / CONFIG), config)
     changes = [f"{name}: {old} -> {new}" for name, (old, new) in differing.items()]
     refused = [change for change in changes if not change.startswith(MAY_CHANGE)]
     if refused:
@@ -145,6 +183,10 @@ def write_directory(config: RunConfig, tokenizer: Tokenizer) -> Path:
         raise InputError(f"cannot make --run_dir {directory}: {error.strerror}") from error
     write_text(directory / CONFIG, dump_config(config))
     write_text(directory / TOKENIZER, tokenizer.to_str())
+    if config.start_from is not None:
+        kept = locate(config.start_from).directory / HUGGINGFACE
+        if kept.is_dir():
+            shutil.copytree(kept, directory / HUGGINGFACE, dirs_exist_ok=True)
     return directory
 
 
@@ -173,17 +215,3 @@ def differing_values(one: Section, other: Section) -> dict[str, tuple[Any, Any]]
         elif left != right:
             differing[name] = (left, right)
     return differing
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that a kill leaves the old one or the new one.
-
-    Raises:
-      InputError: it cannot be written.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from plt_jax.errors import InputError
-from plt_jax.run import CHECKPOINTS, CONFIG, TOKENIZER, check_directory, open_trained
+from plt_jax.run import check_directory, open_trained
+from plt_jax.run_files import CHECKPOINTS, CONFIG, TOKENIZER
 from tests.training.runs import STEPS, assert_refused, command, finished_run, saved_state, snapshot
 
 

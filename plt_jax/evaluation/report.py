@@ -12,7 +12,8 @@ from plt_jax.data.load import examples_from_text, validation_examples
 from plt_jax.data.tokenizer import token_bytes
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import make_evaluate
-from plt_jax.run import open_trained, write_text
+from plt_jax.files import write_text
+from plt_jax.run import open_trained
 from plt_jax.sharding import make_mesh
 
 EVALUATION = "eval.json"

@@ -11,19 +11,26 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from tokenizers import Tokenizer
 
-from plt_jax.checkpoint import Checkpoints
+from plt_jax.checkpoint import Checkpoints, list_steps, load_params
 from plt_jax.config import RunConfig
 from plt_jax.data.load import Data, load_data
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import stream_text
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
-from plt_jax.run import CHECKPOINTS, check_directory, check_tokenizer, write_directory
+from plt_jax.run import check_directory, check_tokenizer, find_checkpoint, write_directory
+from plt_jax.run_files import CHECKPOINTS, locate
 from plt_jax.sharding import batch_sharding, make_mesh, place_batch
 from plt_jax.training.metrics import MetricsWriter, plot_losses
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
 from plt_jax.training.signals import StopRequest
-from plt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+from plt_jax.training.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    start_state,
+)
 
 SAMPLE_TOKENS = 120
 
@@ -67,6 +74,7 @@ def train(config: RunConfig) -> Outcome:
     data = load_data(config)
     check_tokenizer(config, data.tokenizer)
     check_sample_prompt(config, data.tokenizer)
+    params = start_params(config, abstract)
     evaluate = make_evaluate(config, mesh, data.token_bytes)
 
     directory = write_directory(config, data.tokenizer)
@@ -74,7 +82,8 @@ def train(config: RunConfig) -> Outcome:
     with StopRequest() as stop, Checkpoints(directory / CHECKPOINTS, config.checkpoint) as saved:
         run = Run(config, directory, data, mesh, rows, evaluate, saved)
         batches = iter(data.training)
-        state = start_or_resume(run, abstract, batches)
+        state = start_or_resume(run, abstract, batches, params)
+        del params  # the step takes their place
         start = int(state.step)
         if start >= config.training.steps:
             print(f"finished: {directory} is at step {start} of {config.training.steps}")
@@ -97,11 +106,35 @@ def train(config: RunConfig) -> Outcome:
     return Outcome(step, stopped=False)
 
 
-def start_or_resume(run: Run, abstract: TrainState, batches: Iterator) -> TrainState:
+def start_params(config: RunConfig, abstract: TrainState) -> Any | None:
+    """The parameters that a fresh run starts from; None if it draws its own, or resumes.
+
+    Raises:
+      InputError: `start_from` leads to no checkpoint, to one of another shape, or to a model whose
+        tokenizer is not known.
+    """
+    if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
+        return None
+    if config.tokenizer.path is None:
+        raise InputError(
+            f"start_from {config.start_from} has no tokenizer, so its embeddings' text is not "
+            "known; give its tokenizer.json as tokenizer.path"
+        )
+    _, step = find_checkpoint(config.start_from)
+    directory = locate(config.start_from).directory
+    print(f"starting from {directory}, step {step}", flush=True)
+    return load_params(directory / CHECKPOINTS, step, abstract.params)
+
+
+def start_or_resume(
+    run: Run, abstract: TrainState, batches: Iterator, params: Any | None
+) -> TrainState:
     """A fresh state, or the newest checkpoint's with the batches set to go on behind it."""
     step = run.checkpoints.latest_step
-    if step is None:
+    if step is None and params is None:
         return init_state(run.config, run.mesh)
+    if step is None:
+        return start_state(run.config, run.mesh, params)
     print(f"resuming at step {step} of {run.config.training.steps}", flush=True)
     optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
     params, optimizer = run.checkpoints.restore(abstract.params, optimizer, batches)

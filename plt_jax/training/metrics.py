@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tensorboardX import SummaryWriter
 
-from plt_jax.run import METRICS, write_text
+from plt_jax.files import write_text
+from plt_jax.run_files import METRICS
 
 
 class MetricsWriter:

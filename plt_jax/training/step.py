@@ -60,6 +60,16 @@ def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
         return make(jax.random.key(config.seed))
 
 
+def start_state(config: RunConfig, mesh: Mesh, params: Any) -> TrainState:
+    """The train state of step 0 around given parameters, which lie in their shardings already."""
+    optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    with use_mesh(mesh):
+        make = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
+        step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+        return TrainState(step, params, make(params))
+
+
 def batch_loss(
     config: ModelConfig, params: Any, batch: Batch, z_loss: float
 ) -> tuple[jax.Array, Metrics]:

@@ -11,7 +11,8 @@ import pytest
 
 from plt_jax.checkpoint import list_steps
 from plt_jax.data.load import load_data
-from plt_jax.run import CHECKPOINTS, METRICS, TOKENIZER, open_trained
+from plt_jax.run import open_trained
+from plt_jax.run_files import CHECKPOINTS, METRICS, TOKENIZER
 from plt_jax.training import loop
 from tests.training.runs import (
     STEPS,

