@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
@@ -19,7 +18,7 @@ from plt_jax.config_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import new_folder, write_text
-from plt_jax.model.transformer import Transformer
+from plt_jax.model.transformer import abstract_params
 from plt_jax.run_files import CHECKPOINTS, CONFIG, HUGGINGFACE, TOKENIZER, locate
 from plt_jax.sharding import abstract_arrays, make_mesh
 
@@ -87,8 +86,7 @@ def open_model(path: str | Path, mesh: Mesh | None = None) -> Model:
     """
     directory = locate(path).directory
     config, step = find_checkpoint(path)
-    init = Transformer(config.model).init
-    boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    boxed = abstract_params(config.model)
     abstract = abstract_arrays(boxed, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
     params = load_params(directory / CHECKPOINTS, step, abstract, as_stored=True)
     return Model(directory, config, step, params)

@@ -13,6 +13,7 @@ import numpy as np
 from plt_jax import ModelConfig, Transformer
 from plt_jax.config import SCHEMES
 from plt_jax.model.looping import LoopStates
+from plt_jax.model.transformer import abstract_params
 
 LOOPED = [(scheme, count) for scheme in SCHEMES for count in (1, 2, 3, 4) if scheme != "no_loop"]
 ALL = [("no_loop", 1), *LOOPED]
@@ -57,14 +58,14 @@ def random_params(config: ModelConfig, seed: int = 0):
 
     A parameter's values depend on its name, shape and seed alone, so schemes share them.
     """
-    shapes = jax.eval_shape(Transformer(config).init, jax.random.key(0), jnp.zeros((1, 1), int))
+    shapes = nn.unbox(abstract_params(config))
 
     def draw(path, leaf):
         name = path[-1].key
         rng = np.random.default_rng([seed, *name.encode()])
         return jnp.asarray(name.endswith("norm") + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, nn.unbox(shapes)["params"])
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:

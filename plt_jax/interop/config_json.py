@@ -128,7 +128,7 @@ def read_config(values: Mapping[str, Any], tensors: Collection[str] = ()) -> Mod
         fields |= {key: values[key] for key in EXTENSIONS if key in values}
     if kind.moe:
         fields["moe"] = _read_moe(values)
-    else:
+    if not kind.moe or "intermediate_size" in values:
         fields["ffn_width"] = _required(values, "intermediate_size")
     try:
         return ModelConfig.model_validate(fields)

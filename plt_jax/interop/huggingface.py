@@ -25,7 +25,7 @@ from plt_jax.files import new_folder
 from plt_jax.interop.config_json import model_type, read_config, write_config
 from plt_jax.interop.safetensors_folder import SafetensorsFolder, write_safetensors
 from plt_jax.interop.tensors import IGNORED, Piece, pieces_of, read_part, to_tensor
-from plt_jax.model.transformer import Transformer
+from plt_jax.model.transformer import abstract_params
 from plt_jax.sharding import make_mesh, shardings_of
 
 CONFIG = "config.json"
@@ -118,8 +118,7 @@ def load_params(
 ) -> Params:
     """Reads the parameters; see `load_huggingface`. `track` sees every piece as it is read."""
     mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
-    init = Transformer(source.config).init
-    boxed = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    boxed = abstract_params(source.config)
     shapes, shardings = flatten_dict(nn.unbox(boxed)), flatten_dict(shardings_of(boxed, mesh))
     files, dtypes = source.files, source.dtypes
     # File by file, so that few are open at a time.

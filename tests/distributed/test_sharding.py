@@ -61,6 +61,14 @@ def test_every_mesh_gives_the_updates_of_one_device(found, mesh):
         assert case["moved"][name] > 1e-4, name
 
 
+def test_a_checkpoint_is_read_onto_a_mesh_and_written_from_it(found):
+    case = found["imported"]
+    assert case["files"] > 5
+    assert case["different_files"] == []
+    assert case["misplaced"] == []
+    assert set(case["differences"].values()) == {0.0}
+
+
 AXES = {
     "embedding": ("tensor", "fsdp"),
     "final_norm": ("fsdp",),

@@ -6,6 +6,7 @@ Runs in a process of its own, since the number of devices is fixed when JAX star
 """
 
 import contextlib
+import filecmp
 import functools
 import json
 import os
@@ -17,12 +18,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from plt_jax import load_huggingface, save_huggingface
 from plt_jax.config import RunConfig
 from plt_jax.errors import InputError
 from plt_jax.evaluation.report import evaluate_trained
-from plt_jax.sharding import batch_sharding, make_mesh, place_batch
+from plt_jax.model.transformer import abstract_params
+from plt_jax.sharding import batch_sharding, make_mesh, place_batch, shardings_of
 from plt_jax.training.loop import train
 from plt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+from tests.models import random_params, small_config
 from tests.training.runs import call_at, make_home, tiny_config
 
 MESHES = {
@@ -168,6 +172,31 @@ def train_and_evaluate(folder: Path) -> dict:
     return {"step": train(config).step, "evaluation": evaluation}
 
 
+def import_and_export(folder: Path) -> dict:
+    """A mixture-of-experts PLT written from one device, read onto all, and written from there."""
+    config = small_config(
+        qk_norm=True, vocab_size=32, gate_input="hidden", moe={"experts": 4, "shared_width": 8}
+    )
+    params = random_params(config)
+    save_huggingface(folder / "one", config, params, shard_bytes=3000)
+    mesh = make_mesh(RunConfig(mesh=MESHES["all"]).mesh)
+    _, sharded = load_huggingface(folder / "one", mesh=mesh)
+    save_huggingface(folder / "all", config, sharded, shard_bytes=3000)
+    names = sorted(file.name for file in (folder / "one").iterdir())
+    boxed = abstract_params(config)
+    _, differing, missing = filecmp.cmpfiles(folder / "one", folder / "all", names, shallow=False)
+    return {
+        "files": len(names),
+        "different_files": differing + missing,
+        "differences": largest_differences(named(params), named(jax.device_get(sharded))),
+        "misplaced": [
+            name
+            for name, wanted in named(shardings_of(boxed, mesh)).items()
+            if named(sharded)[name].sharding != wanted
+        ],
+    }
+
+
 def main(folder: Path) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         found = {
@@ -179,6 +208,7 @@ def main(folder: Path) -> None:
             },
             "refusals": refusals(),
             "trained": train_and_evaluate(folder),
+            "imported": import_and_export(folder),
         }
     print(json.dumps(found))
 

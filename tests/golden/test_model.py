@@ -1,53 +1,47 @@
-"""The package against the golden cases of dense models: forward pass, every loop, and decoding."""
+"""The package against the golden cases: import, forward pass, every loop, and decoding.
+
+So too against cases of transformers, for the dense model types without loops: see
+tests/golden/transformers/make.py.
+"""
 
 import functools
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from plt_jax import LoopConfig, ModelConfig, decode_step, init_cache, prefill, prepare_for_decode
+import plt_jax
+from plt_jax import decode_step, init_cache, prefill, prepare_for_decode
 from tests.golden.huggingface import read_case
 from tests.golden.test_reference import CASES, TOLERANCE, golden, largest_difference  # noqa: F401
-from tests.models import compiled, forward_with_states
+from tests.models import compiled, forward, forward_with_states
 
-DENSE = [case for case in CASES if not case.startswith("moe")]
+TRANSFORMERS = Path(__file__).parent / "transformers"
+DENSE = sorted(path.parent.name for path in TRANSFORMERS.glob("*/config.json"))
 PREFILLED = 10
 
 
-def model_config(settings, params) -> ModelConfig:
-    """The package's configuration of a case."""
-    names = ("layers", "heads", "kv_heads", "head_width", "width", "rope_theta", "norm_epsilon")
-    options = ("tied_embeddings", "qk_norm", "ffn_output_norm")
-    return ModelConfig(
-        **{name: getattr(settings, name) for name in (*names, *options)},
-        vocab_size=params["embedding"].shape[0],
-        ffn_width=params["layers"]["ffn_gate"].shape[-1],
-        loop=LoopConfig(**vars(settings.loop)),
-    )
+@pytest.fixture(scope="module", params=CASES)
+def case(golden, request):  # noqa: F811
+    """(folder, configuration, parameters, expected arrays) of each golden case."""
+    return read(golden / request.param)
 
 
 @pytest.fixture(scope="module", params=DENSE)
-def case(golden, request):  # noqa: F811
-    """(configuration, parameters, expected arrays) of each dense case."""
-    settings, params, expected = read_case(golden / request.param)
-    return model_config(settings, params), params, expected
+def dense(request):
+    """The same of each case of transformers."""
+    return read(TRANSFORMERS / request.param)
 
 
-def test_dense_cases_are_all_here(golden):  # noqa: F811
-    dense = [case for case in CASES if not read_case(golden / case)[0].moe.experts]
-    assert dense == DENSE
+def read(folder):
+    with np.load(folder / "expected.npz") as arrays:
+        return folder, *plt_jax.load_huggingface(folder), dict(arrays)
 
 
-def test_logits_and_states_of_every_loop(case):
-    config, params, expected = case
-    logits, states = forward_with_states(config)(params, expected["input_ids"])
-    assert largest_difference(logits, expected["logits"]) < TOLERANCE
-    assert largest_difference(states.handed_LBTD, expected["hidden_loops"]) < TOLERANCE
-    assert largest_difference(states.raw_LBTD, expected["hidden_loops_raw"]) < TOLERANCE
-
-
-def test_prefill_and_token_by_token(case):
-    config, params, expected = case
+def check_decoding(config, params, expected):
+    """Prefill of a part, then the rest token by token, against the expected logits."""
     tokens, logits = expected["input_ids"], expected["logits"]
     B, T = tokens.shape
     params = prepare_for_decode(config, params)
@@ -59,3 +53,40 @@ def test_prefill_and_token_by_token(case):
     for t in range(PREFILLED, T):
         actual, cache = step(params, tokens[:, t], cache)
         assert largest_difference(actual, logits[:, t]) < TOLERANCE
+
+
+def test_parameters_are_those_of_an_independent_reader(case):
+    folder, _, params, _ = case
+    _, expected, _ = read_case(folder)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_logits_and_states_of_every_loop(case):
+    _, config, params, expected = case
+    logits, states = forward_with_states(config)(params, expected["input_ids"])
+    assert largest_difference(logits, expected["logits"]) < TOLERANCE
+    assert largest_difference(states.handed_LBTD, expected["hidden_loops"]) < TOLERANCE
+    assert largest_difference(states.raw_LBTD, expected["hidden_loops_raw"]) < TOLERANCE
+
+
+def test_unrolled_layers(case):
+    _, config, params, expected = case
+    unrolled = config.model_copy(update={"layer_unroll": config.layers})
+    logits = forward(unrolled)(params, expected["input_ids"])
+    assert largest_difference(logits, expected["logits"]) < TOLERANCE
+
+
+def test_prefill_and_token_by_token(case):
+    _, *model = case
+    check_decoding(*model)
+
+
+def test_logits_of_transformers(dense):
+    _, config, params, expected = dense
+    logits = forward(config)(params, expected["input_ids"])
+    assert largest_difference(logits, expected["logits"]) < TOLERANCE
+
+
+def test_decoding_gives_the_logits_of_transformers(dense):
+    _, *model = dense
+    check_decoding(*model)

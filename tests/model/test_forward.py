@@ -31,7 +31,7 @@ B, T = 2, 24
 SEGMENTS = np.array([[7] * 10 + [3] + [7] * 9 + [0] * 4, [1] + [2] * 13 + [5] + [2] * 8 + [1]])
 
 VARIANTS = {
-    "window_of_one": small_config(window=1, gate_input="hidden"),
+    "window_of_one": small_config(window=1, gate_input="hidden", qkv_bias=True),
     "window_beyond_the_end": small_config(window=30, qk_norm=True),
     "scales_without_norm": small_config(
         count=3, embedding_scale=0.707, hidden_scale=0.053, normalize_between_loops=False
@@ -53,6 +53,14 @@ VARIANTS = {
     ),
     "own_keys_per_head": small_config(
         "clp", 3, embedding_scale=0.5, normalize_between_loops=False, kv_heads=4, rope_theta=100.0
+    ),
+    "biases_stretched_rope": small_config(
+        qkv_bias=True,
+        output_bias=True,
+        qk_norm=True,
+        head_width=8,
+        rope_theta=50.0,
+        rope_scaling={"kind": "llama3", "factor": 8.0, "original_length": 12},
     ),
 }
 

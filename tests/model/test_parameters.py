@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from plt_jax import Transformer
+from plt_jax.model.transformer import abstract_params
 from tests.models import ALL, compiled, small_config
 
 V, D, J, N, K, H, F = 31, 16, 3, 4, 2, 6, 24
@@ -36,14 +37,15 @@ def config_of(scheme, count, **settings):
     return small_config(scheme, count, layers=J, head_width=H, **settings)
 
 
-def abstract_params(config):
+def params_of_init(config):
     """The boxed parameters' shapes, as `init` would make them."""
     tokens = jnp.zeros((1, 3), jnp.int32)
     return jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)["params"]
 
 
 def check_tree(config, top, layer):
-    boxed = abstract_params(config)
+    boxed = params_of_init(config)
+    assert abstract_params(config) == boxed
     leaves = jax.tree.leaves(boxed, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
     for leaf in leaves:
         assert isinstance(leaf, nn.LogicallyPartitioned)
@@ -70,6 +72,9 @@ def test_shapes_and_axes_of_options():
     norms = {"q_norm": (J, H), "k_norm": (J, H), "ffn_output_norm": (J, D)}
     config = config_of("clp", 2, qk_norm=True, ffn_output_norm=True, dtype="bfloat16")
     check_tree(config, TOP | HEAD, LAYER | norms)
+    biases = {"q_bias": (J, N, H), "k_bias": (J, K, H), "v_bias": (J, K, H), "o_bias": (J, D)}
+    config = config_of("clp", 2, qkv_bias=True, output_bias=True)
+    check_tree(config, TOP | HEAD, LAYER | biases)
 
 
 @pytest.mark.parametrize("gate_input", ["query", "hidden"])

@@ -1,0 +1,190 @@
+"""Checkpoints in and out, retrofitted, and trained on, by the commands."""
+
+import filecmp
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from plt_jax import load_huggingface
+from plt_jax.run import open_model, open_trained
+from tests.golden.test_model import DENSE, TRANSFORMERS
+from tests.golden.test_reference import CASES, golden  # noqa: F401
+from tests.training.runs import command, numbers, saved_state, tiny_config, write_config
+
+WEIGHTS = "model.safetensors"
+
+
+def convert(*words):
+    """Runs a conversion that must succeed; returns what it printed."""
+    result = command("plt_jax.convert", *words)
+    assert (result.code, result.err) == (0, ""), result
+    return result.out
+
+
+def evaluate(run):
+    """The numbers of eval.json, without the step."""
+    result = command("eval.py", run)
+    assert result.code == 0, result
+    found = json.loads((run / "eval.json").read_text())
+    return {key: value for key, value in found.items() if key != "step"}
+
+
+def assert_close(one, other):
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [*CASES, *DENSE])
+def test_a_published_checkpoint_comes_in_and_leaves_unchanged(golden, tmp_path, name):  # noqa: F811
+    source = TRANSFORMERS / name if name in DENSE else golden / name
+    out = convert("import", source, tmp_path / "run")
+    assert "imported " in out and f"written to {tmp_path / 'run'}" in out
+    assert f"{source} has no tokenizer.json: evaluation and generation need --tokenizer" in out
+    config, params = load_huggingface(source)
+    model = open_model(tmp_path / "run")
+    assert (model.config.model, model.step) == (config, 0)
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    assert "exported " in convert("export", tmp_path / "run", tmp_path / "out")
+    assert filecmp.cmp(source / WEIGHTS, tmp_path / "out" / WEIGHTS, shallow=False)
+    before, after = (
+        json.loads((folder / "config.json").read_text()) for folder in (source, tmp_path / "out")
+    )
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert after[key] == before[key]
+
+
+def test_a_trained_run_leaves_and_comes_back(finished, tmp_path):
+    """With its tokenizer: evaluation and generation are the same."""
+    convert("export", finished.directory, tmp_path / "out")
+    files = {file.name for file in (tmp_path / "out").iterdir()}
+    assert files == {"config.json", WEIGHTS, "tokenizer.json", "tokenizer_config.json"}
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (values["model_type"], values["bos_token_id"], values["eos_token_id"]) == (
+        *("iquestpltcoder", 0, 1),
+    )
+    convert("import", tmp_path / "out", tmp_path / "back")
+    trained, back = open_trained(finished.directory), open_trained(tmp_path / "back")
+    assert back.config.model == trained.config.model
+    assert back.tokenizer.to_str() == trained.tokenizer.to_str()
+    jax.tree.map(np.testing.assert_array_equal, back.params, trained.params)
+    words = ["--prompt", "peace", "--max_new_tokens", "8"]
+    texts = [
+        command("plt_jax.generate", run, *words).out
+        for run in (finished.directory, tmp_path / "back")
+    ]
+    assert texts[0] == texts[1] != ""
+    text = finished.home / "corpus" / "00.txt"
+    losses = []
+    for run in (finished.directory, tmp_path / "back"):
+        copy = tmp_path / f"copy of {run.name}"
+        shutil.copytree(run, copy)
+        assert command("eval.py", copy, "--text", text, "--batch_size", "4").code == 0
+        losses.append(json.loads((copy / "eval.json").read_text())["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_half_precision_by_choice(finished, tmp_path):
+    convert("export", finished.directory, tmp_path / "out", "--dtype", "bfloat16")
+    convert("import", tmp_path / "out", tmp_path / "half")
+    model = open_model(tmp_path / "half")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
+    assert model.config.model.dtype == "bfloat16"
+    result = command("plt_jax.generate", tmp_path / "half", "--max_new_tokens", "2")
+    assert (result.code, result.err) == (0, "")
+    convert("import", tmp_path / "out", tmp_path / "wide", "--dtype", "float32")
+    assert open_model(tmp_path / "wide").config.model.dtype == "float32"
+    convert("export", tmp_path / "half", tmp_path / "small", "--shard_gb", "1e-6")
+    assert len(list((tmp_path / "small").glob("*.safetensors"))) > 3
+
+
+@pytest.fixture
+def dense(finished, tmp_path):
+    """The config of a run without loops, trained to its end."""
+    config = tiny_config(
+        finished.home, tmp_path / "dense", model={"loop": {"scheme": "no_loop", "count": 1}}
+    )
+    values = config.model_dump()
+    result = command("train.py", write_config(tmp_path / "dense.yaml", values))
+    assert result.code == 0, result
+    return config
+
+
+def test_a_retrofit_starts_where_its_source_stands_and_trains_on(finished, dense, tmp_path):
+    source, looped, run = tmp_path / "dense", tmp_path / "looped", tmp_path / "run"
+    words = ["--loops", "3", "--window", "4", "--hidden_scale", "0", "--gate_bias", "20"]
+    out = convert("retrofit", source, looped, *words)
+    assert "plt, 3 loops" in out and "within 0 of the source's" in out
+    assert_close(evaluate(looped), evaluate(source))
+
+    sections = {"model": {}, "data": dense.data.model_dump(), "start_from": str(looped)}
+    training = {"steps": 2, "batch_size": 4, "log_every": 1}
+    path = write_config(
+        tmp_path / "continue.yaml",
+        {**sections, "training": training, "evaluation": {"batch_size": 4}, "run_dir": str(run)},
+    )
+    result = command(
+        "train.py", path, "--training.steps", "1", "--optimizer.warmup_fraction", "0.6"
+    )
+    assert result.code == 0, result
+    assert f"starting from {looped}, step 0" in result.out
+    assert "model: plt, 3 loops" in result.out
+    # A warmup from 0 leaves the first step's parameters as they were.
+    start = open_model(looped).params
+    trained = open_trained(run)
+    jax.tree.map(np.testing.assert_array_equal, trained.params, start)
+    assert trained.tokenizer.to_str() == open_trained(source).tokenizer.to_str()
+
+    resumed = command("train.py", path, "--optimizer.warmup_fraction", "0.6")
+    assert resumed.code == 0, resumed
+    assert "resuming at step 1 of 2" in resumed.out and "starting from" not in resumed.out
+    state = saved_state(open_trained(run).config)
+    assert state.step == 2
+    moved = jax.tree.map(lambda one, other: bool(np.any(one != other)), state.params, start)
+    assert moved["layers"]["q"] and moved["embedding"]
+
+
+def test_a_run_that_started_elsewhere_opens_when_that_is_gone(finished, dense, tmp_path):
+    config = tiny_config(
+        finished.home, tmp_path / "run", start_from=str(tmp_path / "dense"), training={"steps": 1}
+    )
+    values = config.model_dump(exclude={"model", "tokenizer"})
+    result = command("train.py", write_config(tmp_path / "run.yaml", values))
+    assert result.code == 0, result
+    shutil.rmtree(tmp_path / "dense")
+    trained = open_trained(tmp_path / "run")
+    assert trained.config.model.loop.scheme == "no_loop"
+    assert len(numbers(trained.config)) == 2
+
+
+def test_the_files_beside_the_weights_come_along(finished, dense, tmp_path):
+    """Into the run directory, through continued training, and out again, byte for byte."""
+    source = tmp_path / "source"
+    convert("export", tmp_path / "dense", source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    (source / "special_tokens_map.json").write_text('{"bos_token": "<|bos|>"}')
+    (source / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
+    (source / "README.md").write_text("not theirs")
+    tokenizer = json.loads((source / "tokenizer.json").read_text())
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer, indent=7))
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [1, 0]}
+    (source / "config.json").write_text(json.dumps(config))
+
+    convert("import", source, tmp_path / "imported")
+    values = tiny_config(
+        finished.home,
+        tmp_path / "run",
+        start_from=str(tmp_path / "imported"),
+        training={"steps": 1},
+    ).model_dump(exclude={"model", "tokenizer"})
+    result = command("train.py", write_config(tmp_path / "run.yaml", values))
+    assert result.code == 0, result
+    convert("export", tmp_path / "run", tmp_path / "out")
+    names = ["chat_template.jinja", "special_tokens_map.json", "generation_config.json"]
+    names += ["tokenizer.json", "tokenizer_config.json"]
+    same, different, missing = filecmp.cmpfiles(source, tmp_path / "out", names, shallow=False)
+    assert (sorted(same), different, missing) == (sorted(names), [], [])
+    assert not (tmp_path / "out" / "README.md").exists()
+    out = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert out["eos_token_id"] == [1, 0]

@@ -1,0 +1,89 @@
+"""Random models of every model type that Hugging Face's form can hold, for the interop tests."""
+
+from hypothesis import strategies as st
+
+from plt_jax import ModelConfig
+
+SIZES = st.integers(1, 3)
+
+
+@st.composite
+def exportable_configs(draw) -> ModelConfig:
+    """Any configuration that `save_huggingface` takes, of a few hundred parameters."""
+    scheme = draw(st.sampled_from(["no_loop", "plt", "loop_kv_share_window"]))
+    moe = scheme == "plt" and draw(st.booleans())
+    kv_heads, group = draw(SIZES), draw(SIZES)
+    heads, head_width = kv_heads * group, 2 * draw(SIZES)
+    qkv_bias = draw(st.booleans())
+    qk_norm = moe or draw(st.booleans())
+    dense_looped = scheme != "no_loop" and not moe
+    # llama and qwen3 have all four biases or none, qwen2 the first three.
+    any_biases = dense_looped or (scheme == "no_loop" and not qk_norm)
+    output_bias = qkv_bias and not moe and (not any_biases or draw(st.booleans()))
+    values = {
+        "vocab_size": draw(st.integers(2, 9)),
+        "max_length": draw(st.integers(1, 99)),
+        "width": draw(st.integers(1, 7)),
+        "layers": draw(SIZES),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_width": head_width,
+        "rope_theta": draw(st.sampled_from([100.0, 10000.0, 5e5])),
+        "rope_scaling": draw(rope_scalings()),
+        "norm_epsilon": draw(st.sampled_from([1e-5, 1e-6])),
+        "tied_embeddings": draw(st.booleans()),
+        "qk_norm": qk_norm,
+        "qkv_bias": qkv_bias,
+        "output_bias": output_bias,
+        "ffn_output_norm": dense_looped and draw(st.booleans()),
+        "loop": draw(loops(scheme)),
+    }
+    if moe:
+        values["moe"] = draw(mixtures())
+    else:
+        values["ffn_width"] = draw(st.integers(1, 9))
+    return ModelConfig.model_validate(values)
+
+
+@st.composite
+def loops(draw, scheme: str) -> dict:
+    if scheme == "no_loop":
+        return {"scheme": scheme}
+    loop = {"scheme": scheme, "count": draw(SIZES), "window": draw(st.integers(1, 70))}
+    if scheme == "loop_kv_share_window":
+        return loop | {"gate_input": "query", "normalize_between_loops": False}
+    return loop | {
+        "gate_input": draw(st.sampled_from(["query", "hidden"])),
+        "embedding_scale": draw(st.sampled_from([1.0, 0.707])),
+        "hidden_scale": draw(st.sampled_from([0.0, 0.053, 1.0])),
+        "normalize_between_loops": draw(st.booleans()),
+    }
+
+
+@st.composite
+def mixtures(draw) -> dict:
+    shared = draw(st.integers(0, 3))
+    return {
+        "experts": 3,
+        "experts_per_token": draw(SIZES),
+        "expert_width": draw(st.integers(1, 5)),
+        "routing": "topk_then_softmax",
+        "shared_width": shared,
+        "shared_gate": bool(shared) and draw(st.booleans()),
+    }
+
+
+@st.composite
+def rope_scalings(draw) -> dict:
+    kind = draw(st.sampled_from(["none", "linear", "llama3"]))
+    if kind == "none":
+        return {}
+    scaling = {"kind": kind, "factor": draw(st.sampled_from([1.0, 8.0]))}
+    if kind == "linear":
+        return scaling
+    low = draw(st.sampled_from([1.0, 2.0]))
+    return scaling | {
+        "low_frequency_factor": low,
+        "high_frequency_factor": 4 * low,
+        "original_length": draw(st.integers(1, 99)),
+    }

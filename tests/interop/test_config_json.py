@@ -1,0 +1,220 @@
+"""config.json to ModelConfig and back: published configurations, defaults, and what names say."""
+
+import pytest
+from hypothesis import given, settings
+
+from plt_jax import InputError, ModelConfig, load_config
+from plt_jax.interop.config_json import MODEL_TYPES, model_type_of, read_config, write_config
+from tests.interop.checkpoints import exportable_configs
+from tests.models import small_config
+from tests.training.runs import REPOSITORY
+
+SHAPE = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+LOOPCODER_V2 = {
+    "architectures": ["IQuestPLTCoderForCausalLM"],
+    "model_type": "iquestpltcoder",
+    "vocab_size": 76800,
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 14,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "plt_num_loops": 2,
+    "plt_window_size": [64, 0],
+    "plt_emb_scale": 0.707,
+    "plt_hidden_scale": 0.053,
+    "plt_normalize_per_loop": True,
+    "plt_gate_use_hidden_states": True,
+}
+IQUEST_LOOP = {
+    **{key: LOOPCODER_V2[key] for key in LOOPCODER_V2 if not key.startswith("plt_")},
+    "architectures": ["IQuestLoopCoderForCausalLM"],
+    "model_type": "iquestloopcoder",
+    "num_hidden_layers": 80,
+    "loop_num": 2,
+    "loop_window_size": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("loopcoder_v2", LOOPCODER_V2), ("iquest_coder_v1_40b_loop", IQUEST_LOOP)],
+)
+def test_shipped_configs_are_the_published_shapes(name, values):
+    shipped = load_config(REPOSITORY / "configs" / f"{name}.yaml").model
+    runtime = {"dtype": "float32", "remat": "none"}
+    assert read_config(values) == shipped.model_copy(update=runtime)
+
+
+@settings(max_examples=200, deadline=None)
+@given(exportable_configs())
+def test_what_is_written_is_read_back(config):
+    values = write_config(config, "float32", {"eos_token_id": [1, 2]})
+    assert read_config(values) == config
+    assert values["eos_token_id"] == [1, 2]
+    assert values["architectures"] == [MODEL_TYPES[values["model_type"]].architecture]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "llama"),
+        ({"qkv_bias": True, "output_bias": True}, "llama"),
+        ({"qkv_bias": True}, "qwen2"),
+        ({"qk_norm": True}, "qwen3"),
+        ({"qk_norm": True, "qkv_bias": True, "output_bias": True}, "qwen3"),
+    ],
+)
+def test_the_model_type_of_dense_models(options, name):
+    assert model_type_of(small_config("no_loop", 1, **options)) == name
+
+
+def test_the_model_type_of_looped_models():
+    assert model_type_of(small_config("plt")) == "iquestpltcoder"
+    assert model_type_of(small_config("loop_kv_share_window")) == "iquestloopcoder"
+    assert model_type_of(small_config("plt", qk_norm=True, moe={"experts": 4})) == "iquest_moe"
+
+
+def test_both_orders_of_routing_that_sum_to_one_are_the_same_model():
+    for moe in ({"routing": "topk_then_softmax"}, {"routing": "softmax_then_topk"}):
+        config = small_config("plt", qk_norm=True, moe={"experts": 4, **moe})
+        assert model_type_of(config) == "iquest_moe"
+    config = small_config("plt", qk_norm=True, moe={"experts": 4, "renormalize": False})
+    with pytest.raises(InputError, match=r"model\.moe\.renormalize is False"):
+        model_type_of(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (small_config("clp"), "model.loop.scheme clp has no Hugging Face model type"),
+        (small_config("clp_kv_share"), "scheme clp_kv_share has no"),
+        (small_config("vanilla_loop"), "scheme vanilla_loop has no"),
+        (small_config("no_loop", 1, moe={"experts": 2}), "no_loop with experts has no"),
+        (
+            small_config("loop_kv_share_window", moe={"experts": 2}),
+            "loop_kv_share_window with experts has no",
+        ),
+        (small_config("plt", moe={"experts": 2}), "model.qk_norm is False, which"),
+        (small_config("no_loop", 1, ffn_output_norm=True), "model.ffn_output_norm is True, which"),
+        (small_config("no_loop", 1, output_bias=True), "model.output_bias is True, which"),
+        (small_config("no_loop", 1, qk_norm=True, qkv_bias=True), "model.qkv_bias is True, which"),
+        (
+            small_config("plt", qk_norm=True, output_bias=True, moe={"experts": 2}),
+            "model.output_bias is True, which",
+        ),
+        (
+            small_config("loop_kv_share_window", gate_input="hidden"),
+            "model.loop.gate_input is hidden, which",
+        ),
+        (
+            small_config("loop_kv_share_window", normalize_between_loops=True),
+            "model.loop.normalize_between_loops is True, which",
+        ),
+    ],
+)
+def test_what_no_public_type_can_say_is_not_written(config, expected):
+    with pytest.raises(InputError) as refusal:
+        write_config(config, "float32", {})
+    assert expected in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_absent_keys_have_the_defaults_of_their_type():
+    llama = read_config({"model_type": "llama", **SHAPE})
+    assert (llama.rope_theta, llama.norm_epsilon) == (10000.0, 1e-6)
+    assert (llama.kv_heads, llama.head_width, llama.tied_embeddings) == (4, 16, False)
+    assert not (llama.qk_norm or llama.qkv_bias or llama.output_bias)
+    plt = read_config({"model_type": "iquestpltcoder", **SHAPE})
+    assert (plt.rope_theta, plt.norm_epsilon) == (500000.0, 1e-5)
+    assert (plt.loop.count, plt.loop.window, plt.loop.gate_input) == (2, 65, "query")
+    assert (plt.loop.embedding_scale, plt.loop.hidden_scale) == (1.0, 1.0)
+    assert plt.loop.normalize_between_loops
+    loop = read_config({"model_type": "iquestloopcoder", **SHAPE}).loop
+    assert (loop.count, loop.window, loop.normalize_between_loops) == (2, 64, False)
+
+
+def test_nulls_are_absent():
+    nulls = ["num_key_value_heads", "head_dim", "rope_scaling", "sliding_window", "plt_emb_scale"]
+    values = {"model_type": "iquestpltcoder", **SHAPE}
+    assert read_config(values | dict.fromkeys(nulls)) == read_config(values)
+
+
+def test_a_type_is_known_by_its_name_or_by_its_architecture():
+    by_name = read_config({"model_type": "iquest_moe", **MOE})
+    by_architecture = read_config(
+        {"model_type": "iquest_moe_v12", "architectures": ["IquestMoeV12ForCausalLM"], **MOE}
+    )
+    assert by_name == by_architecture
+    assert by_name.qk_norm and by_name.moe.experts == 6
+
+
+MOE = SHAPE | {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "use_shared_expert_gate": True,
+}
+
+
+def test_a_shared_experts_gate_needs_a_shared_expert():
+    values = {"model_type": "iquest_moe", **MOE}
+    assert not read_config(values).moe.shared_gate
+    assert read_config(values | {"shared_expert_intermediate_size": 8}).moe.shared_gate
+
+
+def test_rope_in_the_form_of_either_transformers():
+    scaling = {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    four = {"rope_theta": 7.0, "rope_scaling": {"rope_type": "llama3", **scaling}}
+    older = {"rope_theta": 7.0, "rope_scaling": {"type": "llama3", **scaling}}
+    five = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 7.0, **scaling}}
+    configs = [
+        read_config({"model_type": "llama", **SHAPE, **form}) for form in (four, older, five)
+    ]
+    assert configs[0] == configs[1] == configs[2]
+    assert configs[0].rope_theta == 7.0
+    assert configs[0].rope_scaling.model_dump() == {
+        "kind": "llama3",
+        "factor": 8.0,
+        "low_frequency_factor": 1.0,
+        "high_frequency_factor": 4.0,
+        "original_length": 8192,
+    }
+
+
+def test_options_of_ours_count_where_runtimes_stop_at_their_tensors():
+    on = {"qk_norm": True, "qkv_bias": True, "ffn_output_norm": True}
+    plt = read_config({"model_type": "iquestpltcoder", **SHAPE, **on})
+    assert plt.qk_norm and plt.qkv_bias and plt.ffn_output_norm and not plt.output_bias
+    assert read_config({"model_type": "llama", **SHAPE, **on}) == read_config(
+        {"model_type": "llama", **SHAPE}
+    )
+
+
+def test_a_qwen_window_that_is_not_used():
+    """Qwen's files name one all the same."""
+    values = {"model_type": "qwen2", **SHAPE}
+    unused = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
+    assert read_config(values | unused) == read_config(values)
+    assert isinstance(read_config(values), ModelConfig)

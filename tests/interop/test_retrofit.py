@@ -1,0 +1,130 @@
+"""A model without loops given loops: where it starts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plt_jax import (
+    InputError,
+    LoopConfig,
+    decode_step,
+    init_cache,
+    load_huggingface,
+    prepare_for_decode,
+)
+from plt_jax.config import SCHEMES
+from plt_jax.interop.retrofit import CLOSED, distance, retrofit
+from tests.golden.test_model import TRANSFORMERS
+from tests.models import compiled, forward, random_params, random_tokens, small_config
+
+DENSE = small_config("no_loop", 1, max_length=32)
+TOKENS = random_tokens(DENSE, 2, 20)
+SEGMENTS = np.array([[0] * 7 + [1] * 13, [5] * 20])
+
+
+def logits_of(config, params):
+    return np.asarray(forward(config)(params, TOKENS, SEGMENTS))
+
+
+def still(scheme, count, **settings) -> LoopConfig:
+    """Loops > 1 read what loop 1 reads."""
+    return LoopConfig(scheme=scheme, count=count, window=3, hidden_scale=0.0, **settings)
+
+
+@pytest.mark.parametrize(
+    ("loop", "gate_bias"),
+    [
+        (still("plt", 2), CLOSED),
+        (still("plt", 3, gate_input="hidden", normalize_between_loops=False), CLOSED),
+        (still("clp_kv_share", 2), 0.0),
+        (still("clp", 4), 0.0),
+    ],
+    ids=str,
+)
+def test_without_hidden_states_and_window_the_logits_are_the_sources(loop, gate_bias):
+    params = random_params(DENSE)
+    looped, looped_params = retrofit(DENSE, params, loop, gate_bias)
+    assert looped == DENSE.model_copy(update={"loop": loop})
+    np.testing.assert_allclose(
+        logits_of(looped, looped_params), logits_of(DENSE, params), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("loop", "gate_bias"),
+    [
+        (still("plt", 2), 0.0),
+        (still("plt", 2), 4.0),
+        (still("plt", 2).model_copy(update={"hidden_scale": 0.1}), CLOSED),
+        (still("plt", 2, embedding_scale=0.7), CLOSED),
+        (still("vanilla_loop", 2), 0.0),
+    ],
+    ids=str,
+)
+def test_every_other_start_is_elsewhere(loop, gate_bias):
+    """So the test above tests something."""
+    params = random_params(DENSE)
+    looped = retrofit(DENSE, params, loop, gate_bias)
+    assert np.abs(logits_of(*looped) - logits_of(DENSE, params)).max() > 1e-3
+
+
+def test_a_more_closed_gate_is_nearer():
+    params = random_params(DENSE)
+    starts = [
+        distance(DENSE, params, *retrofit(DENSE, params, still("plt", 2), bias), TOKENS)
+        for bias in (0.0, 2.0, 6.0, CLOSED)
+    ]
+    assert [start.largest for start in starts] == sorted(
+        (start.largest for start in starts), reverse=True
+    )
+    assert starts[0].divergence > starts[1].divergence > 1e-5
+    assert starts[-1].largest == pytest.approx(0.0, abs=1e-6)
+    assert starts[-1].divergence == pytest.approx(0.0, abs=1e-6)
+
+
+def test_it_decodes_as_the_source_does():
+    params = random_params(DENSE)
+    looped, looped_params = retrofit(DENSE, params, still("plt", 2), CLOSED)
+    expected = np.asarray(forward(DENSE)(params, TOKENS))
+    step = compiled(functools.partial(decode_step.__wrapped__, looped))
+    weights, cache = prepare_for_decode(looped, looped_params), init_cache(looped, 2, 20)
+    for t in range(TOKENS.shape[1]):
+        logits, cache = step(weights, TOKENS[:, t], cache)
+        np.testing.assert_allclose(logits, expected[:, t], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate_input", ["query", "hidden"])
+def test_the_weights_are_kept_and_the_gates_are_new(gate_input):
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(DENSE))
+    loop = still("plt", 2, gate_input=gate_input)
+    _, looped = retrofit(DENSE, params, loop, gate_bias=2.0)
+    new = looped["layers"].keys() - params["layers"].keys()
+    names = {"gate_weight", "gate_bias"} | ({"gate_norm"} if gate_input == "hidden" else set())
+    assert new == names
+    for name in params["layers"]:
+        assert looped["layers"][name] is params["layers"][name]
+    assert {looped["layers"][name].dtype for name in names} == {jnp.dtype("bfloat16")}
+    assert np.all(looped["layers"]["gate_bias"] == 2.0)
+    assert np.all(looped["layers"]["gate_weight"] == 0.0)
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "no_loop"])
+def test_an_imported_model_takes_any_scheme(scheme):
+    config, params = load_huggingface(TRANSFORMERS / "qwen2")
+    looped, looped_params = retrofit(config, params, LoopConfig(scheme=scheme, window=4))
+    tokens = random_tokens(config, 1, 9)
+    assert np.all(np.isfinite(forward(looped)(looped_params, tokens)))
+
+
+def test_a_looped_model_is_not_retrofitted():
+    config = small_config("plt", 2)
+    with pytest.raises(InputError, match=r"already loops \(plt, 2 loops\)"):
+        retrofit(config, random_params(config), LoopConfig())
+
+
+def test_no_loop_is_no_looping():
+    with pytest.raises(InputError, match="the scheme no_loop does not loop"):
+        retrofit(DENSE, random_params(DENSE), LoopConfig(scheme="no_loop"))
