@@ -95,10 +95,17 @@ def list_steps(directory: str | Path) -> list[int]:
 
 
 def save_params(directory: str | Path, step: int, params: Any) -> None:
-    """Writes a checkpoint that holds parameters alone; returns when it is complete."""
+    """Writes a checkpoint that holds parameters alone; returns when it is complete.
+
+    Raises:
+      OSError: it cannot be written.
+    """
     path = (Path(directory) / str(step)).absolute()
-    path.parent.mkdir(exist_ok=True)
-    ocp.save_checkpointables(path, {"params": params})
+    try:
+        path.parent.mkdir(exist_ok=True)
+        ocp.save_checkpointables(path, {"params": params})
+    except (OSError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
+        raise OSError(" ".join(str(error).split())[:300]) from error
 
 
 def can_resume(directory: str | Path, step: int) -> bool:

@@ -98,6 +98,8 @@ def _describe(entry: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         return f"unknown field {name}; {hint}"
+    if entry["type"] == "missing":
+        return f"{name} is missing"
     message = entry["msg"].removeprefix("Value error, ")
     if entry["type"] == "value_error":
         return f"{name}: {message}" if name else message

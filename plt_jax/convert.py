@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -120,7 +121,7 @@ def run_import(arguments: argparse.Namespace) -> None:
     from rich.progress import track
 
     from plt_jax.config import DataConfig, EvaluationConfig, RunConfig
-    from plt_jax.data.tokenizer import load_tokenizer
+    from plt_jax.data.tokenizer import check_size, load_tokenizer
     from plt_jax.files import check_new_folder
     from plt_jax.interop.huggingface import load_params, open_huggingface
     from plt_jax.interop.tokenizer_files import carried_files
@@ -130,7 +131,7 @@ def run_import(arguments: argparse.Namespace) -> None:
     source = open_huggingface(arguments.source, arguments.dtype)
     tokenizer = Path(arguments.tokenizer or source.folder / "tokenizer.json")
     if arguments.tokenizer or tokenizer.exists():
-        load_tokenizer(tokenizer)
+        check_size(load_tokenizer(tokenizer), source.config.vocab_size)
     else:
         print(f"{source.folder} has no tokenizer.json: evaluation and generation need --tokenizer")
         tokenizer = None
@@ -156,8 +157,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     from plt_jax.data.tokenizer import load_tokenizer
     from plt_jax.errors import InputError
     from plt_jax.files import check_new_folder, new_folder
-    from plt_jax.interop.config_json import model_type_of
     from plt_jax.interop.huggingface import check_exportable, write_huggingface
+    from plt_jax.interop.model_types import model_type_of
     from plt_jax.interop.tokenizer_files import (
         carried_files,
         carried_token_ids,
@@ -166,8 +167,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     from plt_jax.run import open_model
     from plt_jax.run_files import HUGGINGFACE, TOKENIZER
 
-    if not arguments.shard_gb > 0:
-        raise InputError(f"--shard_gb is {arguments.shard_gb}; it must be above 0")
+    if not 0 < arguments.shard_gb < math.inf:
+        raise InputError(f"--shard_gb is {arguments.shard_gb}; it must be above 0, and finite")
     check_new_folder(arguments.destination)
     model = open_model(arguments.source)
     config = model.config.model

@@ -7,3 +7,6 @@ class InputError(ValueError):
     Commands print it and exit with code 2 (see `cli.py`); Python callers may catch it as a
     ValueError.
     """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))  # names that it quotes may hold breaks

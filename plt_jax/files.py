@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +28,15 @@ def write_text(path: Path, text: str) -> None:
 
 def check_new_folder(path: str | Path) -> None:
     """Raises InputError where `path` is a file, or a folder that holds something."""
-    path = Path(path)
-    if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file; choose another destination")
-    if path.is_dir() and any(path.iterdir()):
+    try:
+        entries = list(Path(path).iterdir())
+    except FileNotFoundError:
+        return
+    except NotADirectoryError as error:
+        raise InputError(f"{path} is a file, or below one; choose another destination") from error
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+    if entries:
         raise InputError(f"{path} is not empty; choose another destination")
 
 
@@ -38,20 +44,35 @@ def check_new_folder(path: str | Path) -> None:
 def new_folder(path: str | Path) -> Iterator[Path]:
     """A folder to fill, which takes the name `path` if the block ends without an error.
 
-    Until then it lies beside `path` under a temporary name; after an error it is gone.
+    Until then it lies beside `path` under a temporary name; after an error it is gone, with the
+    folders above it that were made for it.
 
     Raises:
       InputError: `path` is taken (see `check_new_folder`), or cannot be written to.
     """
     check_new_folder(path)
     path = Path(path).absolute()
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}")
+    made = [parent for parent in path.parents if not parent.exists()]
     try:
-        try:
-            unfinished.mkdir(parents=True)
-            yield unfinished
-            unfinished.rename(path)  # over an empty folder, where there is one
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+        unfinished.mkdir(parents=True)
+        yield unfinished
+        unfinished.rename(path)  # over an empty folder, where there is one
+    except BaseException as error:
+        _remove(unfinished)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError):
+            reason = error.strerror or error
+            raise InputError(f"cannot write {path}: {reason}") from error
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder into which threads of a writer that failed may still be writing."""
+    for _ in range(50):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.1)

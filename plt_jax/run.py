@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from plt_jax.checkpoint import can_resume, list_steps, load_params, save_params
 from plt_jax.config import MeshConfig, RunConfig, Section
 from plt_jax.config_file import dump_config, load_resolved
-from plt_jax.data.tokenizer import load_tokenizer
+from plt_jax.data.tokenizer import check_size, load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import new_folder, write_text
 from plt_jax.model.transformer import abstract_params
@@ -70,6 +70,7 @@ def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
     # Before the parameters, which take longer to read.
     config, _ = find_checkpoint(path)
     tokenizer = load_tokenizer(directory / TOKENIZER)
+    check_size(tokenizer, config.model.vocab_size)
     model = open_model(path, mesh)
     return Trained(directory, config, tokenizer, model.step, model.params)
 

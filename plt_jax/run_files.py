@@ -10,6 +10,7 @@ huggingface/     of imported models: config.json and the tokenizer's files, as t
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def locate(path: str | Path) -> Location:
       InputError: the path is none of these.
     """
     path = Path(path).resolve()  # the name of a folder given as . tells what it is
-    if not path.exists():
+    if not os.path.exists(path):  # False, too, where the name is impossible
         raise InputError(f"{path} does not exist; give a run directory, or one of its checkpoints")
     directory, step = path, None
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:

@@ -39,7 +39,7 @@ def tokenizer_for(config: RunConfig, documents: Sequence[str]) -> Tokenizer:
     """
     if config.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.tokenizer.path)
-        _check_size(tokenizer, config.model.vocab_size)
+        check_size(tokenizer, config.model.vocab_size)
         bos_id(tokenizer)
         eos_id(tokenizer)
         return tokenizer
@@ -144,7 +144,7 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
             "the tokenizer is not byte-level with all 256 bytes, which bits per byte need; give "
             "one that is in tokenizer.path, or none to have one trained"
         )
-    _check_size(tokenizer, vocab_size)
+    check_size(tokenizer, vocab_size)
     lengths = np.zeros(vocab_size, np.int32)
     for token, index in vocabulary.items():
         # In a byte-level vocabulary each character of this alphabet is one byte.
@@ -170,7 +170,8 @@ def _special_id(tokenizer: Tokenizer, names: Sequence[str], role: str) -> int:
     )
 
 
-def _check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises InputError for a tokenizer with ids of `vocab_size` or above."""
     # Ids may have gaps, so the number of tokens would not do.
     needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if needed > vocab_size:

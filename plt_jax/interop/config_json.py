@@ -6,48 +6,86 @@ dropped: a checkpoint run by the wrong rules writes fluent, wrong text.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import pydantic
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from plt_jax.config import ModelConfig
 from plt_jax.config_file import describe_errors
 from plt_jax.errors import InputError
+from plt_jax.interop.model_types import (
+    EXTENSIONS,
+    MODEL_TYPES,
+    ModelType,
+    find_model_type,
+    model_type_of,
+)
 
 
-class ModelType(NamedTuple):
-    """A model type of Hugging Face, and what its name alone says about the model."""
+class Keys(pydantic.BaseModel):
+    """Base of what is read; null is as good as absent, and types are strict: a value of another
+    type means something that is not known here."""
 
-    architecture: str
-    rope_theta: float
-    """Where config.json has none; so too the epsilon."""
-    norm_epsilon: float
-    scheme: str = "no_loop"
-    qk_norm: bool = False
-    moe: bool = False
-    extends: bool = False
-    """Whether our extra keys (EXTENSIONS) may stand in its config.json: runtimes of the looped
-    types stop at tensors that they do not know, those of the others pass over them."""
+    model_config = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
 
 
-MODEL_TYPES = {
-    "llama": ModelType("LlamaForCausalLM", 10000.0, 1e-6),
-    "qwen2": ModelType("Qwen2ForCausalLM", 10000.0, 1e-6),
-    "qwen3": ModelType("Qwen3ForCausalLM", 10000.0, 1e-6, qk_norm=True),
-    "iquestpltcoder": ModelType(
-        "IQuestPLTCoderForCausalLM", 500000.0, 1e-5, scheme="plt", extends=True
-    ),
-    "iquestloopcoder": ModelType(
-        "IQuestLoopCoderForCausalLM", 500000.0, 1e-5, scheme="loop_kv_share_window", extends=True
-    ),
-    "iquest_moe": ModelType(
-        "IquestMoeV12ForCausalLM", 500000.0, 1e-5, scheme="plt", qk_norm=True, moe=True
-    ),
-}
+class Rope(Keys):
+    """What rope_scaling (transformers 4) or rope_parameters (transformers 5) may hold."""
 
-EXTENSIONS = ("qk_norm", "qkv_bias", "ffn_output_norm")
-"""Options that the looped dense types have no key for; written where they are on."""
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: PositiveFloat | None = None
+    partial_rotary_factor: float | None = None
+    factor: PositiveFloat | None = None
+    low_freq_factor: PositiveFloat | None = None
+    high_freq_factor: PositiveFloat | None = None
+    original_max_position_embeddings: PositiveInt | None = None
+
+
+class ConfigJson(Keys):
+    """The keys of a config.json that say what the model computes."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt | None = None
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    max_position_embeddings: PositiveInt
+    rms_norm_eps: PositiveFloat | None = None
+    rope_theta: PositiveFloat | None = None
+    rope_scaling: Rope | None = None
+    rope_parameters: Rope | None = None
+    tie_word_embeddings: bool | None = None
+    attention_bias: bool | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    use_sliding_window: bool | None = None
+    qk_norm: bool | None = None
+    qkv_bias: bool | None = None
+    ffn_output_norm: bool | None = None
+    loop_num: PositiveInt | None = None
+    loop_window_size: PositiveInt | None = None
+    plt_num_loops: PositiveInt | None = None
+    plt_window_size: list[NonNegativeInt] | None = None
+    plt_normalize_per_loop: bool | None = None
+    plt_emb_scale: float | None = None
+    plt_hidden_scale: float | None = None
+    plt_gate_use_hidden_states: bool | None = None
+    num_experts: PositiveInt | None = None
+    num_experts_per_tok: PositiveInt | None = None
+    moe_intermediate_size: PositiveInt | None = None
+    shared_expert_intermediate_size: NonNegativeInt | None = None
+    use_shared_expert_gate: bool | None = None
+    router_aux_loss_coef: float | None = None
+
 
 MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -63,32 +101,27 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
 """Values besides null that the model can honour, for keys that would change it."""
 
 
-def model_type(values: Mapping[str, Any]) -> str:
-    """The model type of a config.json, by its model_type or its architectures.
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file.
 
     Raises:
-      InputError: both are unknown, or they disagree.
+      InputError: the file cannot be read, or holds something else.
     """
-    declared = values.get("model_type")
-    architectures = values.get("architectures") or []
-    by_architecture = {kind.architecture: name for name, kind in MODEL_TYPES.items()}
-    implied = [by_architecture[name] for name in architectures if name in by_architecture]
-    if declared in MODEL_TYPES and implied and declared != implied[0]:
-        raise InputError(
-            f"model_type {declared} and architectures {architectures} are two kinds of model; set "
-            f"the one that the weights have ({declared} or {implied[0]})"
-        )
-    name = declared if declared in MODEL_TYPES else next(iter(implied), None)
-    if name is None:
-        raise InputError(
-            f"unknown model_type {declared!r} (architectures {architectures}); known: "
-            f"{', '.join(MODEL_TYPES)}"
-        )
-    return name
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a mapping, not a {type(values).__name__}")
+    return values
 
 
-def read_config(values: Mapping[str, Any], tensors: Collection[str] = ()) -> ModelConfig:
-    """The model that a config.json describes; `max_length` is its longest context.
+def read_config(
+    values: Mapping[str, Any], tensors: Collection[str] = ()
+) -> tuple[str, ModelConfig]:
+    """The model type of a config.json and its model; `max_length` is its longest context.
 
     Args:
       tensors: names in the checkpoint. A looped type of one loop needs no gates and may have none:
@@ -97,43 +130,41 @@ def read_config(values: Mapping[str, Any], tensors: Collection[str] = ()) -> Mod
     Raises:
       InputError: an unknown model type, a missing key, or a value that the model cannot honour.
     """
-    name = model_type(values)
-    kind = MODEL_TYPES[name]
-    for key, allowed in MUST_BE.items():
-        if values.get(key) is not None and values[key] not in allowed:
-            known = ", ".join([*map(str, allowed), "none"])
-            raise InputError(f"{key} is {values[key]!r}, which is not supported; known: {known}")
-    _check_full_attention(values)
-    theta, rope_scaling = _read_rope(values, kind)
-    heads = _required(values, "num_attention_heads")
-    bias = bool(values.get("attention_bias"))
+    try:
+        keys = ConfigJson.model_validate({k: v for k, v in values.items() if v is not None})
+        name = find_model_type(keys.model_type, keys.architectures or [])
+        _check_honoured(values, keys)
+        return name, ModelConfig.model_validate(_read_fields(keys, name, tensors))
+    except pydantic.ValidationError as error:
+        raise InputError(describe_errors(error)) from error
+
+
+def _read_fields(keys: ConfigJson, name: str, tensors: Collection[str]) -> dict[str, Any]:
+    """The fields of ModelConfig."""
+    kind, heads, bias = MODEL_TYPES[name], keys.num_attention_heads, bool(keys.attention_bias)
     fields = {
-        "vocab_size": _required(values, "vocab_size"),
-        "max_length": _required(values, "max_position_embeddings"),
-        "width": _required(values, "hidden_size"),
-        "layers": _required(values, "num_hidden_layers"),
+        "vocab_size": keys.vocab_size,
+        "max_length": keys.max_position_embeddings,
+        "width": keys.hidden_size,
+        "layers": keys.num_hidden_layers,
         "heads": heads,
-        "kv_heads": _given(values, "num_key_value_heads", heads),
-        "head_width": values.get("head_dim"),
-        "rope_theta": theta,
-        "rope_scaling": rope_scaling,
-        "norm_epsilon": _given(values, "rms_norm_eps", kind.norm_epsilon),
-        "tied_embeddings": _given(values, "tie_word_embeddings", False),
+        "kv_heads": _given(keys.num_key_value_heads, heads),
+        "head_width": keys.head_dim,
+        "norm_epsilon": _given(keys.rms_norm_eps, kind.norm_epsilon),
+        "tied_embeddings": bool(keys.tie_word_embeddings),
         "qk_norm": kind.qk_norm,
         "qkv_bias": bias or name == "qwen2",
         "output_bias": bias and name not in ("qwen2", "iquest_moe"),
-        "loop": _read_loop(values, name, tensors),
+        "loop": _read_loop(keys, name, tensors),
+        **_read_rope(keys, kind),
     }
     if kind.extends:
-        fields |= {key: values[key] for key in EXTENSIONS if key in values}
+        fields |= {key: True for key in EXTENSIONS if getattr(keys, key)}
     if kind.moe:
-        fields["moe"] = _read_moe(values)
-    if not kind.moe or "intermediate_size" in values:
-        fields["ffn_width"] = _required(values, "intermediate_size")
-    try:
-        return ModelConfig.model_validate(fields)
-    except pydantic.ValidationError as error:
-        raise InputError(describe_errors(error)) from error
+        fields["moe"] = _read_moe(keys)
+    if not kind.moe or keys.intermediate_size is not None:
+        fields["ffn_width"] = _required(keys, "intermediate_size")
+    return fields
 
 
 def write_config(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,74 +211,51 @@ def write_config(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) 
     return values | _write_loop(config, name)
 
 
-def model_type_of(config: ModelConfig) -> str:
-    """The model type that can hold a configuration.
-
-    Raises:
-      InputError: none can; names the field.
-    """
-    moe, scheme = bool(config.moe.experts), config.loop.scheme
-    if scheme == "no_loop":
-        name = "qwen3" if config.qk_norm else "llama"
-        if config.qkv_bias and not config.output_bias and not config.qk_norm:
-            name = "qwen2"
-    else:
-        types = [n for n, kind in MODEL_TYPES.items() if kind.scheme == scheme and kind.moe == moe]
-        name = types[0] if types else None
-    if name is None or MODEL_TYPES[name].moe != moe:
-        experts = " with experts" if moe else ""
-        raise InputError(
-            f"model.loop.scheme {scheme}{experts} has no Hugging Face model type; those that have "
-            "are no_loop, plt and loop_kv_share_window, and with experts plt"
-        )
-    kind = MODEL_TYPES[name]
-    unsaid = [
-        ("ffn_output_norm", config.ffn_output_norm and not kind.extends),
-        ("qk_norm", config.qk_norm != kind.qk_norm and not kind.extends),
-        ("qkv_bias", config.qkv_bias and not config.output_bias and name in ("llama", "qwen3")),
-        ("output_bias", config.output_bias and (not config.qkv_bias or kind.moe)),
-        ("moe.renormalize", moe and not _renormalised(config)),
-    ]
-    for field, is_unsaid in unsaid:
-        if is_unsaid:
-            value = config.moe.renormalize if "." in field else getattr(config, field)
-            raise InputError(
-                f"model.{field} is {value}, which Hugging Face's model type {name} cannot say, so "
-                "the model cannot be exported"
-            )
-    return name
-
-
-def _check_full_attention(values: Mapping[str, Any]) -> None:
-    other = [kind for kind in values.get("layer_types") or [] if kind != "full_attention"]
+def _check_honoured(values: Mapping[str, Any], keys: ConfigJson) -> None:
+    """Raises InputError for what the model does not have."""
+    for key, allowed in MUST_BE.items():
+        if values.get(key) is not None and values[key] not in allowed:
+            known = ", ".join([*map(str, allowed), "none"])
+            raise InputError(f"{key} is {values[key]!r}, which is not supported; known: {known}")
+    other = [kind for kind in keys.layer_types or [] if kind != "full_attention"]
     if other:
         raise InputError(f"layer_types holds {other[0]!r}; only full_attention is supported")
     # Qwen's files name a window that use_sliding_window leaves unused.
-    if values.get("sliding_window") is not None and "use_sliding_window" not in values:
+    if keys.sliding_window is not None and keys.use_sliding_window is None:
         raise InputError(
-            f"sliding_window is {values['sliding_window']!r}, which is not supported; known: none"
+            f"sliding_window is {keys.sliding_window}, which is not supported; known: none"
         )
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = values.get(key) or {}
+        nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
+        if nested:
+            raise InputError(f"{key} is set apart for {nested[0]}, which is not supported")
+        if rope.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+            raise InputError(
+                f"partial_rotary_factor is {rope['partial_rotary_factor']}, which is not "
+                "supported; known: 1.0, none"
+            )
 
 
-def _read_rope(values: Mapping[str, Any], kind: ModelType) -> tuple[Any, dict[str, Any]]:
-    """The base of RoPE's frequencies, and our section rope_scaling."""
-    # transformers 5 writes all of it as rope_parameters, transformers 4 apart.
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise InputError(f"rope_scaling is {rope!r}, not a mapping")
-    theta = rope.get("rope_theta", _given(values, "rope_theta", kind.rope_theta))
-    scaling = rope.get("rope_type", rope.get("type", "default"))
+def _read_rope(keys: ConfigJson, kind: ModelType) -> dict[str, Any]:
+    """The fields rope_theta and rope_scaling."""
+    rope = keys.rope_scaling or keys.rope_parameters or Rope()  # as transformers 5 reads them
+    theta = _given(rope.rope_theta, _given(keys.rope_theta, kind.rope_theta))
+    if keys.rope_parameters is not None and rope.rope_theta is None:
+        theta = _given(keys.rope_parameters.rope_theta, theta)
+    scaling = _given(rope.rope_type, _given(rope.type, "default"))
     if scaling == "default":
-        return theta, {}
+        return {"rope_theta": theta}
     names = {"linear": ("factor",), "llama3": tuple(LLAMA3_KEYS)}.get(scaling)
     if names is None:
         raise InputError(
             f"rope_scaling of type {scaling!r} is not supported; known: default, linear, llama3"
         )
-    missing = [name for name in names if name not in rope]
+    missing = [name for name in names if getattr(rope, name) is None]
     if missing:
         raise InputError(f"rope_scaling of type {scaling} lacks {missing[0]}")
-    return theta, {"kind": scaling} | {LLAMA3_KEYS[name]: rope[name] for name in names}
+    fields = {LLAMA3_KEYS[name]: getattr(rope, name) for name in names}
+    return {"rope_theta": theta, "rope_scaling": {"kind": scaling, **fields}}
 
 
 LLAMA3_KEYS = {
@@ -269,34 +277,34 @@ def _write_rope_scaling(config: ModelConfig) -> dict[str, Any] | None:
     }
 
 
-def _read_loop(values: Mapping[str, Any], name: str, tensors: Collection[str]) -> dict[str, Any]:
+def _read_loop(keys: ConfigJson, name: str, tensors: Collection[str]) -> dict[str, Any]:
     scheme = MODEL_TYPES[name].scheme
     if scheme == "no_loop":
         return {"scheme": scheme}
     if scheme == "loop_kv_share_window":
         return {
             "scheme": scheme,
-            "count": _given(values, "loop_num", 2),
-            "window": _given(values, "loop_window_size", 64),
+            "count": _given(keys.loop_num, 2),
+            "window": _given(keys.loop_window_size, 64),
             "gate_input": "query",
             "normalize_between_loops": False,
         }
-    count = _given(values, "plt_num_loops", 2)
-    if count == 1 and tensors and not any("gate_norm" in t or "gate.bias" in t for t in tensors):
+    count = _given(keys.plt_num_loops, 2)
+    if count == 1 and tensors and not any("gate.bias" in name for name in tensors):
         return {"scheme": "no_loop"}
-    window = _given(values, "plt_window_size", [64, 0])
-    if not (isinstance(window, list) and len(window) == 2 and window[0] >= 0 == window[1]):
+    window = _given(keys.plt_window_size, [64, 0])
+    if len(window) != 2 or window[1] != 0:
         raise InputError(
-            f"plt_window_size is {window!r}; it must be [n, 0], n keys to the left besides itself"
+            f"plt_window_size is {window}; it must be [n, 0], n keys to the left besides itself"
         )
     return {
         "scheme": scheme,
         "count": count,
         "window": window[0] + 1,
-        "gate_input": "hidden" if values.get("plt_gate_use_hidden_states") else "query",
-        "embedding_scale": _given(values, "plt_emb_scale", 1.0),
-        "hidden_scale": _given(values, "plt_hidden_scale", 1.0),
-        "normalize_between_loops": _given(values, "plt_normalize_per_loop", True),
+        "gate_input": "hidden" if keys.plt_gate_use_hidden_states else "query",
+        "embedding_scale": _given(keys.plt_emb_scale, 1.0),
+        "hidden_scale": _given(keys.plt_hidden_scale, 1.0),
+        "normalize_between_loops": _given(keys.plt_normalize_per_loop, True),
     }
 
 
@@ -322,17 +330,17 @@ def _write_loop(config: ModelConfig, name: str) -> dict[str, Any]:
     return {"loop_num": loop.count, "loop_window_size": loop.window}
 
 
-def _read_moe(values: Mapping[str, Any]) -> dict[str, Any]:
-    shared = _given(values, "shared_expert_intermediate_size", 0)
+def _read_moe(keys: ConfigJson) -> dict[str, Any]:
+    shared = keys.shared_expert_intermediate_size or 0
     return {
-        "experts": _required(values, "num_experts"),
-        "experts_per_token": _required(values, "num_experts_per_tok"),
-        "expert_width": _required(values, "moe_intermediate_size"),
+        "experts": _required(keys, "num_experts"),
+        "experts_per_token": _required(keys, "num_experts_per_tok"),
+        "expert_width": _required(keys, "moe_intermediate_size"),
         # Over the chosen experts alone, so that norm_topk_prob changes nothing.
         "routing": "topk_then_softmax",
         "shared_width": shared,
-        "shared_gate": bool(shared and values.get("use_shared_expert_gate")),
-        "load_balance_loss": _given(values, "router_aux_loss_coef", 0.01),
+        "shared_gate": bool(shared and keys.use_shared_expert_gate),
+        "load_balance_loss": _given(keys.router_aux_loss_coef, 0.01),
     }
 
 
@@ -351,16 +359,12 @@ def _write_moe(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _renormalised(config: ModelConfig) -> bool:
-    """Whether the chosen experts' weights sum to 1: then both routing orders are the same."""
-    return config.moe.routing == "topk_then_softmax" or config.moe.renormalize
-
-
-def _required(values: Mapping[str, Any], key: str) -> Any:
-    if values.get(key) is None:
+def _required(keys: ConfigJson, key: str) -> Any:
+    value = getattr(keys, key)
+    if value is None:
         raise InputError(f"{key} is missing")
-    return values[key]
+    return value
 
 
-def _given(values: Mapping[str, Any], key: str, default: Any) -> Any:
-    return default if values.get(key) is None else values[key]
+def _given(value: Any, default: Any) -> Any:
+    return default if value is None else value

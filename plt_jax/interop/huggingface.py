@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.errors import InputError
 from plt_jax.files import new_folder
-from plt_jax.interop.config_json import model_type, read_config, write_config
+from plt_jax.interop.config_json import read_config, read_json, write_config
 from plt_jax.interop.safetensors_folder import SafetensorsFolder, write_safetensors
 from plt_jax.interop.tensors import IGNORED, Piece, pieces_of, read_part, to_tensor
 from plt_jax.model.transformer import abstract_params
 from plt_jax.sharding import make_mesh, shardings_of
 
 CONFIG = "config.json"
+DTYPES = ("float32", "bfloat16")
 SHARD_BYTES = 5 * 10**9
 
 Params = dict[str, Any]
@@ -87,20 +89,22 @@ def save_huggingface(
       InputError: the folder is taken or unwritable, no public model type can say what the
         configuration says, or the parameters are another configuration's.
     """
-    check_exportable(config, params)
+    check_exportable(config, params, dtype)
     with new_folder(path) as folder:
         write_huggingface(folder, config, params, dtype, shard_bytes)
 
 
 def open_huggingface(path: str | Path, dtype: str | None = None) -> Source:
     """Reads and checks a checkpoint's config.json and headers; see `load_huggingface`."""
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     folder = Path(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False, too, where the name is impossible
         raise InputError(f"{folder} is not a folder; give one that holds {CONFIG} and safetensors")
-    values = _read_json(folder / CONFIG)
+    values = read_json(folder / CONFIG)
     files = SafetensorsFolder(folder)
     try:
-        name, config = model_type(values), read_config(values, files.tensors)
+        name, config = read_config(values, files.tensors)
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from error
     pieces = pieces_of(config, files.tensors)
@@ -142,8 +146,10 @@ def load_params(
     return jax.block_until_ready(unflatten_dict(params))
 
 
-def check_exportable(config: ModelConfig, params: Params) -> None:
+def check_exportable(config: ModelConfig, params: Params, dtype: str | None = None) -> None:
     """Raises InputError where `write_huggingface` could not write all of the model."""
+    if dtype not in (None, *DTYPES):
+        raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     write_config(config, "float32", {})
     leaves = flatten_dict(nn.unbox(params))
     wanted = {
@@ -157,7 +163,7 @@ def check_exportable(config: ModelConfig, params: Params) -> None:
                 f"parameter {'.'.join(path)} has shape {found}, and {wanted.get(path)} in the "
                 "configuration"
             )
-        if not leaves[path].is_fully_addressable:
+        if isinstance(leaves[path], jax.Array) and not leaves[path].is_fully_addressable:
             raise InputError("parameters spread over several processes cannot be exported")
 
 
@@ -195,18 +201,6 @@ def write_huggingface(
     stored = dtype_of(next(iter(where.values()))[0]).name
     text = json.dumps(write_config(config, stored, token_ids or {}), indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold a mapping, not a {type(values).__name__}")
-    return values
 
 
 def _check_tensors(

@@ -9,6 +9,7 @@ which `distance` measures.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -48,6 +49,8 @@ def retrofit(
             f"the model already loops ({config.loop.scheme}, {config.loop.count} loops); only a "
             "model of scheme no_loop can be retrofitted"
         )
+    if not math.isfinite(gate_bias):
+        raise InputError(f"gate_bias is {gate_bias}; it must be finite, and {CLOSED} closes")
     if loop.scheme == "no_loop":
         raise InputError("the scheme no_loop does not loop; choose a looped scheme")
     looped = config.model_copy(update={"loop": loop})

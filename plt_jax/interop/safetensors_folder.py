@@ -7,6 +7,7 @@ that is done with can be closed, so that no more than the files under way are he
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,9 +117,12 @@ def _read_index(folder: Path) -> dict[str, Path] | None:
             f"{path} is not an index of safetensors files ({_line(error)}); fetch it again"
         ) from error
     for name, file in index.items():
-        if file.parent != folder:
-            raise InputError(f"{path} names a file outside its folder for {name}: {files[name]}")
-        if not file.exists():
+        if file.parent != folder or file.suffix != ".safetensors":
+            raise InputError(
+                f"{path} says that {name} is in {files[name]!r}, which is not a safetensors file "
+                "in its folder"
+            )
+        if not os.path.exists(file):  # False, too, where the name is impossible
             raise InputError(f"{file} is missing, and {path} says that it holds {name}; fetch it")
     return index
 
@@ -135,6 +139,9 @@ def write_safetensors(
       sizes: bytes of each tensor.
       tensor: makes a tensor when its turn comes; those of one file are in memory at a time.
       shard_bytes: most bytes of tensors in a file, unless a single tensor is larger.
+
+    Raises:
+      OSError: a file cannot be written.
     """
     shards: list[list[str]] = []
     filled = 0
@@ -150,7 +157,10 @@ def write_safetensors(
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         arrays = {name: tensor(name) for name in names}
-        save_file(arrays, folder / file, metadata={"format": "pt"})  # what transformers asks for
+        try:
+            save_file(arrays, folder / file, metadata={"format": "pt"})  # transformers asks for it
+        except SafetensorError as error:
+            raise OSError(_line(error)) from error
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from plt_jax.data.tokenizer import bos_id, eos_id
+from plt_jax.interop.config_json import read_json
 
 CARRIED = (
     "config.json",
@@ -30,13 +31,14 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 def carried_files(folder: Path) -> list[Path]:
     """Those of CARRIED that a folder has, by name."""
-    return sorted(file for pattern in CARRIED for file in folder.glob(pattern))
+    found = (file for pattern in CARRIED for file in folder.glob(pattern))
+    return sorted(file for file in found if file.is_file())
 
 
 def carried_token_ids(folder: Path) -> dict[str, Any]:
     """The special tokens' ids of a carried config.json; empty without one."""
     path = folder / "config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    values = read_json(path) if path.exists() else {}
     return {key: values[key] for key in TOKEN_IDS if key in values}
 
 

@@ -68,6 +68,7 @@ def train(config: RunConfig) -> Outcome:
     """
     # Everything is checked before anything is written.
     changes = check_directory(config)
+    check_start(config)
     mesh = make_mesh(config.mesh)
     rows = batch_sharding(mesh, config.training.batch_size, "training.batch_size")
     abstract = abstract_state(config, mesh)
@@ -106,20 +107,31 @@ def train(config: RunConfig) -> Outcome:
     return Outcome(step, stopped=False)
 
 
-def start_params(config: RunConfig, abstract: TrainState) -> Any | None:
-    """The parameters that a fresh run starts from; None if it draws its own, or resumes.
-
-    Raises:
-      InputError: `start_from` leads to no checkpoint, to one of another shape, or to a model whose
-        tokenizer is not known.
-    """
-    if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
-        return None
+def check_start(config: RunConfig) -> None:
+    """Raises InputError where `start_from` leads to no checkpoint, or to one of unknown tokens."""
+    if config.start_from is None or resumes(config):
+        return
+    find_checkpoint(config.start_from)
     if config.tokenizer.path is None:
         raise InputError(
             f"start_from {config.start_from} has no tokenizer, so its embeddings' text is not "
             "known; give its tokenizer.json as tokenizer.path"
         )
+
+
+def resumes(config: RunConfig) -> bool:
+    """Whether the run directory holds a checkpoint to go on from."""
+    return bool(list_steps(Path(config.run_dir) / CHECKPOINTS))
+
+
+def start_params(config: RunConfig, abstract: TrainState) -> Any | None:
+    """The parameters that a fresh run starts from; None if it draws its own, or resumes.
+
+    Raises:
+      InputError: they have other shapes.
+    """
+    if config.start_from is None or resumes(config):
+        return None
     _, step = find_checkpoint(config.start_from)
     directory = locate(config.start_from).directory
     print(f"starting from {directory}, step {step}", flush=True)

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given, settings
 
 from plt_jax import InputError, ModelConfig, load_config
-from plt_jax.interop.config_json import MODEL_TYPES, model_type_of, read_config, write_config
+from plt_jax.interop import config_json
+from plt_jax.interop.config_json import write_config
+from plt_jax.interop.model_types import MODEL_TYPES, model_type_of
 from tests.interop.checkpoints import exportable_configs
 from tests.models import small_config
 from tests.training.runs import REPOSITORY
@@ -50,6 +52,11 @@ IQUEST_LOOP = {
     "loop_num": 2,
     "loop_window_size": 64,
 }
+
+
+def read_config(values):
+    """The model alone."""
+    return config_json.read_config(values)[1]
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,6 @@ def assert_same_params(one, other):
         (REMOVED, ["Gemma3ForCausalLM"], "Gemma3ForCausalLM"),
         (REMOVED, REMOVED, "None"),
         (None, None, "None"),
-        (3, [], "3"),
         ("LLAMA", [], "'LLAMA'"),
     ],
 )
@@ -207,6 +206,7 @@ def test_experts_are_known_by_their_architecture_whatever_the_model_type(tmp_pat
 @pytest.mark.parametrize(
     ("key", "value"),
     [
+        ("model_type", 3),
         ("model_type", ["llama"]),
         ("model_type", {"llama": 1}),
         ("architectures", 3),
@@ -217,7 +217,6 @@ def test_experts_are_known_by_their_architecture_whatever_the_model_type(tmp_pat
         ("rope_parameters", "default"),
         ("rope_parameters", [1]),
         ("rope_parameters", {"rope_type": ["yarn"]}),
-        ("rope_parameters", {"rope_type": None}),
     ],
 )
 def test_a_list_or_mapping_in_the_wrong_place_is_refused(llama, key, value):
@@ -376,7 +375,7 @@ def test_a_linear_scaling_without_a_factor_is_refused(llama):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"factor": None}, "None"),
+        ({"factor": None}, "lacks factor"),
         ({"factor": "eight"}, "'eight'"),
         ({"factor": 0.5}, "0.5"),
         ({"low_freq_factor": 4.0}, "4.0"),
@@ -434,7 +433,7 @@ def test_a_window_of_the_wrong_form_is_refused(plt, window):
 @pytest.mark.parametrize("count", [0, -1, 1.5, "two", [2]], ids=repr)
 def test_an_impossible_number_of_loops_is_refused(plt, count):
     change_config(plt, plt_num_loops=count)
-    assert_import_refused(plt, plt / "config.json", "count", repr(count))
+    assert_import_refused(plt, plt / "config.json", "plt_num_loops", repr(count))
 
 
 # Tensors.
@@ -662,7 +661,7 @@ def test_a_tensor_in_two_shards_is_refused(sharded):
 def test_an_index_that_names_a_file_outside_the_folder_is_refused(sharded, outside):
     (sharded.parent / "x").write_bytes(WHOLE)
     change_index(sharded, **{Q: outside})
-    assert_import_refused(sharded, sharded / INDEX, "outside its folder", Q)
+    assert_import_refused(sharded, sharded / INDEX, "not a safetensors file in its folder", Q)
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "two\nlines"], ids=["too long", "two lines"])
@@ -886,7 +885,8 @@ def test_an_import_to_a_full_disk_leaves_nothing(llama, tmp_path):
         **{"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 300},
     )
     assert snapshot(tmp_path) == before
-    assert_refused(Result(done.returncode, done.stdout, done.stderr), str(tmp_path / "new"))
+    last_line = done.stderr.splitlines(keepends=True)[-1]  # behind what orbax logs
+    assert_refused(Result(done.returncode, done.stdout, last_line), str(tmp_path / "new"))
 
 
 def test_an_export_whose_file_cannot_be_written_leaves_nothing(tmp_path):

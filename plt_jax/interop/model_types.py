@@ -1,0 +1,111 @@
+"""The model types of Hugging Face that are known here, and which of them a configuration is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from plt_jax.config import ModelConfig
+from plt_jax.errors import InputError
+
+
+class ModelType(NamedTuple):
+    """A model type of Hugging Face, and what its name alone says about the model."""
+
+    architecture: str
+    rope_theta: float
+    """Where config.json has none; so too the epsilon."""
+    norm_epsilon: float
+    scheme: str = "no_loop"
+    qk_norm: bool = False
+    moe: bool = False
+    extends: bool = False
+    """Whether our extra keys (EXTENSIONS) may stand in its config.json: runtimes of the looped
+    types stop at tensors that they do not know, those of the others pass over them."""
+
+
+MODEL_TYPES = {
+    "llama": ModelType("LlamaForCausalLM", 10000.0, 1e-6),
+    "qwen2": ModelType("Qwen2ForCausalLM", 10000.0, 1e-6),
+    "qwen3": ModelType("Qwen3ForCausalLM", 10000.0, 1e-6, qk_norm=True),
+    "iquestpltcoder": ModelType(
+        "IQuestPLTCoderForCausalLM", 500000.0, 1e-5, scheme="plt", extends=True
+    ),
+    "iquestloopcoder": ModelType(
+        "IQuestLoopCoderForCausalLM", 500000.0, 1e-5, scheme="loop_kv_share_window", extends=True
+    ),
+    "iquest_moe": ModelType(
+        "IquestMoeV12ForCausalLM", 500000.0, 1e-5, scheme="plt", qk_norm=True, moe=True
+    ),
+}
+
+EXTENSIONS = ("qk_norm", "qkv_bias", "ffn_output_norm")
+"""Options that the looped dense types have no key for; written where they are on."""
+
+
+def find_model_type(declared: str | None, architectures: Sequence[str]) -> str:
+    """The model type of a config.json, by its model_type or its architectures.
+
+    Raises:
+      InputError: it is unknown, or the two disagree.
+    """
+    by_architecture = {kind.architecture: name for name, kind in MODEL_TYPES.items()}
+    implied = next((by_architecture[a] for a in architectures if a in by_architecture), None)
+    if declared in MODEL_TYPES:
+        if implied not in (None, declared):
+            raise InputError(
+                f"model_type {declared} and architectures {architectures} are two kinds of model; "
+                f"set the one that the weights have ({declared} or {implied})"
+            )
+        return declared
+    # The mixture of experts goes by several names; another name with a plain architecture's may
+    # stand for a model that is not quite that.
+    if implied is not None and (declared is None or MODEL_TYPES[implied].moe):
+        return implied
+    raise InputError(
+        f"unknown model_type {declared!r} (architectures {architectures}); known: "
+        f"{', '.join(MODEL_TYPES)}"
+    )
+
+
+def model_type_of(config: ModelConfig) -> str:
+    """The model type that can hold a configuration.
+
+    Raises:
+      InputError: none can; names the field.
+    """
+    moe, scheme = bool(config.moe.experts), config.loop.scheme
+    if scheme == "no_loop":
+        name = "qwen3" if config.qk_norm else "llama"
+        if config.qkv_bias and not config.output_bias and not config.qk_norm:
+            name = "qwen2"
+    else:
+        types = [n for n, kind in MODEL_TYPES.items() if kind.scheme == scheme and kind.moe == moe]
+        name = types[0] if types else None
+    if name is None or MODEL_TYPES[name].moe != moe:
+        experts = " with experts" if moe else ""
+        raise InputError(
+            f"model.loop.scheme {scheme}{experts} has no Hugging Face model type; those that have "
+            "are no_loop, plt and loop_kv_share_window, and with experts plt"
+        )
+    kind = MODEL_TYPES[name]
+    unsaid = [
+        ("ffn_output_norm", config.ffn_output_norm and not kind.extends),
+        ("qk_norm", config.qk_norm != kind.qk_norm and not kind.extends),
+        ("qkv_bias", config.qkv_bias and not config.output_bias and name in ("llama", "qwen3")),
+        ("output_bias", config.output_bias and (not config.qkv_bias or kind.moe)),
+        ("moe.renormalize", moe and not _renormalised(config)),
+    ]
+    for field, is_unsaid in unsaid:
+        if is_unsaid:
+            value = config.moe.renormalize if "." in field else getattr(config, field)
+            raise InputError(
+                f"model.{field} is {value}, which Hugging Face's model type {name} cannot say, so "
+                "the model cannot be exported"
+            )
+    return name
+
+
+def _renormalised(config: ModelConfig) -> bool:
+    """Whether the chosen experts' weights sum to 1: then both routing orders are the same."""
+    return config.moe.routing == "topk_then_softmax" or config.moe.renormalize
