@@ -130,7 +130,7 @@ def load_params(
     params: dict[tuple[str, ...], jax.Array] = {}
     for position, piece in enumerate(track(order)):
         path, sharding = piece.path, shardings[piece.path]
-        files.close_all_but(later.names[0] for later in order[position:])
+        files.keep_open([later.names[0] for later in order[position:]])
 
         def read(index: tuple[slice, ...], piece: Piece = piece) -> np.ndarray:
             return read_part(files.read, piece, index).astype(dtypes[piece.path], copy=False)

@@ -1,14 +1,14 @@
 """A folder of safetensors files: one, or several with an index, read on demand and written.
 
-All headers are read and checked first. Tensors are then read one by one, or in part, and a file
-that is done with can be closed, so that no more than the files under way are held in memory.
+All headers are read and checked first. Tensors are then read one by one, or in part, and files that
+are done with can be let go, so that no more than those under way are held in memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,7 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         self._open: dict[Path, Any] = {}
+        self._read_ahead: set[Path] = set()
         self.tensors: dict[str, Tensor] = {}
         index = _read_index(folder)
         for file in [folder / SINGLE] if index is None else sorted(set(index.values())):
@@ -64,11 +65,19 @@ class SafetensorsFolder:
         except (SafetensorError, OSError) as error:
             raise InputError(f"cannot read {name} from {file}: {_line(error)}") from error
 
-    def close_all_but(self, names: Iterable[str]) -> None:
-        """Lets go of the files that hold none of these tensors."""
-        needed = {self.tensors[name].file for name in names}
+    def keep_open(self, names: Sequence[str]) -> None:
+        """Makes ready for these tensors to be read, in this order, and no others.
+
+        Files that hold none of them are let go, and the system reads the next two ahead.
+        """
+        needed = list(dict.fromkeys(self.tensors[name].file for name in names))
         for file in [file for file in self._open if file not in needed]:
             del self._open[file]  # its memory map goes with it
+        for file in needed[:2]:
+            if file not in self._read_ahead and hasattr(os, "posix_fadvise"):
+                self._read_ahead.add(file)
+                with open(file, "rb") as opened:
+                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     def _add_header(self, file: Path) -> None:
         try:

@@ -173,8 +173,16 @@ def read_part(
         read_shape[first], rest[first] = stop - start, slice(None)
 
     def part(name: str) -> np.ndarray:
-        tensor = read(name, tuple(tensor_index))
-        values = transposed(tensor) if piece.inputs else tensor
+        if not piece.inputs:
+            values = read(name, tuple(tensor_index))
+        else:
+            rows, columns = tensor_index
+
+            def read_rows(start: int, stop: int) -> np.ndarray:
+                return read(name, (slice(rows.start + start, rows.start + stop), columns))
+
+            sizes = (rows.stop - rows.start, columns.stop - columns.start)
+            values = transposed(read_rows, sizes)
         return values.reshape(read_shape)[tuple(rest)]
 
     return np.stack([part(name) for name in names]) if piece.by_expert else part(names[0])
@@ -185,22 +193,33 @@ def to_tensor(parameter: np.ndarray, piece: Piece) -> np.ndarray:
     if not piece.inputs:
         return np.ascontiguousarray(parameter).reshape(piece.tensor_shape)
     outputs, inputs = piece.tensor_shape
-    return transposed(parameter.reshape(inputs, outputs))
+    matrix = parameter.reshape(inputs, outputs)
+    return transposed(lambda start, stop: matrix[start:stop], matrix.shape)
 
 
-_STRIP = 16  # Rows: one cache line of the output at a time, for 2 and for 4 bytes each.
+_BLOCK = 256  # Rows that are read at a time: they are still in the core's cache when transposed.
+_STRIP = 16  # Rows that are transposed at a time: a cache line of the output, or two.
 _POOL = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="transpose")
 
 
-def transposed(x: np.ndarray) -> np.ndarray:
-    """A transposed copy of a matrix, in strips and on all cores: far faster than numpy's own."""
-    out = np.empty(x.shape[::-1], x.dtype)
+def transposed(rows: Callable[[int, int], np.ndarray], shape: tuple[int, int]) -> np.ndarray:
+    """The transpose of a matrix that is read in blocks of rows, on all cores.
+
+    Args:
+      rows: gives those from one number to another.
+      shape: of the matrix.
+    """
+    first = rows(0, min(_BLOCK, shape[0]))
+    out = np.empty(shape[::-1], first.dtype)
     # numpy copies dtypes that are not its own value by value.
-    bits = np.dtype(f"u{x.dtype.itemsize}")
-    source, target = x.view(bits), out.view(bits)
+    bits = np.dtype(f"u{first.dtype.itemsize}")
+    target = out.view(bits)
 
     def copy(start: int) -> None:
-        target[:, start : start + _STRIP] = source[start : start + _STRIP].T
+        block = first if start == 0 else rows(start, min(start + _BLOCK, shape[0]))
+        for row in range(0, len(block), _STRIP):
+            strip = block[row : row + _STRIP].view(bits)
+            target[:, start + row : start + row + len(strip)] = strip.T
 
-    list(_POOL.map(copy, range(0, x.shape[0], _STRIP)))
+    list(_POOL.map(copy, range(0, shape[0], _BLOCK)))
     return out

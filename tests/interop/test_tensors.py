@@ -14,10 +14,10 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 50), (50, 3), (16, 16), (33, 47), (0, 4)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 50), (50, 3), (16, 16), (256, 3), (700, 47)])
 def test_transposed(shape, dtype):
     x = RNG.normal(size=shape).astype(dtype)
-    y = transposed(x)
+    y = transposed(lambda start, stop: x[start:stop], shape)
     assert y.flags.c_contiguous and y.dtype == x.dtype
     np.testing.assert_array_equal(y, x.T)
 
