@@ -373,8 +373,8 @@ class RunConfig(Section):
     run_dir: str | None = None
     """Where the run is written; default runs/NAME for configs/NAME.yaml."""
     start_from: str | None = None
-    """A run directory, or one of its checkpoints, whose parameters this run starts from; its model
-    and tokenizer are then the defaults here."""
+    """A run directory, or one of its checkpoints, whose parameters this run starts from; its model,
+    tokenizer and sequence length are then the defaults here."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of initialisation and of the data's order."""
     model: ModelConfig = ModelConfig()

@@ -12,13 +12,14 @@ import yaml
 
 from plt_jax.config import RunConfig
 from plt_jax.errors import InputError
-from plt_jax.run_files import CONFIG, TOKENIZER, locate
+from plt_jax.run_files import CHECKPOINTS, CONFIG, TOKENIZER, locate
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """Reads a YAML file, lays nested `overrides` over it, and validates the whole once.
 
-    With a `start_from`, the sections model and tokenizer of that run lie underneath.
+    With a `start_from`, that run's model, tokenizer and sequence length lie underneath; once the
+    run has saved a checkpoint of its own, its own do.
 
     Raises:
       InputError: the file cannot be read, is not a YAML mapping, or a value is refused; the message
@@ -26,11 +27,18 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
     """
     path = Path(path)
     values = merge(_read_yaml(path), overrides or {})
-    if isinstance(values.get("start_from"), str):
-        values = merge(_inherited(values["start_from"]), values)
     if values.get("run_dir") is None:
         values["run_dir"] = str(Path("runs") / path.stem)
-    return _validate(path, values)
+    if not isinstance(values.get("start_from"), str):
+        return _validate(path, values)
+    inherited = _inherited(values["start_from"], Path(str(values["run_dir"])))
+    config = _validate(path, merge(inherited, values))
+    if inherited["model"]["loop"]["scheme"] == "no_loop" != config.model.loop.scheme:
+        raise InputError(
+            f"start_from {config.start_from} is a model without loops; give it loops with "
+            "python -m plt_jax.convert retrofit, and start from that"
+        )
+    return config
 
 
 def load_resolved(path: Path) -> RunConfig:
@@ -67,10 +75,15 @@ def _validate(path: Path, values: Mapping[str, Any]) -> RunConfig:
         raise InputError(f"{path}: {describe_errors(error)}") from error
 
 
-def _inherited(start_from: str) -> dict[str, Any]:
-    """What a run takes over from the one that it starts from."""
-    directory = locate(start_from).directory
-    inherited = {"model": load_resolved(directory / CONFIG).model.model_dump()}
+def _inherited(start_from: str, run_dir: Path) -> dict[str, Any]:
+    """What a run takes over from the one that it starts from, or from itself when it resumes."""
+    resumes = any(entry.name.isdigit() for entry in (run_dir / CHECKPOINTS).glob("*"))
+    directory = run_dir.absolute() if resumes else locate(start_from).directory
+    config = load_resolved(directory / CONFIG)
+    inherited = {
+        "model": config.model.model_dump(),
+        "data": {"sequence_length": config.sequence_length},
+    }
     if (directory / TOKENIZER).exists():
         inherited["tokenizer"] = {"path": str(directory / TOKENIZER)}
     return inherited

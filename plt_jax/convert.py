@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from plt_jax.cli import CommandParser, run_command
 
 if TYPE_CHECKING:
+    from plt_jax.config import LoopConfig, ModelConfig
     from plt_jax.run import Model
-
-SAMPLE_LENGTH = 256  # Tokens that a retrofitted model is compared on.
 
 
 def main() -> None:
@@ -98,13 +96,19 @@ def add_retrofit(commands: Any) -> None:
         "--embedding_scale", type=float, default=1.0, help="scale on the embeddings, loops > 1"
     )
     command.add_argument(
-        "--hidden_scale", type=float, default=0.0, help="scale on the previous loop's output"
+        "--hidden_scale", type=float, default=0.01, help="scale on the previous loop's output"
     )
     command.add_argument(
         "--normalize_between_loops",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="apply the final norm to what the next loop reads",
+        choices=("true", "false"),
+        help="apply the final norm to what the next loop reads; default: but for "
+        "loop_kv_share_window",
+    )
+    command.add_argument(
+        "--compare_tokens",
+        type=int,
+        help="random tokens on which to compare it with the source, 0 for none; default 256, or "
+        "four windows",
     )
     command.set_defaults(run=run_retrofit)
 
@@ -126,15 +130,20 @@ def run_import(arguments: argparse.Namespace) -> None:
     from plt_jax.interop.huggingface import load_params, open_huggingface
     from plt_jax.interop.tokenizer_files import carried_files
     from plt_jax.run import create_run
+    from plt_jax.run_files import TOKENIZER
 
     check_new_folder(arguments.destination)
     source = open_huggingface(arguments.source, arguments.dtype)
-    tokenizer = Path(arguments.tokenizer or source.folder / "tokenizer.json")
-    if arguments.tokenizer or tokenizer.exists():
+    carried = carried_files(source.folder)
+    tokenizer = carried.get(TOKENIZER)
+    if arguments.tokenizer:
+        # In another's place, what came with that is no longer true; where there was none, it is.
+        tokenizer, others = Path(arguments.tokenizer), {} if tokenizer else carried
+        carried = others | {TOKENIZER: tokenizer}
+    if tokenizer is not None:
         check_size(load_tokenizer(tokenizer), source.config.vocab_size)
     else:
         print(f"{source.folder} has no tokenizer.json: evaluation and generation need --tokenizer")
-        tokenizer = None
     bar = functools.partial(
         track, description="reading", transient=True, disable=not sys.stdout.isatty()
     )
@@ -147,25 +156,19 @@ def run_import(arguments: argparse.Namespace) -> None:
         data=DataConfig(sequence_length=min(config.max_length, 1024)),
         evaluation=EvaluationConfig(batch_size=8),
     )
-    create_run(run, params, tokenizer, carried_files(source.folder))
+    create_run(run, params, tokenizer, carried)
     described = describe(config, params)
     print(f"imported {source.model_type} from {source.folder}: {described}")
     print(f"written to {arguments.destination}")
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from plt_jax.data.tokenizer import load_tokenizer
     from plt_jax.errors import InputError
     from plt_jax.files import check_new_folder, new_folder
     from plt_jax.interop.huggingface import check_exportable, write_huggingface
     from plt_jax.interop.model_types import model_type_of
-    from plt_jax.interop.tokenizer_files import (
-        carried_files,
-        carried_token_ids,
-        write_tokenizer,
-    )
+    from plt_jax.interop.tokenizer_files import take_tokenizer
     from plt_jax.run import open_model
-    from plt_jax.run_files import HUGGINGFACE, TOKENIZER
 
     if not 0 < arguments.shard_gb < math.inf:
         raise InputError(f"--shard_gb is {arguments.shard_gb}; it must be above 0, and finite")
@@ -173,17 +176,8 @@ def run_export(arguments: argparse.Namespace) -> None:
     model = open_model(arguments.source)
     config = model.config.model
     check_exportable(config, model.params)
-    carried = carried_files(model.directory / HUGGINGFACE)
     with new_folder(arguments.destination) as folder:
-        for file in carried:
-            shutil.copyfile(file, folder / file.name)
-        if any(file.name == TOKENIZER for file in carried):
-            token_ids = carried_token_ids(model.directory / HUGGINGFACE)
-        elif (model.directory / TOKENIZER).exists():
-            tokenizer = load_tokenizer(model.directory / TOKENIZER)
-            token_ids = write_tokenizer(folder, tokenizer, config.max_length)
-        else:
-            token_ids = carried_token_ids(model.directory / HUGGINGFACE)
+        token_ids = take_tokenizer(model.directory, folder, config.max_length)
         shard_bytes = int(arguments.shard_gb * 1e9)
         write_huggingface(folder, config, model.params, arguments.dtype, shard_bytes, token_ids)
     described = describe(config, model.params)
@@ -192,30 +186,18 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 
 def run_retrofit(arguments: argparse.Namespace) -> None:
-    import pydantic
-
-    from plt_jax.config import LoopConfig
-    from plt_jax.config_file import describe_errors
     from plt_jax.errors import InputError
     from plt_jax.files import check_new_folder
+    from plt_jax.interop.config_json import write_config
     from plt_jax.interop.retrofit import retrofit
     from plt_jax.interop.tokenizer_files import carried_files
     from plt_jax.run import create_run, open_model
     from plt_jax.run_files import HUGGINGFACE, TOKENIZER
 
+    if (arguments.compare_tokens or 0) < 0:
+        raise InputError(f"--compare_tokens is {arguments.compare_tokens}; it must be 0 or more")
     check_new_folder(arguments.destination)
-    try:
-        loop = LoopConfig(
-            scheme=arguments.scheme,
-            count=arguments.loops,
-            window=arguments.window,
-            gate_input=arguments.gate_input,
-            embedding_scale=arguments.embedding_scale,
-            hidden_scale=arguments.hidden_scale,
-            normalize_between_loops=arguments.normalize_between_loops,
-        )
-    except pydantic.ValidationError as error:
-        raise InputError(describe_errors(error)) from error
+    loop = loop_of(arguments)
     model = open_model(arguments.source)
     config, params = retrofit(model.config.model, model.params, loop, arguments.gate_bias)
     update = {"model": config, "run_dir": arguments.destination, "start_from": None}
@@ -227,27 +209,65 @@ def run_retrofit(arguments: argparse.Namespace) -> None:
         carried_files(model.directory / HUGGINGFACE),
     )
     print(f"retrofitted {model.directory}, step {model.step}: {describe(config, params)}")
-    print_distance(model, config, params)
+    print(f"written to {arguments.destination}")
+    try:
+        write_config(config, "float32", {})
+    except InputError as error:
+        print(f"note: {error}")
+    advice = ""
+    if loop.shifted and loop.hidden_scale == 0:
+        print("note: with hidden_scale 0 no loop reads the one before it; change it to train")
+        advice = " --model.loop.hidden_scale 0.01"
     print(
-        f"written to {arguments.destination}; to train from it: python train.py "
-        f"configs/continue.yaml --start_from {arguments.destination}"
+        "to train from it: python train.py configs/continue.yaml --start_from "
+        f"{arguments.destination}{advice}",
+        flush=True,
     )
+    if arguments.compare_tokens != 0:
+        print_distance(model, config, params, arguments.compare_tokens)
 
 
-def print_distance(model: Model, config: Any, params: Any) -> None:
+def loop_of(arguments: argparse.Namespace) -> LoopConfig:
+    """The looping that a retrofit asks for."""
+    import pydantic
+
+    from plt_jax.config import LoopConfig
+    from plt_jax.config_file import describe_errors
+    from plt_jax.errors import InputError
+
+    # The public type of loop_kv_share_window has no norm between loops.
+    by_scheme = "false" if arguments.scheme == "loop_kv_share_window" else "true"
+    normalize = (arguments.normalize_between_loops or by_scheme) == "true"
+    try:
+        return LoopConfig(
+            scheme=arguments.scheme,
+            count=arguments.loops,
+            window=arguments.window,
+            gate_input=arguments.gate_input,
+            embedding_scale=arguments.embedding_scale,
+            hidden_scale=arguments.hidden_scale,
+            normalize_between_loops=normalize,
+        )
+    except pydantic.ValidationError as error:
+        raise InputError(describe_errors(error)) from error
+
+
+def print_distance(model: Model, config: ModelConfig, params: Any, length: int | None) -> None:
     """Says where the retrofitted model starts, compared with its source."""
     import jax
 
     from plt_jax.interop.retrofit import distance
 
-    dense = model.config.model
-    length = min(SAMPLE_LENGTH, dense.max_length)
+    dense, window = model.config.model, config.loop.window
+    length = min(length or max(256, 4 * window), dense.max_length)
     tokens = jax.random.randint(jax.random.key(0), (1, length), 0, dense.vocab_size)
     start = distance(dense, model.params, config, params, tokens)
     print(
         f"on {length} random tokens its logits are within {start.largest:.2g} of the source's, its "
         f"predictions {start.divergence:.2g} nats (KL) away"
     )
+    if config.loop.later_attention == "gated" and length <= window:
+        print(f"note: the window of {window} held all of them, so its effect does not show")
 
 
 def describe(config: Any, params: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import time
 import uuid
@@ -27,17 +28,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_new_folder(path: str | Path) -> None:
-    """Raises InputError where `path` is a file, or a folder that holds something."""
+    """Raises InputError where `path` is a file or link, holds something, or cannot be made."""
+    path = Path(path).absolute()
+    if os.path.islink(path):  # False, too, where the name is impossible
+        raise InputError(f"{path} is a link; give the folder itself")
     try:
-        entries = list(Path(path).iterdir())
+        entries = list(path.iterdir())
     except FileNotFoundError:
-        return
+        entries = []
     except NotADirectoryError as error:
         raise InputError(f"{path} is a file, or below one; choose another destination") from error
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     if entries:
         raise InputError(f"{path} is not empty; choose another destination")
+    above = next(parent for parent in path.parents if parent.exists())
+    if not os.access(above, os.W_OK):
+        raise InputError(f"cannot write {path}: {above} is not writable")
 
 
 @contextlib.contextmanager
@@ -67,6 +74,20 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             reason = error.strerror or error
             raise InputError(f"cannot write {path}: {reason}") from error
         raise
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's contents.
+
+    Raises:
+      InputError: the source cannot be read.
+      OSError: the target cannot be written.
+    """
+    try:
+        contents = source.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {source}: {error.strerror}") from error
+    target.write_bytes(contents)
 
 
 def _remove(folder: Path) -> None:

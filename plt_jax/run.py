@@ -4,7 +4,7 @@ what they hold."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from plt_jax.config import MeshConfig, RunConfig, Section
 from plt_jax.config_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import check_size, load_tokenizer
 from plt_jax.errors import InputError
-from plt_jax.files import new_folder, write_text
+from plt_jax.files import copy_file, new_folder, write_text
 from plt_jax.model.transformer import abstract_params
 from plt_jax.run_files import CHECKPOINTS, CONFIG, HUGGINGFACE, TOKENIZER, locate
 from plt_jax.sharding import abstract_arrays, make_mesh
@@ -26,6 +26,8 @@ from plt_jax.sharding import abstract_arrays, make_mesh
 # (training.steps moves the end of the schedule: allowed, since longer training is a fair wish).
 MAY_CHANGE = (
     "run_dir",
+    "start_from",  # has been read
+    "tokenizer.path",  # what it holds is compared
     "checkpoint.",
     "evaluation.",
     "mesh.",
@@ -111,13 +113,13 @@ def find_checkpoint(path: str | Path) -> tuple[RunConfig, int]:
 
 
 def create_run(
-    config: RunConfig, params: Any, tokenizer: Path | None, files: Sequence[Path]
+    config: RunConfig, params: Any, tokenizer: Path | None, files: Mapping[str, Path]
 ) -> None:
     """Makes `config.run_dir` with one checkpoint, of step 0, that holds only parameters.
 
     Args:
       tokenizer: a tokenizer.json, if there is one.
-      files: to keep under huggingface/.
+      files: to keep under huggingface/, by name.
 
     Raises:
       InputError: the directory holds something, or cannot be written to; nothing is left then.
@@ -125,10 +127,10 @@ def create_run(
     with new_folder(config.run_dir) as directory:
         write_text(directory / CONFIG, dump_config(config))
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, directory / TOKENIZER)
+            copy_file(tokenizer, directory / TOKENIZER)
         (directory / HUGGINGFACE).mkdir()
-        for file in files:
-            shutil.copyfile(file, directory / HUGGINGFACE / file.name)
+        for name, file in files.items():
+            copy_file(file, directory / HUGGINGFACE / name)
         save_params(directory / CHECKPOINTS, 0, params)
 
 
@@ -182,7 +184,7 @@ def write_directory(config: RunConfig, tokenizer: Tokenizer) -> Path:
         raise InputError(f"cannot make --run_dir {directory}: {error.strerror}") from error
     write_text(directory / CONFIG, dump_config(config))
     write_text(directory / TOKENIZER, tokenizer.to_str())
-    if config.start_from is not None:
+    if config.start_from is not None and not list_steps(directory / CHECKPOINTS):
         kept = locate(config.start_from).directory / HUGGINGFACE
         if kept.is_dir():
             shutil.copytree(kept, directory / HUGGINGFACE, dirs_exist_ok=True)

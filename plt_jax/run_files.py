@@ -40,7 +40,7 @@ def locate(path: str | Path) -> Location:
     Raises:
       InputError: the path is none of these.
     """
-    path = Path(path).resolve()  # the name of a folder given as . tells what it is
+    path = Path(path).expanduser().resolve()  # the name of a folder given as . tells what it is
     if not os.path.exists(path):  # False, too, where the name is impossible
         raise InputError(f"{path} does not exist; give a run directory, or one of its checkpoints")
     directory, step = path, None

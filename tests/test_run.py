@@ -193,7 +193,7 @@ def test_changes_that_no_step_depends_on_are_allowed_and_reported(finished, copy
         ({"data": {"source": "sotu"}}, "data.source: "),
         ({"data": {"sequence_length": 8}}, "data.sequence_length: None -> 8"),
         ({"data": {"validation_source": "x"}}, "data.validation_source: None -> x"),
-        ({"tokenizer": {"path": "x"}}, "tokenizer.path: None -> x"),
+        ({"tokenizer": {"min_frequency": 3}}, "tokenizer.min_frequency: 2 -> 3"),
         ({"model": {"layers": 3}}, "model.layers: 2 -> 3"),
     ],
 )

@@ -24,6 +24,7 @@ from plt_jax.interop.model_types import (
     find_model_type,
     model_type_of,
 )
+from plt_jax.interop.tensors import is_gate
 
 
 class Keys(pydantic.BaseModel):
@@ -97,6 +98,11 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "decoder_sparse_step": (1,),
     "mlp_only_layers": ([],),
     "dual_chunk_attention_config": (),
+    "first_k_dense_replace": (0,),
+    "scoring_func": ("softmax",),
+    "routed_scaling_factor": (1.0,),
+    "n_group": (1,),
+    "topk_group": (1,),
 }
 """Values besides null that the model can honour, for keys that would change it."""
 
@@ -133,7 +139,7 @@ def read_config(
     try:
         keys = ConfigJson.model_validate({k: v for k, v in values.items() if v is not None})
         name = find_model_type(keys.model_type, keys.architectures or [])
-        _check_honoured(values, keys)
+        _check_honoured(values, keys, name)
         return name, ModelConfig.model_validate(_read_fields(keys, name, tensors))
     except pydantic.ValidationError as error:
         raise InputError(describe_errors(error)) from error
@@ -211,8 +217,15 @@ def write_config(config: ModelConfig, dtype: str, token_ids: Mapping[str, Any]) 
     return values | _write_loop(config, name)
 
 
-def _check_honoured(values: Mapping[str, Any], keys: ConfigJson) -> None:
+def _check_honoured(values: Mapping[str, Any], keys: ConfigJson, name: str) -> None:
     """Raises InputError for what the model does not have."""
+    for key, value in values.items():
+        looping = key.startswith(("plt_", "loop_")) and key not in MODEL_TYPES[name].loop_keys
+        if looping and value is not None:
+            raise InputError(
+                f"{key} is {value!r}, which says how a model loops, but model_type {name} does not "
+                "read it; set the model_type that the weights were trained as"
+            )
     for key, allowed in MUST_BE.items():
         if values.get(key) is not None and values[key] not in allowed:
             known = ", ".join([*map(str, allowed), "none"])
@@ -245,6 +258,8 @@ def _read_rope(keys: ConfigJson, kind: ModelType) -> dict[str, Any]:
         theta = _given(keys.rope_parameters.rope_theta, theta)
     scaling = _given(rope.rope_type, _given(rope.type, "default"))
     if scaling == "default":
+        if rope.factor is not None:
+            raise InputError("rope_scaling has a factor, but no rope_type to say what it scales")
         return {"rope_theta": theta}
     names = {"linear": ("factor",), "llama3": tuple(LLAMA3_KEYS)}.get(scaling)
     if names is None:
@@ -290,7 +305,7 @@ def _read_loop(keys: ConfigJson, name: str, tensors: Collection[str]) -> dict[st
             "normalize_between_loops": False,
         }
     count = _given(keys.plt_num_loops, 2)
-    if count == 1 and tensors and not any("gate.bias" in name for name in tensors):
+    if count == 1 and tensors and not any(map(is_gate, tensors)):
         return {"scheme": "no_loop"}
     window = _given(keys.plt_window_size, [64, 0])
     if len(window) != 2 or window[1] != 0:
@@ -311,7 +326,7 @@ def _read_loop(keys: ConfigJson, name: str, tensors: Collection[str]) -> dict[st
 def _write_loop(config: ModelConfig, name: str) -> dict[str, Any]:
     loop = config.loop
     if loop.scheme == "no_loop":
-        return {}
+        return {"plt_num_loops": 1} if MODEL_TYPES[name].scheme == "plt" else {}
     if loop.scheme == "plt":
         return {
             "plt_num_loops": loop.count,

@@ -25,7 +25,7 @@ from plt_jax.errors import InputError
 from plt_jax.files import new_folder
 from plt_jax.interop.config_json import read_config, read_json, write_config
 from plt_jax.interop.safetensors_folder import SafetensorsFolder, write_safetensors
-from plt_jax.interop.tensors import IGNORED, Piece, pieces_of, read_part, to_tensor
+from plt_jax.interop.tensors import IGNORED, Piece, is_gate, pieces_of, read_part, to_tensor
 from plt_jax.model.transformer import abstract_params
 from plt_jax.sharding import make_mesh, shardings_of
 
@@ -98,15 +98,20 @@ def open_huggingface(path: str | Path, dtype: str | None = None) -> Source:
     """Reads and checks a checkpoint's config.json and headers; see `load_huggingface`."""
     if dtype not in (None, *DTYPES):
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not os.path.isdir(folder):  # False, too, where the name is impossible
         raise InputError(f"{folder} is not a folder; give one that holds {CONFIG} and safetensors")
     values = read_json(folder / CONFIG)
-    files = SafetensorsFolder(folder)
+    files = SafetensorsFolder(folder, IGNORED)
     try:
         name, config = read_config(values, files.tensors)
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from error
+    if config.layers > len(files.tensors):
+        raise InputError(
+            f"{folder / CONFIG} names {config.layers} layers, but there are only "
+            f"{len(files.tensors)} tensors"
+        )
     pieces = pieces_of(config, files.tensors)
     _check_tensors(folder, config, files, pieces)
     dtypes = _leaf_dtypes(files, pieces, dtype)
@@ -218,9 +223,9 @@ def _check_tensors(
             )
     for name in sorted(files.tensors.keys() - expected.keys()):
         found = files.tensors[name]
-        if name.endswith(IGNORED) or _repeats_embedding(name, config, files):
+        if _repeats_embedding(name, config, files):
             continue
-        if config.loop.scheme == "no_loop" and "gate" in name and "mlp" not in name:
+        if config.loop.scheme == "no_loop" and is_gate(name):
             raise InputError(
                 f"{found.file}: {name} {found.shape} is a gate of a looped model, but {CONFIG} "
                 "names a model without loops; run once, its text is fluent and wrong: set "

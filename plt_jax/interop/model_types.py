@@ -17,6 +17,8 @@ class ModelType(NamedTuple):
     """Where config.json has none; so too the epsilon."""
     norm_epsilon: float
     scheme: str = "no_loop"
+    loop_keys: tuple[str, ...] = ()
+    """The keys of its config.json that begin with plt_ or loop_."""
     qk_norm: bool = False
     moe: bool = False
     extends: bool = False
@@ -24,18 +26,29 @@ class ModelType(NamedTuple):
     types stop at tensors that they do not know, those of the others pass over them."""
 
 
+_LOOP_KEYS = ("loop_num", "loop_window_size")
+_PLT_KEYS = (
+    "plt_num_loops",
+    "plt_window_size",
+    "plt_normalize_per_loop",
+    "plt_emb_scale",
+    "plt_hidden_scale",
+    "plt_gate_use_hidden_states",
+)
+
 MODEL_TYPES = {
     "llama": ModelType("LlamaForCausalLM", 10000.0, 1e-6),
     "qwen2": ModelType("Qwen2ForCausalLM", 10000.0, 1e-6),
     "qwen3": ModelType("Qwen3ForCausalLM", 10000.0, 1e-6, qk_norm=True),
     "iquestpltcoder": ModelType(
-        "IQuestPLTCoderForCausalLM", 500000.0, 1e-5, scheme="plt", extends=True
+        "IQuestPLTCoderForCausalLM", 500000.0, 1e-5, "plt", _PLT_KEYS, extends=True
     ),
     "iquestloopcoder": ModelType(
-        "IQuestLoopCoderForCausalLM", 500000.0, 1e-5, scheme="loop_kv_share_window", extends=True
+        *("IQuestLoopCoderForCausalLM", 500000.0, 1e-5, "loop_kv_share_window", _LOOP_KEYS),
+        extends=True,
     ),
     "iquest_moe": ModelType(
-        "IquestMoeV12ForCausalLM", 500000.0, 1e-5, scheme="plt", qk_norm=True, moe=True
+        "IquestMoeV12ForCausalLM", 500000.0, 1e-5, "plt", _PLT_KEYS, qk_norm=True, moe=True
     ),
 }
 
@@ -75,7 +88,9 @@ def model_type_of(config: ModelConfig) -> str:
       InputError: none can; names the field.
     """
     moe, scheme = bool(config.moe.experts), config.loop.scheme
-    if scheme == "no_loop":
+    if scheme == "no_loop" and moe:
+        name = "iquest_moe"  # of one loop, without gates
+    elif scheme == "no_loop":
         name = "qwen3" if config.qk_norm else "llama"
         if config.qkv_bias and not config.output_bias and not config.qk_norm:
             name = "qwen2"
@@ -86,7 +101,7 @@ def model_type_of(config: ModelConfig) -> str:
         experts = " with experts" if moe else ""
         raise InputError(
             f"model.loop.scheme {scheme}{experts} has no Hugging Face model type; those that have "
-            "are no_loop, plt and loop_kv_share_window, and with experts plt"
+            "are no_loop, plt and loop_kv_share_window, with experts only the first two"
         )
     kind = MODEL_TYPES[name]
     unsaid = [

@@ -37,15 +37,16 @@ class Tensor(NamedTuple):
 
 
 class SafetensorsFolder:
-    """The tensors of a checkpoint, by name.
+    """The tensors of a checkpoint, by name, without those whose names end in `ignored`.
 
     Raises:
       InputError: there are no such files; the index is broken, or names a file or tensor that is
         missing; a file is truncated or damaged; a tensor is not float32, float16 or bfloat16.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, ignored: str):
         self.folder = folder
+        self._ignored = ignored
         self._open: dict[Path, Any] = {}
         self._read_ahead: set[Path] = set()
         self.tensors: dict[str, Tensor] = {}
@@ -54,6 +55,8 @@ class SafetensorsFolder:
             self._add_header(file)
         for name, file in ({} if index is None else index).items():
             found = self.tensors.get(name)
+            if name.endswith(ignored):
+                continue
             if found is None or found.file != file:
                 raise InputError(f"{folder / INDEX} says that {name} is in {file.name}; it is not")
 
@@ -83,6 +86,8 @@ class SafetensorsFolder:
         try:
             handle = self._handle(file)
             for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                if name.endswith(self._ignored):
+                    continue
                 header = handle.get_slice(name)
                 dtype = DTYPES.get(header.get_dtype())
                 if dtype is None:
@@ -170,6 +175,7 @@ def write_safetensors(
             save_file(arrays, folder / file, metadata={"format": "pt"})  # transformers asks for it
         except SafetensorError as error:
             raise OSError(_line(error)) from error
+        (folder / file).chmod(0o644)  # safetensors lets only its owner read it
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

@@ -70,6 +70,13 @@ GATES = {
 }
 """What the G-SWA gate's tensors are called in each scheme; the first is written, all are read."""
 
+
+def is_gate(name: str) -> bool:
+    """Whether a tensor belongs to a G-SWA gate, by any of its names."""
+    parts = ("plt_gate", "loop_gate_proj", "gate_projections")
+    return any(part in name.split(".") for part in parts)
+
+
 IGNORED = "rotary_emb.inv_freq"
 """A buffer that older checkpoints hold, computed from the config."""
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from plt_jax.data.tokenizer import bos_id, eos_id
+from plt_jax.data.tokenizer import bos_id, eos_id, load_tokenizer
+from plt_jax.files import copy_file
 from plt_jax.interop.config_json import read_json
+from plt_jax.run_files import HUGGINGFACE, TOKENIZER
 
 CARRIED = (
     "config.json",
@@ -29,25 +31,37 @@ CARRIED = (
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def carried_files(folder: Path) -> list[Path]:
+def carried_files(folder: Path) -> dict[str, Path]:
     """Those of CARRIED that a folder has, by name."""
     found = (file for pattern in CARRIED for file in folder.glob(pattern))
-    return sorted(file for file in found if file.is_file())
+    return {file.name: file for file in found if file.is_file()}
 
 
-def carried_token_ids(folder: Path) -> dict[str, Any]:
-    """The special tokens' ids of a carried config.json; empty without one."""
-    path = folder / "config.json"
-    values = read_json(path) if path.exists() else {}
+def take_tokenizer(directory: Path, folder: Path, max_length: int) -> dict[str, Any]:
+    """Puts a run's tokenizer into a checkpoint's folder; returns the special tokens' ids.
+
+    If the run still has the tokenizer that it was imported with, the files and ids are those it
+    came with; else they are made for transformers' AutoTokenizer.
+
+    Raises:
+      InputError: the tokenizer lacks a token for the beginning or end of a document, or a file
+        cannot be read.
+    """
+    carried = carried_files(directory / HUGGINGFACE)
+    own = directory / TOKENIZER
+    if own.exists() and not _same(own, carried.get(TOKENIZER)):
+        return _make_files(folder, load_tokenizer(own), max_length)
+    for name, file in carried.items():
+        copy_file(file, folder / name)
+    values = read_json(carried["config.json"]) if "config.json" in carried else {}
     return {key: values[key] for key in TOKEN_IDS if key in values}
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
-    """Writes what transformers' AutoTokenizer reads; returns the ids for config.json.
+def _same(own: Path, carried: Path | None) -> bool:
+    return carried is not None and load_tokenizer(own).to_str() == load_tokenizer(carried).to_str()
 
-    Raises:
-      InputError: the tokenizer lacks a token for the beginning or end of a document.
-    """
+
+def _make_files(folder: Path, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
     bos, eos = bos_id(tokenizer), eos_id(tokenizer)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     values = {

@@ -9,10 +9,18 @@ import numpy as np
 import pytest
 
 from plt_jax import load_huggingface
+from plt_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from plt_jax.run import open_model, open_trained
 from tests.golden.test_model import DENSE, TRANSFORMERS
 from tests.golden.test_reference import CASES, golden  # noqa: F401
-from tests.training.runs import command, numbers, saved_state, tiny_config, write_config
+from tests.training.runs import (
+    assert_refused,
+    command,
+    numbers,
+    saved_state,
+    tiny_config,
+    write_config,
+)
 
 WEIGHTS = "model.safetensors"
 
@@ -99,6 +107,34 @@ def test_half_precision_by_choice(finished, tmp_path):
     assert len(list((tmp_path / "small").glob("*.safetensors"))) > 3
 
 
+def test_another_tokenizer_takes_the_place_of_the_sources(finished, tmp_path):
+    """Its files, its ids, and what it was trained to do with them."""
+    source = tmp_path / "source"
+    convert("export", finished.directory, source)
+    (source / "chat_template.jinja").write_text("{{ theirs }}")
+    other = train_tokenizer(["a state of peace"] * 9, 262, 2)
+    (tmp_path / "other.json").write_text(other.to_str())
+    convert("import", source, tmp_path / "run", "--tokenizer", tmp_path / "other.json")
+    assert open_trained(tmp_path / "run").tokenizer.to_str() == other.to_str()
+    convert("export", tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert load_tokenizer(tmp_path / "out" / "tokenizer.json").to_str() == other.to_str()
+
+
+def test_a_tokenizer_given_where_there_was_none_joins_the_sources_files(finished, tmp_path):
+    source = tmp_path / "source"
+    convert("export", finished.directory, source)
+    (source / "tokenizer.json").rename(tmp_path / "made.json")
+    (source / "tokenizer_config.json").write_text('{"chat_template": "{{ theirs }}"}')
+    config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [1, 2]}
+    (source / "config.json").write_text(json.dumps(config))
+    convert("import", source, tmp_path / "run", "--tokenizer", tmp_path / "made.json")
+    convert("export", tmp_path / "run", tmp_path / "out")
+    assert "theirs" in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [1, 2]
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
 @pytest.fixture
 def dense(finished, tmp_path):
     """The config of a run without loops, trained to its end."""
@@ -136,6 +172,7 @@ def test_a_retrofit_starts_where_its_source_stands_and_trains_on(finished, dense
     jax.tree.map(np.testing.assert_array_equal, trained.params, start)
     assert trained.tokenizer.to_str() == open_trained(source).tokenizer.to_str()
 
+    looped.rename(tmp_path / "elsewhere")  # which a run that has begun does not need
     resumed = command("train.py", path, "--optimizer.warmup_fraction", "0.6")
     assert resumed.code == 0, resumed
     assert "resuming at step 1 of 2" in resumed.out and "starting from" not in resumed.out
@@ -143,6 +180,28 @@ def test_a_retrofit_starts_where_its_source_stands_and_trains_on(finished, dense
     assert state.step == 2
     moved = jax.tree.map(lambda one, other: bool(np.any(one != other)), state.params, start)
     assert moved["layers"]["q"] and moved["embedding"]
+
+
+def test_a_retrofit_that_cannot_learn_to_loop_says_so(dense, tmp_path):
+    still = ["--hidden_scale", "0", "--window", "4", "--compare_tokens", "0"]
+    out = convert("retrofit", tmp_path / "dense", tmp_path / "still", *still)
+    assert "note: with hidden_scale 0 no loop reads the one before it" in out
+    assert "--model.loop.hidden_scale 0.01" in out and "random tokens" not in out
+    out = convert("retrofit", tmp_path / "dense", tmp_path / "clp", "--scheme", "clp")
+    assert "note: model.loop.scheme clp has no Hugging Face model type" in out
+    assert "hidden_scale" not in out
+    words = ["--scheme", "loop_kv_share_window", "--window", "16"]
+    out = convert("retrofit", tmp_path / "dense", tmp_path / "iquest", *words)
+    assert "Hugging Face" not in out and "the window of 16 held all of them" in out
+    convert("export", tmp_path / "iquest", tmp_path / "out")
+
+
+def test_loops_are_not_given_to_a_model_in_passing(dense, tmp_path):
+    words = ["--start_from", tmp_path / "dense", "--model.loop.scheme", "clp_kv_share"]
+    path = write_config(tmp_path / "looped.yaml", {"run_dir": str(tmp_path / "run")})
+    result = command("train.py", path, *words)
+    assert_refused(result, "is a model without loops", "plt_jax.convert retrofit")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_that_started_elsewhere_opens_when_that_is_gone(finished, dense, tmp_path):

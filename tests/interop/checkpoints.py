@@ -11,14 +11,14 @@ SIZES = st.integers(1, 3)
 def exportable_configs(draw) -> ModelConfig:
     """Any configuration that `save_huggingface` takes, of a few hundred parameters."""
     scheme = draw(st.sampled_from(["no_loop", "plt", "loop_kv_share_window"]))
-    moe = scheme == "plt" and draw(st.booleans())
+    moe = scheme != "loop_kv_share_window" and draw(st.booleans())
     kv_heads, group = draw(SIZES), draw(SIZES)
     heads, head_width = kv_heads * group, 2 * draw(SIZES)
     qkv_bias = draw(st.booleans())
     qk_norm = moe or draw(st.booleans())
     dense_looped = scheme != "no_loop" and not moe
     # llama and qwen3 have all four biases or none, qwen2 the first three.
-    any_biases = dense_looped or (scheme == "no_loop" and not qk_norm)
+    any_biases = dense_looped or (scheme == "no_loop" and not qk_norm and not moe)
     output_bias = qkv_bias and not moe and (not any_biases or draw(st.booleans()))
     values = {
         "vocab_size": draw(st.integers(2, 9)),

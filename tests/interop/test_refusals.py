@@ -96,8 +96,12 @@ def change_index(folder, **files):
     write_index(folder, json.loads((folder / INDEX).read_text())["weight_map"] | files)
 
 
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
 def change_config(folder, **changes):
-    values = json.loads((folder / "config.json").read_text()) | changes
+    values = read_config(folder) | changes
     values = {key: value for key, value in values.items() if value is not REMOVED}
     (folder / "config.json").write_text(json.dumps(values))
 
@@ -538,7 +542,56 @@ def test_a_gate_under_a_dense_type_is_refused_with_the_looped_types(llama, name)
 def test_a_looped_checkpoint_under_a_dense_type_is_refused(tmp_path, scheme):
     source = saved_model(tmp_path / "source", scheme, normalize_between_loops=scheme == "plt")
     change_config(source, model_type="llama", architectures=["LlamaForCausalLM"])
+    key = "plt_num_loops" if scheme == "plt" else "loop_num"
+    assert_import_refused(source, source / "config.json", f"{key} is 2", "model_type llama")
+    looping = [key for key in read_config(source) if key.startswith(("plt_", "loop_"))]
+    change_config(source, **dict.fromkeys(looping, REMOVED))
     assert_import_refused(source, source / MODEL, "gate of a looped model")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("llama", {"plt_num_loops": 2}),
+        ("qwen3", {"loop_num": 2}),
+        ("iquestloopcoder", {"plt_hidden_scale": 0.1}),
+        ("iquestpltcoder", {"loop_window_size": 8}),
+        ("iquestpltcoder", {"plt_use_shift": False}),
+        ("iquest_moe", {"scoring_func": "sigmoid"}),
+        ("iquest_moe", {"routed_scaling_factor": 2.5}),
+        ("iquest_moe", {"first_k_dense_replace": 1}),
+    ],
+)
+def test_other_ways_to_loop_or_route_are_refused(tmp_path, model_type, change):
+    settings = {
+        "llama": {"scheme": "no_loop", "count": 1},
+        "qwen3": {"scheme": "no_loop", "count": 1, "qk_norm": True},
+        "iquestloopcoder": {"scheme": "loop_kv_share_window", "normalize_between_loops": False},
+        "iquestpltcoder": {},
+        "iquest_moe": {"qk_norm": True, "moe": MOE},
+    }[model_type]
+    source = saved_model(tmp_path / "source", **settings)
+    assert read_config(source)["model_type"] == model_type
+    load_huggingface(source)
+    change_config(source, **change)
+    ((key, value),) = change.items()
+    assert_import_refused(source, source / "config.json", f"{key} is {value!r}")
+
+
+def test_a_stretch_without_a_kind_is_refused(llama):
+    change_config(llama, rope_parameters=REMOVED, rope_scaling={"factor": 4.0})
+    assert_import_refused(llama, llama / "config.json", "rope_scaling has a factor")
+
+
+def test_more_layers_than_tensors_are_refused_at_once(llama):
+    change_config(llama, num_hidden_layers=10**9)
+    assert_import_refused(llama, llama / "config.json", "1000000000 layers")
+
+
+def test_a_link_is_no_destination(llama, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    words = [CONVERT, "import", llama, tmp_path / "link"]
+    assert_command_refused(tmp_path, words, tmp_path / "link", "is a link")
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.float64, np.int8, np.bool_])
@@ -684,7 +737,7 @@ def test_an_index_that_is_none_is_refused(sharded, content):
 
 def test_an_empty_index_is_refused(sharded):
     write_index(sharded, {})
-    assert_import_refused(sharded, sharded, EMBEDDING, "missing")
+    assert_import_refused(sharded, sharded / "config.json", "there are only 0 tensors")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.safetensors"])
@@ -713,10 +766,10 @@ def test_a_source_with_an_impossible_name_is_refused(tmp_path):
     assert_import_refused(tmp_path / ("x" * 300), "x" * 300)
 
 
-def run_of(folder, config, tokenizer=None, files=()):
+def run_of(folder, config, tokenizer=None, files=None):
     """A run directory with a checkpoint of random parameters, as an import makes it."""
     create_run(
-        RunConfig(run_dir=str(folder), model=config), random_params(config), tokenizer, files
+        RunConfig(run_dir=str(folder), model=config), random_params(config), tokenizer, files or {}
     )
     return folder
 
@@ -927,7 +980,8 @@ def test_a_run_of_a_scheme_without_a_public_type_is_refused(tmp_path):
         (("no_loop", 1), {"ffn_output_norm": True}, "model.ffn_output_norm is True"),
         (("no_loop", 1), {"output_bias": True}, "model.output_bias is True"),
         (("no_loop", 1), {"qk_norm": True, "qkv_bias": True}, "model.qkv_bias is True"),
-        (("no_loop", 1), {"moe": MOE}, "model.loop.scheme no_loop with experts"),
+        (("no_loop", 1), {"moe": MOE}, "model.qk_norm is False"),
+        (("loop_kv_share_window",), {"moe": MOE}, "loop_kv_share_window with experts"),
         (("loop_kv_share_window",), {}, "normalize_between_loops is True"),
         (("plt",), {"moe": MOE}, "model.qk_norm is False"),
         (
@@ -1004,7 +1058,7 @@ def test_an_impossible_size_of_shards_is_refused(dense_run, tmp_path, size):
 
 @pytest.mark.parametrize("content", ["{", "3"])
 def test_a_run_whose_carried_config_is_damaged_is_refused(llama, tmp_path, content):
-    carried = [llama / "config.json"]
+    carried = {"config.json": llama / "config.json"}
     run = run_of(tmp_path / "run", small_config("no_loop", 1), files=carried)
     (run / HUGGINGFACE / "config.json").write_text(content)
     words = [CONVERT, "export", run, tmp_path / "new"]
@@ -1097,7 +1151,7 @@ def test_training_from_a_model_of_another_shape_is_refused(
 def test_training_a_looped_scheme_from_a_dense_model_is_refused(training, start, tmp_path):
     loop = ["--model.loop.scheme", "plt", "--model.loop.count", "2"]
     words = [*training, "--start_from", start, *loop]
-    assert_training_refused(tmp_path, words, start / CHECKPOINTS / "0", "gate", "None", "(2, 4)")
+    assert_training_refused(tmp_path, words, start, "model without loops", "retrofit")
 
 
 def test_training_from_a_model_without_a_tokenizer_is_refused(training, tmp_path):
