@@ -2,9 +2,9 @@
 
 python -m plt_jax.benchmarks.interop makes a checkpoint of random bfloat16 weights in several files,
 and measures, in rounds that interleave them, each in a process of its own: the disk (reading the
-files' bytes, the page cache emptied of them), `load_huggingface` from the disk and from the page
-cache, `save_huggingface`, and the commands `plt_jax.convert import` and `export`, which read and
-write orbax checkpoints too.
+files' bytes, the page cache emptied of them, and writing as many), `load_huggingface` from the disk
+and from the page cache, `save_huggingface`, and the commands `plt_jax.convert import` and `export`,
+which read and write orbax checkpoints too.
 """
 
 from __future__ import annotations
@@ -103,6 +103,14 @@ def read_bytes(home: Path) -> None:
                 pass
 
 
+def write_bytes(home: Path) -> None:
+    """Writes as many bytes as the checkpoint has."""
+    left, buffer = checkpoint_bytes(home), os.urandom(READ_BYTES)
+    with open(home / "written", "wb", buffering=0) as opened:
+        while left > 0:
+            left -= opened.write(buffer[:left])
+
+
 def load(home: Path) -> None:
     from plt_jax import load_huggingface
 
@@ -132,9 +140,10 @@ def export_run(home: Path) -> None:
     convert(home, "export", str(home / "run"), str(home / "exported"), "--shard_gb", "0.5")
 
 
-MEASUREMENTS = ("disk", "load", "load_cached", "save", "import", "export")
+MEASUREMENTS = ("read", "write", "load", "load_cached", "save", "import", "export")
 LABELS = {
-    "disk": "the files' bytes, from the disk",
+    "read": "the files' bytes, from the disk",
+    "write": "as many bytes, to the disk",
     "load": "load_huggingface, from the disk",
     "load_cached": "load_huggingface, from the page cache",
     "save": "save_huggingface",
@@ -165,7 +174,8 @@ def measure_here(name: str, home: Path) -> dict[str, float]:
         action = load_and_save(home)
     else:
         action = {
-            "disk": lambda: read_bytes(home),
+            "read": lambda: read_bytes(home),
+            "write": lambda: write_bytes(home),
             "load": lambda: load(home),
             "load_cached": lambda: load(home),
             "import": lambda: import_run(home),
@@ -178,7 +188,7 @@ def measure_here(name: str, home: Path) -> dict[str, float]:
     before = peak()
     start = time.perf_counter()
     action()
-    if name in ("save", "import", "export"):
+    if name in ("write", "save", "import", "export"):
         os.sync()  # until it is on the disk
     return {"seconds": time.perf_counter() - start, "memory_bytes": peak() - before}
 
