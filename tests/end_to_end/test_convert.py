@@ -45,8 +45,8 @@ def assert_close(one, other):
 
 
 @pytest.mark.parametrize("name", [*CASES, *DENSE])
-def test_a_published_checkpoint_comes_in_and_leaves_unchanged(golden, tmp_path, name):  # noqa: F811
-    source = TRANSFORMERS / name if name in DENSE else golden / name
+def test_a_published_checkpoint_comes_in_and_leaves_unchanged(request, tmp_path, name):
+    source = (TRANSFORMERS if name in DENSE else request.getfixturevalue("golden")) / name
     out = convert("import", source, tmp_path / "run")
     assert "imported " in out and f"written to {tmp_path / 'run'}" in out
     assert f"{source} has no tokenizer.json: evaluation and generation need --tokenizer" in out

@@ -34,7 +34,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(exportable_configs(), st.sampled_from(DTYPES), st.integers(1, 2000))
 def test_out_and_in_and_out(config, dtype, shard_bytes):
     params = params_of(config, dtype, seed=shard_bytes)
@@ -52,10 +52,10 @@ def test_out_and_in_and_out(config, dtype, shard_bytes):
 
 
 @pytest.fixture(params=[*CASES, *DENSE])
-def published(golden, request):  # noqa: F811
+def published(request):
     """The folder of each checkpoint that others have written."""
     name = request.param
-    return TRANSFORMERS / name if name in DENSE else golden / name
+    return (TRANSFORMERS if name in DENSE else request.getfixturevalue("golden")) / name
 
 
 def test_in_and_out_is_the_same_file(published, tmp_path):
