@@ -55,7 +55,8 @@ def training_dataset(
         )
     shuffled = grain.MapDataset.source(examples).seed(config.seed).shuffle().repeat()
     # Every P-th small batch from the p-th on: the P processes' b-th ones are the b-th global batch.
-    batches = shuffled.batch(batch_size // count)[index::count]
+    # (Without a remainder, whose count overflows for batches of one of endless examples.)
+    batches = shuffled.batch(batch_size // count, drop_remainder=True)[index::count]
     prefetch = config.data.prefetch
     # Reading is mostly Python: more threads than one wait for one another, and are slower.
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)

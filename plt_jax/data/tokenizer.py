@@ -4,6 +4,7 @@ Tokenizers are plain `tokenizers.Tokenizer` objects. Those made here read text a
 a special token in a document is encoded as its characters.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,7 +125,8 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """How many bytes of UTF-8 text each token stands for.
 
     Over the tokens of any text they add up to its length in bytes, if the tokenizer takes the text
-    as it is; one with a normalizer (Unicode NFC, say) or a prefix space counts the text it makes.
+    as it is; one with a normalizer (Unicode NFC, say) or a prefix space counts the text it makes,
+    and one that lacks rare bytes (control characters, say) does not see those.
 
     Args:
       tokenizer: a byte-level one.
@@ -134,15 +136,16 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
       int32 [V], 0 for special tokens and for ids that no token has.
 
     Raises:
-      InputError: the tokenizer is not byte-level, lacks a byte, or has ids of V or above.
+      InputError: the tokenizer is not byte-level, lacks a byte of ordinary text, or has ids of V or
+        above.
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    # One that lacks a byte would drop it from the text without a word.
-    if not (_decodes_bytes(tokenizer) and alphabet.issubset(vocabulary)):
+    # One that lacks a byte drops it from the text without a word.
+    if not (_decodes_bytes(tokenizer) and _ordinary_bytes().issubset(vocabulary)):
         raise InputError(
-            "the tokenizer is not byte-level with all 256 bytes, which bits per byte need; give "
-            "one that is in tokenizer.path, or none to have one trained"
+            "the tokenizer is not byte-level with all bytes of ordinary text, which bits per byte "
+            "need; give one that is in tokenizer.path, or none to have one trained"
         )
     check_size(tokenizer, vocab_size)
     lengths = np.zeros(vocab_size, np.int32)
@@ -179,6 +182,19 @@ def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"the tokenizer has {needed} tokens, more than model.vocab_size {vocab_size}; "
             f"set model.vocab_size to {needed} or more"
         )
+
+
+@functools.cache
+def _ordinary_bytes() -> frozenset[str]:
+    """The characters that stand for the bytes of printable text in UTF-8, of any script.
+
+    Public tokenizers lack some others: bytes that UTF-8 never has, and control characters.
+    """
+    visible = [9, 10, 13, *range(32, 127)]
+    scripts = [*range(0xA0, 0xD800, 7), *range(0xE000, 0x10000, 7), *range(0x1F300, 0x1FB00, 7)]
+    text = "".join(map(chr, visible + scripts))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return frozenset(level.pre_tokenize_str(text)[0][0])
 
 
 def _decodes_bytes(tokenizer: Tokenizer) -> bool:

@@ -46,6 +46,17 @@ def test_every_epoch_has_every_example_once_in_another_order(make_config, tokeni
     assert one.tolist() != two.tolist()
 
 
+def test_batches_of_one_are_those_of_any_size_one_by_one(make_config, tokenized):
+    ones = take(training_dataset(make_config(training={"batch_size": 1}), tokenized), 20)
+    fours = take(training_dataset(make_config(), tokenized), 5)
+    assert ones[0]["tokens"].shape == (1, 16)
+    for name in ("tokens", "targets"):
+        np.testing.assert_array_equal(
+            np.concatenate([batch[name] for batch in ones]),
+            np.concatenate([batch[name] for batch in fours]),
+        )
+
+
 def test_the_seed_decides_the_order_of_documents_and_of_examples(make_config, tokenized):
     def first_tokens(seed, tokenized):
         batches = take(training_dataset(make_config(seed=seed), tokenized), 5)

@@ -118,8 +118,36 @@ def test_bytes_need_every_byte_in_the_vocabulary():
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     tokenizer.model = models.BPE({token: i for i, token in enumerate(sorted(vocabulary)[1:])}, [])
     assert not tokenizer.encode("!").ids
-    with pytest.raises(InputError, match="not byte-level with all 256 bytes"):
+    with pytest.raises(InputError, match="not byte-level with all bytes of ordinary text"):
         token_bytes(tokenizer, 300)
+
+
+@pytest.mark.parametrize("text", ["!", "~", " ", "\n", "\t", "é", "中", "한", "😀", "\ufe0f"])
+def test_bytes_need_each_byte_of_ordinary_text(text):
+    tokenizer = byte_level("<s>", "</s>")
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for character in level.pre_tokenize_str(text)[0][0]:
+        rest = sorted(vocabulary.keys() - {character})
+        tokenizer.model = models.BPE({token: i for i, token in enumerate(rest)}, [])
+        with pytest.raises(InputError, match="not byte-level with all bytes of ordinary text"):
+            token_bytes(tokenizer, 300)
+
+
+def test_bytes_that_text_does_not_have_may_be_missing():
+    """As in SmolLM2's vocabulary."""
+    tokenizer = byte_level("<s>", "</s>")
+    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    control = set(level.pre_tokenize_str("\x04\x06\x13\x14\x16\x1d")[0][0])
+    # The characters of bytes 0xC0, 0xC1 and 0xF5 to 0xFF are those of the same code points.
+    never = {chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))}
+    rest = sorted(vocabulary.keys() - control - never)
+    assert len(rest) == 256 - 6 - 13
+    tokenizer.model = models.BPE({token: i for i, token in enumerate(rest)}, [])
+    text = "naïve 中文 😀\n"
+    ids = tokenizer.encode(text).ids
+    assert token_bytes(tokenizer, 300)[ids].sum() == len(text.encode("utf-8"))
 
 
 def test_bytes_refuse_a_vocabulary_that_does_not_fit(trained):
