@@ -31,12 +31,18 @@ def stream_text(
     Raises:
       InputError: the prompt is longer than the context, or an argument is out of its range.
     """
-    tokens = [bos_id(tokenizer), *tokenizer.encode(prompt).ids]
+    tokens = begin(tokenizer, prompt)
     end = eos_id(tokenizer)
     sampling = sampling._replace(stop_tokens=(*sampling.stop_tokens, end))
     if len(tokens) < config.max_length:
         max_new_tokens = min(max_new_tokens, config.max_length - len(tokens))
     return _pieces(stream(config, params, [tokens], max_new_tokens, sampling, key), tokenizer)
+
+
+def begin(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """The tokens of a prompt at the beginning of a document: one begin token, and the text's."""
+    # Some tokenizers, Llama 3's for one, would add a second begin token by themselves.
+    return [bos_id(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids]
 
 
 def _pieces(steps: Iterator[np.ndarray], tokenizer: Tokenizer) -> Iterator[str]:

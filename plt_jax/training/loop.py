@@ -15,7 +15,7 @@ from plt_jax.checkpoint import Checkpoints, list_steps, load_params
 from plt_jax.config import RunConfig
 from plt_jax.data.load import Data, load_data
 from plt_jax.decoding.sampling import Sampling
-from plt_jax.decoding.text import stream_text
+from plt_jax.decoding.text import begin, stream_text
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
 from plt_jax.run import check_directory, check_tokenizer, find_checkpoint, write_directory
@@ -259,7 +259,7 @@ def describe(config: RunConfig, data: Data, mesh: Mesh, params: Any, changes: li
 
 def check_sample_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises InputError for a sample prompt that leaves no room in the context."""
-    length = 1 + len(tokenizer.encode(config.training.sample_prompt).ids)
+    length = len(begin(tokenizer, config.training.sample_prompt))
     if length >= config.model.max_length:
         raise InputError(
             f"training.sample_prompt has {length} tokens, but the context holds "

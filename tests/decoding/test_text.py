@@ -3,11 +3,12 @@
 import jax
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from plt_jax import InputError, Sampling, generate
 from plt_jax.data.tokenizer import bos_id, eos_id, train_tokenizer
 from plt_jax.decoding import text
-from plt_jax.decoding.text import stream_text
+from plt_jax.decoding.text import begin, stream_text
 from tests.models import random_params, small_config
 
 CONFIG = small_config("plt", 2, vocab_size=258, max_length=40)
@@ -83,3 +84,15 @@ def test_prompt_beyond_the_context_is_refused(tokenizer):
     for length in (39, 40, 50):
         with pytest.raises(InputError, match=f"prompt 0 has {length + 1} tokens"):
             pieces(tokenizer, prompt="s" * length, new=1)
+
+
+def test_a_tokenizer_that_begins_texts_by_itself_does_not_begin_them_twice():
+    tokenizer = train_tokenizer(["a state of peace"] * 9, 270, 2)
+    plain = begin(tokenizer, "state")
+    bos = bos_id(tokenizer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
+    )
+    assert tokenizer.encode("state").ids == plain
+    assert begin(tokenizer, "state") == plain
+    assert plain.count(bos) == 1
