@@ -1,6 +1,7 @@
 """Checkpoints in and out, retrofitted, and trained on, by the commands."""
 
 import filecmp
+import functools
 import json
 import shutil
 
@@ -16,6 +17,7 @@ from tests.golden.test_reference import CASES, golden  # noqa: F401
 from tests.training.runs import (
     assert_refused,
     command,
+    finished_run,
     numbers,
     saved_state,
     tiny_config,
@@ -135,15 +137,22 @@ def test_a_tokenizer_given_where_there_was_none_joins_the_sources_files(finished
     assert (tmp_path / "out" / "tokenizer.json").exists()
 
 
-@pytest.fixture
-def dense(finished, tmp_path):
-    """The config of a run without loops, trained to its end."""
+@functools.cache
+def dense_run(base):
+    """A run without loops, trained to its end, that no test may change."""
     config = tiny_config(
-        finished.home, tmp_path / "dense", model={"loop": {"scheme": "no_loop", "count": 1}}
+        finished_run(base).home, base / "dense", model={"loop": {"scheme": "no_loop", "count": 1}}
     )
-    values = config.model_dump()
-    result = command("train.py", write_config(tmp_path / "dense.yaml", values))
+    result = command("train.py", write_config(base / "dense.yaml", config.model_dump()))
     assert result.code == 0, result
+    return config
+
+
+@pytest.fixture
+def dense(tmp_path_factory, tmp_path):
+    """The config of that run, of which tmp_path/dense is a copy."""
+    config = dense_run(tmp_path_factory.getbasetemp())
+    shutil.copytree(config.run_dir, tmp_path / "dense")
     return config
 
 
