@@ -85,15 +85,6 @@ class Checkpoints:
         return restored["params"], restored["optimizer"]
 
 
-def list_steps(directory: str | Path) -> list[int]:
-    """Steps of the complete checkpoints in a directory, ascending."""
-    directory = Path(directory)
-    if not directory.is_dir():
-        return []
-    # Orbax writes under a temporary name and renames when complete.
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
-
-
 def save_params(directory: str | Path, step: int, params: Any) -> None:
     """Writes a checkpoint that holds parameters alone; returns when it is complete.
 

@@ -12,7 +12,7 @@ import yaml
 
 from plt_jax.config import RunConfig
 from plt_jax.errors import InputError
-from plt_jax.run_files import CHECKPOINTS, CONFIG, TOKENIZER, locate
+from plt_jax.run_files import CHECKPOINTS, CONFIG, TOKENIZER, list_steps, locate
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
@@ -77,7 +77,7 @@ def _validate(path: Path, values: Mapping[str, Any]) -> RunConfig:
 
 def _inherited(start_from: str, run_dir: Path) -> dict[str, Any]:
     """What a run takes over from the one that it starts from, or from itself when it resumes."""
-    resumes = any(entry.name.isdigit() for entry in (run_dir / CHECKPOINTS).glob("*"))
+    resumes = list_steps(run_dir / CHECKPOINTS)
     directory = run_dir.absolute() if resumes else locate(start_from).directory
     config = load_resolved(directory / CONFIG)
     inherited = {

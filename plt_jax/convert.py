@@ -10,13 +10,39 @@ import functools
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import jax
+import pydantic
+from rich.progress import track
 
 from plt_jax.cli import CommandParser, run_command
-
-if TYPE_CHECKING:
-    from plt_jax.config import LoopConfig, ModelConfig
-    from plt_jax.run import Model
+from plt_jax.config import (
+    SCHEMES,
+    DataConfig,
+    EvaluationConfig,
+    LoopConfig,
+    ModelConfig,
+    RunConfig,
+)
+from plt_jax.config_file import describe_errors
+from plt_jax.data.tokenizer import check_size, load_tokenizer
+from plt_jax.errors import InputError
+from plt_jax.files import check_new_folder, new_folder
+from plt_jax.interop.config_json import write_config
+from plt_jax.interop.huggingface import (
+    DTYPES,
+    SHARD_BYTES,
+    check_exportable,
+    load_params,
+    open_huggingface,
+    write_huggingface,
+)
+from plt_jax.interop.model_types import model_type_of
+from plt_jax.interop.retrofit import CLOSED, distance, retrofit
+from plt_jax.interop.tokenizer_files import carried_files, take_tokenizer
+from plt_jax.run import create_run, find_checkpoint, read_params
+from plt_jax.run_files import HUGGINGFACE, TOKENIZER
 
 
 def main() -> None:
@@ -29,7 +55,6 @@ def main() -> None:
     add_export(commands)
     add_retrofit(commands)
     arguments = parser.parse_args()
-    import jax
 
     jax.config.update("jax_platforms", "cpu")
     arguments.run(arguments)
@@ -61,20 +86,18 @@ def add_export(commands: Any) -> None:
     command.add_argument("destination", help="folder to make")
     add_dtype(command, "tensors", "the parameters are stored as")
     command.add_argument(
-        "--shard_gb", type=float, default=5.0, help="most gigabytes (1e9 bytes) of one file"
+        "--shard_gb", type=float, default=SHARD_BYTES / 1e9, help="most gigabytes of one file"
     )
     command.set_defaults(run=run_export)
 
 
 def add_retrofit(commands: Any) -> None:
-    from plt_jax.config import SCHEMES
-
     command = commands.add_parser(
         "retrofit",
         help="a model without loops to the starting point of a looped one",
         description="Give a model without loops the loops of a PLT, as a run directory for "
         "continued training: train.py configs/continue.yaml --start_from DESTINATION. With "
-        "--hidden_scale 0 --gate_bias 20 its logits are the source's.",
+        f"--hidden_scale 0 --gate_bias {CLOSED:g} its logits are the source's.",
     )
     command.add_argument("source", help="a run directory, or one of its checkpoints/STEP folders")
     command.add_argument("destination", help="run directory to make")
@@ -90,7 +113,7 @@ def add_retrofit(commands: Any) -> None:
         type=float,
         default=0.0,
         help="where the gates start: 0 blends loop 1's attention and the window's evenly, 4 gives "
-        "the window 2%%, 20 nothing",
+        f"the window 2%%, {CLOSED:g} nothing",
     )
     command.add_argument(
         "--embedding_scale", type=float, default=1.0, help="scale on the embeddings, loops > 1"
@@ -116,22 +139,12 @@ def add_retrofit(commands: Any) -> None:
 def add_dtype(command: CommandParser, what: str, default: str) -> None:
     command.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
         help=f"dtype of the {what}; default as {default}",
     )
 
 
 def run_import(arguments: argparse.Namespace) -> None:
-    from rich.progress import track
-
-    from plt_jax.config import DataConfig, EvaluationConfig, RunConfig
-    from plt_jax.data.tokenizer import check_size, load_tokenizer
-    from plt_jax.files import check_new_folder
-    from plt_jax.interop.huggingface import load_params, open_huggingface
-    from plt_jax.interop.tokenizer_files import carried_files
-    from plt_jax.run import create_run
-    from plt_jax.run_files import TOKENIZER
-
     check_new_folder(arguments.destination)
     source = open_huggingface(arguments.source, arguments.dtype)
     carried = carried_files(source.folder)
@@ -163,52 +176,38 @@ def run_import(arguments: argparse.Namespace) -> None:
 
 
 def run_export(arguments: argparse.Namespace) -> None:
-    from plt_jax.errors import InputError
-    from plt_jax.files import check_new_folder, new_folder
-    from plt_jax.interop.huggingface import check_exportable, write_huggingface
-    from plt_jax.interop.model_types import model_type_of
-    from plt_jax.interop.tokenizer_files import take_tokenizer
-    from plt_jax.run import open_model
-
     if not 0 < arguments.shard_gb < math.inf:
         raise InputError(f"--shard_gb is {arguments.shard_gb}; it must be above 0, and finite")
     check_new_folder(arguments.destination)
-    model = open_model(arguments.source)
-    config = model.config.model
-    check_exportable(config, model.params)
+    found = find_checkpoint(arguments.source)
+    config, params = found.config.model, read_params(found)
+    check_exportable(config, params)
     with new_folder(arguments.destination) as folder:
-        token_ids = take_tokenizer(model.directory, folder, config.max_length)
+        token_ids = take_tokenizer(found.directory, folder, config.max_length)
         shard_bytes = int(arguments.shard_gb * 1e9)
-        write_huggingface(folder, config, model.params, arguments.dtype, shard_bytes, token_ids)
-    described = describe(config, model.params)
-    print(f"exported {model.directory}, step {model.step}, as {model_type_of(config)}: {described}")
+        write_huggingface(folder, config, params, arguments.dtype, shard_bytes, token_ids)
+    described = describe(config, params)
+    print(f"exported {found.directory}, step {found.step}, as {model_type_of(config)}: {described}")
     print(f"written to {arguments.destination}")
 
 
 def run_retrofit(arguments: argparse.Namespace) -> None:
-    from plt_jax.errors import InputError
-    from plt_jax.files import check_new_folder
-    from plt_jax.interop.config_json import write_config
-    from plt_jax.interop.retrofit import retrofit
-    from plt_jax.interop.tokenizer_files import carried_files
-    from plt_jax.run import create_run, open_model
-    from plt_jax.run_files import HUGGINGFACE, TOKENIZER
-
     if (arguments.compare_tokens or 0) < 0:
         raise InputError(f"--compare_tokens is {arguments.compare_tokens}; it must be 0 or more")
     check_new_folder(arguments.destination)
     loop = loop_of(arguments)
-    model = open_model(arguments.source)
-    config, params = retrofit(model.config.model, model.params, loop, arguments.gate_bias)
+    found = find_checkpoint(arguments.source)
+    source, source_params = found.config.model, read_params(found)
+    config, params = retrofit(source, source_params, loop, arguments.gate_bias)
     update = {"model": config, "run_dir": arguments.destination, "start_from": None}
-    tokenizer = model.directory / TOKENIZER
+    tokenizer = found.directory / TOKENIZER
     create_run(
-        model.config.model_copy(update=update),
+        found.config.model_copy(update=update),
         params,
         tokenizer if tokenizer.exists() else None,
-        carried_files(model.directory / HUGGINGFACE),
+        carried_files(found.directory / HUGGINGFACE),
     )
-    print(f"retrofitted {model.directory}, step {model.step}: {describe(config, params)}")
+    print(f"retrofitted {found.directory}, step {found.step}: {describe(config, params)}")
     print(f"written to {arguments.destination}")
     try:
         write_config(config, "float32", {})
@@ -223,18 +222,22 @@ def run_retrofit(arguments: argparse.Namespace) -> None:
         f"{arguments.destination}{advice}",
         flush=True,
     )
-    if arguments.compare_tokens != 0:
-        print_distance(model, config, params, arguments.compare_tokens)
+    if arguments.compare_tokens == 0:
+        return
+    length = arguments.compare_tokens or max(256, 4 * loop.window)
+    length = min(length, config.max_length)
+    tokens = jax.random.randint(jax.random.key(0), (1, length), 0, config.vocab_size)
+    start = distance(source, source_params, config, params, tokens)
+    print(
+        f"on {length} random tokens its logits are within {start.largest:.2g} of the source's, its "
+        f"predictions {start.divergence:.2g} nats (KL) away"
+    )
+    if loop.later_attention == "gated" and length <= loop.window:
+        print(f"note: the window of {loop.window} held all of them, so its effect does not show")
 
 
 def loop_of(arguments: argparse.Namespace) -> LoopConfig:
     """The looping that a retrofit asks for."""
-    import pydantic
-
-    from plt_jax.config import LoopConfig
-    from plt_jax.config_file import describe_errors
-    from plt_jax.errors import InputError
-
     # The public type of loop_kv_share_window has no norm between loops.
     by_scheme = "false" if arguments.scheme == "loop_kv_share_window" else "true"
     normalize = (arguments.normalize_between_loops or by_scheme) == "true"
@@ -252,27 +255,8 @@ def loop_of(arguments: argparse.Namespace) -> LoopConfig:
         raise InputError(describe_errors(error)) from error
 
 
-def print_distance(model: Model, config: ModelConfig, params: Any, length: int | None) -> None:
-    """Says where the retrofitted model starts, compared with its source."""
-    import jax
-
-    from plt_jax.interop.retrofit import distance
-
-    dense, window = model.config.model, config.loop.window
-    length = min(length or max(256, 4 * window), dense.max_length)
-    tokens = jax.random.randint(jax.random.key(0), (1, length), 0, dense.vocab_size)
-    start = distance(dense, model.params, config, params, tokens)
-    print(
-        f"on {length} random tokens its logits are within {start.largest:.2g} of the source's, its "
-        f"predictions {start.divergence:.2g} nats (KL) away"
-    )
-    if config.loop.later_attention == "gated" and length <= window:
-        print(f"note: the window of {window} held all of them, so its effect does not show")
-
-
-def describe(config: Any, params: Any) -> str:
-    import jax
-
+def describe(config: ModelConfig, params: Any) -> str:
+    """A model in one line: how it loops, and how large it is."""
     leaves = jax.tree.leaves(params)
     count, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
     dtypes = ", ".join(sorted({leaf.dtype.name for leaf in leaves}))

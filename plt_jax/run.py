@@ -12,14 +12,14 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from plt_jax.checkpoint import can_resume, list_steps, load_params, save_params
+from plt_jax.checkpoint import can_resume, load_params, save_params
 from plt_jax.config import MeshConfig, RunConfig, Section
 from plt_jax.config_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import check_size, load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import copy_file, new_folder, write_text
 from plt_jax.model.transformer import abstract_params
-from plt_jax.run_files import CHECKPOINTS, CONFIG, HUGGINGFACE, TOKENIZER, locate
+from plt_jax.run_files import CHECKPOINTS, CONFIG, HUGGINGFACE, TOKENIZER, list_steps, locate
 from plt_jax.sharding import abstract_arrays, make_mesh
 
 # What may change between one start of a run and the next, because no step's result depends on it
@@ -41,43 +41,28 @@ MAY_CHANGE = (
 )
 
 
-class Model(NamedTuple):
-    """A checkpoint's parameters, and what they are the parameters of."""
+class Found(NamedTuple):
+    """A checkpoint that a path leads to, and what it is one of."""
 
     directory: Path
     """The run directory."""
     config: RunConfig
     step: int
-    params: Any
-    """As `Transformer.init` gives them, unboxed; in the dtype they are stored in."""
 
 
 class Trained(NamedTuple):
-    """A checkpoint, opened for evaluation or decoding; see `Model`."""
+    """A checkpoint, opened for evaluation or decoding."""
 
     directory: Path
+    """The run directory."""
     config: RunConfig
     tokenizer: Tokenizer
     step: int
     params: Any
+    """See `read_params`."""
 
 
 def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
-    """As `open_model`, with the tokenizer; InputError if the directory has none."""
-    directory = locate(path).directory
-    if not (directory / TOKENIZER).exists() and (directory / HUGGINGFACE).exists():
-        raise InputError(
-            f"{directory} was imported without a tokenizer; import it again with --tokenizer FILE"
-        )
-    # Before the parameters, which take longer to read.
-    config, _ = find_checkpoint(path)
-    tokenizer = load_tokenizer(directory / TOKENIZER)
-    check_size(tokenizer, config.model.vocab_size)
-    model = open_model(path, mesh)
-    return Trained(directory, config, tokenizer, model.step, model.params)
-
-
-def open_model(path: str | Path, mesh: Mesh | None = None) -> Model:
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
 
     Args:
@@ -85,18 +70,22 @@ def open_model(path: str | Path, mesh: Mesh | None = None) -> Model:
         the one that they were trained on.
 
     Raises:
-      InputError: the path is neither, or holds no checkpoint.
+      InputError: the path is neither, holds no checkpoint, or has no tokenizer.
     """
-    directory = locate(path).directory
-    config, step = find_checkpoint(path)
-    boxed = abstract_params(config.model)
-    abstract = abstract_arrays(boxed, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    params = load_params(directory / CHECKPOINTS, step, abstract, as_stored=True)
-    return Model(directory, config, step, params)
+    found = find_checkpoint(path)
+    directory, config, step = found
+    if not (directory / TOKENIZER).exists() and (directory / HUGGINGFACE).exists():
+        raise InputError(
+            f"{directory} was imported without a tokenizer; import it again with --tokenizer FILE"
+        )
+    # Before the parameters, which take longer to read.
+    tokenizer = load_tokenizer(directory / TOKENIZER)
+    check_size(tokenizer, config.model.vocab_size)
+    return Trained(directory, config, tokenizer, step, read_params(found, mesh))
 
 
-def find_checkpoint(path: str | Path) -> tuple[RunConfig, int]:
-    """The configuration of a run and the step that a path means, the newest by default.
+def find_checkpoint(path: str | Path) -> Found:
+    """The checkpoint that a path means: that of its step, or a run's newest.
 
     Raises:
       InputError: the path leads to no complete checkpoint.
@@ -109,7 +98,22 @@ def find_checkpoint(path: str | Path) -> tuple[RunConfig, int]:
         )
     if step is not None and step not in steps:
         raise InputError(f"{path} is not a complete checkpoint; there are {steps}")
-    return load_resolved(directory / CONFIG), steps[-1] if step is None else step
+    step = steps[-1] if step is None else step
+    return Found(directory, load_resolved(directory / CONFIG), step)
+
+
+def read_params(found: Found, mesh: Mesh | None = None) -> Any:
+    """A checkpoint's parameters, as `Transformer.init` gives them, unboxed; dtypes as stored.
+
+    Args:
+      mesh: where they go, by the rules of sharding.py; default one device.
+
+    Raises:
+      InputError: they cannot be read, or are another configuration's.
+    """
+    boxed = abstract_params(found.config.model)
+    abstract = abstract_arrays(boxed, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
+    return load_params(found.directory / CHECKPOINTS, found.step, abstract, as_stored=True)
 
 
 def create_run(

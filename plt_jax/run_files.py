@@ -57,3 +57,12 @@ def locate(path: str | Path) -> Location:
             f"missing; {advice}"
         )
     return Location(directory, step)
+
+
+def list_steps(directory: str | Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder such as RUN/checkpoints, ascending."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        return []
+    # Orbax writes under a temporary name and renames when complete.
+    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())

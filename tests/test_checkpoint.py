@@ -7,9 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from plt_jax.checkpoint import Checkpoints, list_steps, load_params
+from plt_jax.checkpoint import Checkpoints, load_params
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import InputError
+from plt_jax.run_files import list_steps
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -85,7 +85,8 @@ class SafetensorsFolder:
     def _add_header(self, file: Path) -> None:
         try:
             handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118 (not a mapping)
+            names = handle.keys()
+            for name in names:
                 if name.endswith(self._ignored):
                     continue
                 header = handle.get_slice(name)

@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from tokenizers import Tokenizer
 
-from plt_jax.checkpoint import Checkpoints, list_steps, load_params
+from plt_jax.checkpoint import Checkpoints, load_params
 from plt_jax.config import RunConfig
 from plt_jax.data.load import Data, load_data
 from plt_jax.decoding.sampling import Sampling
@@ -19,7 +19,7 @@ from plt_jax.decoding.text import begin, stream_text
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
 from plt_jax.run import check_directory, check_tokenizer, find_checkpoint, write_directory
-from plt_jax.run_files import CHECKPOINTS, locate
+from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.sharding import batch_sharding, make_mesh, place_batch
 from plt_jax.training.metrics import MetricsWriter, plot_losses
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
@@ -109,7 +109,7 @@ def train(config: RunConfig) -> Outcome:
 
 def check_start(config: RunConfig) -> None:
     """Raises InputError where `start_from` leads to no checkpoint, or to one of unknown tokens."""
-    if config.start_from is None or resumes(config):
+    if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
         return
     find_checkpoint(config.start_from)
     if config.tokenizer.path is None:
@@ -119,21 +119,15 @@ def check_start(config: RunConfig) -> None:
         )
 
 
-def resumes(config: RunConfig) -> bool:
-    """Whether the run directory holds a checkpoint to go on from."""
-    return bool(list_steps(Path(config.run_dir) / CHECKPOINTS))
-
-
 def start_params(config: RunConfig, abstract: TrainState) -> Any | None:
     """The parameters that a fresh run starts from; None if it draws its own, or resumes.
 
     Raises:
       InputError: they have other shapes.
     """
-    if config.start_from is None or resumes(config):
+    if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
         return None
-    _, step = find_checkpoint(config.start_from)
-    directory = locate(config.start_from).directory
+    directory, _, step = find_checkpoint(config.start_from)
     print(f"starting from {directory}, step {step}", flush=True)
     return load_params(directory / CHECKPOINTS, step, abstract.params)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from plt_jax.checkpoint import list_steps
+from plt_jax.run_files import list_steps
 from tests.training.runs import (
     REPOSITORY,
     STEPS,

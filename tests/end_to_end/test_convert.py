@@ -11,9 +11,9 @@ import pytest
 
 from plt_jax import load_huggingface
 from plt_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from plt_jax.run import open_model, open_trained
+from plt_jax.run import find_checkpoint, open_trained, read_params
 from tests.golden.test_model import DENSE, TRANSFORMERS
-from tests.golden.test_reference import CASES, golden  # noqa: F401
+from tests.golden.test_reference import CASES
 from tests.training.runs import (
     assert_refused,
     command,
@@ -53,9 +53,9 @@ def test_a_published_checkpoint_comes_in_and_leaves_unchanged(request, tmp_path,
     assert "imported " in out and f"written to {tmp_path / 'run'}" in out
     assert f"{source} has no tokenizer.json: evaluation and generation need --tokenizer" in out
     config, params = load_huggingface(source)
-    model = open_model(tmp_path / "run")
-    assert (model.config.model, model.step) == (config, 0)
-    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    found = find_checkpoint(tmp_path / "run")
+    assert (found.config.model, found.step) == (config, 0)
+    jax.tree.map(np.testing.assert_array_equal, read_params(found), params)
     assert "exported " in convert("export", tmp_path / "run", tmp_path / "out")
     assert filecmp.cmp(source / WEIGHTS, tmp_path / "out" / WEIGHTS, shallow=False)
     before, after = (
@@ -98,13 +98,13 @@ def test_a_trained_run_leaves_and_comes_back(finished, tmp_path):
 def test_half_precision_by_choice(finished, tmp_path):
     convert("export", finished.directory, tmp_path / "out", "--dtype", "bfloat16")
     convert("import", tmp_path / "out", tmp_path / "half")
-    model = open_model(tmp_path / "half")
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"bfloat16"}
-    assert model.config.model.dtype == "bfloat16"
+    half = find_checkpoint(tmp_path / "half")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(read_params(half))} == {"bfloat16"}
+    assert half.config.model.dtype == "bfloat16"
     result = command("plt_jax.generate", tmp_path / "half", "--max_new_tokens", "2")
     assert (result.code, result.err) == (0, "")
     convert("import", tmp_path / "out", tmp_path / "wide", "--dtype", "float32")
-    assert open_model(tmp_path / "wide").config.model.dtype == "float32"
+    assert find_checkpoint(tmp_path / "wide").config.model.dtype == "float32"
     convert("export", tmp_path / "half", tmp_path / "small", "--shard_gb", "1e-6")
     assert len(list((tmp_path / "small").glob("*.safetensors"))) > 3
 
@@ -176,7 +176,7 @@ def test_a_retrofit_starts_where_its_source_stands_and_trains_on(finished, dense
     assert f"starting from {looped}, step 0" in result.out
     assert "model: plt, 3 loops" in result.out
     # A warmup from 0 leaves the first step's parameters as they were.
-    start = open_model(looped).params
+    start = read_params(find_checkpoint(looped))
     trained = open_trained(run)
     jax.tree.map(np.testing.assert_array_equal, trained.params, start)
     assert trained.tokenizer.to_str() == open_trained(source).tokenizer.to_str()

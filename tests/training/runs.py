@@ -19,11 +19,11 @@ import jax
 import numpy as np
 import yaml
 
-from plt_jax.checkpoint import Checkpoints, list_steps
+from plt_jax.checkpoint import Checkpoints
 from plt_jax.config import RunConfig
 from plt_jax.config_file import merge
 from plt_jax.data.load import load_data
-from plt_jax.run_files import CHECKPOINTS
+from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.sharding import make_mesh
 from plt_jax.training import loop
 from plt_jax.training.metrics import read_metrics

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from plt_jax.checkpoint import list_steps
 from plt_jax.config_file import load_config
 from plt_jax.errors import InputError
 from plt_jax.run import open_trained
-from plt_jax.run_files import CHECKPOINTS, CONFIG, METRICS
+from plt_jax.run_files import CHECKPOINTS, CONFIG, METRICS, list_steps
 from plt_jax.training import loop
 from tests.training.runs import STEPS, json_rows, numbers, saved_state, tiny_config
 

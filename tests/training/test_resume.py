@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from plt_jax.checkpoint import list_steps
 from plt_jax.data.load import load_data
 from plt_jax.run import open_trained
-from plt_jax.run_files import CHECKPOINTS, METRICS, TOKENIZER
+from plt_jax.run_files import CHECKPOINTS, METRICS, TOKENIZER, list_steps
 from plt_jax.training import loop
 from tests.training.runs import (
     STEPS,
