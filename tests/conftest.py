@@ -1,12 +1,25 @@
-"""Settings of all tests: compiled programs are kept between runs, products are exact in float32."""
+"""Settings of all tests: compiled programs are kept between runs, products are exact in float32.
+
+And the golden cases, which several packages of tests read."""
 
 import os
 from pathlib import Path
 
 import jax
+import pytest
 
-CACHE = os.environ.get("PLT_TEST_CACHE") or str(Path(__file__).parent.parent / ".jax_cache")
+REPOSITORY = Path(__file__).resolve().parents[1]
+CACHE = os.environ.get("PLT_TEST_CACHE") or str(REPOSITORY / ".jax_cache")
 
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The folder of golden cases; skips where this machine has none."""
+    folder = Path(os.environ.get("PLT_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
+    if not folder.is_dir():
+        pytest.skip(f"no golden cases at {folder}; set PLT_GOLDEN to their folder")
+    return folder

@@ -47,21 +47,21 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
         x = embedded  # loop 1 reads the embedding, unscaled
         first_kv = [None] * settings.layers  # per layer, (k, v) of loop 1
         hidden_loops, raw_loops = [], []
-        for l in range(loop.count):  # noqa: E741
-            if l > 0 and loop.scheme in SHIFTED_SCHEMES:
-                carried = shift(hidden_loops[l - 1], document)
+        for index in range(loop.count):
+            if index > 0 and loop.scheme in SHIFTED_SCHEMES:
+                carried = shift(hidden_loops[index - 1], document)
                 x = loop.embedding_scale * embedded + loop.hidden_scale * carried
-            elif l > 0:
-                x = hidden_loops[l - 1]
+            elif index > 0:
+                x = hidden_loops[index - 1]
             for j in range(settings.layers):
                 layer = {name: array[j] for name, array in params["layers"].items()}
                 x, own_kv = decoder_layer(
                     settings, layer, x, first_kv[j], causal, windowed, rotation
                 )
-                if l == 0:
+                if index == 0:
                     first_kv[j] = own_kv
             raw_loops.append(x)
-            if loop.normalize_between_loops or l == loop.count - 1:
+            if loop.normalize_between_loops or index == loop.count - 1:
                 x = rms_norm(x, params["final_norm"], settings.norm_epsilon)
             hidden_loops.append(x)
 

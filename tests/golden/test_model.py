@@ -15,7 +15,7 @@ import pytest
 import plt_jax
 from plt_jax import decode_step, init_cache, prefill, prepare_for_decode
 from tests.golden.huggingface import read_case
-from tests.golden.test_reference import CASES, TOLERANCE, golden, largest_difference  # noqa: F401
+from tests.golden.test_reference import CASES, TOLERANCE, largest_difference
 from tests.models import compiled, forward, forward_with_states
 
 TRANSFORMERS = Path(__file__).parent / "transformers"
@@ -24,7 +24,7 @@ PREFILLED = 10
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(golden, request):  # noqa: F811
+def case(golden, request):
     """(folder, configuration, parameters, expected arrays) of each golden case."""
     return read(golden / request.param)
 

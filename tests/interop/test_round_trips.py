@@ -17,7 +17,7 @@ from safetensors import safe_open
 from plt_jax import ModelConfig, load_huggingface, save_huggingface
 from plt_jax.model.transformer import abstract_params
 from tests.golden.test_model import DENSE, TRANSFORMERS
-from tests.golden.test_reference import CASES, golden  # noqa: F401
+from tests.golden.test_reference import CASES
 from tests.interop.checkpoints import exportable_configs
 from tests.models import random_params
 
@@ -105,7 +105,8 @@ def test_shards_hold_what_fits_and_their_index_everything(tmp_path):
     held = {}
     for file in files:
         with safe_open(file, "numpy") as tensors:
-            sizes = {name: tensors.get_tensor(name).nbytes for name in tensors.keys()}  # noqa: SIM118
+            names = tensors.keys()
+            sizes = {name: tensors.get_tensor(name).nbytes for name in names}
             assert tensors.metadata() == {"format": "pt"}
         assert sum(sizes.values()) <= 20000 or len(sizes) == 1
         held |= dict.fromkeys(sizes, file.name)
