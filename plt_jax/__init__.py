@@ -2,8 +2,9 @@
 
 from plt_jax.config import LoopConfig, ModelConfig, MoEConfig, RunConfig
 from plt_jax.config_file import load_config
-from plt_jax.decoding.cache import Cache, init_cache, prepare_for_decode
+from plt_jax.decoding.cache import Cache, init_cache
 from plt_jax.decoding.generation import generate
+from plt_jax.decoding.layout import prepare_for_decode
 from plt_jax.decoding.prefill import prefill
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.step import decode_step

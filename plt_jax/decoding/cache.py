@@ -1,4 +1,4 @@
-"""The decoding state of a batch of sequences, and the parameters laid out for decoding.
+"""The decoding state of a batch of sequences.
 
 Per sequence: loop 1's keys and values (one such cache per loop only in the schemes that share
 nothing), a ring of the last W keys and values per layer for each later loop with a window, and the
@@ -7,33 +7,49 @@ vector that each loop but the last hands to the next position. No second full ca
 
 from __future__ import annotations
 
-from typing import Any
-
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
+from plt_jax.errors import InputError
 
-Params = dict[str, Any]
-LayerArrays = tuple[jax.Array, ...]
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+@flax.struct.dataclass
+class Quantized:
+    """Keys or values in eight bits, with one scale per position and head."""
+
+    values: jax.Array
+    """int8 [B, K, S, H]: the numbers divided by their scale, rounded."""
+    scales: jax.Array
+    """float32 [B, K, S, 1]: the largest magnitude of a head's numbers at a position, over 127."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.values.shape
+
+
+Stored = jax.Array | Quantized
+"""Keys or values [B, K, S, H] as a cache holds them."""
 
 
 @flax.struct.dataclass
 class Cache:
-    """Decoding state of B sequences; tuples hold one array per layer."""
+    """Decoding state of B sequences; outer tuples hold one entry per layer."""
 
     lengths: jax.Array
     """int32 [B]: tokens processed."""
-    keys: LayerArrays
-    """[B, R, K, S, H]: R = 1 (loop 1's, shared by all loops) or L (each loop its own)."""
-    values: LayerArrays
+    keys: tuple[tuple[Stored, ...], ...]
+    """[B, K, S, H] for each of R loops: R = 1 (loop 1's, shared by all loops) or L (each its own).
+    Apart, so that a loop's keys are read where they lie."""
+    values: tuple[tuple[Stored, ...], ...]
     """As keys."""
-    ring_keys: LayerArrays
+    ring_keys: tuple[jax.Array, ...]
     """[B, L-1, K, W, H]: the last W keys of loops 2..L; position p is in slot p mod W. Empty
     without a window."""
-    ring_values: LayerArrays
+    ring_values: tuple[jax.Array, ...]
     """As ring_keys."""
     carried: jax.Array
     """[B, L-1, D]: what loops 1..L-1 handed on at the last position; zero at the start. [B, 0, D]
@@ -42,7 +58,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """Tokens that fit, S."""
-        return self.keys[0].shape[3]
+        return self.keys[0][0].shape[2]
 
 
 def init_cache(
@@ -51,68 +67,85 @@ def init_cache(
     """An empty cache for `batch` sequences of at most `max_length` tokens.
 
     Args:
-      dtype: of keys, values and carried vectors; default the model's compute dtype.
+      dtype: float32 or bfloat16, of keys, values and carried vectors; or int8, for the keys and
+        values that grow with the length, each head's at each position with a float32 scale, while
+        rings and carried vectors are of the compute dtype. Default: the model's compute dtype.
 
     Raises:
-      ValueError: a size below 1.
+      InputError: a size below 1, or another dtype.
     """
     if batch < 1 or max_length < 1:
-        raise ValueError(
+        raise InputError(
             f"a cache needs batch and max_length of at least 1, got {batch}, {max_length}"
         )
     dtype = jnp.dtype(config.dtype if dtype is None else dtype)
+    if dtype.name not in DTYPES:
+        raise InputError(f"cache dtype is {dtype.name}; it must be one of {', '.join(DTYPES)}")
+    eight_bits = dtype == jnp.int8
+    near = jnp.dtype(config.dtype) if eight_bits else dtype
     loop = config.loop
     K, H = config.kv_heads, config.head_width
-    full = (batch, loop.count if loop.later_attention == "own" else 1, K, max_length, H)
+    rows = loop.count if loop.later_attention == "own" else 1
     ring = (batch, loop.count - 1, K, loop.window, H)
     windowed_layers = config.layers if loop.later_attention == "gated" and loop.count > 1 else 0
 
-    def zeros(shape: tuple[int, ...], layers: int) -> LayerArrays:
-        return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+    def stored() -> Stored:
+        values = jnp.zeros((batch, K, max_length, H), dtype)
+        if not eight_bits:
+            return values
+        return Quantized(values, jnp.zeros((batch, K, max_length, 1), jnp.float32))
+
+    def full() -> tuple[tuple[Stored, ...], ...]:
+        return tuple(tuple(stored() for _ in range(rows)) for _ in range(config.layers))
+
+    def rings() -> tuple[jax.Array, ...]:
+        return tuple(jnp.zeros(ring, near) for _ in range(windowed_layers))
 
     return Cache(
         lengths=jnp.zeros((batch,), jnp.int32),
-        keys=zeros(full, config.layers),
-        values=zeros(full, config.layers),
-        ring_keys=zeros(ring, windowed_layers),
-        ring_values=zeros(ring, windowed_layers),
-        carried=jnp.zeros((batch, loop.count - 1 if loop.shifted else 0, config.width), dtype),
+        keys=full(),
+        values=full(),
+        ring_keys=rings(),
+        ring_values=rings(),
+        carried=jnp.zeros((batch, loop.count - 1 if loop.shifted else 0, config.width), near),
     )
 
 
-def prepare_for_decode(config: ModelConfig, params: Params) -> Params:
-    """Parameters laid out for decoding: one dict per layer, projections in the compute dtype.
-
-    Decoding reads every weight once a step, so slices of stacked layers and casts would be copies.
-    Do this once, outside jit. Prepared parameters are returned as they are.
-    """
-    if isinstance(params["layers"], tuple):
-        return params
-    params = nn.unbox(params)
-
-    def cast(weight: jax.Array) -> jax.Array:
-        return weight.astype(config.dtype) if weight.ndim > 1 else weight
-
-    layers = tuple(
-        {name: cast(stacked[j]) for name, stacked in params["layers"].items()}
-        for j in range(config.layers)
-    )
-    return {name: cast(weight) for name, weight in params.items() if name != "layers"} | {
-        "layers": layers
-    }
-
-
-def write(
-    cache_BRKSH: jax.Array, new_BRKTH: jax.Array, slots_BT: jax.Array, first_row: int = 0
-) -> jax.Array:
-    """Writes T keys or values of loops `first_row`, ... into their slots.
+def write(stored: Stored, new_BKTH: jax.Array, slots_BT: jax.Array) -> Stored:
+    """Writes T keys or values of every sequence into their slots.
 
     A slot at or beyond S is dropped (a negative one would wrap around: no caller makes one).
     """
-    rows = jnp.arange(cache_BRKSH.shape[0])[:, None]
-    loops = slice(first_row, first_row + new_BRKTH.shape[1])
-    new_BTRKH = jnp.moveaxis(new_BRKTH, 3, 1).astype(cache_BRKSH.dtype)
-    return cache_BRKSH.at[rows, loops, :, slots_BT].set(new_BTRKH, mode="drop")
+    if isinstance(stored, Quantized):
+        return jax.tree.map(
+            lambda array, new: write(array, new, slots_BT), stored, quantize(new_BKTH)
+        )
+    rows = jnp.arange(stored.shape[0])[:, None]
+    new_BTKH = new_BKTH.swapaxes(1, 2).astype(stored.dtype)
+    return _written(stored.at[rows, :, slots_BT].set(new_BTKH, mode="drop"))
+
+
+def quantize(x_BKTH: jax.Array) -> Quantized:
+    """Eight bits per number, symmetric around zero."""
+    wide = x_BKTH.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
+    values = jnp.round(wide / jnp.maximum(scales, jnp.finfo(jnp.float32).tiny))
+    return Quantized(values.astype(jnp.int8), scales)
+
+
+def write_rings(
+    ring_BRKWH: jax.Array, new_BRKTH: jax.Array, slots_BT: jax.Array, first: int
+) -> jax.Array:
+    """Writes T keys or values of the rings `first`, ... into their slots; slots from W on drop."""
+    rows = jnp.arange(ring_BRKWH.shape[0])[:, None]
+    rings = slice(first, first + new_BRKTH.shape[1])
+    new_BTRKH = jnp.moveaxis(new_BRKTH, 3, 1).astype(ring_BRKWH.dtype)
+    return _written(ring_BRKWH.at[rows, rings, :, slots_BT].set(new_BTRKH, mode="drop"))
+
+
+def _written(array: jax.Array) -> jax.Array:
+    """Keeps XLA from fusing a write into what reads it, which writes once more, into a copy."""
+    return jax.lax.optimization_barrier(array)
 
 
 def ring_positions(lengths_B: jax.Array, window: int) -> jax.Array:

@@ -1,25 +1,29 @@
-"""Generation: chunked prefill of ragged prompts, then decode steps, token by token."""
+"""Generation: chunked prefill of ragged prompts, then decode steps in a loop on the device."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from plt_jax.config import ModelConfig
-from plt_jax.decoding.cache import Cache, Params, init_cache, prepare_for_decode
+from plt_jax.decoding.cache import Cache, init_cache
+from plt_jax.decoding.checks import check_prompts
+from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.prefill import prefill
 from plt_jax.decoding.sampling import Sampling, sample
 from plt_jax.decoding.step import decode_step
 from plt_jax.errors import InputError
 
-PREFILL_CHUNK = 256  # Bounds prefill's memory at chunk x cache.
+PREFILL_CHUNK = 256  # Bounds prefill's memory, which grows with the chunk.
+BLOCK = 32  # Tokens that the device makes between two looks of the host, when all are wanted.
+STREAMED_BLOCK = 4  # The same when they are shown as they come.
 
 _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=4)
-_decode_step = jax.jit(decode_step, static_argnums=0, donate_argnums=3)
 
 
 def generate(
@@ -29,25 +33,42 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
-) -> np.ndarray:
+    *,
+    stop_tokens: Sequence[Sequence[int]] | None = None,
+    log_probabilities: bool = False,
+    cache_dtype: jnp.dtype | str | None = None,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Continues every prompt.
 
     Args:
       prompts: token ids of each sequence; lengths may differ, none may be 0.
       max_new_tokens: tokens to add to each.
-      key: of the draws; not needed with temperature 0. Row b draws with `fold_in(key, b)`, so its
-        continuation does not depend on the other prompts.
+      key: of the draws; not needed with temperature 0. One key, with which row b draws as
+        `fold_in(key, b)`, or an array of one key per prompt. Either way what a prompt draws depends
+        on its key, its step and its own logits alone, not on what else is in the batch.
+      stop_tokens: for each prompt the tokens that end it, besides those of `sampling`.
+      log_probabilities: also return how likely the model, at temperature 1 and with no token left
+        out, held each new token.
+      cache_dtype: as in `init_cache`.
 
     Returns:
-      The new tokens, int32 [B, max_new_tokens]; after a stop token a row repeats it.
+      The new tokens, int32 [B, max_new_tokens]; after a stop token a row repeats it. On request
+      with their log-probabilities in nats, float32 of the same shape, 0 for repetitions.
 
     Raises:
       InputError: a prompt that is empty, holds an unknown token, or leaves no room for
-        max_new_tokens within config.max_length.
+        max_new_tokens within config.max_length; or keys or stop tokens that are not one per prompt.
     """
-    columns = list(stream(config, params, prompts, max_new_tokens, sampling, key))
-    columns += columns[-1:] * (max_new_tokens - len(columns))
-    return np.stack(columns, axis=1)
+    blocks = list(
+        _blocks(
+            config, params, prompts, max_new_tokens, sampling, key, stop_tokens, cache_dtype, BLOCK
+        )
+    )
+    tokens, logs = (np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
+    missing = max_new_tokens - tokens.shape[1]
+    tokens = np.pad(tokens, ((0, 0), (0, missing)), mode="edge")
+    logs = np.pad(logs, ((0, 0), (0, missing)))
+    return (tokens, logs) if log_probabilities else tokens
 
 
 def stream(
@@ -57,61 +78,165 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling = Sampling(),
     key: jax.Array | None = None,
+    *,
+    stop_tokens: Sequence[Sequence[int]] | None = None,
+    cache_dtype: jnp.dtype | str | None = None,
 ) -> Iterator[np.ndarray]:
     """As `generate`, but yields the tokens int32 [B] of each step, until all rows have stopped."""
+    blocks = _blocks(
+        config,
+        params,
+        prompts,
+        max_new_tokens,
+        sampling,
+        key,
+        stop_tokens,
+        cache_dtype,
+        STREAMED_BLOCK,
+    )
+    return (column for tokens, _ in blocks for column in tokens.T)
+
+
+def _blocks(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: jax.Array | None,
+    stop_tokens: Sequence[Sequence[int]] | None,
+    cache_dtype: jnp.dtype | str | None,
+    block: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Tokens and log-probabilities [B, n], n up to `block`; what is refused is so at the call."""
     sampling.check()
-    _check_prompts(config, prompts, max_new_tokens)
+    check_prompts(config, prompts, max_new_tokens)
+    keys_B = _keys(key, sampling, len(prompts))
+    stops_BM = _stops(stop_tokens, sampling, len(prompts))
+    longest = max(map(len, prompts)) + max_new_tokens
+    # Rounded up, so that prompts of many lengths share few compiled programs.
+    capacity = -(-longest // PREFILL_CHUNK) * PREFILL_CHUNK
+    cache = init_cache(config, len(prompts), capacity, cache_dtype)
+    prepared = prepare_for_decode(config, params)
+    return _run(config, prepared, prompts, max_new_tokens, sampling, keys_B, stops_BM, cache, block)
+
+
+def _keys(key: jax.Array | None, sampling: Sampling, rows: int) -> jax.Array:
+    """One key per prompt."""
     if key is None:
         if sampling.temperature > 0:
             raise InputError("sampling with a temperature above 0 needs a key")
         key = jax.random.key(0)
-    keys_B = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(len(prompts)))
-    return _stream(
-        config, prepare_for_decode(config, params), prompts, max_new_tokens, sampling, keys_B
-    )
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 0:
+        return jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(rows))
+    if key.shape != (rows,):
+        raise InputError(f"key has shape {key.shape}; give one key, or one for each of {rows}")
+    return key
 
 
-def _stream(
+def _stops(
+    stop_tokens: Sequence[Sequence[int]] | None, sampling: Sampling, rows: int
+) -> np.ndarray:
+    """Each row's stop tokens, int32 [B, M], filled up with -1, which no token is."""
+    own = [()] * rows if stop_tokens is None else stop_tokens
+    if len(own) != rows:
+        raise InputError(f"stop_tokens are given for {len(own)} prompts, but there are {rows}")
+    lists = [[*sampling.stop_tokens, *stops] for stops in own]
+    filled = np.full((rows, max(map(len, lists))), -1, np.int32)
+    for row, stops in zip(filled, lists, strict=True):
+        row[: len(stops)] = stops
+    return filled
+
+
+@flax.struct.dataclass
+class _State:
+    """Between two tokens: `tokens_B` are drawn, and not yet in the cache."""
+
+    cache: Cache
+    tokens_B: jax.Array
+    running_B: jax.Array
+    """Which rows have not met a stop token."""
+    index: jax.Array
+    """Which of the new tokens those are, from 0."""
+
+
+def _run(
     config: ModelConfig,
     params: Params,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampling: Sampling,
     keys_B: jax.Array,
-) -> Iterator[np.ndarray]:
-    """The generator behind `stream`, whose own checks run at the call."""
-    longest = max(map(len, prompts)) + max_new_tokens
-    # Rounded up, so that prompts of many lengths share few compiled programs.
-    capacity = -(-longest // PREFILL_CHUNK) * PREFILL_CHUNK
-    cache = init_cache(config, len(prompts), capacity)
+    stops_BM: np.ndarray,
+    cache: Cache,
+    block: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     logits_BV, cache = prefill_prompts(config, params, prompts, cache)
-    running_B = jnp.ones(len(prompts), bool)
-    tokens_B = jnp.zeros(len(prompts), jnp.int32)
-    for index in range(max_new_tokens):
-        tokens_B, running_B = _choose(sampling, logits_BV, keys_B, index, tokens_B, running_B)
-        yield np.asarray(tokens_B)
-        if not np.any(running_B):
-            return
-        if index + 1 < max_new_tokens:
-            logits_BV, cache = _decode_step(config, params, tokens_B, cache)
+    start = _State(cache, jnp.zeros(len(prompts), jnp.int32), jnp.ones(len(prompts), bool), 0)
+    tokens_B, logs_B, running_B = _choose(sampling, logits_BV, keys_B, stops_BM, start)
+    state = start.replace(tokens_B=tokens_B, running_B=running_B, index=jnp.int32(0))
+    yield np.asarray(tokens_B)[:, None], np.asarray(logs_B)[:, None]
+    made = 1
+    while made < max_new_tokens and np.any(state.running_B):
+        count = min(block, max_new_tokens - made)
+        state, tokens_nB, logs_nB = _advance(
+            config, sampling, params, keys_B, stops_BM, state, count
+        )
+        new = int(state.index) + 1 - made
+        made += new
+        yield np.asarray(tokens_nB[:new]).T, np.asarray(logs_nB[:new]).T
+
+
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
+def _advance(
+    config: ModelConfig,
+    sampling: Sampling,
+    params: Params,
+    keys_B: jax.Array,
+    stops_BM: jax.Array,
+    state: _State,
+    count: jax.Array,
+) -> tuple[_State, jax.Array, jax.Array]:
+    """Up to `count` more tokens, fewer where all rows stop; they are [BLOCK, B], and junk behind.
+
+    One program for any count, so that streaming compiles nothing of its own.
+    """
+    B = state.tokens_B.shape[0]
+
+    def goes_on(carry):
+        state, done, _, _ = carry
+        return (done < count) & jnp.any(state.running_B)
+
+    def step(carry):
+        state, done, tokens_nB, logs_nB = carry
+        logits_BV, cache = decode_step(config, params, state.tokens_B, state.cache)
+        state = state.replace(cache=cache, index=state.index + 1)
+        tokens_B, logs_B, running_B = _choose(sampling, logits_BV, keys_B, stops_BM, state)
+        state = state.replace(tokens_B=tokens_B, running_B=running_B)
+        return state, done + 1, tokens_nB.at[done].set(tokens_B), logs_nB.at[done].set(logs_B)
+
+    nothing = jnp.zeros((BLOCK, B), jnp.int32), jnp.zeros((BLOCK, B), jnp.float32)
+    state, _, tokens_nB, logs_nB = jax.lax.while_loop(goes_on, step, (state, 0, *nothing))
+    return state, tokens_nB, logs_nB
 
 
 @partial(jax.jit, static_argnums=0)
 def _choose(
-    sampling: Sampling,
-    logits_BV: jax.Array,
-    keys_B: jax.Array,
-    index: jax.Array,
-    previous_B: jax.Array,
-    running_B: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row, and which rows go on; a row that has stopped repeats its last."""
-    drawn_B = sample(
-        logits_BV, sampling, jax.vmap(lambda key: jax.random.fold_in(key, index))(keys_B)
-    )
-    tokens_B = jnp.where(running_B, drawn_B, previous_B)
-    stops = jnp.asarray(sampling.stop_tokens, jnp.int32)
-    return tokens_B, running_B & ~jnp.isin(tokens_B, stops)
+    sampling: Sampling, logits_BV: jax.Array, keys_B: jax.Array, stops_BM: jax.Array, state: _State
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The next token of each row, its log-probability, and which rows go on.
+
+    A row that has stopped repeats its last.
+    """
+    step_keys_B = jax.vmap(partial(jax.random.fold_in, data=state.index))(keys_B)
+    drawn_B = sample(logits_BV, sampling, step_keys_B)
+    tokens_B = jnp.where(state.running_B, drawn_B, state.tokens_B)
+    logs_BV = jax.nn.log_softmax(logits_BV)
+    logs_B = jnp.take_along_axis(logs_BV, tokens_B[:, None], axis=1)[:, 0]
+    stopped_B = jnp.any(tokens_B[:, None] == stops_BM, axis=1)
+    return tokens_B, jnp.where(state.running_B, logs_B, 0.0), state.running_B & ~stopped_B
 
 
 def prefill_prompts(
@@ -134,32 +259,3 @@ def prefill_prompts(
         ends_here = (real_B > 0)[:, None]
         logits_BV = new_BV if logits_BV is None else jnp.where(ends_here, new_BV, logits_BV)
     return logits_BV, cache
-
-
-def _check_prompts(
-    config: ModelConfig, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> None:
-    if not prompts:
-        raise InputError("no prompts were given; give at least one")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise InputError(f"prompt {index} is empty; begin it with the begin-of-text token")
-        wrong = [token for token in prompt if not 0 <= token < config.vocab_size]
-        if wrong:
-            raise InputError(
-                f"prompt {index} holds token {wrong[0]}, outside the vocabulary of "
-                f"{config.vocab_size}"
-            )
-        room = config.max_length - len(prompt)
-        if room < 1:
-            raise InputError(
-                f"prompt {index} has {len(prompt)} tokens, but the context holds "
-                f"{config.max_length}, one of them new; shorten it to {config.max_length - 1}"
-            )
-        if room < max_new_tokens:
-            raise InputError(
-                f"prompt {index} has {len(prompt)} tokens and {max_new_tokens} new ones are asked "
-                f"for, but the context holds {config.max_length}; ask for at most {room}"
-            )

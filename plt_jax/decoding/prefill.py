@@ -1,7 +1,6 @@
 """Prefill: the next chunk of every sequence, parallel over positions and serial over loops.
 
-A chunk may start anywhere, so a prompt can come in any split of chunks and decode steps. With
-chunks of one token it is also the serial decode step of the schemes that have no shift.
+A chunk may start anywhere, so a prompt can come in any split of chunks and decode steps.
 """
 
 from __future__ import annotations
@@ -12,14 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.decoding.cache import Cache, Params, prepare_for_decode, ring_positions, write
-from plt_jax.model.attention import blend, masked_attention
+from plt_jax.decoding.attention import attend_causally, attend_window
+from plt_jax.decoding.cache import Cache, write, write_rings
+from plt_jax.decoding.checks import check_chunk
+from plt_jax.decoding.layout import PREPARED_LAYOUT, Params, logits_of, prepare_for_decode
+from plt_jax.model.attention import blend
 from plt_jax.model.block import apply_block
-from plt_jax.model.layers import Rotation, embed, logits_from, rms_norm, rope_rotation
+from plt_jax.model.layers import Rotation, embed, rms_norm, rope_rotation
 from plt_jax.model.looping import loop_input
 
 
-@partial(jax.jit, static_argnums=0)
 def prefill(
     config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
@@ -28,8 +29,7 @@ def prefill(
     Args:
       params: as `Transformer.init` gives them, or as `prepare_for_decode` lays them out.
       tokens: int32 [B, C], padded on the right.
-      lengths: int32 [B], how many tokens of each row are real, 0 to C. Tokens beyond the cache's
-        capacity are lost: callers make sure that they fit.
+      lengths: int32 [B], how many tokens of each row are real, 0 to C.
       cache: unchanged; wrap the call in a jit that donates it to update it in place.
 
     Returns:
@@ -37,17 +37,21 @@ def prefill(
       is 0), and the cache after the chunk.
 
     Raises:
-      ValueError: the chunk is longer than the cache, or batch sizes disagree.
+      InputError: shapes disagree, the chunk is longer than the cache, or, of values that are known
+        (inside a jit of yours they are not, and such tokens are lost or wrong), tokens outside the
+        vocabulary or more of them than the cache has room for.
     """
-    check_batch(tokens, cache)
-    B, C = tokens.shape
-    if lengths.shape != (B,):
-        raise ValueError(f"lengths must have shape ({B},), got {lengths.shape}")
-    if not 1 <= C <= cache.capacity:
-        raise ValueError(f"a chunk of {C} tokens does not fit a cache of {cache.capacity}")
+    check_chunk(config, tokens, lengths, cache)
+    return _prefill(config, params, tokens, lengths, cache)
+
+
+@partial(jax.jit, static_argnums=0)
+def _prefill(
+    config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
     params = prepare_for_decode(config, params)
     loop = config.loop
-    positions_BC = cache.lengths[:, None] + jnp.arange(C)
+    positions_BC = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     rotation = rope_rotation(config, positions_BC)
     embeddings_BCD = embed(tokens, params["embedding"], jnp.dtype(config.dtype))
     last_B = jnp.maximum(lengths - 1, 0)
@@ -68,17 +72,7 @@ def prefill(
     if carried:
         cache = cache.replace(carried=jnp.concatenate(carried, axis=1).astype(cache.carried.dtype))
     last_B1D = jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
-    logits_B1V = logits_from(last_B1D, params["embedding"], params.get("head"))
-    return logits_B1V[:, 0], cache.replace(lengths=cache.lengths + lengths)
-
-
-def check_batch(tokens: jax.Array, cache: Cache) -> None:
-    """Raises ValueError where the tokens' batch is not the cache's."""
-    if tokens.shape[0] != cache.lengths.shape[0]:
-        raise ValueError(
-            f"tokens of shape {tokens.shape} do not match a cache of {cache.lengths.shape[0]} "
-            "sequences"
-        )
+    return logits_of(params, last_B1D)[:, 0], cache.replace(lengths=cache.lengths + lengths)
 
 
 def _last_or(
@@ -105,59 +99,44 @@ def _run_loop(
     row = index if own else 0
     real_BC = jnp.arange(x_BCD.shape[1]) < lengths_B[:, None]
     slots_BC = jnp.where(real_BC, positions_BC, cache.capacity)
-    mask_BCS = jnp.arange(cache.capacity) <= positions_BC[:, :, None]
-    keys, values = list(cache.keys), list(cache.values)
+    seen_BC = jnp.where(real_BC, positions_BC, 0)  # what is not real need not look far
+    ring_slots_BC = ring_slots_of_chunk(loop.window, positions_BC, lengths_B, cache.lengths)
+    keys, values = ([list(rows) for rows in stored] for stored in (cache.keys, cache.values))
     ring_keys, ring_values = list(cache.ring_keys), list(cache.ring_values)
-    window_mask, ring_slots_BC = _window_of_chunk(
-        loop.window, positions_BC, real_BC, lengths_B, cache
-    )
 
     for layer, weights in enumerate(params["layers"]):
 
         def attend(q, k, v, gate_BNT, layer=layer):
+            k_row, v_row = keys[layer], values[layer]
             if own:
-                for cached, new in ((keys, k), (values, v)):
-                    cached[layer] = write(cached[layer], new[:, None], slots_BC, row)
-            everything = masked_attention(
-                q,
-                keys[layer][:, row].astype(q.dtype),
-                values[layer][:, row].astype(q.dtype),
-                mask_BCS,
-            )
+                k_row[row] = write(k_row[row], k, slots_BC)
+                v_row[row] = write(v_row[row], v, slots_BC)
+            everything = attend_causally(q, k_row[row], v_row[row], seen_BC)
             if own or loop.later_attention == "shared":
                 return everything
-            seen = []
+            held = tuple(ring[layer][:, index - 1] for ring in (ring_keys, ring_values))
+            local = attend_window(q, (k, v), held, cache.lengths)
             for ring, new in ((ring_keys, k), (ring_values, v)):
-                held = ring[layer][:, index - 1]
-                seen.append(jnp.concatenate([held.astype(new.dtype), new], axis=2))
-                ring[layer] = write(ring[layer], new[:, None], ring_slots_BC, index - 1)
-            return blend(gate_BNT, everything, masked_attention(q, *seen, window_mask))
+                ring[layer] = write_rings(ring[layer], new[:, None], ring_slots_BC, index - 1)
+            return blend(gate_BNT, everything, local)
 
-        x_BCD, _ = apply_block(config, weights, x_BCD, rotation, attend)
+        x_BCD, _ = apply_block(config, weights, x_BCD, rotation, attend, PREPARED_LAYOUT)
     return x_BCD, cache.replace(
-        keys=tuple(keys),
-        values=tuple(values),
+        keys=tuple(map(tuple, keys)),
+        values=tuple(map(tuple, values)),
         ring_keys=tuple(ring_keys),
         ring_values=tuple(ring_values),
     )
 
 
-def _window_of_chunk(
-    window: int,
-    positions_BC: jax.Array,
-    real_BC: jax.Array,
-    lengths_B: jax.Array,
-    cache: Cache,
-) -> tuple[jax.Array, jax.Array]:
-    """What a chunk's windows see, and where its keys go in the rings.
+def ring_slots_of_chunk(
+    window: int, positions_BC: jax.Array, lengths_B: jax.Array, before_B: jax.Array
+) -> jax.Array:
+    """The ring's slot of each key of a chunk, [B, C]; W, which drops it, where none stays.
 
-    Returns:
-      A mask [B, C, W + C] over the ring's slots followed by the chunk's own keys, and the ring's
-      slots [B, C] of the chunk's keys: of those that later ones overwrite, none.
+    Those are the keys that are not real and those that later ones of the chunk overwrite, since
+    which of two writes to one slot stays is not defined.
     """
-    held_BW = ring_positions(cache.lengths, window)
-    seen_BS = jnp.concatenate([held_BW, positions_BC], axis=1)[:, None, :]
-    distance = positions_BC[:, :, None] - seen_BS
-    mask = (distance >= 0) & (distance < window) & (seen_BS >= 0)
-    kept_BC = real_BC & (positions_BC >= (cache.lengths + lengths_B)[:, None] - window)
-    return mask, jnp.where(kept_BC, positions_BC % window, window)
+    end_B1 = (before_B + lengths_B)[:, None]
+    kept_BC = (positions_BC < end_B1) & (positions_BC >= end_B1 - window)
+    return jnp.where(kept_BC, positions_BC % window, window)

@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.decoding.cache import Cache, Params, prepare_for_decode, ring_positions, write
-from plt_jax.decoding.prefill import check_batch, prefill
-from plt_jax.model.attention import blend, masked_attention
+from plt_jax.decoding.attention import attend, attend_own
+from plt_jax.decoding.cache import Cache, ring_positions, write, write_rings
+from plt_jax.decoding.checks import check_step
+from plt_jax.decoding.layout import PREPARED_LAYOUT, Params, logits_of, prepare_for_decode
+from plt_jax.model.attention import blend
 from plt_jax.model.block import apply_block
-from plt_jax.model.layers import embed, logits_from, rms_norm, rope_rotation
+from plt_jax.model.layers import embed, rms_norm, rope_rotation
 from plt_jax.model.looping import loop_input
 
 
-@partial(jax.jit, static_argnums=0)
 def decode_step(
     config: ModelConfig, params: Params, tokens: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
@@ -33,91 +34,93 @@ def decode_step(
     Args:
       params: as `prepare_for_decode` lays them out (fast), or as `Transformer.init` gives them.
       tokens: int32 [B].
-      cache: unchanged; wrap the call in a jit that donates it to update it in place. A sequence
-        that is already at capacity must not be continued: its token is lost.
+      cache: unchanged; wrap the call in a jit that donates it to update it in place.
 
     Returns:
       Logits of the next token, float32 [B, V], and the cache after this one.
 
     Raises:
-      ValueError: batch sizes disagree.
+      InputError: batch sizes disagree, or, of values that are known (inside a jit of yours they are
+        not, and such a token is lost or wrong), a token outside the vocabulary or a sequence that
+        fills the cache already.
     """
-    check_batch(tokens, cache)
-    loop = config.loop
-    if loop.count > 1 and not loop.shifted:
-        return prefill(config, params, tokens[:, None], jnp.ones_like(tokens), cache)
-    params = prepare_for_decode(config, params)
-    E_B1D = embed(tokens[:, None], params["embedding"], jnp.dtype(config.dtype))
-    later_BLD = loop_input(loop, E_B1D, cache.carried.astype(E_B1D.dtype))
-    x_BLD = jnp.concatenate([E_B1D, later_BLD], axis=1) if loop.count > 1 else E_B1D
-    x_BLD, cache = _run_rows(config, params, x_BLD, cache)
+    check_step(config, tokens, cache)
+    return _decode_step(config, params, tokens, cache)
 
-    normed_BLD = rms_norm(x_BLD, params["final_norm"], config.norm_epsilon)
-    handed_BLD = normed_BLD if loop.normalize_between_loops else x_BLD
-    logits_B1V = logits_from(normed_BLD[:, -1:], params["embedding"], params.get("head"))
-    cache = cache.replace(
-        lengths=cache.lengths + 1,
-        carried=handed_BLD[:, : cache.carried.shape[1]].astype(cache.carried.dtype),
-    )
-    return logits_B1V[:, 0], cache
+
+@partial(jax.jit, static_argnums=0)
+def _decode_step(
+    config: ModelConfig, params: Params, tokens: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    params = prepare_for_decode(config, params)
+    loop = config.loop
+    E_B1D = embed(tokens[:, None], params["embedding"], jnp.dtype(config.dtype))
+    if loop.shifted or loop.count == 1:
+        later_BLD = loop_input(loop, E_B1D, cache.carried.astype(E_B1D.dtype))
+        x_BLD = jnp.concatenate([E_B1D, later_BLD], axis=1) if loop.count > 1 else E_B1D
+        raw_BLD, cache = _run_rows(config, params, range(loop.count), x_BLD, cache)
+        normed_BLD = rms_norm(raw_BLD, params["final_norm"], config.norm_epsilon)
+        handed_BLD = normed_BLD if loop.normalize_between_loops else raw_BLD
+        carried_BLD = handed_BLD[:, : cache.carried.shape[1]].astype(cache.carried.dtype)
+        cache, last_B1D = cache.replace(carried=carried_BLD), normed_BLD[:, -1:]
+    else:
+        last_B1D = E_B1D
+        for index in range(loop.count):
+            last_B1D, cache = _run_rows(config, params, range(index, index + 1), last_B1D, cache)
+            if loop.normalize_between_loops or index == loop.count - 1:
+                last_B1D = rms_norm(last_B1D, params["final_norm"], config.norm_epsilon)
+    return logits_of(params, last_B1D)[:, 0], cache.replace(lengths=cache.lengths + 1)
 
 
 def _run_rows(
-    config: ModelConfig, params: Params, x_BLD: jax.Array, cache: Cache
+    config: ModelConfig, params: Params, loops: range, x_BRD: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """All layers over the rows of all loops: raw outputs [B, L, D], and the cache after them."""
+    """All layers over one row per loop of `loops`: raw outputs [B, R, D], and the cache after."""
     loop = config.loop
     slots_B1 = cache.lengths[:, None]
-    ring_slots_B1 = slots_B1 % loop.window
-    rotation = rope_rotation(config, slots_B1)
     mask_B1S = jnp.arange(cache.capacity) <= slots_B1[:, :, None]
     ring_mask_B1W = (ring_positions(cache.lengths + 1, loop.window) >= 0)[:, None]
-    keys, values = list(cache.keys), list(cache.values)
+    keys, values = ([list(rows) for rows in stored] for stored in (cache.keys, cache.values))
     ring_keys, ring_values = list(cache.ring_keys), list(cache.ring_values)
+    later = [row for row, index in enumerate(loops) if index > 0]
+    rings = slice(loops[later[0]] - 1, loops[-1]) if later else slice(0)
+
+    def write_row(stored: list, index: int, new_BKRH: jax.Array, row: int) -> None:
+        stored[index] = write(stored[index], new_BKRH[:, :, row : row + 1], slots_B1)
+
+    def attend_rows(layer: int, q, k, v, gate_BNR):
+        if loop.later_attention == "own":
+            outs = []
+            for row, index in enumerate(loops):
+                write_row(keys[layer], index, k, row)
+                write_row(values[layer], index, v, row)
+                q_row = q[:, :, row : row + 1]
+                outs.append(attend(q_row, keys[layer][index], values[layer][index], mask_B1S))
+            return jnp.concatenate(outs, axis=2)
+        if loops[0] == 0:
+            write_row(keys[layer], 0, k, 0)
+            write_row(values[layer], 0, v, 0)
+        # Loops are a second query axis here: the shared cache is read once for all of them.
+        everything = attend(q, keys[layer][0], values[layer][0], mask_B1S)
+        if loop.later_attention == "shared" or not later:
+            return everything
+        first = later[0]
+        for ring, new in ((ring_keys, k), (ring_values, v)):
+            new_BRK1H = new[:, :, first:].swapaxes(1, 2)[:, :, :, None]
+            ring[layer] = write_rings(ring[layer], new_BRK1H, slots_B1 % loop.window, rings.start)
+        held = (ring[layer][:, rings] for ring in (ring_keys, ring_values))
+        local = attend_own(q[:, :, first:], *held, ring_mask_B1W)
+        blended = blend(gate_BNR[:, :, first:], everything[:, :, first:], local)
+        return jnp.concatenate([everything[:, :, :first], blended], axis=2)
 
     for layer, weights in enumerate(params["layers"]):
-
-        def attend(q, k, v, gate_BNL, layer=layer):
-            cached_rows = keys[layer].shape[1]
-            for cached, new in ((keys, k), (values, v)):
-                cached[layer] = write(cached[layer], rows_of(new)[:, :cached_rows], slots_B1)
-            if cached_rows > 1:
-                return _own_attention(q, keys[layer], values[layer], mask_B1S)
-            # Loops are a second query axis here: the shared cache is read once for all of them.
-            everything = masked_attention(
-                q, keys[layer][:, 0].astype(q.dtype), values[layer][:, 0].astype(q.dtype), mask_B1S
-            )
-            if not ring_keys:
-                return everything
-            for ring, new in ((ring_keys, k), (ring_values, v)):
-                ring[layer] = write(ring[layer], rows_of(new)[:, 1:], ring_slots_B1)
-            local = _own_attention(q[:, :, 1:], ring_keys[layer], ring_values[layer], ring_mask_B1W)
-            later = blend(gate_BNL[:, :, 1:], everything[:, :, 1:], local)
-            return jnp.concatenate([everything[:, :, :1], later], axis=2)
-
-        x_BLD, _ = apply_block(config, weights, x_BLD, rotation, attend)
-    return x_BLD, cache.replace(
-        keys=tuple(keys),
-        values=tuple(values),
+        rotation = rope_rotation(config, slots_B1)
+        x_BRD, _ = apply_block(
+            config, weights, x_BRD, rotation, partial(attend_rows, layer), PREPARED_LAYOUT
+        )
+    return x_BRD, cache.replace(
+        keys=tuple(map(tuple, keys)),
+        values=tuple(map(tuple, values)),
         ring_keys=tuple(ring_keys),
         ring_values=tuple(ring_values),
     )
-
-
-def rows_of(x_BKLH: jax.Array) -> jax.Array:
-    """Keys or values of all loops at one position, in the caches' layout [B, L, K, 1, H]."""
-    return x_BKLH.swapaxes(1, 2)[:, :, :, None]
-
-
-def _own_attention(
-    q_BNRH: jax.Array, keys_BRKSH: jax.Array, values_BRKSH: jax.Array, mask_B1S: jax.Array
-) -> jax.Array:
-    """Each of R rows attends to its own keys; all rows of a sequence share the mask."""
-
-    def one_row(q_BNH, k_BKSH, v_BKSH):
-        dtype = q_BNH.dtype
-        q_BN1H = q_BNH[:, :, None]
-        out = masked_attention(q_BN1H, k_BKSH.astype(dtype), v_BKSH.astype(dtype), mask_B1S)
-        return out[:, :, 0]
-
-    return jax.vmap(one_row, in_axes=(2, 1, 1), out_axes=2)(q_BNRH, keys_BRKSH, values_BRKSH)

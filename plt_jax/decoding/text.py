@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from plt_jax.config import ModelConfig
 from plt_jax.data.tokenizer import bos_id, eos_id
-from plt_jax.decoding.cache import Params
 from plt_jax.decoding.generation import stream
+from plt_jax.decoding.layout import Params
 from plt_jax.decoding.sampling import Sampling
 
 

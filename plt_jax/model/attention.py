@@ -71,12 +71,28 @@ def gate_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def project_qkv(
-    config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array, rotation: Rotation
+    config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rotated queries [B, N, T, H], rotated keys and values [B, K, T, H] of normed inputs."""
+    """Queries [B, N, T, H], keys and values [B, K, T, H] as the weights make them."""
     q_BNTH, k_BKTH, v_BKTH = (
         jnp.einsum("BTD,DNH->BNTH", x_BTD, weights[name].astype(x_BTD.dtype)) for name in "qkv"
     )
+    return q_BNTH, k_BKTH, v_BKTH
+
+
+def project_output(weights: Mapping[str, jax.Array], out_BNTH: jax.Array) -> jax.Array:
+    """The heads' outputs to [B, T, D]."""
+    return jnp.einsum("BNTH,NHD->BTD", out_BNTH, weights["o"].astype(out_BNTH.dtype))
+
+
+def finish_qkv(
+    config: ModelConfig,
+    weights: Mapping[str, jax.Array],
+    qkv: tuple[jax.Array, jax.Array, jax.Array],
+    rotation: Rotation,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What follows the products: biases, norms of queries and keys, and their rotation."""
+    q_BNTH, k_BKTH, v_BKTH = qkv
     if config.qkv_bias:
         q_BNTH, k_BKTH, v_BKTH = (
             x_BNTH + weights[name][:, None].astype(x_BNTH.dtype)

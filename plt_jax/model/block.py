@@ -8,14 +8,15 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
 from plt_jax.model.attention import (
     attention_parameters,
     blend,
     causal_attention,
+    finish_qkv,
     gate,
+    project_output,
     project_qkv,
     windowed_attention,
 )
@@ -30,6 +31,7 @@ from plt_jax.model.layers import (
 )
 from plt_jax.model.moe import RouterStatistics, mixture_of_experts, moe_parameters
 
+Weights = Mapping[str, jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
@@ -41,6 +43,19 @@ class LayerOutputs(NamedTuple):
     """[B, K, T, H] each, the keys rotated."""
     router: RouterStatistics | None
     """None in dense layers."""
+
+
+class Products(NamedTuple):
+    """The matrix products of a layer: training and decoding lay out their weights differently."""
+
+    qkv: Callable[[ModelConfig, Weights, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
+    """Normed input [B, T, D] to queries [B, N, T, H], keys and values [B, K, T, H]."""
+    output: Callable[[Weights, jax.Array], jax.Array]
+    """The heads' outputs [B, N, T, H] to [B, T, D]."""
+    feed_forward: Callable[
+        [ModelConfig, Weights, jax.Array], tuple[jax.Array, RouterStatistics | None]
+    ]
+    """Normed input [B, T, D] to the feed-forward output, and the router's statistics if MoE."""
 
 
 class Context(NamedTuple):
@@ -70,41 +85,45 @@ def block_parameters(config: ModelConfig) -> dict[str, Parameter]:
     return parameters
 
 
+def feed_forward(
+    config: ModelConfig, weights: Weights, x_BTD: jax.Array
+) -> tuple[jax.Array, RouterStatistics | None]:
+    """SwiGLU or mixture of experts, [B, T, D] -> [B, T, D], and the router's statistics if MoE."""
+    if config.moe.experts:
+        return mixture_of_experts(config.moe, weights, x_BTD)
+    return swiglu(x_BTD, weights["ffn_gate"], weights["ffn_up"], weights["ffn_down"]), None
+
+
+DECLARED_LAYOUT = Products(project_qkv, project_output, feed_forward)
+"""Products with the parameters as the model declares them."""
+
+
 def apply_block(
     config: ModelConfig,
-    weights: Mapping[str, jax.Array],
+    weights: Weights,
     x_BTD: jax.Array,
     rotation: Rotation,
     attend: Attend,
+    products: Products = DECLARED_LAYOUT,
 ) -> tuple[jax.Array, RouterStatistics | None]:
     """One pre-norm decoder layer, [B, T, D] -> [B, T, D], and its router's statistics if it is MoE.
 
-    Training, prefill and decoding differ only in `attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT)`, which
-    decides what the queries see and returns the heads' outputs [B, N, T, H].
+    Training, prefill and decoding differ only in how their weights lie, which `products` knows, and
+    in `attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT)`, which decides what the queries see and returns
+    the heads' outputs [B, N, T, H].
     """
     normed_BTD = rms_norm(x_BTD, weights["attention_norm"], config.norm_epsilon)
-    q_BNTH, k_BKTH, v_BKTH = project_qkv(config, weights, normed_BTD, rotation)
+    qkv = products.qkv(config, weights, normed_BTD)
+    q_BNTH, k_BKTH, v_BKTH = finish_qkv(config, weights, qkv, rotation)
     out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, gate(config, weights, x_BTD, q_BNTH))
-    x_BTD += jnp.einsum("BNTH,NHD->BTD", out_BNTH, weights["o"].astype(x_BTD.dtype))
+    x_BTD += products.output(weights, out_BNTH)
     if config.output_bias:
         x_BTD += weights["o_bias"].astype(x_BTD.dtype)
-    out_BTD, router = feed_forward(config, weights, x_BTD)
-    return x_BTD + out_BTD, router
-
-
-def feed_forward(
-    config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array
-) -> tuple[jax.Array, RouterStatistics | None]:
-    """The feed-forward half of a layer, its norms included and the residual sum not."""
     normed_BTD = rms_norm(x_BTD, weights["ffn_norm"], config.norm_epsilon)
-    if config.moe.experts:
-        out_BTD, router = mixture_of_experts(config.moe, weights, normed_BTD)
-    else:
-        out_BTD = swiglu(normed_BTD, weights["ffn_gate"], weights["ffn_up"], weights["ffn_down"])
-        router = None
+    out_BTD, router = products.feed_forward(config, weights, normed_BTD)
     if config.ffn_output_norm:
         out_BTD = rms_norm(out_BTD, weights["ffn_output_norm"], config.norm_epsilon)
-    return out_BTD, router
+    return x_BTD + out_BTD, router
 
 
 class Block(nn.Module):

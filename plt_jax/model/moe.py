@@ -7,7 +7,7 @@ Every token reaches every expert it chose: rows are sorted by expert, multiplied
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig, MoEConfig
 from plt_jax.model.layers import Parameter, projection, swiglu
+
+ApplyExperts = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class RouterStatistics(NamedTuple):
@@ -49,25 +51,6 @@ def moe_parameters(config: ModelConfig) -> dict[str, Parameter]:
     if moe.shared_gate:
         parameters["shared_router"] = projection((D, 1), ("embed", None), D)
     return parameters
-
-
-def mixture_of_experts(
-    moe: MoEConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array
-) -> tuple[jax.Array, RouterStatistics]:
-    """The chosen experts' weighted sum, plus the shared expert if there is one, [B, T, D]."""
-    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    weight_Mk, chosen_Mk, statistics = route(moe, weights["router"], x_MD)
-    out_MD = apply_experts(weights, x_MD, weight_Mk, chosen_Mk)
-    out_BTD = out_MD.reshape(x_BTD.shape)
-    if moe.shared_width:
-        shared_BTD = swiglu(
-            x_BTD, weights["shared_gate_proj"], weights["shared_up"], weights["shared_down"]
-        )
-        if moe.shared_gate:
-            share_BT1 = jax.nn.sigmoid(x_BTD.astype(jnp.float32) @ weights["shared_router"])
-            shared_BTD = (share_BT1 * shared_BTD).astype(x_BTD.dtype)
-        out_BTD += shared_BTD
-    return out_BTD, statistics
 
 
 def route(
@@ -108,6 +91,54 @@ def apply_experts(
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
     out_MkD = out[back].reshape(M, k, -1)
     return jnp.einsum("Mk,MkD->MD", weight_Mk.astype(out.dtype), out_MkD)
+
+
+def gather_experts(
+    weights: Mapping[str, jax.Array], x_MD: jax.Array, weight_Mk: jax.Array, chosen_Mk: jax.Array
+) -> jax.Array:
+    """As `apply_experts`, by reading the chosen experts' weights alone: for few tokens.
+
+    A grouped product reads (and on a CPU multiplies) every expert, whoever chose it.
+    """
+    gate_MkDF, up_MkDF, down_MkFD = (
+        weights[name].astype(x_MD.dtype)[chosen_Mk]
+        for name in ("expert_gate", "expert_up", "expert_down")
+    )
+    hidden_MkF = jax.nn.silu(jnp.einsum("MD,MkDF->MkF", x_MD, gate_MkDF))
+    hidden_MkF *= jnp.einsum("MD,MkDF->MkF", x_MD, up_MkDF)
+    out_MkD = jnp.einsum("MkF,MkFD->MkD", hidden_MkF, down_MkFD)
+    return jnp.einsum("Mk,MkD->MD", weight_Mk.astype(out_MkD.dtype), out_MkD)
+
+
+def shared_expert(weights: Mapping[str, jax.Array], x_BTD: jax.Array) -> jax.Array:
+    """The SwiGLU expert that every token goes to, [B, T, D] -> [B, T, D]."""
+    return swiglu(x_BTD, weights["shared_gate_proj"], weights["shared_up"], weights["shared_down"])
+
+
+def mixture_of_experts(
+    moe: MoEConfig,
+    weights: Mapping[str, jax.Array],
+    x_BTD: jax.Array,
+    apply_chosen: ApplyExperts = apply_experts,
+    apply_shared: Callable[[Mapping[str, jax.Array], jax.Array], jax.Array] = shared_expert,
+) -> tuple[jax.Array, RouterStatistics]:
+    """The chosen experts' weighted sum, plus the shared expert if there is one, [B, T, D].
+
+    Args:
+      apply_chosen: the routed experts' product, with the arguments of `apply_experts`.
+      apply_shared: the shared expert's product.
+    """
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    weight_Mk, chosen_Mk, statistics = route(moe, weights["router"], x_MD)
+    out_MD = apply_chosen(weights, x_MD, weight_Mk, chosen_Mk)
+    out_BTD = out_MD.reshape(x_BTD.shape)
+    if moe.shared_width:
+        shared_BTD = apply_shared(weights, x_BTD)
+        if moe.shared_gate:
+            share_BT1 = jax.nn.sigmoid(x_BTD.astype(jnp.float32) @ weights["shared_router"])
+            shared_BTD = (share_BT1 * shared_BTD).astype(x_BTD.dtype)
+        out_BTD += shared_BTD
+    return out_BTD, statistics
 
 
 def auxiliary_loss(moe: MoEConfig, statistics: RouterStatistics) -> jax.Array:

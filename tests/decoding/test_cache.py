@@ -8,7 +8,7 @@ import pytest
 
 from plt_jax import Transformer, decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.decoding.cache import ring_positions
-from plt_jax.decoding.prefill import _window_of_chunk
+from plt_jax.decoding.prefill import ring_slots_of_chunk
 from tests.models import ALL, compiled, random_params, small_config
 
 B, S, W, D = 3, 40, 5, 16
@@ -46,7 +46,7 @@ def test_dtype():
         (init_cache(config, B, S), jnp.bfloat16),
         (init_cache(config, B, S, "float32"), jnp.float32),
     ):
-        arrays = (*cache.keys, *cache.values, *cache.ring_keys, *cache.ring_values, cache.carried)
+        arrays = jax.tree.leaves(cache.replace(lengths=None))
         assert {array.dtype for array in arrays} == {jnp.dtype(dtype)}
         assert cache.lengths.dtype == jnp.int32
 
@@ -68,8 +68,7 @@ def test_a_chunk_writes_each_slot_of_a_ring_once(window):
     config = small_config("plt", 2, window=window)
     cache = init_cache(config, 4, S).replace(lengths=jnp.array([0, 2, 5, 11]))
     lengths, positions = jnp.array([10, 10, 1, 0]), cache.lengths[:, None] + jnp.arange(10)
-    real = jnp.arange(10) < lengths[:, None]
-    _, slots = _window_of_chunk(window, positions, real, lengths, cache)
+    slots = ring_slots_of_chunk(window, positions, lengths, cache.lengths)
     for row, length in zip(np.asarray(slots), lengths, strict=True):
         written = row[row < window]
         assert len(set(written.tolist())) == len(written) == min(window, length)
@@ -95,17 +94,53 @@ def test_raw_boxed_and_prepared_params_answer_alike():
         )
 
 
-def test_preparing_casts_projections_alone_and_happens_once():
-    config = small_config("plt", 2, dtype="bfloat16")
+def test_preparing_happens_once():
+    prepared = prepare_for_decode(small_config(), random_params(small_config()))
+    assert prepare_for_decode(small_config(), prepared) is prepared
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_prepared_weights(tied):
+    """Each key/value head lies behind its queries; norms and gates stay float32."""
+    config = small_config("plt", 2, dtype="bfloat16", tied_embeddings=tied)
     params = random_params(config)
     prepared = prepare_for_decode(config, params)
-    assert prepare_for_decode(config, prepared) is prepared
-    assert len(prepared["layers"]) == config.layers
+    assert ("head" in prepared) is not tied
+    D, K, G, H = 16, 2, 2, 4
     for j, layer in enumerate(prepared["layers"]):
-        assert layer.keys() == params["layers"].keys()
-        np.testing.assert_array_equal(layer["q"], params["layers"]["q"][j].astype(jnp.bfloat16))
-        assert layer["q"].dtype == prepared["head"].dtype == jnp.bfloat16
-        assert layer["ffn_norm"].dtype == prepared["final_norm"].dtype == jnp.float32
+        own = {name: np.asarray(stacked[j]) for name, stacked in params["layers"].items()}
+        qkv = np.asarray(layer["qkv"], np.float32).reshape(K, G + 2, H, D)
+        for head in range(K):
+            for row, right in enumerate(
+                [
+                    own["q"][:, head * G],
+                    own["q"][:, head * G + 1],
+                    own["k"][:, head],
+                    own["v"][:, head],
+                ]
+            ):
+                np.testing.assert_array_equal(qkv[head, row], rounded(right.T))
+        np.testing.assert_array_equal(layer["o"], rounded(own["o"].reshape(-1, D).T))
+        both = np.concatenate([own["ffn_gate"], own["ffn_up"]], axis=1)
+        np.testing.assert_array_equal(layer["gate_up"], rounded(both.T))
+        np.testing.assert_array_equal(layer["down"], rounded(own["ffn_down"].T))
+        kept = layer.keys() & own.keys()
+        assert kept == {"attention_norm", "ffn_norm", "gate_bias", "gate_weight"}
+        for name in kept:
+            np.testing.assert_array_equal(layer[name], own[name])
+
+
+def rounded(x):
+    return jnp.asarray(x, jnp.bfloat16)
+
+
+def test_router_stays_in_float32():
+    """As in the forward pass, or decoding would choose other experts."""
+    config = small_config(dtype="bfloat16", moe={"experts": 4, "expert_width": 8})
+    params = random_params(config)
+    for j, layer in enumerate(prepare_for_decode(config, params)["layers"]):
+        np.testing.assert_array_equal(layer["router"], params["layers"]["router"][j])
+        assert layer["expert_up"].dtype == jnp.bfloat16
 
 
 # ---- what is refused ----

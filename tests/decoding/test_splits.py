@@ -50,8 +50,8 @@ operations = st.lists(
 def programs(config: ModelConfig):
     """`prefill(params, tokens, lengths, cache)` and `decode_step(params, tokens, cache)`."""
     return (
-        compiled(functools.partial(prefill.__wrapped__, config)),
-        compiled(functools.partial(decode_step.__wrapped__, config)),
+        compiled(functools.partial(prefill, config)),
+        compiled(functools.partial(decode_step, config)),
     )
 
 
@@ -109,13 +109,18 @@ def meaningful(config: ModelConfig, cache: Cache):
     slots = jnp.arange(CAPACITY) < cache.lengths[:, None]
     ring = ring_positions(cache.lengths, config.loop.window) >= 0
 
-    def part(arrays, filled):
-        return [jnp.where(filled[:, None, None, :, None], array, 0) for array in arrays]
+    def part(tree, filled_BS):
+        def masked(array):
+            loops_and_heads = tuple(range(1, array.ndim - 2))
+            filled = jnp.expand_dims(filled_BS, loops_and_heads)[..., None]
+            return jnp.where(filled, array, 0)
+
+        return jax.tree.map(masked, tree)
 
     return (
         cache.lengths,
-        part([*cache.keys, *cache.values], slots),
-        part([*cache.ring_keys, *cache.ring_values], ring),
+        part((cache.keys, cache.values), slots),
+        part((cache.ring_keys, cache.ring_values), ring),
         cache.carried,
     )
 

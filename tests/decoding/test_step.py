@@ -19,6 +19,9 @@ def equations(jaxpr) -> Iterator:
     for equation in jaxpr.eqns:
         assert equation.primitive.name not in ("scan", "while")
         yield equation
+        if equation.primitive.name == "cond":  # a choice by platform: one of them runs
+            yield from equations(equation.params["branches"][-1].jaxpr)
+            continue
         for value in equation.params.values():
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
@@ -48,10 +51,9 @@ def count_with(shape, scheme, count):
 def test_weights_are_read_once_for_all_loops(scheme, count):
     """Each weight is in one product a layer; L in the schemes without a shift."""
     passes = 1 if scheme in SHIFTED else count
-    weights = {"gate and up": (16, 24), "down": (24, 16), "q": (16, 4, 4), "o": (4, 4, 16)}
+    weights = {"gate and up": (48, 16), "down": (16, 24), "q, k and v": (32, 16), "o": (16, 16)}
     read = {name: count_with(shape, scheme, count) for name, shape in weights.items()}
-    per_layer = {"gate and up": 2, "down": 1, "q": 1, "o": 1}
-    assert read == {name: n * LAYERS * passes for name, n in per_layer.items()}
+    assert read == dict.fromkeys(weights, LAYERS * passes)
 
 
 @pytest.mark.parametrize(("scheme", "count"), ALL)
@@ -65,5 +67,5 @@ def test_shared_cache_is_read_once_for_all_loops(scheme, count):
 
 @pytest.mark.parametrize(("scheme", "count"), ALL)
 def test_head_reads_the_last_loop_alone(scheme, count):
-    head = [operands for operands in products(scheme, count) if (16, 31) in operands]
-    assert head == [[(B, 1, 16), (16, 31)]]
+    head = [operands for operands in products(scheme, count) if (31, 16) in operands]
+    assert head == [[(B, 16), (31, 16)]]

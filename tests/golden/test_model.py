@@ -45,8 +45,8 @@ def check_decoding(config, params, expected):
     tokens, logits = expected["input_ids"], expected["logits"]
     B, T = tokens.shape
     params = prepare_for_decode(config, params)
-    step = compiled(functools.partial(decode_step.__wrapped__, config))
-    actual, cache = compiled(functools.partial(prefill.__wrapped__, config))(
+    step = compiled(functools.partial(decode_step, config))
+    actual, cache = compiled(functools.partial(prefill, config))(
         params, tokens[:, :PREFILLED], jnp.full(B, PREFILLED), init_cache(config, B, T)
     )
     assert largest_difference(actual, logits[:, PREFILLED - 1]) < TOLERANCE

@@ -89,7 +89,7 @@ def test_it_decodes_as_the_source_does():
     params = random_params(DENSE)
     looped, looped_params = retrofit(DENSE, params, still("plt", 2), CLOSED)
     expected = np.asarray(forward(DENSE)(params, TOKENS))
-    step = compiled(functools.partial(decode_step.__wrapped__, looped))
+    step = compiled(functools.partial(decode_step, looped))
     weights, cache = prepare_for_decode(looped, looped_params), init_cache(looped, 2, 20)
     for t in range(TOKENS.shape[1]):
         logits, cache = step(weights, TOKENS[:, t], cache)

@@ -1,0 +1,181 @@
+"""Attention of new tokens to a cache: in one piece for a few queries, in blocks for a chunk.
+
+Query heads are folded behind the key/value head that they read, together with the positions or
+loops that they stand for, M = (N / K)·T queries per key/value head: the cache is read once for all
+of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from plt_jax.decoding.cache import Quantized, Stored
+from plt_jax.decoding.layout import on_two_rows
+from plt_jax.model.attention import MASKED, windowed_attention
+
+QUERY_BLOCK, KEY_BLOCK = 256, 512
+"""Of a chunk's attention: its logits take QUERY_BLOCK x KEY_BLOCK for each head, never more."""
+
+
+class Partial(NamedTuple):
+    """Softmax attention over some of the keys, all float32."""
+
+    sum_BKMH: jax.Array
+    """The sum of values, weighted with exp(logit - largest)."""
+    total_BKM1: jax.Array
+    """The sum of those weights."""
+    largest_BKM1: jax.Array
+    """The largest logit."""
+
+    def merge(self, other: Partial) -> Partial:
+        """Over the keys of both."""
+        largest = jnp.maximum(self.largest_BKM1, other.largest_BKM1)
+        one, two = jnp.exp(self.largest_BKM1 - largest), jnp.exp(other.largest_BKM1 - largest)
+        return Partial(
+            one * self.sum_BKMH + two * other.sum_BKMH,
+            one * self.total_BKM1 + two * other.total_BKM1,
+            largest,
+        )
+
+    def heads(self, like_BNTH: jax.Array) -> jax.Array:
+        """The attention's output, in the shape and dtype of the queries."""
+        return (self.sum_BKMH / self.total_BKM1).astype(like_BNTH.dtype).reshape(like_BNTH.shape)
+
+
+def partial_attention(
+    q_BNTH: jax.Array, keys: Stored, values: Stored, mask_BTS: jax.Array
+) -> Partial:
+    """Softmax attention of queries to the keys that a mask allows; softmax in float32.
+
+    Args:
+      mask_BTS: bool, broadcastable to [B, T, S]; every query needs one allowed key.
+    """
+    B, N, T, H = q_BNTH.shape
+    K, S = keys.shape[1:3]
+    q_BKMH = q_BNTH.reshape(B, K, -1, H)
+    logits_BKMS = _few_rows(q_BKMH, keys, "BKMH,BKSH->BKMS") / math.sqrt(H)
+    if isinstance(keys, Quantized):
+        logits_BKMS *= keys.scales.swapaxes(2, 3)
+    # The mask is one for all heads; it meets the logits where positions are an axis of their own.
+    logits_BKGTS = logits_BKMS.reshape(B, K, N // K, T, S)
+    logits_BKMS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED).reshape(B, K, -1, S)
+    largest = jnp.max(logits_BKMS, axis=-1, keepdims=True)
+    weights_BKMS = jnp.exp(logits_BKMS - largest)
+    total = jnp.sum(weights_BKMS, axis=-1, keepdims=True)
+    if isinstance(values, Quantized):
+        weights_BKMS *= values.scales.swapaxes(2, 3)
+    sum_BKMH = _few_rows(weights_BKMS.astype(q_BNTH.dtype), values, "BKMS,BKSH->BKMH")
+    return Partial(sum_BKMH, total, largest)
+
+
+def _few_rows(x_BKMx: jax.Array, stored: Stored, formula: str) -> jax.Array:
+    """A product with what a cache holds, summed in float32."""
+    held = stored.values if isinstance(stored, Quantized) else stored
+    held = held.astype(x_BKMx.dtype)
+
+    def product(x: jax.Array) -> jax.Array:
+        return jnp.einsum(formula, x, held, preferred_element_type=jnp.float32)
+
+    def on_cpu(x: jax.Array) -> jax.Array:
+        return on_two_rows(product, x, axis=2) if x.dtype == jnp.bfloat16 else product(x)
+
+    return jax.lax.platform_dependent(x_BKMx, cpu=on_cpu, default=product)
+
+
+def attend(q_BNTH: jax.Array, keys: Stored, values: Stored, mask_BTS: jax.Array) -> jax.Array:
+    """Attention of a few queries to all keys that a mask allows, [B, N, T, H]."""
+    return partial_attention(q_BNTH, keys, values, mask_BTS).heads(q_BNTH)
+
+
+def attend_own(
+    q_BNRH: jax.Array, keys_BRKSH: jax.Array, values_BRKSH: jax.Array, mask_B1S: jax.Array
+) -> jax.Array:
+    """Each of R rows attends to keys of its own; all rows of a sequence share the mask."""
+    B, N, R, H = q_BNRH.shape
+    q = q_BNRH.swapaxes(1, 2).reshape(B * R, N, 1, H)
+    keys, values = (x.reshape(B * R, *x.shape[2:]) for x in (keys_BRKSH, values_BRKSH))
+    out = attend(q, keys, values, jnp.repeat(mask_B1S, R, axis=0))
+    return out.reshape(B, R, N, H).swapaxes(1, 2)
+
+
+def attend_causally(
+    q_BNCH: jax.Array, keys: Stored, values: Stored, positions_BC: jax.Array
+) -> jax.Array:
+    """Attention of a chunk's queries to the cached keys up to their positions, [B, N, C, H].
+
+    Queries and keys go in blocks, and keys behind the last position of a block are not read: work
+    grows with the keys that there are, not with the cache's capacity, and memory with neither.
+    """
+    B, N, C, H = q_BNCH.shape
+    block = min(QUERY_BLOCK, C)
+    count = -(-C // block)
+    if count == 1:
+        return _attend_block(q_BNCH, keys, values, positions_BC)
+    padding = count * block - C
+    q = jnp.pad(q_BNCH, ((0, 0), (0, 0), (0, padding), (0, 0))).reshape(B, N, count, block, H)
+    positions = jnp.pad(positions_BC, ((0, 0), (0, padding))).reshape(B, count, block)
+
+    def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return _attend_block(inputs[0], keys, values, inputs[1])
+
+    out = jax.lax.map(one, (jnp.moveaxis(q, 2, 0), positions.swapaxes(0, 1)))
+    return jnp.moveaxis(out, 0, 2).reshape(B, N, -1, H)[:, :, :C]
+
+
+def _attend_block(
+    q_BNCH: jax.Array, keys: Stored, values: Stored, positions_BC: jax.Array
+) -> jax.Array:
+    """One block of queries, over blocks of keys."""
+    capacity = keys.shape[2]
+    block = min(KEY_BLOCK, capacity)
+
+    def over(index: jax.Array | int) -> Partial:
+        # The last block ends with the cache, and leaves out what the one before it has seen.
+        start = jnp.minimum(index * block, capacity - block)
+        k, v = jax.tree.map(
+            lambda array: jax.lax.dynamic_slice_in_dim(array, start, block, axis=2), (keys, values)
+        )
+        slots = start + jnp.arange(block)
+        mask_BCS = (slots >= index * block) & (slots <= positions_BC[:, :, None])
+        return partial_attention(q_BNCH, k, v, mask_BCS)
+
+    # Block 0 holds a key for every query; where a later one holds none, `merge` gives its junk,
+    # whose largest logit is MASKED, a weight of exactly zero.
+    blocks = jnp.minimum(jnp.max(positions_BC) // block + 1, -(-capacity // block))
+    done = jax.lax.fori_loop(1, blocks, lambda i, so_far: so_far.merge(over(i)), over(0))
+    return done.heads(q_BNCH)
+
+
+def attend_window(
+    q_BNCH: jax.Array,
+    new: tuple[jax.Array, jax.Array],
+    rings: tuple[jax.Array, jax.Array],
+    lengths_B: jax.Array,
+) -> jax.Array:
+    """Attention of a chunk's queries to the last W keys, of the ring and of the chunk itself.
+
+    Args:
+      new: the chunk's keys and values [B, K, C, H].
+      rings: [B, K, W, H] each, as they are before the chunk.
+      lengths_B: tokens before the chunk.
+
+    Returns:
+      [B, N, C, H]; work and memory grow as C·W.
+    """
+    window, chunk = rings[0].shape[2], q_BNCH.shape[2]
+    before = lengths_B[:, None] - window + jnp.arange(window)
+    slots_B1W1 = (before % window)[:, None, :, None]
+    keys, values = (
+        jnp.concatenate([jnp.take_along_axis(ring, slots_B1W1, axis=2).astype(x.dtype), x], axis=2)
+        for ring, x in zip(rings, new, strict=True)
+    )
+    # Slots that hold nothing yet stand for another document. The ring's own positions get queries
+    # too, which nobody reads.
+    documents = jnp.concatenate([before >= 0, jnp.ones((len(before), chunk), bool)], axis=1)
+    q = jnp.pad(q_BNCH, ((0, 0), (0, 0), (window, 0), (0, 0)))
+    out = windowed_attention(q, keys, values, documents.astype(jnp.int32), window)
+    return out[:, :, window:]
