@@ -151,11 +151,12 @@ def _stops(
 
 
 @flax.struct.dataclass
-class _State:
-    """Between two tokens: `tokens_B` are drawn, and not yet in the cache."""
+class GenerationState:
+    """Between two tokens."""
 
     cache: Cache
     tokens_B: jax.Array
+    """The newest tokens, int32 [B]: drawn, and not in the cache yet."""
     running_B: jax.Array
     """Which rows have not met a stop token."""
     index: jax.Array
@@ -174,14 +175,16 @@ def _run(
     block: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     logits_BV, cache = prefill_prompts(config, params, prompts, cache)
-    start = _State(cache, jnp.zeros(len(prompts), jnp.int32), jnp.ones(len(prompts), bool), 0)
+    start = GenerationState(
+        cache, jnp.zeros(len(prompts), jnp.int32), jnp.ones(len(prompts), bool), 0
+    )
     tokens_B, logs_B, running_B = _choose(sampling, logits_BV, keys_B, stops_BM, start)
     state = start.replace(tokens_B=tokens_B, running_B=running_B, index=jnp.int32(0))
     yield np.asarray(tokens_B)[:, None], np.asarray(logs_B)[:, None]
     made = 1
     while made < max_new_tokens and np.any(state.running_B):
         count = min(block, max_new_tokens - made)
-        state, tokens_nB, logs_nB = _advance(
+        state, tokens_nB, logs_nB = advance(
             config, sampling, params, keys_B, stops_BM, state, count
         )
         new = int(state.index) + 1 - made
@@ -190,18 +193,27 @@ def _run(
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
-def _advance(
+def advance(
     config: ModelConfig,
     sampling: Sampling,
     params: Params,
     keys_B: jax.Array,
     stops_BM: jax.Array,
-    state: _State,
+    state: GenerationState,
     count: jax.Array,
-) -> tuple[_State, jax.Array, jax.Array]:
-    """Up to `count` more tokens, fewer where all rows stop; they are [BLOCK, B], and junk behind.
+) -> tuple[GenerationState, jax.Array, jax.Array]:
+    """Makes up to `count` more tokens on the device, fewer where all rows stop.
 
-    One program for any count, so that streaming compiles nothing of its own.
+    One program for any count up to BLOCK, so that streaming compiles nothing of its own.
+
+    Args:
+      keys_B: of each row's draws.
+      stops_BM: int32, tokens that end each row; -1 where there are fewer than M.
+      state: donated.
+
+    Returns:
+      The state after them, the tokens and their log-probabilities, [BLOCK, B] each; behind the
+      tokens made, which `state.index` counts, is junk.
     """
     B = state.tokens_B.shape[0]
 
@@ -224,7 +236,11 @@ def _advance(
 
 @partial(jax.jit, static_argnums=0)
 def _choose(
-    sampling: Sampling, logits_BV: jax.Array, keys_B: jax.Array, stops_BM: jax.Array, state: _State
+    sampling: Sampling,
+    logits_BV: jax.Array,
+    keys_B: jax.Array,
+    stops_BM: jax.Array,
+    state: GenerationState,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The next token of each row, its log-probability, and which rows go on.
 

@@ -1,0 +1,52 @@
+"""What a measurement ran on, and how fast its memory is."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors")
+
+
+def machine() -> dict[str, str | int | None]:
+    """Processor, devices and versions."""
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def processor() -> str:
+    """The processor's own name, where the system tells."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def copy_bandwidth(rounds: int = 7) -> float:
+    """Bytes per second that a copy of a large array reads and writes on the first device."""
+    size = 2**28 if jax.default_backend() == "cpu" else 2**31
+    array = jnp.ones(size // 4, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    copy(array).block_until_ready()
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        copy(array).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * array.nbytes / statistics.median(seconds)

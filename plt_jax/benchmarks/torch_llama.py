@@ -1,0 +1,108 @@
+"""Hugging Face transformers' llama with a static cache, timed beside ours: a process of its own.
+
+Imports nothing of plt_jax, so that it runs in any interpreter that has torch and transformers:
+`PYTHON torch_llama.py SHAPE`, SHAPE a JSON object (see `main`). It prints one line of JSON when it
+is ready; then each line on its standard input, a number of tokens, is answered by one line with the
+seconds that decoding them took.
+"""
+
+import json
+import os
+import sys
+import time
+
+# On some virtual machines oneDNN takes for granted what the processor says and cannot do.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
+import torch
+import transformers
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+
+
+def main() -> None:
+    shape = json.loads(sys.argv[1])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["width"],
+        intermediate_size=shape["ffn_width"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv_heads"],
+        head_dim=shape["head_width"],
+        tie_word_embeddings=shape["tied_embeddings"],
+        max_position_embeddings=shape["capacity"],
+        attn_implementation="sdpa",
+    )
+    torch.set_default_dtype(getattr(torch, shape["dtype"]))
+    with torch.device(device):
+        model = LlamaForCausalLM(config).eval()
+    step = model.forward
+    if shape["compile"]:
+        mode = "reduce-overhead" if device == "cuda" else "default"
+        step = torch.compile(model.forward, mode=mode, fullgraph=True)
+    decode = Decoder(model, step, config, shape, device)
+    decode(3)  # compiles, and fills the caches of libraries
+    about = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "compiled": shape["compile"],
+    }
+    print(json.dumps(about), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(decode(int(line))), flush=True)
+
+
+class Decoder:
+    """Greedy decoding at the end of a context whose cache is filled with noise."""
+
+    def __init__(self, model, step, config, shape, device):
+        self.step, self.shape, self.device = step, shape, device
+        self.cache = StaticCache(config=config, max_cache_len=shape["capacity"])
+        self.token = torch.zeros((shape["batch"], 1), dtype=torch.long, device=device)
+        with torch.no_grad():  # the first call makes the cache's arrays
+            model.forward(
+                input_ids=self.token,
+                past_key_values=self.cache,
+                cache_position=torch.zeros(1, dtype=torch.long, device=device),
+            )
+            for layer in self.cache.layers:
+                layer.keys.normal_()
+                layer.values.normal_()
+
+    @torch.no_grad()
+    def __call__(self, tokens: int) -> float:
+        """Seconds for so many tokens of every sequence, from the same context each time."""
+        start = self.shape["context"]
+        positions = [torch.tensor([start + i], device=self.device) for i in range(tokens)]
+        self._wait()
+        begin = time.perf_counter()
+        for position in positions:
+            self._reset(position)
+            out = self.step(
+                input_ids=self.token, past_key_values=self.cache, cache_position=position
+            )
+            self.token.copy_(out.logits[:, -1:].argmax(-1))
+        self._wait()
+        return time.perf_counter() - begin
+
+    def _reset(self, position: torch.Tensor) -> None:
+        """Newer versions count the cache's tokens themselves; they must not run over its end."""
+        for layer in self.cache.layers:
+            if hasattr(layer, "cumulative_length"):
+                if isinstance(layer.cumulative_length, torch.Tensor):
+                    layer.cumulative_length.copy_(position[0])
+                else:
+                    layer.cumulative_length = int(position)
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
