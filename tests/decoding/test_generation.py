@@ -33,9 +33,9 @@ def continuation():
     return np.array([greedy(CONFIG, prompt, NEW) for prompt in PROMPTS])
 
 
-def run(prompts=PROMPTS, new=NEW, sampling=Sampling(), seed=None, config=CONFIG):
+def run(prompts=PROMPTS, new=NEW, sampling=Sampling(), seed=None, config=CONFIG, **options):
     key = None if seed is None else jax.random.key(seed)
-    return generate(config, random_params(config), prompts, new, sampling, key)
+    return generate(config, random_params(config), prompts, new, sampling, key, **options)
 
 
 def test_ragged_prompts_continue_as_the_forward_pass_says(continuation):
@@ -100,7 +100,96 @@ def test_equal_prompts_draw_differently_by_row_and_step():
     assert all(len(set(row)) > 4 for row in tokens.tolist())
 
 
+def test_a_key_for_each_prompt_goes_where_it_goes():
+    """The draws of a prompt are its key's, in whatever row and company."""
+    keys = jax.random.split(jax.random.key(4), 3)
+
+    def draw(order):
+        prompts = [PROMPTS[index] for index in order]
+        params = random_params(CONFIG)
+        return generate(CONFIG, params, prompts, NEW, SAMPLING, keys[np.array(order)])
+
+    first = draw([0, 1, 2])
+    np.testing.assert_array_equal(draw([2, 0, 1]), first[[2, 0, 1]])
+    np.testing.assert_array_equal(draw([1]), first[[1]])
+    assert np.any(first != run(sampling=SAMPLING, seed=5))
+
+
+def test_old_style_keys_draw_as_new_ones():
+    old = generate(CONFIG, random_params(CONFIG), PROMPTS, 3, SAMPLING, jax.random.PRNGKey(1))
+    np.testing.assert_array_equal(old, run(new=3, sampling=SAMPLING, seed=1))
+
+
+# ---- log-probabilities ----
+
+
+@pytest.mark.parametrize(("sampling", "seed"), [(Sampling(), None), (SAMPLING, 5)], ids=str)
+def test_log_probabilities_are_the_models_own(sampling, seed):
+    """At temperature 1, before tokens are left out; 0 for repeated stop tokens."""
+    stop = int(run(sampling=sampling, seed=seed)[0][2])
+    tokens, logs = run(
+        sampling=sampling, seed=seed, stop_tokens=[[stop], [], []], log_probabilities=True
+    )
+    assert logs.dtype == np.float32 and logs.shape == tokens.shape == (3, NEW)
+    assert stop in tokens[0].tolist()
+    end = tokens[0].tolist().index(stop) + 1
+    assert np.all(tokens[0, end:] == stop) and not np.any(logs[0, end:])
+    for row, prompt in enumerate(PROMPTS):
+        made = end if row == 0 else NEW
+        padded = np.zeros((3, LENGTH), np.int32)
+        whole = [*prompt, *tokens[row, :made]]
+        padded[0, : len(whole)] = whole
+        logits = forward(CONFIG)(random_params(CONFIG), padded)[0]
+        right = jax.nn.log_softmax(logits)[
+            np.arange(len(prompt) - 1, len(whole) - 1), whole[len(prompt) :]
+        ]
+        np.testing.assert_allclose(logs[row, :made], right, atol=1e-4)
+
+
+# ---- the loop on the device ----
+
+
+@pytest.mark.parametrize("block", [1, 2, 5])
+def test_tokens_do_not_depend_on_blocks(continuation, monkeypatch, block):
+    monkeypatch.setattr(generation, "STREAMED_BLOCK", block)
+    steps = list(stream(CONFIG, random_params(CONFIG), PROMPTS, NEW))
+    np.testing.assert_array_equal(np.stack(steps, axis=1), continuation)
+
+
+def test_more_tokens_than_a_block(monkeypatch):
+    """Two blocks and a part of one, against one token at a time."""
+    new = 2 * generation.BLOCK // 8 + 3
+    monkeypatch.setattr(generation, "BLOCK", generation.BLOCK // 8)
+    generation.advance.clear_cache()
+    tokens = run([[3, 1]], new=new)
+    monkeypatch.setattr(generation, "STREAMED_BLOCK", 1)
+    one_by_one = list(stream(CONFIG, random_params(CONFIG), [[3, 1]], new))
+    np.testing.assert_array_equal(tokens[0], np.concatenate(one_by_one))
+    generation.advance.clear_cache()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_dtypes_of_the_cache(dtype):
+    """Rounded keys may choose other tokens in the end, but the first comes from near them."""
+    tokens, logs = run(new=2, cache_dtype=dtype, log_probabilities=True)
+    exact, exact_logs = run(new=2, log_probabilities=True)
+    np.testing.assert_array_equal(tokens, exact)
+    np.testing.assert_allclose(logs, exact_logs, atol=0.1)
+    assert np.any(logs != exact_logs)
+
+
 # ---- stop tokens ----
+
+
+def test_stop_tokens_of_one_prompt_stop_it_alone(continuation):
+    stop = int(continuation[0][1])
+    sampling = Sampling(stop_tokens=(int(continuation[2][3]),))
+    expected = [
+        until_stop(row, {*sampling.stop_tokens, *([stop] if index == 0 else [])})
+        for index, row in enumerate(continuation.tolist())
+    ]
+    stops = [[stop], [], []]
+    np.testing.assert_array_equal(run(sampling=sampling, stop_tokens=stops), expected)
 
 
 def until_stop(row, stops):
@@ -158,3 +247,17 @@ def test_bad_input_is_refused(function, prompts, new, sampling, message, monkeyp
     monkeypatch.setattr(generation, "prepare_for_decode", device_work)
     with pytest.raises(InputError, match=message):
         function(CONFIG, random_params(CONFIG), prompts, new, sampling)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stop_tokens": [[1]]}, "stop_tokens are given for 1 prompts, but there are 2"),
+        ({"key": jax.random.split(jax.random.key(0), 3)}, r"key has shape \(3,\).*each of 2"),
+        ({"cache_dtype": "float16"}, "cache dtype is float16"),
+    ],
+)
+@pytest.mark.parametrize("function", [generate, stream])
+def test_options_that_do_not_fit_are_refused(function, options, message):
+    with pytest.raises(InputError, match=message):
+        function(CONFIG, random_params(CONFIG), [[1], [2]], 1, **options)

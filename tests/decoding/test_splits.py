@@ -39,6 +39,19 @@ CASES = {
         ffn_output_norm=True,
         kv_heads=1,
     ),
+    # A step's few rows gather their experts' weights, a chunk's rows go through grouped products.
+    "plt-2-experts": small_config(
+        "plt",
+        2,
+        qk_norm=True,
+        moe={
+            "experts": 12,
+            "experts_per_token": 2,
+            "expert_width": 8,
+            "shared_width": 8,
+            "shared_gate": True,
+        },
+    ),
 }
 
 operations = st.lists(
@@ -161,10 +174,34 @@ def test_a_cache_is_not_modified(case):
     jax.tree.map(np.testing.assert_array_equal, before, kept)
 
 
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    operations,
+    st.sampled_from(["plt", "loop_kv_share_window"]),
+    st.integers(2, 4),
+    st.integers(2, CAPACITY + 2),
+)
+def test_any_window(operations, scheme, count, window):
+    Decoder(small_config(scheme, count, window=window)).run(operations)
+
+
+SPLIT = [(7, 3, 1), STEP, (2, 4, 0), STEP, STEP, (0, 7, 15)]
+
+
+@pytest.mark.parametrize("scheme", ["no_loop", "clp", "plt"])
+def test_eight_bits(scheme):
+    """Keys and values in eight bits move the logits by at most a tenth of their spread."""
+    config = small_config(scheme, 1 if scheme == "no_loop" else 3, window=3)
+    spread = np.std(Decoder(config).expected)
+    decoder = Decoder(config, dtype="int8", tolerance=0.1 * spread)
+    decoder.run(SPLIT)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(decoder.cache.keys)} == {"int8", "float32"}
+
+
 def test_bfloat16():
     """Keys rounded to 8 bits move the logits by a share of a hundredth of their spread or so."""
     config = small_config("plt", 3, window=3)
-    split = [(7, 3, 1), STEP, (2, 4, 0), STEP, STEP, (0, 7, 15)]
+    split = SPLIT
     spread = np.std(Decoder(config).expected)
     Decoder(config, dtype="bfloat16", tolerance=0.2 * spread).run(split)
 
