@@ -130,8 +130,8 @@ def choose_backend(config: ModelConfig) -> Literal["xla", "cudnn", "splash"]:
     if config.attention not in ("xla", available):
         needed = {"cudnn": "an NVIDIA GPU of compute capability 8.0 or above", "splash": "a TPU"}
         raise InputError(
-            f"model.attention is {config.attention}, which needs {needed[config.attention]}, but "
-            f"the devices here can run {available}; set model.attention to auto or xla"
+            f"model.attention is {config.attention}, which needs {needed[config.attention]}; "
+            "set it to auto or xla"
         )
     return config.attention
 

@@ -82,9 +82,9 @@ def cudnn_attention(
 
     def attend(q_BNTH, k_BKTH, v_BKTH, documents_BT):
         T, mask = q_BNTH.shape[2], None
+        # The backward pass takes even lengths only. No query of the sequence sees the key added.
+        q_BNTH, k_BKTH, v_BKTH = (_pad_length(x, T % 2) for x in (q_BNTH, k_BKTH, v_BKTH))
         if documents_BT is not None:
-            # The backward pass with a mask takes even lengths only. No query sees the key added.
-            q_BNTH, k_BKTH, v_BKTH = (_pad_length(x, T % 2) for x in (q_BNTH, k_BKTH, v_BKTH))
             documents_BT = jnp.pad(documents_BT, ((0, 0), (0, T % 2)))
             mask = (documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
         out_BTNH = jax.nn.dot_product_attention(
