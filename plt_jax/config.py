@@ -191,6 +191,9 @@ class ModelConfig(Section):
     """RMSNorm on the feed-forward output before the residual sum."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, norms, softmax and logits stay float32."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """What computes attention over whole sequences: plain XLA, cuDNN on NVIDIA GPUs, or splash on
+    TPUs; auto is the fastest that the devices, the dtype and the head width allow."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes: nothing, every layer, or all but matrix products."""
     layer_unroll: PositiveInt = 1
@@ -226,7 +229,22 @@ class ModelConfig(Section):
             )
         if self.head_width % 2:
             raise ValueError(f"head_width {self.head_width} is odd; RoPE needs an even number")
+        if self.attention == "cudnn" and self.cudnn_obstacle is not None:
+            raise ValueError(f"attention is cudnn, but {self.cudnn_obstacle}, or attention to auto")
         return self
+
+    @property
+    def cudnn_obstacle(self) -> str | None:
+        """What keeps cuDNN's attention from taking such a model, and the fix; None if it takes it.
+
+        The conditions are those of `jax.nn.dot_product_attention`, with the head width that every
+        GPU's kernels reach: up to 256 they depend on its generation.
+        """
+        if self.dtype != "bfloat16":
+            return f"dtype is {self.dtype}; set dtype to bfloat16"
+        if self.head_width % 8 or self.head_width > 128:
+            return f"head_width is {self.head_width}; set head_width to a multiple of 8 up to 128"
+        return None
 
 
 class DataConfig(Section):

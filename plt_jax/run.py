@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "evaluation.",
     "mesh.",
+    "model.attention",  # computes the same model; as with another mesh, only rounding differs
     "data.cache_dir",
     "data.prefetch",
     "training.steps",

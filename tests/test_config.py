@@ -88,6 +88,13 @@ REFUSED = {
     "model: {width: 100}": "width 100 is not divisible by heads 12; change one, or set head_width",
     "model: {head_width: 7}": "head_width 7 is odd; RoPE needs an even number",
     "model: {width: 84}": "head_width 7 is odd",
+    "model: {attention: flash}": "model.attention = 'flash': input should be 'auto', 'xla', "
+    "'cudnn' or 'splash'",
+    "model: {attention: cudnn}": "attention is cudnn, but dtype is float32; set dtype to bfloat16, "
+    "or attention to auto",
+    "model: {attention: cudnn, dtype: bfloat16, head_width: 100}": "attention is cudnn, but "
+    "head_width is 100; set head_width to a multiple of 8 up to 128, or attention to auto",
+    "model: {attention: cudnn, dtype: bfloat16, head_width: 256}": "head_width is 256; set head_wi",
     "model: {loop: {window: 0}}": "model.loop.window = 0: input should be greater than 0",
     "model: {loop: {count: 0}}": "model.loop.count = 0: input should be greater than 0",
     "model: {loop: {scheme: no_loop, count: 2}}": "count is 2, but the scheme no_loop runs the "

@@ -167,6 +167,7 @@ def test_changes_that_no_step_depends_on_are_allowed_and_reported(finished, copy
         checkpoint={"keep": 5, "keep_best": 0},
         evaluation={"batch_size": 2, "sequences": None},
         mesh={"fsdp": 2},
+        model={"attention": "xla"},
         data={"cache_dir": "elsewhere", "prefetch": 0},
     )
     changes = check_directory(config)
@@ -177,7 +178,7 @@ def test_changes_that_no_step_depends_on_are_allowed_and_reported(finished, copy
         *["run_dir", "training.steps", "training.log_every", "training.evaluate_every"],
         *["training.checkpoint_every", "training.sample_prompt", "checkpoint.keep"],
         *["checkpoint.keep_best", "evaluation.batch_size", "evaluation.sequences", "mesh.fsdp"],
-        *["data.cache_dir", "data.prefetch"],
+        *["data.cache_dir", "data.prefetch", "model.attention"],
     }
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
+from plt_jax.errors import InputError
+from plt_jax.model.kernels import available_kernel, cudnn_attention, splash_attention
 from plt_jax.model.layers import (
     Parameter,
     Rotation,
@@ -128,6 +131,55 @@ def blend(gate_BNT: jax.Array, global_BNTH: jax.Array, local_BNTH: jax.Array) ->
     """G-SWA's output g·global + (1 - g)·local, in the branches' dtype."""
     g = gate_BNT[..., None]
     return (g * global_BNTH + (1.0 - g) * local_BNTH).astype(global_BNTH.dtype)
+
+
+def choose_backend(config: ModelConfig) -> Literal["xla", "cudnn", "splash"]:
+    """What computes attention over whole sequences: `config.attention`, with auto made definite.
+
+    Raises:
+      InputError: the devices that the program is traced for cannot run what the configuration asks.
+    """
+    available = available_kernel()
+    if config.attention == "auto":
+        refused = available == "cudnn" and config.cudnn_obstacle is not None
+        return "xla" if refused else available
+    if config.attention not in ("xla", available):
+        needed = {"cudnn": "an NVIDIA GPU of compute capability 8.0 or above", "splash": "a TPU"}
+        raise InputError(
+            f"model.attention is {config.attention}, which needs {needed[config.attention]}; "
+            "set it to auto or xla"
+        )
+    return config.attention
+
+
+def sequence_attention(
+    config: ModelConfig,
+    q_BNTH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    documents_BT: jax.Array | None,
+    window: int | None = None,
+) -> jax.Array:
+    """Causal attention over whole sequences, [B, N, T, H] in the dtype of the queries.
+
+    Args:
+      documents_BT: int32 numbers of documents, whose borders nothing crosses; None if each row is
+        one document.
+      window: number of keys that a position sees, itself included; None for all earlier ones.
+
+    Raises:
+      InputError: see `choose_backend`.
+    """
+    backend = choose_backend(config)
+    if backend == "splash":
+        return splash_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
+    # cuDNN knows documents only as a [T, T] bias, beside which it has no windows before 9.10.2. The
+    # blocks below take both, and no memory that grows as T·T.
+    if backend == "cudnn" and (window is None or documents_BT is None):
+        return cudnn_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
+    if window is None:
+        return causal_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT)
+    return windowed_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
 
 
 def masked_attention(

@@ -13,12 +13,11 @@ from plt_jax.config import ModelConfig
 from plt_jax.model.attention import (
     attention_parameters,
     blend,
-    causal_attention,
     finish_qkv,
     gate,
     project_output,
     project_qkv,
-    windowed_attention,
+    sequence_attention,
 )
 from plt_jax.model.layers import (
     Parameter,
@@ -152,10 +151,10 @@ class Block(nn.Module):
             nonlocal made
             made = (k, v)
             keys, values = made if shared is None else shared
-            everything = causal_attention(q, keys, values, context.documents_BT)
+            everything = sequence_attention(self.config, q, keys, values, context.documents_BT)
             if shared is None or loop.later_attention == "shared":
                 return everything
-            local = windowed_attention(q, k, v, context.documents_BT, loop.window)
+            local = sequence_attention(self.config, q, k, v, context.documents_BT, loop.window)
             return blend(gate_BNT, everything, local)
 
         x_BTD, router = apply_block(self.config, weights, x_BTD, context.rotation, attend)

@@ -1,0 +1,167 @@
+"""Fused attention over whole sequences: cuDNN on NVIDIA GPUs, splash attention (Pallas) on TPUs.
+
+Neither keeps a [T, T] array of logits, and both skip blocks of keys that no query may see. Axes are
+named as in attention.py, whose `causal_attention` and `windowed_attention` are the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    LocalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+LANES = 128  # The kernel's blocks of keys are multiples of a TPU's vector width.
+MAX_BLOCK = 512
+# A window needs few keys, but every block has a cost of its own: an estimate, not measured.
+MIN_WINDOW_BLOCK = 256
+
+
+def available_kernel() -> Literal["xla", "cudnn", "splash"]:
+    """The fastest attention that the devices can run which the program is being traced for."""
+    # A program that is compiled ahead of time is traced on a machine without its devices, but under
+    # their mesh.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform == "tpu":
+        return "splash"
+    return "cudnn" if platform == "gpu" and _cudnn_attention_runs() else "xla"
+
+
+def _cudnn_attention_runs() -> bool:
+    """Whether this process's GPUs are NVIDIA's, of a generation with fused attention (Ampere)."""
+    device = jax.local_devices()[0]
+    # A ROCm device is a "gpu" too, and its capability is no number.
+    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+
+
+def on_each_device(attention: Attention) -> Attention:
+    """`attention` over each device's own rows and heads, if a mesh is current.
+
+    The compiler cannot divide a kernel by itself; rows and heads are independent, so each device
+    runs the kernel on its part.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return attention
+    q_spec = nn.logical_to_mesh_axes(("batch", "heads", "length", "head"))
+    kv_spec = nn.logical_to_mesh_axes(("batch", "kv_heads", "length", "head"))
+    documents_spec = nn.logical_to_mesh_axes(("batch", "length"))
+    return jax.shard_map(
+        attention,
+        in_specs=(q_spec, kv_spec, kv_spec, documents_spec),
+        out_specs=q_spec,
+        check_vma=False,  # kernels do not say over which axes their outputs vary
+    )
+
+
+def cudnn_attention(
+    q_BNTH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    documents_BT: jax.Array | None,
+    window: int | None,
+) -> jax.Array:
+    """cuDNN's fused attention, [B, N, T, H]; bfloat16 or float16, H a multiple of 8.
+
+    Documents cost a [B, 1, T, T] mask (`jax.nn.dot_product_attention` has no ids of segments), and
+    before jax 0.12 also a gradient of its shape that nobody reads (jax-ml/jax#34685).
+    """
+
+    def attend(q_BNTH, k_BKTH, v_BKTH, documents_BT):
+        T, mask = q_BNTH.shape[2], None
+        # The backward pass takes even lengths only. No query of the sequence sees the key added.
+        q_BNTH, k_BKTH, v_BKTH = (_pad_length(x, T % 2) for x in (q_BNTH, k_BKTH, v_BKTH))
+        if documents_BT is not None:
+            documents_BT = jnp.pad(documents_BT, ((0, 0), (0, T % 2)))
+            mask = (documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
+        out_BTNH = jax.nn.dot_product_attention(
+            *(x.swapaxes(1, 2) for x in (q_BNTH, k_BKTH, v_BKTH)),
+            mask=mask,
+            # Beside a window too: it bounds the left side alone (jax-ml/jax#39576).
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+        return out_BTNH[:, :T].swapaxes(1, 2)
+
+    return on_each_device(attend)(q_BNTH, k_BKTH, v_BKTH, documents_BT)
+
+
+def splash_attention(
+    q_BNTH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    documents_BT: jax.Array | None,
+    window: int | None,
+) -> jax.Array:
+    """Splash attention, [B, N, T, H], of any float dtype, length and head width.
+
+    From `jax.experimental.pallas.ops.tpu.splash_attention`. Query heads share their group's keys
+    and values without copies.
+    """
+
+    def attend(q_BNTH, k_BKTH, v_BKTH, documents_BT):
+        N, T, H = q_BNTH.shape[1:]
+        block, blocks = splash_blocks(T, window)
+        padding = block * blocks - T
+        # The kernel does not scale. In float32, lest bfloat16 round the factor for all alike.
+        q_BNTH = (q_BNTH.astype(jnp.float32) / math.sqrt(H)).astype(q_BNTH.dtype)
+        # What is added lies in every query's future.
+        q_BNTH, k_BKTH, v_BKTH = (_pad_length(x, padding) for x in (q_BNTH, k_BKTH, v_BKTH))
+        segments = None
+        if documents_BT is not None:
+            documents_BT = jnp.pad(documents_BT, ((0, 0), (0, padding)))
+            segments = SegmentIds(q=documents_BT, kv=documents_BT)
+        kernel = splash_kernel(N, block, blocks, window)
+        return jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)[:, :, :T]
+
+    return on_each_device(attend)(q_BNTH, k_BKTH, v_BKTH, documents_BT)
+
+
+def splash_blocks(length: int, window: int | None) -> tuple[int, int]:
+    """Size of the blocks of queries and keys, a multiple of 128, and how many hold a sequence."""
+    largest = MAX_BLOCK
+    if window is not None:
+        largest = min(max(_round_up(window, LANES), MIN_WINDOW_BLOCK), MAX_BLOCK)
+    blocks = -(-length // largest)
+    return _round_up(-(-length // blocks), LANES), blocks
+
+
+def splash_kernel(heads: int, block: int, blocks: int, window: int | None) -> Callable:
+    """The kernel `(q_NTH, k_KTH, v_KTH, segments) -> [N, T, H]` of one sequence of blocks."""
+    shape = (block * blocks, block * blocks)
+    mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), offset=0)
+    return make_splash_mha(
+        MultiHeadMask([mask] * heads),
+        block_sizes=BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+
+
+def _pad_length(x_BNTH: jax.Array, padding: int) -> jax.Array:
+    return jnp.pad(x_BNTH, ((0, 0), (0, 0), (0, padding), (0, 0)))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -1,0 +1,273 @@
+"""The fused kernels against plain XLA: splash interpreted, and compiled for a TPU that is not here;
+cuDNN as far as its lowering; and which of them a configuration gets where."""
+
+import functools
+import json
+import re
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.experimental import topologies
+
+from plt_jax import Transformer
+from plt_jax.config import MeshConfig
+from plt_jax.errors import InputError
+from plt_jax.model import attention, kernels
+from plt_jax.model.attention import causal_attention, choose_backend, windowed_attention
+from plt_jax.model.kernels import (
+    available_kernel,
+    cudnn_attention,
+    splash_attention,
+    splash_blocks,
+)
+from plt_jax.model.transformer import abstract_params
+from plt_jax.sharding import abstract_arrays, batch_sharding, make_mesh, use_mesh
+from tests.models import compiled, random_params, random_tokens, small_config
+from tests.training.runs import REPOSITORY, environment
+
+B, N, K, H = 2, 4, 2, 8
+TOKENS = jnp.zeros((B, 8), jnp.int32)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs splash attention on the CPU."""
+    kernel = functools.partial(kernels.make_splash_mha, interpret=True)
+    monkeypatch.setattr(kernels, "make_splash_mha", kernel)
+
+
+@pytest.fixture
+def devices_run(monkeypatch):
+    """Has the devices run the kernel that it is called with."""
+    return lambda kernel: monkeypatch.setattr(attention, "available_kernel", lambda: kernel)
+
+
+@pytest.fixture
+def without_cudnn(monkeypatch):
+    """Lowers for cuDNN on a machine that has none."""
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91300)
+
+
+def random_inputs(length, dtype=jnp.float32):
+    """Queries [B, N, T, H], keys and values [B, K, T, H], documents [B, T], some of one token."""
+    rng = np.random.default_rng(length)
+    q, k, v = (jnp.asarray(rng.normal(size=(B, n, length, H)), dtype) for n in (N, K, K))
+    starts = rng.random((B, length)) < 0.02
+    starts[:, length // 2 : length // 2 + 2] = True
+    return q, k, v, jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
+
+
+def reference(q, k, v, documents, window):
+    if window is None:
+        return causal_attention(q, k, v, documents)
+    return windowed_attention(q, k, v, documents, window)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize(("length", "window"), [(300, None), (600, None), (600, 65), (300, 1)])
+def test_splash_is_the_reference(interpreted, length, window, packed):
+    *inputs, documents = random_inputs(length)
+    documents = documents if packed else None
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=inputs[0].shape), jnp.float32)
+
+    def out_and_gradients(attend):
+        def run(*inputs):
+            out, pullback = jax.vjp(lambda *x: attend(*x, documents, window), *inputs)
+            return out, *pullback(weights)
+
+        return compiled(run)(*inputs)
+
+    for actual, right in zip(
+        out_and_gradients(splash_attention), out_and_gradients(reference), strict=True
+    ):
+        np.testing.assert_allclose(actual, right, atol=1e-4)
+
+
+def test_the_model_with_splash_is_the_model(interpreted, devices_run):
+    devices_run("splash")
+    config = small_config("plt", 2, width=32)
+    params, tokens = random_params(config), random_tokens(config, B, 40)
+    segments = jnp.asarray(np.arange(40) // 15 + np.arange(B)[:, None], jnp.int32)
+
+    def logits(kind):
+        model = Transformer(config.model_copy(update={"attention": kind}))
+        return compiled(model.apply)({"params": params}, tokens, segments)
+
+    np.testing.assert_allclose(logits("splash"), logits("xla"), atol=1e-4)
+
+
+def test_splash_of_bfloat16_rounds_only_what_it_reads_and_writes(interpreted):
+    *inputs, documents = random_inputs(100, jnp.bfloat16)
+    out = compiled(lambda *x: splash_attention(*x, documents, None))(*inputs)
+    assert out.dtype == jnp.bfloat16
+    exact = causal_attention(*(x.astype(jnp.float32) for x in inputs), documents)
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.04)
+
+
+def test_splash_on_a_mesh_is_the_reference():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.model.kernels_worker"],
+        cwd=REPOSITORY,
+        env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"),
+        capture_output=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    found = json.loads(done.stdout)
+    assert max(found["differences"]) < 1e-4
+    assert found["parts"] == ["(2, 2, 40, 8)"]  # of [4, 4, 40, 8]
+
+
+@pytest.mark.parametrize("window", [None, 1, 65, 300, 1000])
+def test_blocks_hold_the_sequence_and_little_more(window):
+    for length in (1, 128, 129, 512, 513, 2048, 8192, 10_000):
+        block, blocks = splash_blocks(length, window)
+        assert block % 128 == 0 and block <= 512
+        assert length <= block * blocks < length + 128 * blocks
+
+
+def cudnn_calls(function, *shapes):
+    """`(name, mask, window, shape of the first result)` of each call to cuDNN of the program."""
+    lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    calls = []
+    for line in lowered.splitlines():
+        if name := re.search(r"custom_call @__cudnn\$(\w+)", line):
+            settings = re.search(r'backend_config = "(\{.*?\})"', line)[1].replace("\\22", '"')
+            settings = json.loads(settings)["cudnn_fmha_backend_config"]
+            shape = re.search(r"-> \(tensor<([\dx]+)x", line)[1]
+            mask, window = settings["mask_type"], settings["sliding_window_length"]
+            calls.append((name[1], mask, window, tuple(map(int, shape.split("x")))))
+    return calls
+
+
+@pytest.mark.parametrize("window", [None, 1, 65])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+def test_cudnn_is_called_causally_with_the_window(without_cudnn, window, packed):
+    def gradients(q, k, v, documents):
+        def total(q, k, v):
+            return cudnn_attention(q, k, v, documents if packed else None, window).sum()
+
+        return jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    shapes = [jax.ShapeDtypeStruct((4, n, 33, 16), jnp.bfloat16) for n in (N, K, K)]
+    calls = cudnn_calls(gradients, *shapes, jax.ShapeDtypeStruct((4, 33), jnp.int32))
+    name = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
+    settings = ("CAUSAL", window or 0, (4, N, 34, 16))  # 0: no window; an even length
+    assert calls == [(name, *settings), (f"{name}Backward", *settings)]
+
+
+def test_packed_windows_are_left_to_xla_beside_cudnn(without_cudnn, devices_run):
+    devices_run("cudnn")
+    config = small_config("plt", 2, head_width=16, dtype="bfloat16")
+    params, tokens = random_params(config), random_tokens(config, B, 40)
+    model = Transformer(config)
+
+    def windows(*inputs):
+        calls = cudnn_calls(lambda params: model.apply({"params": params}, *inputs), params)
+        return [window for _, _, window, _ in calls]
+
+    assert windows(tokens) == [0, 0, config.loop.window]
+    assert windows(tokens, jnp.ones_like(tokens)) == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def pod():
+    """The mesh of four TPU chips that are not here."""
+    pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may compile too
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    return make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), topology.devices)
+
+
+def test_a_pod_gets_splash_and_compiles_it(pod):
+    sizes = {"vocab_size": 32, "max_length": 600, "dtype": "bfloat16"}
+    config = small_config("plt", 2, window=65, **sizes)
+    model = Transformer(config)
+
+    def loss(params, tokens, segments):
+        return model.apply({"params": params}, tokens, segments).mean()
+
+    params = abstract_arrays(abstract_params(config), pod)
+    rows = batch_sharding(pod, 4, "batch_size")
+    tokens = jax.ShapeDtypeStruct((4, 600), jnp.int32, sharding=rows)
+    # The precision that the tests ask for is float32's; bfloat16 has no such product on a TPU.
+    with use_mesh(pod), jax.default_matmul_precision("default"):
+        program = jax.jit(jax.grad(loss)).lower(params, tokens, tokens).compile().as_text()
+    for phase in ("fwd", "dq", "dkv"):
+        assert f"splash_mha_{phase}_segmented" in program
+
+
+@pytest.mark.parametrize(
+    ("settings", "available", "chosen"),
+    [
+        ({}, "xla", "xla"),
+        ({}, "splash", "splash"),
+        ({}, "cudnn", "xla"),  # float32
+        ({"dtype": "bfloat16", "head_width": 16}, "cudnn", "cudnn"),
+        ({"dtype": "bfloat16", "head_width": 4}, "cudnn", "xla"),
+        ({"dtype": "bfloat16", "head_width": 136}, "cudnn", "xla"),
+        ({"attention": "xla"}, "splash", "xla"),
+        ({"attention": "splash"}, "splash", "splash"),
+        ({"attention": "cudnn", "dtype": "bfloat16", "head_width": 16}, "cudnn", "cudnn"),
+    ],
+)
+def test_the_choice(devices_run, settings, available, chosen):
+    devices_run(available)
+    assert choose_backend(small_config(**settings)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("settings", "available", "message"),
+    [
+        ({"attention": "splash"}, "xla", "needs a TPU; set it to auto or xla"),
+        ({"attention": "splash"}, "cudnn", "needs a TPU; set it to auto or xla"),
+        ({"attention": "cudnn"}, "xla", "needs an NVIDIA GPU of compute capability 8.0 or above;"),
+    ],
+)
+def test_what_the_devices_cannot_run_is_refused_when_traced(
+    devices_run, settings, available, message
+):
+    devices_run(available)
+    config = small_config(**settings, dtype="bfloat16", head_width=16)
+    with pytest.raises(InputError, match=f"model.attention is {config.attention}, which {message}"):
+        jax.eval_shape(Transformer(config).apply, {"params": random_params(config)}, TOKENS)
+
+
+def test_the_current_mesh_says_which_devices_a_program_is_for(pod):
+    assert available_kernel() == "xla"
+    with use_mesh(pod):
+        assert available_kernel() == "splash"
+
+
+class Device(NamedTuple):
+    """What is asked of a GPU."""
+
+    platform_version: str
+    compute_capability: str
+
+    @property
+    def client(self):
+        return self
+
+
+@pytest.mark.parametrize(
+    ("device", "available"),
+    [
+        (Device("PJRT C API\ncuda 12090", "9.0"), "cudnn"),
+        (Device("PJRT C API\ncuda 12090", "12.0"), "cudnn"),
+        (Device("PJRT C API\ncuda 12090", "7.5"), "xla"),
+        (Device("PJRT C API\nrocm 60300", "gfx942"), "xla"),
+    ],
+)
+def test_which_gpus_have_fused_attention(monkeypatch, device, available):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert available_kernel() == available
