@@ -82,7 +82,10 @@ def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
     # Before the parameters, which take longer to read.
     tokenizer = load_tokenizer(directory / TOKENIZER)
     check_size(tokenizer, config.model.vocab_size)
-    return Trained(directory, config, tokenizer, step, read_params(found, mesh))
+    params = read_params(found, mesh)
+    # What the training machine's devices ran need not be here.
+    model = config.model.model_copy(update={"attention": "auto"})
+    return Trained(directory, config.model_copy(update={"model": model}), tokenizer, step, params)
 
 
 def find_checkpoint(path: str | Path) -> Found:

@@ -182,6 +182,14 @@ def test_changes_that_no_step_depends_on_are_allowed_and_reported(finished, copy
     }
 
 
+def test_what_was_trained_with_a_devices_kernel_opens_on_others(finished, copy):
+    resolved = copy / "config.yaml"
+    text = resolved.read_text(encoding="utf-8")
+    assert "attention: auto" in text
+    resolved.write_text(text.replace("attention: auto", "attention: splash"), encoding="utf-8")
+    assert open_trained(copy).config.model == finished.config.model
+
+
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [

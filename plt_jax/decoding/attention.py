@@ -8,7 +8,7 @@ of them.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from plt_jax.decoding.cache import Quantized, Stored
 from plt_jax.decoding.layout import on_two_rows
 from plt_jax.model.attention import MASKED, windowed_attention
+from plt_jax.model.kernels import cudnn_masked_attention
 
 QUERY_BLOCK, KEY_BLOCK = 256, 512
 """Of a chunk's attention: its logits take QUERY_BLOCK x KEY_BLOCK for each head, never more."""
@@ -103,24 +104,36 @@ def attend_own(
 
 
 def attend_causally(
-    q_BNCH: jax.Array, keys: Stored, values: Stored, positions_BC: jax.Array
+    q_BNCH: jax.Array,
+    keys: Stored,
+    values: Stored,
+    positions_BC: jax.Array,
+    backend: Literal["xla", "cudnn", "splash"] = "xla",
 ) -> jax.Array:
     """Attention of a chunk's queries to the cached keys up to their positions, [B, N, C, H].
 
     Queries and keys go in blocks, and keys behind the last position of a block are not read: work
     grows with the keys that there are, not with the cache's capacity, and memory with neither.
+
+    Args:
+      backend: cudnn gives each block of queries to cuDNN with all keys and a mask of that size,
+        unless keys are of another dtype than queries. Splash knows no offsets that vary between
+        sequences, so splash is as xla here.
     """
+    attend_block = _attend_block
+    if backend == "cudnn" and not isinstance(keys, Quantized) and keys.dtype == q_BNCH.dtype:
+        attend_block = _attend_block_by_cudnn
     B, N, C, H = q_BNCH.shape
     block = min(QUERY_BLOCK, C)
     count = -(-C // block)
     if count == 1:
-        return _attend_block(q_BNCH, keys, values, positions_BC)
+        return attend_block(q_BNCH, keys, values, positions_BC)
     padding = count * block - C
     q = jnp.pad(q_BNCH, ((0, 0), (0, 0), (0, padding), (0, 0))).reshape(B, N, count, block, H)
     positions = jnp.pad(positions_BC, ((0, 0), (0, padding))).reshape(B, count, block)
 
     def one(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend_block(inputs[0], keys, values, inputs[1])
+        return attend_block(inputs[0], keys, values, inputs[1])
 
     out = jax.lax.map(one, (jnp.moveaxis(q, 2, 0), positions.swapaxes(0, 1)))
     return jnp.moveaxis(out, 0, 2).reshape(B, N, -1, H)[:, :, :C]
@@ -148,6 +161,13 @@ def _attend_block(
     blocks = jnp.minimum(jnp.max(positions_BC) // block + 1, -(-capacity // block))
     done = jax.lax.fori_loop(1, blocks, lambda i, so_far: so_far.merge(over(i)), over(0))
     return done.heads(q_BNCH)
+
+
+def _attend_block_by_cudnn(
+    q_BNCH: jax.Array, keys: jax.Array, values: jax.Array, positions_BC: jax.Array
+) -> jax.Array:
+    mask_BCS = jnp.arange(keys.shape[2]) <= positions_BC[:, :, None]
+    return cudnn_masked_attention(q_BNCH, keys, values, mask_BCS)
 
 
 def attend_window(

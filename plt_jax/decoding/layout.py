@@ -7,7 +7,7 @@ copies; products of one input are fused; and every weight lies outputs first, [N
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -109,15 +109,16 @@ def _linear_on_cpu(x_MD: jax.Array, weight_ND: jax.Array) -> jax.Array:
     return _product(x_MD, weight_ND)
 
 
-def on_two_rows(product, x: jax.Array, axis: int) -> jax.Array:
-    """`product(x)`, with a second row of zeros where x has one: 10 times faster in bfloat16.
+def on_two_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
+    """`product(x)`, of a doubled row where x has one: 10 times faster in bfloat16 on a CPU.
 
-    Of one row, XLA makes a product of vectors on a CPU, for which it converts all weights first.
+    Of one row XLA makes a product of vectors there, for which it converts all weights first.
     """
     if x.shape[axis] > 1:
         return product(x)
-    out = product(jnp.concatenate([x, jnp.zeros_like(x)], axis=axis))
-    return jax.lax.slice_in_dim(out, 0, 1, axis=axis)
+    # Behind the barrier the two rows are made once, and not again wherever they are read.
+    doubled = jax.lax.optimization_barrier(jnp.concatenate([x, x], axis=axis))
+    return jax.lax.slice_in_dim(product(doubled), 0, 1, axis=axis)
 
 
 def logits_of(params: Params, normed_BTD: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from plt_jax.decoding.attention import attend_causally, attend_window
 from plt_jax.decoding.cache import Cache, write, write_rings
 from plt_jax.decoding.checks import check_chunk
 from plt_jax.decoding.layout import PREPARED_LAYOUT, Params, logits_of, prepare_for_decode
-from plt_jax.model.attention import blend
+from plt_jax.model.attention import blend, choose_backend
 from plt_jax.model.block import apply_block
 from plt_jax.model.layers import Rotation, embed, rms_norm, rope_rotation
 from plt_jax.model.looping import loop_input
@@ -100,6 +100,7 @@ def _run_loop(
     real_BC = jnp.arange(x_BCD.shape[1]) < lengths_B[:, None]
     slots_BC = jnp.where(real_BC, positions_BC, cache.capacity)
     seen_BC = jnp.where(real_BC, positions_BC, 0)  # what is not real need not look far
+    backend = choose_backend(config)
     ring_slots_BC = ring_slots_of_chunk(loop.window, positions_BC, lengths_B, cache.lengths)
     keys, values = ([list(rows) for rows in stored] for stored in (cache.keys, cache.values))
     ring_keys, ring_values = list(cache.ring_keys), list(cache.ring_values)
@@ -111,7 +112,7 @@ def _run_loop(
             if own:
                 k_row[row] = write(k_row[row], k, slots_BC)
                 v_row[row] = write(v_row[row], v, slots_BC)
-            everything = attend_causally(q, k_row[row], v_row[row], seen_BC)
+            everything = attend_causally(q, k_row[row], v_row[row], seen_BC, backend)
             if own or loop.later_attention == "shared":
                 return everything
             held = tuple(ring[layer][:, index - 1] for ring in (ring_keys, ring_values))

@@ -15,7 +15,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.experimental import topologies
 
-from plt_jax import Transformer
+from plt_jax import Transformer, init_cache, prefill, prepare_for_decode
 from plt_jax.config import MeshConfig
 from plt_jax.errors import InputError
 from plt_jax.model import attention, kernels
@@ -160,6 +160,25 @@ def test_cudnn_is_called_causally_with_the_window(without_cudnn, window, packed)
     name = "fmhaScaleBiasSoftmax" if packed else "fmhaSoftmax"
     settings = ("CAUSAL", window or 0, (4, N, 34, 16))  # 0: no window; an even length
     assert calls == [(name, *settings), (f"{name}Backward", *settings)]
+
+
+@pytest.mark.parametrize(("chunk", "dtype"), [(8, None), (300, None), (8, "int8")])
+def test_prefill_gives_cudnn_the_chunk_and_a_mask(without_cudnn, devices_run, chunk, dtype):
+    """In blocks of queries, for every layer and loop; a cache in eight bits goes without it."""
+    devices_run("cudnn")
+    config = small_config("plt", 2, dtype="bfloat16", head_width=16, layers=1)
+    params, cache = jax.eval_shape(
+        lambda: (
+            prepare_for_decode(config, random_params(config)),
+            init_cache(config, B, 512, dtype),
+        )
+    )
+    tokens = jax.ShapeDtypeStruct((B, chunk), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
+    calls = cudnn_calls(functools.partial(prefill, config), params, tokens, lengths, cache)
+    block = min(chunk, 256)
+    expected = ("fmhaScaleBiasSoftmax", "NO_MASK", 0, (B, config.heads, block, 16))
+    assert calls == ([] if dtype == "int8" else [expected] * 2)
 
 
 def test_packed_windows_are_left_to_xla_beside_cudnn(without_cudnn, devices_run):
