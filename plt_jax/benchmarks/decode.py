@@ -2,9 +2,10 @@
 
 python -m plt_jax.benchmarks.decode CONFIG --batch 1,4 --context 1024 --schemes no_loop,plt
 
-Every round measures every scheme in turn, so that all meet the same moods of the machine; figures
-are medians over the rounds, and ratios are medians of each round's own ratios. What is timed is
-greedy generation's own loop on the device, at the end of a context whose keys and values are noise.
+Every round measures every scheme in turn, beginning with another one each time, so that all meet
+the same moods of the machine; figures are medians over the rounds, and ratios are medians of each
+round's own ratios. What is timed is greedy generation's own loop on the device, at the end of a
+context whose keys and values are noise.
 """
 
 from __future__ import annotations
@@ -29,9 +30,15 @@ from plt_jax.benchmarks.torch_peer import TorchLlama
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.config import SCHEMES, ModelConfig
 from plt_jax.config_file import load_config
-from plt_jax.decoding.cache import Cache, init_cache
-from plt_jax.decoding.generation import BLOCK, GenerationState, advance, prefill_prompts
-from plt_jax.decoding.layout import Params, prepare_for_decode
+from plt_jax.decoding.cache import DTYPES, Cache, init_cache
+from plt_jax.decoding.generation import (
+    BLOCK,
+    Choice,
+    GenerationState,
+    advance,
+    prefill_prompts,
+)
+from plt_jax.decoding.layout import EXPERTS, Params, prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.errors import InputError
 from plt_jax.model.attention import gate_parameters
@@ -53,12 +60,12 @@ def main() -> None:
     arguments = parse()
     base = base_config(arguments)
     cases = list(all_cases(arguments.schemes, arguments.loops))
-    weights = random_weights(base)
+    weights = random_weights(with_scheme(base, Case("no_loop", 1)))
     report = {
         "command": " ".join(["python -m plt_jax.benchmarks.decode", *sys.argv[1:]]),
         "machine": machine(),
         "copy_gb_per_second": copy_bandwidth() / 1e9,
-        "model": base.model_dump(mode="json", exclude={"loop", "max_length"}),
+        "model": base.model_dump(mode="json", exclude={"max_length"}),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights)),
         "dtype": base.dtype,
         "cache_dtype": arguments.cache_dtype or base.dtype,
@@ -69,7 +76,7 @@ def main() -> None:
     for context, batch in itertools.product(arguments.context, arguments.batch):
         cell = Cell(base, weights, batch, context, arguments)
         report["cells"].append(cell.measure(cases))
-        print(decode_report.table(report["cells"][-1]), flush=True)
+        print(decode_report.table(report, report["cells"][-1]), flush=True)
         if arguments.out:
             decode_report.write(report, Path(arguments.out))
 
@@ -89,8 +96,12 @@ def parse() -> argparse.Namespace:
         help="looping schemes",
     )
     parser.add_argument("--loops", type=numbers, default=[2, 3], help="loops of each but no_loop")
-    parser.add_argument("--dtype", help="float32 or bfloat16; default the config's")
-    parser.add_argument("--cache_dtype", help="float32, bfloat16 or int8; default the dtype")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="compute dtype; default the config's"
+    )
+    parser.add_argument(
+        "--cache_dtype", choices=DTYPES, help="of keys and values; default the dtype"
+    )
     parser.add_argument("--tokens", type=int, default=16, help=f"tokens a round, below {BLOCK}")
     parser.add_argument("--rounds", type=int, default=9, help="times that each scheme is measured")
     parser.add_argument(
@@ -122,14 +133,19 @@ def numbers(text: str) -> list[int]:
 
 
 def base_config(arguments: argparse.Namespace) -> ModelConfig:
-    """The config's model without loops, with room for the longest context."""
-    model = load_config(arguments.config).model.model_dump()
+    """The config's model, with room for the longest context."""
+    model = load_config(arguments.config).model
+    if arguments.torch and model.moe.experts:
+        raise InputError("--torch compares with a dense llama, but the config's model has experts")
     room = max(*arguments.context, arguments.prompt) + BLOCK
-    model |= {"loop": {"scheme": "no_loop"}, "max_length": room}
-    try:
-        return ModelConfig(**model | ({"dtype": arguments.dtype} if arguments.dtype else {}))
-    except ValueError as error:
-        raise InputError(f"--dtype: {error}") from error
+    settings = model.model_dump() | {"max_length": room}
+    return ModelConfig(**settings | ({"dtype": arguments.dtype} if arguments.dtype else {}))
+
+
+def with_scheme(config: ModelConfig, case: Case) -> ModelConfig:
+    """The model with a case's scheme; window, gate input and scales stay the config's."""
+    loop = config.loop.model_dump() | {"scheme": case.scheme, "count": case.loops}
+    return ModelConfig(**config.model_dump() | {"loop": loop})
 
 
 def all_cases(schemes: list[str], loops: list[int]) -> Iterator[Case]:
@@ -149,7 +165,10 @@ def with_gates(config: ModelConfig, weights: Params) -> Params:
     """The same arrays with a scheme's gates, so that all schemes share the rest."""
     if config.loop.later_attention != "gated":
         return weights
-    gates = {name: jnp.zeros(gate.shape) for name, gate in gate_parameters(config).items()}
+    gates = {
+        name: gate.initializer(jax.random.key(0), gate.shape, jnp.float32)
+        for name, gate in gate_parameters(config).items()
+    }
     return weights | {"layers": tuple(layer | gates for layer in weights["layers"])}
 
 
@@ -170,32 +189,29 @@ class Cell:
 
     def measure(self, cases: list[Case]) -> dict[str, Any]:
         """Medians of all cases, and the peer's."""
-        rows = [Row(case, self.config(case)) for case in cases]
+        rows = [Row(case, with_scheme(self.base, case)) for case in cases]
         timers: dict[str, Callable[[], float]] = {
             row.case.label: functools.partial(self.decode_seconds, row) for row in rows
         }
         prefills = {row.case.label: functools.partial(self.prefill_seconds, row) for row in rows}
         peers = self.start_peers()
         timers |= {name: lambda peer=peer: peer(self.arguments.tokens) for name, peer in peers}
-        decode = interleave(timers, self.arguments.rounds)
-        for _, peer in peers:
-            peer.stop()
-        prefill = interleave(prefills, 3) if self.arguments.prompt else {}
+        try:
+            decode = interleave(timers, self.arguments.rounds)
+        finally:
+            for _, peer in peers:
+                peer.stop()
+        prefill = interleave(prefills, self.arguments.rounds) if self.arguments.prompt else {}
         return {
             "batch": self.batch,
             "context": self.context,
             "capacity": self.capacity,
             "prompt": self.arguments.prompt,
-            "rows": [row.report(self, decode, prefill) for row in rows],
+            "rows": [self.report(row, decode, prefill) for row in rows],
             "peers": [
-                {"label": name, **peer.about, **spread(decode[name], self.arguments.tokens)}
-                for name, peer in peers
+                {"label": name, **peer.about, **self.timing(name, decode)} for name, peer in peers
             ],
         }
-
-    def config(self, case: Case) -> ModelConfig:
-        loop = {"scheme": case.scheme, "count": case.loops}
-        return ModelConfig(**self.base.model_dump() | {"loop": loop})
 
     def start_peers(self) -> list[tuple[str, TorchLlama]]:
         if not self.arguments.torch:
@@ -204,6 +220,40 @@ class Cell:
             (name, TorchLlama(self.arguments.torch, self.base, self.batch, self.context, compiled))
             for name, compiled in (("torch llama", False), ("torch llama, compiled", True))
         ]
+
+    def timing(self, label: str, decode: dict[str, list[float]]) -> dict[str, Any]:
+        """Milliseconds per token, in every round too, and ratios to no_loop where that is there."""
+        ms = [1e3 * seconds / self.arguments.tokens for seconds in decode[label]]
+        figures = spread("ms", ms) | {"rounds_ms": ms}
+        figures["tokens_per_second"] = self.batch * 1e3 / figures["ms"]
+        if "no_loop" in decode:
+            figures |= spread("ratio_to_no_loop", ratios(decode[label], decode["no_loop"]))
+        return figures
+
+    def report(
+        self, row: Row, decode: dict[str, list[float]], prefill: dict[str, list[float]]
+    ) -> dict[str, Any]:
+        """All figures of one case."""
+        label, vanilla = row.case.label, f"vanilla_loop-{row.case.loops}"
+        shape = jax.eval_shape(lambda: self.cache(row.config))
+        moved = bytes_moved(row.config, with_gates(row.config, self.weights), shape)
+        figures = {
+            "label": label,
+            "scheme": row.case.scheme,
+            "loops": row.case.loops,
+            "cache_bytes": nbytes(shape),
+            "kv_bytes": nbytes((shape.keys, shape.values, shape.ring_keys, shape.ring_values)),
+            **moved,
+            **self.timing(label, decode),
+        }
+        figures["gb_per_second"] = sum(moved.values()) / figures["ms"] / 1e6
+        if vanilla in decode:
+            figures |= spread("ratio_to_vanilla", ratios(decode[label], decode[vanilla]))
+        if prefill:
+            first = spread("first_token_ms", [1e3 * seconds for seconds in prefill[label]])
+            tokens = self.batch * self.arguments.prompt
+            figures |= first | {"prefill_tokens_per_second": 1e3 * tokens / first["first_token_ms"]}
+        return figures
 
     def cache(self, config: ModelConfig) -> Cache:
         """Full of noise up to the context: memory that nobody wrote may not be there at all."""
@@ -215,14 +265,15 @@ class Cell:
         """Seconds of `tokens` decode steps, after one that does not count."""
         state = GenerationState(
             self.cache(row.config),
-            jnp.zeros(self.batch, jnp.int32),
+            # Of all kinds, or all sequences would choose the same experts.
+            jnp.arange(self.batch, dtype=jnp.int32) % row.config.vocab_size,
             jnp.ones(self.batch, bool),
             jnp.int32(0),
         )
         weights = with_gates(row.config, self.weights)
         keys_B = jax.random.split(jax.random.key(0), self.batch)
         run = functools.partial(
-            advance, row.config, Sampling(), weights, keys_B, np.full((self.batch, 1), -1)
+            advance, row.config, Choice(Sampling()), weights, keys_B, np.full((self.batch, 1), -1)
         )
         state, _, _ = jax.block_until_ready(run(state, 1))
         start = time.perf_counter()
@@ -231,8 +282,10 @@ class Cell:
 
     def prefill_seconds(self, row: Row) -> float:
         """Seconds from the prompts to the first token's logits."""
-        prompts = [[1] * self.arguments.prompt] * self.batch
-        cache = init_cache(row.config, self.batch, self.capacity, self.arguments.cache_dtype)
+        prompts = np.arange(self.batch * self.arguments.prompt) % row.config.vocab_size
+        prompts = prompts.reshape(self.batch, -1).tolist()
+        capacity = self.arguments.prompt + BLOCK
+        cache = init_cache(row.config, self.batch, capacity, self.arguments.cache_dtype)
         weights = with_gates(row.config, self.weights)
         jax.block_until_ready(cache)
         start = time.perf_counter()
@@ -256,69 +309,55 @@ class Row(NamedTuple):
     case: Case
     config: ModelConfig
 
-    def report(
-        self, cell: Cell, decode: dict[str, list[float]], prefill: dict[str, list[float]]
-    ) -> dict[str, Any]:
-        label, tokens = self.case.label, cell.arguments.tokens
-        shape = jax.eval_shape(lambda: cell.cache(self.config))
-        moved = bytes_moved(self.config, with_gates(self.config, cell.weights), shape)
-        figures = {
-            "label": label,
-            "scheme": self.case.scheme,
-            "loops": self.case.loops,
-            "cache_bytes": nbytes(shape),
-            "kv_bytes": nbytes((shape.keys, shape.values, shape.ring_keys, shape.ring_values)),
-            **moved,
-            **spread(decode[label], tokens),
-        }
-        figures["tokens_per_second"] = cell.batch * 1e3 / figures["ms"]
-        figures["gb_per_second"] = sum(moved.values()) / figures["ms"] / 1e6
-        for name, other in (("no_loop", "no_loop"), ("vanilla", f"vanilla_loop-{self.case.loops}")):
-            if other in decode:
-                ratios = [a / b for a, b in zip(decode[label], decode[other], strict=True)]
-                figures[f"ratio_to_{name}"] = statistics.median(ratios)
-        if prefill:
-            seconds = statistics.median(prefill[label])
-            figures["first_token_ms"] = 1e3 * seconds
-            figures["prefill_tokens_per_second"] = cell.batch * cell.arguments.prompt / seconds
-        return figures
-
 
 def interleave(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each in every round, after one that warms up and does not count."""
     for timer in timers.values():
         timer()
     seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for _ in range(rounds):
-        for name, timer in timers.items():
-            seconds[name].append(timer())
+    for turn in range(rounds):
+        first = turn % len(timers)
+        names = list(timers)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(timers[name]())
     return seconds
 
 
-def spread(seconds: list[float], tokens: int) -> dict[str, float]:
-    """Milliseconds per token: median, fastest and slowest round."""
-    per_token = [1e3 * one / tokens for one in seconds]
+def ratios(seconds: list[float], others: list[float]) -> list[float]:
+    """Round by round."""
+    return [one / other for one, other in zip(seconds, others, strict=True)]
+
+
+def spread(name: str, values: list[float]) -> dict[str, float]:
+    """The median under a name, and the smallest and largest under names of their own."""
     return {
-        "ms": statistics.median(per_token),
-        "ms_min": min(per_token),
-        "ms_max": max(per_token),
+        name: statistics.median(values),
+        f"{name}_min": min(values),
+        f"{name}_max": max(values),
     }
 
 
 def bytes_moved(config: ModelConfig, weights: Params, cache: Cache) -> dict[str, int]:
-    """Bytes that a decode step must read: weights, once per pass, and keys and values.
+    """Bytes that a decode step reads: weights, once per pass, and keys and values.
 
-    Of routed experts it counts all, which is too much where few are chosen.
+    Where few rows gather their experts' weights, each row's choices count by themselves; grouped
+    products read every expert.
     """
-    loop = config.loop
+    loop, moe = config.loop, config.moe
     passes = 1 if loop.shifted else loop.count
     head = weights.get("head", weights["embedding"])
+    layers = nbytes(weights["layers"])
+    if moe.experts:
+        experts = nbytes([[layer[name] for name in EXPERTS] for layer in weights["layers"]])
+        rows = cache.lengths.shape[0] * loop.count // passes
+        share = min(1.0, rows * moe.experts_per_token / moe.experts)
+        layers -= round((1.0 - share) * experts)
     full = nbytes((cache.keys, cache.values))
     if loop.later_attention != "own":
         full *= passes  # a serial scheme reads the shared cache in every loop
     rings = nbytes((cache.ring_keys, cache.ring_values))
     return {
-        "weight_bytes_read": passes * nbytes(weights["layers"]) + nbytes(head),
+        "weight_bytes_read": passes * layers + nbytes(head),
         "cache_bytes_read": full + rings,
     }
 

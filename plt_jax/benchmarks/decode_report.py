@@ -9,12 +9,14 @@ from typing import Any
 Report = dict[str, Any]
 COLUMNS = (
     ("ms", "ms/token", "{:.2f}"),
-    ("spread", "(range)", "{}"),
+    ("range", "(range)", "{}"),
     ("tokens_per_second", "tokens/s", "{:.1f}"),
     ("ratio_to_no_loop", "x no_loop", "{:.3f}"),
+    ("ratio_range", "(range)", "{}"),
     ("ratio_to_vanilla", "x vanilla", "{:.3f}"),
     ("kv_mb", "KV MB", "{:.2f}"),
-    ("gb_per_second", "GB/s", "{:.1f}"),
+    ("gb_per_second", "GB/s read", "{:.1f}"),
+    ("share", "of copy", "{:.0%}"),
     ("first_token_ms", "first token ms", "{:.0f}"),
     ("prefill_tokens_per_second", "prefill tokens/s", "{:.0f}"),
 )
@@ -26,14 +28,14 @@ def heading(report: Report) -> str:
     return (
         f"{report['parameters'] / 1e6:.0f}M parameters, {report['dtype']}, cache "
         f"{report['cache_dtype']}; {about['device']} ({about['processor']}, {about['cores']} "
-        f"cores), Python {about['python']}, jax {about['jax']}; a copy moves "
-        f"{report['copy_gb_per_second']:.1f} GB/s"
+        f"cores), Python {about['python']}, jax {about['jax']}; a copy reads and writes "
+        f"{report['copy_gb_per_second']:.1f} GB/s in all"
     )
 
 
-def table(cell: Report) -> str:
+def table(report: Report, cell: Report) -> str:
     """One batch size and context, a row per scheme."""
-    rows = [with_derived(row) for row in [*cell["rows"], *cell["peers"]]]
+    rows = [with_derived(report, row) for row in [*cell["rows"], *cell["peers"]]]
     columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
     texts = [["", *(title for _, title, _ in columns)]]
     for row in rows:
@@ -53,11 +55,15 @@ def table(cell: Report) -> str:
     return "\n".join([title, *lines, ""])
 
 
-def with_derived(row: Report) -> Report:
+def with_derived(report: Report, row: Report) -> Report:
     """A row with what the table shows besides."""
-    derived = {"spread": f"({row['ms_min']:.2f}-{row['ms_max']:.2f})"}
+    derived = {"range": f"({row['ms_min']:.2f}-{row['ms_max']:.2f})"}
+    if "ratio_to_no_loop" in row:
+        smallest, largest = row["ratio_to_no_loop_min"], row["ratio_to_no_loop_max"]
+        derived["ratio_range"] = f"({smallest:.2f}-{largest:.2f})"
     if "kv_bytes" in row:
         derived["kv_mb"] = row["kv_bytes"] / 1e6
+        derived["share"] = row["gb_per_second"] / report["copy_gb_per_second"]
     return row | derived
 
 
@@ -66,7 +72,7 @@ def write(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     cells = report["cells"]
     (folder / "decode.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    text = "\n".join([heading(report), "", *map(table, cells)])
+    text = "\n".join([heading(report), "", *(table(report, cell) for cell in cells)])
     (folder / "decode.txt").write_text(f"$ {report['command']}\n{text}", encoding="utf-8")
     first = cells[0]
     plot_table(report, first, folder / "schemes.png")
@@ -76,6 +82,8 @@ def write(report: Report, folder: Path) -> None:
     by_context = [cell for cell in cells if cell["batch"] == first["batch"]]
     if len(by_context) > 1:
         plot_lines(report, by_context, "context", folder / "context.png")
+    if max(row["loops"] for row in first["rows"]) > 2:
+        plot_loops(report, by_context, folder / "loops.png")
 
 
 def plot_table(report: Report, cell: Report, path: Path) -> None:
@@ -118,6 +126,29 @@ def plot_lines(report: Report, cells: list[Report], over: str, path: Path) -> No
     axes[0].legend(fontsize="small")
     fixed = "context" if over == "batch" else "batch"
     figure.suptitle(title(report, f"{fixed} {cells[0][fixed]}"))
+    save(figure, path)
+
+
+def plot_loops(report: Report, cells: list[Report], path: Path) -> None:
+    """Latency and bytes of keys and values that a step reads against the number of loops."""
+    plt = pyplot()
+    figure, axes = plt.subplots(len(cells), 2, figsize=(10, 3.6 * len(cells)), squeeze=False)
+    for (latency, reads), cell in zip(axes, cells, strict=True):
+        plain = [row for row in cell["rows"] if row["scheme"] == "no_loop"]
+        for scheme in sorted({row["scheme"] for row in cell["rows"]} - {"no_loop"}):
+            rows = plain + [row for row in cell["rows"] if row["scheme"] == scheme]
+            loops = [row["loops"] for row in rows]
+            latency.plot(loops, [row["ms"] for row in rows], marker="o", label=scheme)
+            read = [row["cache_bytes_read"] / 1e6 for row in rows]
+            reads.plot(loops, read, marker="o", label=scheme)
+        latency.set_ylabel("ms per token")
+        reads.set_ylabel("keys and values read, MB")
+        for axis in (latency, reads):
+            axis.set(xlabel="loops", title=f"context {cell['context']}", ylim=(0, None))
+            axis.set_xticks(sorted({row["loops"] for row in cell["rows"]}))
+            axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize="small")
+    figure.suptitle(title(report, f"batch {cells[0]['batch']}"))
     save(figure, path)
 
 

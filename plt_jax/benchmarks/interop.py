@@ -14,7 +14,6 @@ import contextlib
 import io
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from plt_jax.benchmarks.machine import machine
 from plt_jax.cli import CommandParser, run_command
 
 SHARD_BYTES = 500 * 10**6
@@ -202,21 +202,6 @@ def peak() -> int:
         if line.startswith("VmHWM")
     ]
     return int(line.split()[1]) * 1024
-
-
-def machine() -> dict[str, str | int | None]:
-    import jax
-    import orbax.checkpoint
-    import safetensors
-
-    return {
-        "cores": os.cpu_count(),
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "orbax": orbax.checkpoint.__version__,
-        "safetensors": safetensors.__version__,
-    }
 
 
 def table(size: int, rounds: list[dict[str, dict[str, float]]]) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
+
+import jax
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.generation import BLOCK
@@ -12,6 +15,18 @@ from plt_jax.errors import InputError
 
 PROGRAM = Path(__file__).with_name("torch_llama.py")
 SHAPE = ("vocab_size", "width", "ffn_width", "layers", "heads", "kv_heads", "head_width")
+
+
+def environment(dtype: str, compiled: bool) -> dict[str, str]:
+    """Variables without which PyTorch is slower, or dies; the user's own go first."""
+    variables = {}
+    if compiled:
+        # It would else write out keys and values for every query head.
+        variables["TRANSFORMERS_SDPA_FORCE_GQA"] = "1"
+    if dtype == "bfloat16":
+        # On some virtual machines oneDNN believes in what the processor says, and dies of SIGILL.
+        variables["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"
+    return variables
 
 
 class TorchLlama:
@@ -31,12 +46,14 @@ class TorchLlama:
             "context": context,
             "capacity": context + BLOCK,
             "compile": compiled,
+            "device": "cuda" if jax.default_backend() == "gpu" else "cpu",
         }
         self.process = subprocess.Popen(
             [python, "-W", "ignore", str(PROGRAM), json.dumps(shape)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env=environment(config.dtype, compiled) | os.environ,
         )
         self.about = self._answer()
 

@@ -52,6 +52,8 @@ def partial_attention(
 ) -> Partial:
     """Softmax attention of queries to the keys that a mask allows; softmax in float32.
 
+    As `model.attention.masked_attention`, but its parts can be merged, and keys be quantized.
+
     Args:
       mask_BTS: bool, broadcastable to [B, T, S]; every query needs one allowed key.
     """
@@ -116,9 +118,9 @@ def attend_causally(
     grows with the keys that there are, not with the cache's capacity, and memory with neither.
 
     Args:
-      backend: cudnn gives each block of queries to cuDNN with all keys and a mask of that size,
-        unless keys are of another dtype than queries. Splash knows no offsets that vary between
-        sequences, so splash is as xla here.
+      backend: cudnn gives each block of queries to cuDNN, with a mask over the whole capacity, the
+        empty part included, unless keys are of another dtype than queries. Splash knows no offsets
+        that vary between sequences, so splash is as xla here.
     """
     attend_block = _attend_block
     if backend == "cudnn" and not isinstance(keys, Quantized) and keys.dtype == q_BNCH.dtype:

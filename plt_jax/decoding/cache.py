@@ -78,9 +78,11 @@ def init_cache(
         raise InputError(
             f"a cache needs batch and max_length of at least 1, got {batch}, {max_length}"
         )
-    dtype = jnp.dtype(config.dtype if dtype is None else dtype)
-    if dtype.name not in DTYPES:
-        raise InputError(f"cache dtype is {dtype.name}; it must be one of {', '.join(DTYPES)}")
+    name = config.dtype if dtype is None else dtype
+    name = name if isinstance(name, str) else jnp.dtype(name).name
+    if name not in DTYPES:
+        raise InputError(f"cache dtype is {name}; it must be one of {', '.join(DTYPES)}")
+    dtype = jnp.dtype(name)
     eight_bits = dtype == jnp.int8
     near = jnp.dtype(config.dtype) if eight_bits else dtype
     loop = config.loop

@@ -1,7 +1,7 @@
 """What is refused before any device work.
 
 Shapes are known always, values only outside of jit: there these functions wait for the arrays that
-they look at.
+they look at, such as the lengths that the step before makes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import Cache
+from plt_jax.decoding.sampling import Sampling
 from plt_jax.errors import InputError
 
 
@@ -39,6 +40,26 @@ def check_prompts(
                 f"prompt {index} has {len(prompt)} tokens and {max_new_tokens} new ones are asked "
                 f"for, but the context holds {config.max_length}; ask for at most {room}"
             )
+
+
+def check_stop_tokens(
+    config: ModelConfig,
+    sampling: Sampling,
+    stop_tokens: Sequence[Sequence[int]] | None,
+    prompts: int,
+) -> None:
+    """Raises InputError unless all are tokens, and their lists one per prompt."""
+    _check_tokens(config, np.array(sampling.stop_tokens, int), "sampling.stop_tokens")
+    if stop_tokens is None:
+        return
+    if len(stop_tokens) != prompts:
+        raise InputError(
+            f"stop_tokens are given for {len(stop_tokens)} prompts, but there are {prompts}"
+        )
+    for index, stops in enumerate(stop_tokens):
+        if np.ndim(stops) != 1:
+            raise InputError(f"stop_tokens[{index}] is {stops}; give a list for every prompt")
+        _check_tokens(config, np.asarray(stops, int), f"stop_tokens[{index}]")
 
 
 def check_chunk(

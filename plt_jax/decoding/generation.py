@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -12,7 +13,7 @@ import numpy as np
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import Cache, init_cache
-from plt_jax.decoding.checks import check_prompts
+from plt_jax.decoding.checks import check_prompts, check_stop_tokens
 from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.prefill import prefill
 from plt_jax.decoding.sampling import Sampling, sample
@@ -57,13 +58,13 @@ def generate(
 
     Raises:
       InputError: a prompt that is empty, holds an unknown token, or leaves no room for
-        max_new_tokens within config.max_length; or keys or stop tokens that are not one per prompt.
+        max_new_tokens within config.max_length; a stop token outside the vocabulary; or keys or
+        lists of stop tokens that are not one per prompt.
     """
-    blocks = list(
-        _blocks(
-            config, params, prompts, max_new_tokens, sampling, key, stop_tokens, cache_dtype, BLOCK
-        )
+    request = _Request(
+        config, prompts, max_new_tokens, sampling, key, stop_tokens, cache_dtype, log_probabilities
     )
+    blocks = list(_blocks(request, params, BLOCK))
     tokens, logs = (np.concatenate(parts, axis=1) for parts in zip(*blocks, strict=True))
     missing = max_new_tokens - tokens.shape[1]
     tokens = np.pad(tokens, ((0, 0), (0, missing)), mode="edge")
@@ -83,42 +84,40 @@ def stream(
     cache_dtype: jnp.dtype | str | None = None,
 ) -> Iterator[np.ndarray]:
     """As `generate`, but yields the tokens int32 [B] of each step, until all rows have stopped."""
-    blocks = _blocks(
-        config,
-        params,
-        prompts,
-        max_new_tokens,
-        sampling,
-        key,
-        stop_tokens,
-        cache_dtype,
-        STREAMED_BLOCK,
+    request = _Request(
+        config, prompts, max_new_tokens, sampling, key, stop_tokens, cache_dtype, False
     )
+    blocks = _blocks(request, params, STREAMED_BLOCK)
     return (column for tokens, _ in blocks for column in tokens.T)
 
 
+class _Request(NamedTuple):
+    """What is asked of `generate` or `stream`; see there."""
+
+    config: ModelConfig
+    prompts: Sequence[Sequence[int]]
+    max_new_tokens: int
+    sampling: Sampling
+    key: jax.Array | None
+    stop_tokens: Sequence[Sequence[int]] | None
+    cache_dtype: jnp.dtype | str | None
+    log_probabilities: bool
+
+
 def _blocks(
-    config: ModelConfig,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    key: jax.Array | None,
-    stop_tokens: Sequence[Sequence[int]] | None,
-    cache_dtype: jnp.dtype | str | None,
-    block: int,
+    request: _Request, params: Params, block: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Tokens and log-probabilities [B, n], n up to `block`; what is refused is so at the call."""
-    sampling.check()
-    check_prompts(config, prompts, max_new_tokens)
-    keys_B = _keys(key, sampling, len(prompts))
-    stops_BM = _stops(stop_tokens, sampling, len(prompts))
-    longest = max(map(len, prompts)) + max_new_tokens
+    config, rows = request.config, len(request.prompts)
+    request.sampling.check()
+    check_prompts(config, request.prompts, request.max_new_tokens)
+    check_stop_tokens(config, request.sampling, request.stop_tokens, rows)
+    keys_B = _keys(request.key, request.sampling, rows)
+    longest = max(map(len, request.prompts)) + request.max_new_tokens
     # Rounded up, so that prompts of many lengths share few compiled programs.
     capacity = -(-longest // PREFILL_CHUNK) * PREFILL_CHUNK
-    cache = init_cache(config, len(prompts), capacity, cache_dtype)
-    prepared = prepare_for_decode(config, params)
-    return _run(config, prepared, prompts, max_new_tokens, sampling, keys_B, stops_BM, cache, block)
+    cache = init_cache(config, rows, capacity, request.cache_dtype)
+    return _run(request, prepare_for_decode(config, params), keys_B, cache, block)
 
 
 def _keys(key: jax.Array | None, sampling: Sampling, rows: int) -> jax.Array:
@@ -136,18 +135,23 @@ def _keys(key: jax.Array | None, sampling: Sampling, rows: int) -> jax.Array:
     return key
 
 
-def _stops(
-    stop_tokens: Sequence[Sequence[int]] | None, sampling: Sampling, rows: int
-) -> np.ndarray:
+def _stops(request: _Request) -> np.ndarray:
     """Each row's stop tokens, int32 [B, M], filled up with -1, which no token is."""
-    own = [()] * rows if stop_tokens is None else stop_tokens
-    if len(own) != rows:
-        raise InputError(f"stop_tokens are given for {len(own)} prompts, but there are {rows}")
-    lists = [[*sampling.stop_tokens, *stops] for stops in own]
-    filled = np.full((rows, max(map(len, lists))), -1, np.int32)
+    own = request.stop_tokens or [()] * len(request.prompts)
+    lists = [[*request.sampling.stop_tokens, *stops] for stops in own]
+    filled = np.full((len(lists), max(map(len, lists))), -1, np.int32)
     for row, stops in zip(filled, lists, strict=True):
         row[: len(stops)] = stops
     return filled
+
+
+class Choice(NamedTuple):
+    """How tokens are chosen, as far as compiled programs depend on it."""
+
+    sampling: Sampling
+    """Its stop tokens are not read."""
+    log_probabilities: bool = False
+    """Whether they are computed; else they are 0."""
 
 
 @flax.struct.dataclass
@@ -164,29 +168,23 @@ class GenerationState:
 
 
 def _run(
-    config: ModelConfig,
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling,
-    keys_B: jax.Array,
-    stops_BM: np.ndarray,
-    cache: Cache,
-    block: int,
+    request: _Request, params: Params, keys_B: jax.Array, cache: Cache, block: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    logits_BV, cache = prefill_prompts(config, params, prompts, cache)
-    start = GenerationState(
-        cache, jnp.zeros(len(prompts), jnp.int32), jnp.ones(len(prompts), bool), 0
+    rows, config = len(request.prompts), request.config
+    # Stop tokens are data like prompts: others compile nothing anew.
+    choice = Choice(request.sampling._replace(stop_tokens=()), request.log_probabilities)
+    stops_BM = _stops(request)
+    logits_BV, cache = prefill_prompts(config, params, request.prompts, cache)
+    state = GenerationState(
+        cache, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), jnp.zeros((), jnp.int32)
     )
-    tokens_B, logs_B, running_B = _choose(sampling, logits_BV, keys_B, stops_BM, start)
-    state = start.replace(tokens_B=tokens_B, running_B=running_B, index=jnp.int32(0))
+    tokens_B, logs_B, running_B = _choose(choice, logits_BV, keys_B, stops_BM, state)
+    state = state.replace(tokens_B=tokens_B, running_B=running_B)
     yield np.asarray(tokens_B)[:, None], np.asarray(logs_B)[:, None]
     made = 1
-    while made < max_new_tokens and np.any(state.running_B):
-        count = min(block, max_new_tokens - made)
-        state, tokens_nB, logs_nB = advance(
-            config, sampling, params, keys_B, stops_BM, state, count
-        )
+    while made < request.max_new_tokens and np.any(state.running_B):
+        count = min(block, request.max_new_tokens - made)
+        state, tokens_nB, logs_nB = advance(config, choice, params, keys_B, stops_BM, state, count)
         new = int(state.index) + 1 - made
         made += new
         yield np.asarray(tokens_nB[:new]).T, np.asarray(logs_nB[:new]).T
@@ -195,7 +193,7 @@ def _run(
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
 def advance(
     config: ModelConfig,
-    sampling: Sampling,
+    choice: Choice,
     params: Params,
     keys_B: jax.Array,
     stops_BM: jax.Array,
@@ -225,7 +223,7 @@ def advance(
         state, done, tokens_nB, logs_nB = carry
         logits_BV, cache = decode_step(config, params, state.tokens_B, state.cache)
         state = state.replace(cache=cache, index=state.index + 1)
-        tokens_B, logs_B, running_B = _choose(sampling, logits_BV, keys_B, stops_BM, state)
+        tokens_B, logs_B, running_B = _choose(choice, logits_BV, keys_B, stops_BM, state)
         state = state.replace(tokens_B=tokens_B, running_B=running_B)
         return state, done + 1, tokens_nB.at[done].set(tokens_B), logs_nB.at[done].set(logs_B)
 
@@ -236,7 +234,7 @@ def advance(
 
 @partial(jax.jit, static_argnums=0)
 def _choose(
-    sampling: Sampling,
+    choice: Choice,
     logits_BV: jax.Array,
     keys_B: jax.Array,
     stops_BM: jax.Array,
@@ -247,10 +245,12 @@ def _choose(
     A row that has stopped repeats its last.
     """
     step_keys_B = jax.vmap(partial(jax.random.fold_in, data=state.index))(keys_B)
-    drawn_B = sample(logits_BV, sampling, step_keys_B)
+    drawn_B = sample(logits_BV, choice.sampling, step_keys_B)
     tokens_B = jnp.where(state.running_B, drawn_B, state.tokens_B)
-    logs_BV = jax.nn.log_softmax(logits_BV)
-    logs_B = jnp.take_along_axis(logs_BV, tokens_B[:, None], axis=1)[:, 0]
+    logs_B = jnp.zeros(tokens_B.shape, jnp.float32)
+    if choice.log_probabilities:
+        logs_BV = jax.nn.log_softmax(logits_BV)
+        logs_B = jnp.take_along_axis(logs_BV, tokens_B[:, None], axis=1)[:, 0]
     stopped_B = jnp.any(tokens_B[:, None] == stops_BM, axis=1)
     return tokens_B, jnp.where(state.running_B, logs_B, 0.0), state.running_B & ~stopped_B
 

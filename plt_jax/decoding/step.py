@@ -113,8 +113,8 @@ def _run_rows(
         blended = blend(gate_BNR[:, :, first:], everything[:, :, first:], local)
         return jnp.concatenate([everything[:, :, :first], blended], axis=2)
 
+    rotation = rope_rotation(config, slots_B1)
     for layer, weights in enumerate(params["layers"]):
-        rotation = rope_rotation(config, slots_B1)
         x_BRD, _ = apply_block(
             config, weights, x_BRD, rotation, partial(attend_rows, layer), PREPARED_LAYOUT
         )
