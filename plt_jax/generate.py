@@ -7,6 +7,7 @@ imports this file.
 import sys
 
 from plt_jax.cli import CommandParser, run_command
+from plt_jax.decoding.cache import DTYPES
 
 
 def main() -> None:
@@ -27,6 +28,9 @@ def main() -> None:
         "--top_p", type=float, default=1.0, help="draw among the likeliest with this probability"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    parser.add_argument(
+        "--cache_dtype", choices=DTYPES, help="of keys and values; default the compute dtype"
+    )
     arguments = parser.parse_args()
     import jax
 
@@ -45,6 +49,7 @@ def main() -> None:
         arguments.max_new_tokens,
         sampling,
         jax.random.key(arguments.seed),
+        arguments.cache_dtype,
     )
     sys.stdout.write(arguments.prompt)
     for piece in pieces:

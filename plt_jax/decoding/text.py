@@ -23,10 +23,14 @@ def stream_text(
     max_new_tokens: int,
     sampling: Sampling,
     key: jax.Array,
+    cache_dtype: str | None = None,
 ) -> Iterator[str]:
     """The continuation of a prompt that begins a document, piece by piece.
 
     It ends at the end-of-document token, at max_new_tokens, or where the context is full.
+
+    Args:
+      cache_dtype: as in `init_cache`.
 
     Raises:
       InputError: the prompt is longer than the context, or an argument is out of its range.
@@ -36,7 +40,8 @@ def stream_text(
     sampling = sampling._replace(stop_tokens=(*sampling.stop_tokens, end))
     if len(tokens) < config.max_length:
         max_new_tokens = min(max_new_tokens, config.max_length - len(tokens))
-    return _pieces(stream(config, params, [tokens], max_new_tokens, sampling, key), tokenizer)
+    steps = stream(config, params, [tokens], max_new_tokens, sampling, key, cache_dtype=cache_dtype)
+    return _pieces(steps, tokenizer)
 
 
 def begin(tokenizer: Tokenizer, prompt: str) -> list[int]:

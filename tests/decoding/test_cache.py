@@ -150,31 +150,3 @@ def test_router_stays_in_float32():
 def test_empty_cache_is_refused(batch, length):
     with pytest.raises(ValueError, match=rf"at least 1, got {batch}, {length}"):
         init_cache(small_config(), batch, length)
-
-
-def call_prefill(shape, lengths, config=small_config()):
-    params, cache = random_params(config), init_cache(config, 2, 8)
-    prefill(config, params, jnp.zeros(shape, jnp.int32), jnp.zeros(lengths, jnp.int32), cache)
-
-
-@pytest.mark.parametrize(
-    ("shape", "lengths", "message"),
-    [
-        ((3, 4), (3,), "do not match a cache of 2 sequences"),
-        ((2, 9), (2,), "a chunk of 9 tokens does not fit a cache of 8"),
-        ((2, 0), (2,), "a chunk of 0 tokens"),
-        ((2, 4), (3,), r"lengths must have shape \(2,\), got \(3,\)"),
-        ((2, 4), (2, 1), r"lengths must have shape \(2,\), got \(2, 1\)"),
-        ((2, 4), (), r"lengths must have shape \(2,\), got \(\)"),
-    ],
-)
-def test_prefill_of_other_shapes_is_refused(shape, lengths, message):
-    with pytest.raises(ValueError, match=message):
-        call_prefill(shape, lengths)
-
-
-@pytest.mark.parametrize("scheme", ["plt", "vanilla_loop"])
-def test_step_of_another_batch_is_refused(scheme):
-    config = small_config(scheme)
-    with pytest.raises(ValueError, match="do not match a cache of 2 sequences"):
-        decode_step(config, random_params(config), jnp.zeros(3, int), init_cache(config, 2, 8))

@@ -89,7 +89,7 @@ def test_inside_jit_shapes_alone_are_known(cache, monkeypatch):
         step(random_params(CONFIG), jnp.zeros(3, int), cache)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int4", "int32"])
+@pytest.mark.parametrize("dtype", ["float16", "int4", "int32", "nonsense"])
 def test_cache_of_another_dtype_is_refused(dtype):
     with pytest.raises(InputError, match=f"cache dtype is {dtype}; it must be one of float32"):
         init_cache(CONFIG, 2, 8, dtype)

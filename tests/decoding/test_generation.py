@@ -253,6 +253,9 @@ def test_bad_input_is_refused(function, prompts, new, sampling, message, monkeyp
     ("options", "message"),
     [
         ({"stop_tokens": [[1]]}, "stop_tokens are given for 1 prompts, but there are 2"),
+        ({"stop_tokens": [1, 2]}, r"stop_tokens\[0\] is 1; give a list for every prompt"),
+        ({"stop_tokens": [[1], [31]]}, r"stop_tokens\[1\] holds token 31, outside"),
+        ({"sampling": Sampling(stop_tokens=(-1,))}, "sampling.stop_tokens holds token -1"),
         ({"key": jax.random.split(jax.random.key(0), 3)}, r"key has shape \(3,\).*each of 2"),
         ({"cache_dtype": "float16"}, "cache dtype is float16"),
     ],

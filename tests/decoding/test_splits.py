@@ -79,7 +79,8 @@ class Decoder:
     def __init__(self, config: ModelConfig, dtype=None, tolerance=TOLERANCE):
         self.config, self.tolerance = config, tolerance
         self.tokens = np.asarray(random_tokens(config, B, CAPACITY))
-        self.expected = np.asarray(forward(config)(random_params(config), self.tokens))
+        exact = config.model_copy(update={"dtype": "float32"})
+        self.expected = np.asarray(forward(exact)(random_params(config), self.tokens))
         self.cache = init_cache(config, B, CAPACITY, dtype)
         self.done = np.zeros(B, int)
 
@@ -188,25 +189,36 @@ def test_any_window(operations, scheme, count, window):
 SPLIT = [(7, 3, 1), STEP, (2, 4, 0), STEP, STEP, (0, 7, 15)]
 
 
-@pytest.mark.parametrize("scheme", ["no_loop", "clp", "plt"])
+def loops_of(scheme):
+    return 1 if scheme == "no_loop" else 3
+
+
+ROUNDED = ["no_loop", "vanilla_loop", "clp", "plt", "loop_kv_share_window"]
+
+
+@pytest.mark.parametrize("scheme", ROUNDED)
 def test_eight_bits(scheme):
     """Keys and values in eight bits move the logits by at most a tenth of their spread."""
-    config = small_config(scheme, 1 if scheme == "no_loop" else 3, window=3)
+    config = small_config(scheme, loops_of(scheme), window=3)
     spread = np.std(Decoder(config).expected)
     decoder = Decoder(config, dtype="int8", tolerance=0.1 * spread)
     decoder.run(SPLIT)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(decoder.cache.keys)} == {"int8", "float32"}
 
 
-def test_bfloat16():
-    """Keys rounded to 8 bits move the logits by a share of a hundredth of their spread or so."""
-    config = small_config("plt", 3, window=3)
-    split = SPLIT
-    spread = np.std(Decoder(config).expected)
-    Decoder(config, dtype="bfloat16", tolerance=0.2 * spread).run(split)
+@pytest.mark.parametrize("scheme", ROUNDED)
+def test_bfloat16(scheme):
+    """All in bfloat16 moves the float32 forward pass's logits by at most a fifth of their spread.
 
-    rounded = Decoder(small_config("plt", 3, window=3, dtype="bfloat16"), tolerance=0.2 * spread)
-    rounded.run(split)
+    A cache of bfloat16 alone moves them by at most a tenth.
+    """
+    exact = small_config(scheme, loops_of(scheme), window=3)
+    spread = np.std(Decoder(exact).expected)
+    Decoder(exact, dtype="bfloat16", tolerance=0.1 * spread).run(SPLIT)
+
+    config = small_config(scheme, loops_of(scheme), window=3, dtype="bfloat16")
+    rounded = Decoder(config, tolerance=0.2 * spread)
+    rounded.run(SPLIT)
     assert {leaf.dtype for leaf in jax.tree.leaves(rounded.cache)} == {
         jnp.dtype(jnp.bfloat16),
         jnp.dtype(jnp.int32),

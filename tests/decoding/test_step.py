@@ -1,4 +1,8 @@
-"""The decode step's work: one pass of the stack for all loops, one read of the shared cache."""
+"""The decode step's work: one pass of the stack for all loops, one read of the shared cache.
+
+What is looked at is the form for accelerators; that for CPUs, which tests run, differs in how it
+multiplies rows, not in which.
+"""
 
 import functools
 from collections.abc import Iterator
@@ -60,9 +64,9 @@ def test_weights_are_read_once_for_all_loops(scheme, count):
 def test_shared_cache_is_read_once_for_all_loops(scheme, count):
     """Once for the logits and once for the sum of values, in every layer."""
     shared = (B, 2, S, 4)
+    own_caches = count if scheme in ("clp", "vanilla_loop") else 1
     passes = count if scheme == "loop_kv_share_window" else 1
-    if scheme not in ("clp", "vanilla_loop"):
-        assert count_with(shared, scheme, count) == 2 * LAYERS * passes
+    assert count_with(shared, scheme, count) == 2 * LAYERS * passes * own_caches
 
 
 @pytest.mark.parametrize(("scheme", "count"), ALL)

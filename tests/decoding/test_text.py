@@ -36,7 +36,7 @@ def test_characters_of_several_bytes_come_whole(tokenizer, monkeypatch, continua
     if cut:
         tokens = tokens[:-1]
 
-    def planned(config, params, prompts, new, sampling, key):
+    def planned(config, params, prompts, new, sampling, key, cache_dtype):
         assert prompts == [[bos_id(tokenizer), *tokenizer.encode("state").ids]]
         assert sampling.stop_tokens == (5, eos_id(tokenizer))
         yield from (np.array([token]) for token in [*tokens, eos_id(tokenizer)])
@@ -71,7 +71,7 @@ def test_pieces_are_the_decoded_tokens(tokenizer):
 def test_it_ends_where_the_context_is_full(tokenizer, monkeypatch):
     asked = []
 
-    def planned(config, params, prompts, new, sampling, key):
+    def planned(config, params, prompts, new, sampling, key, cache_dtype):
         asked.append(len(prompts[0]) + new)
         return iter(())
 

@@ -1,0 +1,68 @@
+"""What fewer bits in a cache cost: the comparison itself, and the command on a trained run."""
+
+import json
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plt_jax.benchmarks import cache_dtypes
+from plt_jax.benchmarks.cache_dtypes import compare, predictions
+from plt_jax.decoding.layout import prepare_for_decode
+from plt_jax.errors import InputError
+from tests.models import forward, random_params, random_tokens, small_config
+from tests.training.runs import finished_run
+
+
+def test_comparison_with_known_answers():
+    """Two tokens, two steps: one prediction the same, one another."""
+    exact = jnp.log(jnp.array([[[0.5, 0.5]], [[0.9, 0.1]]]))
+    found = jnp.log(jnp.array([[[0.5, 0.5]], [[0.2, 0.8]]]))
+    figures = compare(found, exact, np.array([[0, 1, 1]]))
+    divergence = 0.9 * np.log(0.9 / 0.2) + 0.1 * np.log(0.1 / 0.8)
+    assert figures["nats_per_token"] == pytest.approx(-(np.log(0.5) + np.log(0.8)) / 2)
+    assert figures["largest_divergence"] == pytest.approx(divergence, rel=1e-5)
+    assert figures["mean_divergence"] == pytest.approx(divergence / 2, rel=1e-5)
+    assert figures["same_likeliest_token"] == 0.5
+
+
+def test_predictions_are_the_forward_passes():
+    config = small_config("plt", 2)
+    params, tokens = random_params(config), np.asarray(random_tokens(config, 3, 24))
+    found = predictions(config, prepare_for_decode(config, params), tokens, "float32")
+    logits = np.asarray(forward(config)(params, tokens), np.float64)
+    right = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    np.testing.assert_allclose(found, right.swapaxes(0, 1)[:-1], atol=1e-4)
+
+
+@pytest.fixture
+def run_directory(tmp_path_factory):
+    return finished_run(tmp_path_factory.getbasetemp()).directory
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["cache_dtypes", *map(str, words)])
+    cache_dtypes.main()
+
+
+def test_command(run_directory, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "cache.json"
+    call(monkeypatch, run_directory, "--tokens", "6", "--documents", "2", "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["cache_dtype"] for row in rows] == ["float32", "bfloat16", "int8"]
+    assert rows[0]["mean_divergence"] == 0 and rows[0]["same_likeliest_token"] == 1
+    assert all(0 < row["mean_divergence"] < 0.01 for row in rows[1:])
+    assert "int8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "100000"], "--tokens 100000; .* the context holds"),
+        (["--documents", "0"], "--documents is 0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(run_directory, monkeypatch, words, message):
+    with pytest.raises(InputError, match=message):
+        call(monkeypatch, run_directory, *words)
