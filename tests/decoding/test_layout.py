@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax.config import MoEConfig
-from plt_jax.decoding.layout import MOST_SUMMED_ROWS, linear
+from plt_jax.decoding.layout import linear
 from plt_jax.model.moe import apply_experts, gather_experts
 
 
@@ -30,7 +30,7 @@ def test_linear_is_a_product_summed_in_float32(rows, outputs, inputs, dtype, see
     np.testing.assert_allclose(out, right, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [MOST_SUMMED_ROWS, MOST_SUMMED_ROWS + 1])
+@pytest.mark.parametrize("rows", [256, 257])
 def test_linear_of_many_rows(rows):
     random = np.random.default_rng(rows)
     x, weight = random.normal(size=(rows, 3)), random.normal(size=(5, 3))
