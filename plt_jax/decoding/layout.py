@@ -26,8 +26,8 @@ from plt_jax.model.moe import (
 Params = dict[str, Any]
 Weights = Mapping[str, jax.Array]
 
-# Beyond these rows a CPU is bound by arithmetic, and the fused sum no better than a product. Processes
-# that ran such sums on jax 0.10 crashed now and then, in XLA's threads.
+# Beyond these rows a CPU is bound by arithmetic, and the fused sum no better than a product.
+# Processes that ran such sums on jax 0.10 crashed now and then, in XLA's threads.
 MOST_SUMMED_ROWS = 256 if jax.__version_info__ >= (0, 12) else 0
 EXPERTS = ("expert_gate", "expert_up", "expert_down")
 
