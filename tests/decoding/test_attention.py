@@ -152,9 +152,8 @@ def test_prefill_makes_nothing_of_chunk_times_cache(scheme, count):
     """Of 4096 tokens in one chunk, one head's logits would be 16 million numbers."""
     config = small_config(scheme, count, layers=1)
     S = 4096
-    shapes = jax.eval_shape(
-        lambda: (prepare_for_decode(config, random_params(config)), init_cache(config, 1, S))
-    )
+    params = random_params(config)
+    shapes = jax.eval_shape(lambda: (prepare_for_decode(config, params), init_cache(config, 1, S)))
     jaxpr = jax.make_jaxpr(functools.partial(prefill, config))(
         shapes[0],
         jax.ShapeDtypeStruct((1, S), jnp.int32),

@@ -167,11 +167,9 @@ def test_prefill_gives_cudnn_the_chunk_and_a_mask(without_cudnn, devices_run, ch
     """In blocks of queries, for every layer and loop; a cache in eight bits goes without it."""
     devices_run("cudnn")
     config = small_config("plt", 2, dtype="bfloat16", head_width=16, layers=1)
+    declared = random_params(config)
     params, cache = jax.eval_shape(
-        lambda: (
-            prepare_for_decode(config, random_params(config)),
-            init_cache(config, B, 512, dtype),
-        )
+        lambda: (prepare_for_decode(config, declared), init_cache(config, B, 512, dtype))
     )
     tokens = jax.ShapeDtypeStruct((B, chunk), jnp.int32)
     lengths = jax.ShapeDtypeStruct((B,), jnp.int32)
