@@ -38,10 +38,11 @@ from plt_jax.decoding.generation import (
     advance,
     prefill_prompts,
 )
-from plt_jax.decoding.layout import EXPERTS, Params, prepare_for_decode
+from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.errors import InputError
 from plt_jax.model.attention import gate_parameters
+from plt_jax.model.moe import EXPERTS
 from plt_jax.model.transformer import Transformer
 
 

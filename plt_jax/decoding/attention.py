@@ -8,7 +8,7 @@ of them.
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from plt_jax.decoding.cache import Quantized, Stored
 from plt_jax.decoding.layout import on_two_rows
 from plt_jax.model.attention import MASKED, windowed_attention
-from plt_jax.model.kernels import cudnn_masked_attention
+from plt_jax.model.kernels import Backend, cudnn_masked_attention
 
 QUERY_BLOCK, KEY_BLOCK = 256, 512
 """Of a chunk's attention: its logits take QUERY_BLOCK x KEY_BLOCK for each head, never more."""
@@ -110,7 +110,7 @@ def attend_causally(
     keys: Stored,
     values: Stored,
     positions_BC: jax.Array,
-    backend: Literal["xla", "cudnn", "splash"] = "xla",
+    backend: Backend = "xla",
 ) -> jax.Array:
     """Attention of a chunk's queries to the cached keys up to their positions, [B, N, C, H].
 

@@ -113,6 +113,25 @@ def init_cache(
     )
 
 
+def opened(cache: Cache) -> Cache:
+    """The cache with lists for its tuples, for writing layer by layer; `closed` ends that."""
+    return _regrouped(cache, list)
+
+
+def closed(cache: Cache) -> Cache:
+    """An opened cache with tuples again."""
+    return _regrouped(cache, tuple)
+
+
+def _regrouped(cache: Cache, group: type[list] | type[tuple]) -> Cache:
+    return cache.replace(
+        keys=group(map(group, cache.keys)),
+        values=group(map(group, cache.values)),
+        ring_keys=group(cache.ring_keys),
+        ring_values=group(cache.ring_values),
+    )
+
+
 def write(stored: Stored, new_BKTH: jax.Array, slots_BT: jax.Array) -> Stored:
     """Writes T keys or values of every sequence into their slots.
 

@@ -137,7 +137,8 @@ def _keys(key: jax.Array | None, sampling: Sampling, rows: int) -> jax.Array:
 
 def _stops(request: _Request) -> np.ndarray:
     """Each row's stop tokens, int32 [B, M], filled up with -1, which no token is."""
-    own = request.stop_tokens or [()] * len(request.prompts)
+    own = request.stop_tokens
+    own = [()] * len(request.prompts) if own is None else own
     lists = [[*request.sampling.stop_tokens, *stops] for stops in own]
     filled = np.full((len(lists), max(map(len, lists))), -1, np.int32)
     for row, stops in zip(filled, lists, strict=True):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from plt_jax.config import ModelConfig
 from plt_jax.model.block import Products
 from plt_jax.model.moe import (
+    EXPERTS,
     RouterStatistics,
     apply_experts,
     gather_experts,
@@ -29,7 +30,6 @@ Weights = Mapping[str, jax.Array]
 # Beyond these rows a CPU is bound by arithmetic, and the fused sum no better than a product.
 # Processes that ran such sums on jax 0.10 crashed now and then, in XLA's threads.
 MOST_SUMMED_ROWS = 256 if jax.__version_info__ >= (0, 12) else 0
-EXPERTS = ("expert_gate", "expert_up", "expert_down")
 
 
 def prepare_for_decode(config: ModelConfig, params: Params) -> Params:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.attention import attend_causally, attend_window
-from plt_jax.decoding.cache import Cache, write, write_rings
+from plt_jax.decoding.cache import Cache, closed, opened, write, write_rings
 from plt_jax.decoding.checks import check_chunk
 from plt_jax.decoding.layout import PREPARED_LAYOUT, Params, logits_of, prepare_for_decode
 from plt_jax.model.attention import blend, choose_backend
@@ -102,32 +102,27 @@ def _run_loop(
     seen_BC = jnp.where(real_BC, positions_BC, 0)  # what is not real need not look far
     backend = choose_backend(config)
     ring_slots_BC = ring_slots_of_chunk(loop.window, positions_BC, lengths_B, cache.lengths)
-    keys, values = ([list(rows) for rows in stored] for stored in (cache.keys, cache.values))
-    ring_keys, ring_values = list(cache.ring_keys), list(cache.ring_values)
+    held = opened(cache)
 
     for layer, weights in enumerate(params["layers"]):
 
         def attend(q, k, v, gate_BNT, layer=layer):
-            k_row, v_row = keys[layer], values[layer]
+            keys, values = held.keys[layer], held.values[layer]
             if own:
-                k_row[row] = write(k_row[row], k, slots_BC)
-                v_row[row] = write(v_row[row], v, slots_BC)
-            everything = attend_causally(q, k_row[row], v_row[row], seen_BC, backend)
+                keys[row] = write(keys[row], k, slots_BC)
+                values[row] = write(values[row], v, slots_BC)
+            everything = attend_causally(q, keys[row], values[row], seen_BC, backend)
             if own or loop.later_attention == "shared":
                 return everything
-            held = tuple(ring[layer][:, index - 1] for ring in (ring_keys, ring_values))
-            local = attend_window(q, (k, v), held, cache.lengths)
-            for ring, new in ((ring_keys, k), (ring_values, v)):
+            rings = held.ring_keys, held.ring_values
+            before = tuple(ring[layer][:, index - 1] for ring in rings)
+            local = attend_window(q, (k, v), before, cache.lengths)
+            for ring, new in zip(rings, (k, v), strict=True):
                 ring[layer] = write_rings(ring[layer], new[:, None], ring_slots_BC, index - 1)
             return blend(gate_BNT, everything, local)
 
         x_BCD, _ = apply_block(config, weights, x_BCD, rotation, attend, PREPARED_LAYOUT)
-    return x_BCD, cache.replace(
-        keys=tuple(map(tuple, keys)),
-        values=tuple(map(tuple, values)),
-        ring_keys=tuple(ring_keys),
-        ring_values=tuple(ring_values),
-    )
+    return x_BCD, closed(held)
 
 
 def ring_slots_of_chunk(

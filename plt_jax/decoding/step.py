@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.attention import attend, attend_own
-from plt_jax.decoding.cache import Cache, ring_positions, write, write_rings
+from plt_jax.decoding.cache import Cache, closed, opened, ring_positions, write, write_rings
 from plt_jax.decoding.checks import check_step
 from plt_jax.decoding.layout import PREPARED_LAYOUT, Params, logits_of, prepare_for_decode
 from plt_jax.model.attention import blend
@@ -80,8 +80,7 @@ def _run_rows(
     slots_B1 = cache.lengths[:, None]
     mask_B1S = jnp.arange(cache.capacity) <= slots_B1[:, :, None]
     ring_mask_B1W = (ring_positions(cache.lengths + 1, loop.window) >= 0)[:, None]
-    keys, values = ([list(rows) for rows in stored] for stored in (cache.keys, cache.values))
-    ring_keys, ring_values = list(cache.ring_keys), list(cache.ring_values)
+    held = opened(cache)
     later = [row for row, index in enumerate(loops) if index > 0]
     rings = slice(loops[later[0]] - 1, loops[-1]) if later else slice(0)
 
@@ -89,27 +88,27 @@ def _run_rows(
         stored[index] = write(stored[index], new_BKRH[:, :, row : row + 1], slots_B1)
 
     def attend_rows(layer: int, q, k, v, gate_BNR):
+        keys, values = held.keys[layer], held.values[layer]
         if loop.later_attention == "own":
             outs = []
             for row, index in enumerate(loops):
-                write_row(keys[layer], index, k, row)
-                write_row(values[layer], index, v, row)
-                q_row = q[:, :, row : row + 1]
-                outs.append(attend(q_row, keys[layer][index], values[layer][index], mask_B1S))
+                write_row(keys, index, k, row)
+                write_row(values, index, v, row)
+                outs.append(attend(q[:, :, row : row + 1], keys[index], values[index], mask_B1S))
             return jnp.concatenate(outs, axis=2)
         if loops[0] == 0:
-            write_row(keys[layer], 0, k, 0)
-            write_row(values[layer], 0, v, 0)
+            write_row(keys, 0, k, 0)
+            write_row(values, 0, v, 0)
         # Loops are a second query axis here: the shared cache is read once for all of them.
-        everything = attend(q, keys[layer][0], values[layer][0], mask_B1S)
+        everything = attend(q, keys[0], values[0], mask_B1S)
         if loop.later_attention == "shared" or not later:
             return everything
         first = later[0]
-        for ring, new in ((ring_keys, k), (ring_values, v)):
+        for ring, new in ((held.ring_keys, k), (held.ring_values, v)):
             new_BRK1H = new[:, :, first:].swapaxes(1, 2)[:, :, :, None]
             ring[layer] = write_rings(ring[layer], new_BRK1H, slots_B1 % loop.window, rings.start)
-        held = (ring[layer][:, rings] for ring in (ring_keys, ring_values))
-        local = attend_own(q[:, :, first:], *held, ring_mask_B1W)
+        seen = (ring[layer][:, rings] for ring in (held.ring_keys, held.ring_values))
+        local = attend_own(q[:, :, first:], *seen, ring_mask_B1W)
         blended = blend(gate_BNR[:, :, first:], everything[:, :, first:], local)
         return jnp.concatenate([everything[:, :, :first], blended], axis=2)
 
@@ -118,9 +117,4 @@ def _run_rows(
         x_BRD, _ = apply_block(
             config, weights, x_BRD, rotation, partial(attend_rows, layer), PREPARED_LAYOUT
         )
-    return x_BRD, cache.replace(
-        keys=tuple(map(tuple, keys)),
-        values=tuple(map(tuple, values)),
-        ring_keys=tuple(ring_keys),
-        ring_values=tuple(ring_values),
-    )
+    return x_BRD, closed(held)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
 from plt_jax.errors import InputError
-from plt_jax.model.kernels import available_kernel, cudnn_attention, splash_attention
+from plt_jax.model.kernels import Backend, available_kernel, cudnn_attention, splash_attention
 from plt_jax.model.layers import (
     Parameter,
     Rotation,
@@ -133,7 +132,7 @@ def blend(gate_BNT: jax.Array, global_BNTH: jax.Array, local_BNTH: jax.Array) ->
     return (g * global_BNTH + (1.0 - g) * local_BNTH).astype(global_BNTH.dtype)
 
 
-def choose_backend(config: ModelConfig) -> Literal["xla", "cudnn", "splash"]:
+def choose_backend(config: ModelConfig) -> Backend:
     """What computes attention over whole sequences: `config.attention`, with auto made definite.
 
     Raises:

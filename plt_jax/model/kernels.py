@@ -22,6 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 
+Backend = Literal["xla", "cudnn", "splash"]
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 LANES = 128  # The kernel's blocks of keys are multiples of a TPU's vector width.
@@ -30,7 +31,7 @@ MAX_BLOCK = 512
 MIN_WINDOW_BLOCK = 256
 
 
-def available_kernel() -> Literal["xla", "cudnn", "splash"]:
+def available_kernel() -> Backend:
     """The fastest attention that the devices can run which the program is being traced for."""
     # A program that is compiled ahead of time is traced on a machine without its devices, but under
     # their mesh.
@@ -87,15 +88,14 @@ def cudnn_attention(
         if documents_BT is not None:
             documents_BT = jnp.pad(documents_BT, ((0, 0), (0, T % 2)))
             mask = (documents_BT[:, :, None] == documents_BT[:, None, :])[:, None]
-        out_BTNH = jax.nn.dot_product_attention(
-            *(x.swapaxes(1, 2) for x in (q_BNTH, k_BKTH, v_BKTH)),
+        out_BNTH = _call_cudnn(
+            *(q_BNTH, k_BKTH, v_BKTH),
             mask=mask,
             # Beside a window too: it bounds the left side alone (jax-ml/jax#39576).
             is_causal=True,
             local_window_size=None if window is None else (window - 1, 0),
-            implementation="cudnn",
         )
-        return out_BTNH[:, :T].swapaxes(1, 2)
+        return out_BNTH[:, :, :T]
 
     return on_each_device(attend)(q_BNTH, k_BKTH, v_BKTH, documents_BT)
 
@@ -109,14 +109,17 @@ def cudnn_masked_attention(
     """
 
     def attend(q_BNTH, k_BKSH, v_BKSH, mask_BTS):
-        out_BTNH = jax.nn.dot_product_attention(
-            *(x.swapaxes(1, 2) for x in (q_BNTH, k_BKSH, v_BKSH)),
-            mask=mask_BTS[:, None],
-            implementation="cudnn",
-        )
-        return out_BTNH.swapaxes(1, 2)
+        return _call_cudnn(q_BNTH, k_BKSH, v_BKSH, mask=mask_BTS[:, None])
 
     return on_each_device(attend)(q_BNTH, k_BKSH, v_BKSH, mask_BTS)
+
+
+def _call_cudnn(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, **settings) -> jax.Array:
+    """`jax.nn.dot_product_attention` by cuDNN, with heads before positions, [B, N, T, H]."""
+    out_BTNH = jax.nn.dot_product_attention(
+        *(x.swapaxes(1, 2) for x in (q_BNTH, k_BKSH, v_BKSH)), implementation="cudnn", **settings
+    )
+    return out_BTNH.swapaxes(1, 2)
 
 
 def splash_attention(

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from plt_jax.config import ModelConfig, MoEConfig
 from plt_jax.model.layers import Parameter, projection, swiglu
 
+EXPERTS = ("expert_gate", "expert_up", "expert_down")
+"""The routed experts' weights, in the order in which they are applied."""
+
 ApplyExperts = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -79,9 +82,7 @@ def apply_experts(
 ) -> jax.Array:
     """Sum over each token's chosen experts of weight x SwiGLU, [M, D] in x's dtype."""
     M, k = chosen_Mk.shape
-    gate_XDF, up_XDF, down_XFD = (
-        weights[name].astype(x_MD.dtype) for name in ("expert_gate", "expert_up", "expert_down")
-    )
+    gate_XDF, up_XDF, down_XFD = (weights[name].astype(x_MD.dtype) for name in EXPERTS)
     order = jnp.argsort(chosen_Mk.ravel(), stable=True)
     rows = x_MD[order // k]
     sizes_X = jnp.bincount(chosen_Mk.ravel(), length=gate_XDF.shape[0]).astype(jnp.int32)
@@ -101,8 +102,7 @@ def gather_experts(
     A grouped product reads (and on a CPU multiplies) every expert, whoever chose it.
     """
     gate_MkDF, up_MkDF, down_MkFD = (
-        weights[name].astype(x_MD.dtype)[chosen_Mk]
-        for name in ("expert_gate", "expert_up", "expert_down")
+        weights[name].astype(x_MD.dtype)[chosen_Mk] for name in EXPERTS
     )
     hidden_MkF = jax.nn.silu(jnp.einsum("MD,MkDF->MkF", x_MD, gate_MkDF))
     hidden_MkF *= jnp.einsum("MD,MkDF->MkF", x_MD, up_MkDF)
