@@ -182,14 +182,23 @@ def test_dtypes_of_the_cache(dtype):
 
 
 def test_stop_tokens_of_one_prompt_stop_it_alone(continuation):
-    stop = int(continuation[0][1])
-    sampling = Sampling(stop_tokens=(int(continuation[2][3]),))
-    expected = [
-        until_stop(row, {*sampling.stop_tokens, *([stop] if index == 0 else [])})
-        for index, row in enumerate(continuation.tolist())
+    """Each row has a stop token of its own and one that only the next row draws; one is for all."""
+    rows = continuation.tolist()
+    own = [rows[index][index] for index in range(3)]
+    others = [
+        next(token for token in rows[(index + 1) % 3] if token not in rows[index])
+        for index in range(3)
     ]
-    stops = [[stop], [], []]
+    stops = [list(pair) for pair in zip(own, others, strict=True)]
+    sampling = Sampling(stop_tokens=(rows[2][1],))
+    expected = [
+        until_stop(row, {*sampling.stop_tokens, *mine})
+        for row, mine in zip(rows, stops, strict=True)
+    ]
+    assert all(row != whole for row, whole in zip(expected, rows, strict=True))
     np.testing.assert_array_equal(run(sampling=sampling, stop_tokens=stops), expected)
+    as_array = run(sampling=sampling, stop_tokens=np.array(stops))
+    np.testing.assert_array_equal(as_array, expected)
 
 
 def until_stop(row, stops):

@@ -73,3 +73,14 @@ def test_shared_cache_is_read_once_for_all_loops(scheme, count):
 def test_head_reads_the_last_loop_alone(scheme, count):
     head = [operands for operands in products(scheme, count) if (31, 16) in operands]
     assert head == [[(B, 16), (31, 16)]]
+
+
+@pytest.mark.parametrize(("batch", "grouped"), [(1, False), (2, False), (3, True)])
+def test_few_rows_gather_their_experts(batch, grouped):
+    """Two rows a sequence with two choices each, of eight experts: up to eight choices are few."""
+    config = small_config("plt", 2, moe={"experts": 8, "experts_per_token": 2, "expert_width": 8})
+    params = prepare_for_decode(config, random_params(config))
+    cache, tokens = init_cache(config, batch, S), jnp.zeros(batch, jnp.int32)
+    jaxpr = jax.make_jaxpr(functools.partial(decode_step, config))(params, tokens, cache)
+    names = {equation.primitive.name for equation in equations(jaxpr.jaxpr)}
+    assert any("ragged_dot" in name for name in names) == grouped
