@@ -91,7 +91,7 @@ def test_windows_reach_from_the_chunk_into_the_ring(chunk, window, before):
         rings.append(jnp.asarray(ring))
         new.append(jnp.asarray(part))
     q = draw(0, B, 4, chunk, H)
-    out = attend_window(q, tuple(new), tuple(rings), jnp.asarray(before))
+    out = compiled(attend_window)(q, tuple(new), tuple(rings), jnp.asarray(before))
     distance = (np.array(before)[:, None] + np.arange(chunk))[:, :, None] - np.arange(total)
     mask = (distance >= 0) & (distance < window)
     np.testing.assert_allclose(out, plain(q, keys, values, mask), atol=1e-5)
