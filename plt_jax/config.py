@@ -120,10 +120,12 @@ class RopeScalingConfig(Section):
 
 
 class MoEConfig(Section):
-    """Mixture-of-experts feed-forward layers; all layers of a model are of one kind."""
+    """Mixture-of-experts feed-forward layers."""
 
     experts: NonNegativeInt = 0
     """Experts X; 0 for dense layers."""
+    dense_layers: NonNegativeInt = 0
+    """Leading layers that stay dense, of model.ffn_width."""
     experts_per_token: PositiveInt = 2
     """Experts k that each token goes to."""
     expert_width: PositiveInt = 512
@@ -140,6 +142,14 @@ class MoEConfig(Section):
     """Weight of the load-balancing loss."""
     router_z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser of the router's softmax."""
+    bias_update_rate: NonNegativeFloat | None = None
+    """Balancing without a loss: a bias per loop and expert is added to the router's logits when
+    experts are chosen (not when they are weighed). After every step it moves by this much, up for
+    experts with less than an even load, down for those with more. Null: there are no biases."""
+    grouped_product: Literal["auto", "ragged_dot", "blocks", "megablox", "tokamax"] = "auto"
+    """What multiplies each expert's rows: XLA's ragged_dot, blocks of rows in a loop, JAX's Pallas
+    kernel for TPUs, or tokamax (an optional package) for GPUs; auto takes the last of these that
+    the devices run."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> MoEConfig:
@@ -150,6 +160,9 @@ class MoEConfig(Section):
             )
         if self.shared_gate and not self.shared_width:
             raise ValueError("shared_gate needs a shared expert; set shared_width, or drop it")
+        for name in ("dense_layers", "bias_update_rate"):
+            if getattr(self, name) not in (0, None) and not self.experts:
+                raise ValueError(f"{name} is {getattr(self, name)} in a model without experts")
         return self
 
 
@@ -195,7 +208,8 @@ class ModelConfig(Section):
     """What computes attention over whole sequences: plain XLA, cuDNN on NVIDIA GPUs, or splash on
     TPUs; auto is the fastest that the devices, the dtype and the head width allow."""
     remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass recomputes: nothing, every layer, or all but matrix products."""
+    """What the backward pass recomputes: nothing, every layer, or all but matrix products (those of
+    experts it recomputes too)."""
     layer_unroll: PositiveInt = 1
     """Layers unrolled per step of the scan over layers; `layers` unrolls it all."""
     loop: LoopConfig = LoopConfig()
@@ -229,6 +243,11 @@ class ModelConfig(Section):
             )
         if self.head_width % 2:
             raise ValueError(f"head_width {self.head_width} is odd; RoPE needs an even number")
+        if self.moe.dense_layers >= self.layers:
+            raise ValueError(
+                f"moe.dense_layers {self.moe.dense_layers} leaves none of the {self.layers} layers "
+                "to the experts; lower it"
+            )
         if self.attention == "cudnn" and self.cudnn_obstacle is not None:
             raise ValueError(f"attention is cudnn, but {self.cudnn_obstacle}, or attention to auto")
         return self
@@ -348,6 +367,8 @@ class MeshConfig(Section):
     """Devices that split the batch and replicate the parameters."""
     fsdp: AxisSize = 1
     """Devices that split the batch and the parameters (by width)."""
+    expert: AxisSize = 1
+    """Devices that split the batch and the experts; the rest of the model they replicate."""
     tensor: AxisSize = 1
     """Devices that split heads, feed-forward width and vocabulary."""
 
@@ -363,7 +384,7 @@ class MeshConfig(Section):
 
     def sizes(self) -> dict[str, int]:
         """Axis sizes in mesh order, slowest axis first."""
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        return {name: getattr(self, name) for name in type(self).model_fields}
 
 
 class CheckpointConfig(Section):

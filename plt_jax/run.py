@@ -32,6 +32,7 @@ MAY_CHANGE = (
     "evaluation.",
     "mesh.",
     "model.attention",  # computes the same model; as with another mesh, only rounding differs
+    "model.moe.grouped_product",  # the same
     "data.cache_dir",
     "data.prefetch",
     "training.steps",
@@ -84,7 +85,8 @@ def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
     check_size(tokenizer, config.model.vocab_size)
     params = read_params(found, mesh)
     # What the training machine's devices ran need not be here.
-    model = config.model.model_copy(update={"attention": "auto"})
+    moe = config.model.moe.model_copy(update={"grouped_product": "auto"})
+    model = config.model.model_copy(update={"attention": "auto", "moe": moe})
     return Trained(directory, config.model_copy(update={"model": model}), tokenizer, step, params)
 
 

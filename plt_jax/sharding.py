@@ -19,7 +19,7 @@ from plt_jax.config import MeshConfig
 from plt_jax.errors import InputError
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
-    ("batch", ("data", "fsdp")),
+    ("batch", ("data", "fsdp", "expert")),
     ("length", None),
     ("activation", None),
     ("embed", "fsdp"),
@@ -28,7 +28,8 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("kv_heads", "tensor"),
     ("head", None),
     ("ffn", "tensor"),
-    ("expert", None),
+    ("expert", "expert"),
+    ("loops", None),
     ("layers", None),
 )
 """Logical axis -> mesh axes."""
@@ -106,18 +107,19 @@ def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
 
 
 def batch_sharding(mesh: Mesh, batch_size: int, field: str) -> NamedSharding:
-    """The sharding of arrays [B, ...], split by rows over the data and fsdp axes.
+    """The sharding of arrays [B, ...], split by rows over the axes of the batch.
 
     Raises:
       InputError: `batch_size`, the value of the configuration field named, does not divide.
     """
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
+    spec = nn.logical_to_mesh_axes(("batch",), RULES)
+    rows = math.prod(mesh.shape[axis] for axis in spec[0])
     if batch_size % rows:
         raise InputError(
             f"{field} = {batch_size} does not divide by the {rows} devices of mesh axes "
-            "data x fsdp; change either"
+            f"{' x '.join(spec[0])}; change either"
         )
-    return NamedSharding(mesh, nn.logical_to_mesh_axes(("batch",), RULES))
+    return NamedSharding(mesh, spec)
 
 
 def place_batch(batch: Any, sharding: NamedSharding) -> Any:

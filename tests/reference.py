@@ -21,7 +21,8 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
 
     Args:
       settings: any object with the model's attributes (layers, heads, ..., loop.*, moe.*).
-      params: nested dict of arrays; each entry of params["layers"] has a leading layer axis J.
+      params: nested dict of arrays; each entry of params["layers"] has a leading layer axis J
+        (without the leading dense layers of a mixture of experts: "dense_layers").
       tokens: integers [B, T].
       segment_ids: integers [B, T] or None (one document a row). Documents are runs of equal
         consecutive ids; the same id coming back later is another document.
@@ -54,7 +55,9 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
             elif index > 0:
                 x = hidden_loops[index - 1]
             for j in range(settings.layers):
-                layer = {name: array[j] for name, array in params["layers"].items()}
+                layer = layer_arrays(params, j)
+                if "router_bias" in layer:
+                    layer["router_bias"] = layer["router_bias"][index]
                 x, own_kv = decoder_layer(
                     settings, layer, x, first_kv[j], causal, windowed, rotation
                 )
@@ -68,6 +71,14 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
         head = params["embedding"].T if settings.tied_embeddings else params["head"]
         logits = hidden_loops[-1] @ head
     return {"logits": logits, "hidden_loops": hidden_loops, "raw_loops": raw_loops}
+
+
+def layer_arrays(params, j):
+    """The arrays of layer j; those of "dense_layers", if there are any, come before "layers"."""
+    dense = params.get("dense_layers", {"ffn_norm": ()})
+    leading = len(dense["ffn_norm"])
+    stack, index = (dense, j) if j < leading else (params["layers"], j - leading)
+    return {name: array[index] for name, array in stack.items()}
 
 
 # ---- documents: numbering, positions, masks, shift ----
@@ -138,7 +149,7 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
         x = x + layer["o_bias"]
 
     normed = rms_norm(x, layer["ffn_norm"], epsilon)
-    if settings.moe.experts:
+    if "router" in layer:
         update = mixture_of_experts(settings.moe, layer, normed)
     else:
         update = swiglu(normed, layer["ffn_gate"], layer["ffn_up"], layer["ffn_down"])
@@ -169,13 +180,13 @@ def gate(settings, layer, q, x):
 def mixture_of_experts(moe, layer, x):
     """[B, T, D] -> [B, T, D]: the chosen experts' weighted sum, and the shared expert if any."""
     scores = x @ layer["router"]  # [B, T, X]
+    _, chosen = jax.lax.top_k(scores + layer.get("router_bias", 0.0), moe.experts_per_token)
     if moe.routing == "softmax_then_topk":
-        weights, chosen = jax.lax.top_k(jax.nn.softmax(scores, axis=-1), moe.experts_per_token)
+        weights = jnp.take_along_axis(jax.nn.softmax(scores, axis=-1), chosen, axis=-1)
         if moe.renormalize:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     elif moe.routing == "topk_then_softmax":
-        scores, chosen = jax.lax.top_k(scores, moe.experts_per_token)
-        weights = jax.nn.softmax(scores, axis=-1)
+        weights = jax.nn.softmax(jnp.take_along_axis(scores, chosen, axis=-1), axis=-1)
     else:
         raise ValueError(f"no such routing: {moe.routing!r}")
 

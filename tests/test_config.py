@@ -109,7 +109,8 @@ REFUSED = {
     "more than 1; lower one",
     "mesh: {tensor: 0}": "tensor is 0; use a positive size, or -1 for the remaining devices",
     "mesh: {fsdp: -2}": "mesh.fsdp = -2: input should be greater than or equal to -1",
-    "mesh: {fsdp: -1}": "only one axis may be -1, got {'data': -1, 'fsdp': -1, 'tensor': 1}",
+    "mesh: {fsdp: -1}": "only one axis may be -1, got {'data': -1, 'fsdp': -1, 'expert': 1, "
+    "'tensor': 1}",
     "optimizer: {learning_rate: .nan}": "optimizer.learning_rate = nan: input should be a finite",
     "optimizer: {learning_rate: .inf}": "optimizer.learning_rate = inf: input should be a finite",
     "model: {loop: {hidden_scale: -.inf}}": "model.loop.hidden_scale = -inf: input should be a fin",
@@ -119,6 +120,10 @@ REFUSED = {
     "data: {validation_fraction: 1.0}": "data.validation_fraction = 1.0: input should be less",
     "seed: -1": "seed = -1: input should be greater than or equal to 0",
     "model: {moe: {experts: 1}}": "experts_per_token 2 is above experts 1; lower the one or raise",
+    "model: {layers: 2, moe: {experts: 4, dense_layers: 2}}": "moe.dense_layers 2 leaves none of "
+    "the 2 layers to the experts; lower it",
+    "model: {moe: {dense_layers: 1}}": "dense_layers is 1 in a model without experts",
+    "model: {moe: {bias_update_rate: 0.1}}": "bias_update_rate is 0.1 in a model without experts",
 }
 
 

@@ -38,11 +38,10 @@ from plt_jax.decoding.generation import (
     advance,
     prefill_prompts,
 )
-from plt_jax.decoding.layout import Params, prepare_for_decode
+from plt_jax.decoding.layout import EXPERT_AXES, Params, prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.errors import InputError
 from plt_jax.model.attention import gate_parameters
-from plt_jax.model.moe import EXPERTS
 from plt_jax.model.transformer import Transformer
 
 
@@ -341,18 +340,19 @@ def spread(name: str, values: list[float]) -> dict[str, float]:
 def bytes_moved(config: ModelConfig, weights: Params, cache: Cache) -> dict[str, int]:
     """Bytes that a decode step reads: weights, once per pass, and keys and values.
 
-    Where few rows gather their experts' weights, each row's choices count by themselves; grouped
-    products read every expert.
+    Of the experts, rows read those that any of them chose: counted as if choices were even and
+    independent.
     """
     loop, moe = config.loop, config.moe
     passes = 1 if loop.shifted else loop.count
     head = weights.get("head", weights["embedding"])
     layers = nbytes(weights["layers"])
     if moe.experts:
-        experts = nbytes([[layer[name] for name in EXPERTS] for layer in weights["layers"]])
+        mixtures = [layer for layer in weights["layers"] if "router" in layer]
+        experts = nbytes([[layer[name] for name in EXPERT_AXES] for layer in mixtures])
         rows = cache.lengths.shape[0] * loop.count // passes
-        share = min(1.0, rows * moe.experts_per_token / moe.experts)
-        layers -= round((1.0 - share) * experts)
+        untouched = (1 - moe.experts_per_token / moe.experts) ** rows
+        layers -= round(untouched * experts)
     full = nbytes((cache.keys, cache.values))
     if loop.later_attention != "own":
         full *= passes  # a serial scheme reads the shared cache in every loop

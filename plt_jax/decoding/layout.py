@@ -8,21 +8,19 @@ copies; products of one input are fused; and every weight lies outputs first, [N
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from plt_jax.config import ModelConfig
-from plt_jax.model.block import Products
-from plt_jax.model.moe import (
-    EXPERTS,
-    RouterStatistics,
-    apply_experts,
-    gather_experts,
-    mixture_of_experts,
-)
+from plt_jax.config import ModelConfig, MoEConfig
+from plt_jax.model.block import Products, stacks_of
+from plt_jax.model.expert_parallel import replicate_rows
+from plt_jax.model.grouped import grouped_product
+from plt_jax.model.kernels import traced_platform
+from plt_jax.model.moe import RouterStatistics, mixture_of_experts, run_groups, weighted_sum
 
 Params = dict[str, Any]
 Weights = Mapping[str, jax.Array]
@@ -30,6 +28,9 @@ Weights = Mapping[str, jax.Array]
 # Beyond these rows a CPU is bound by arithmetic, and the fused sum no better than a product.
 # Processes that ran such sums on jax 0.10 crashed now and then, in XLA's threads.
 MOST_SUMMED_ROWS = 256 if jax.__version_info__ >= (0, 12) else 0
+
+# Up to these rows every expert that is chosen at all multiplies all rows, and none is sorted.
+FEW_ROWS = 64
 
 
 def prepare_for_decode(config: ModelConfig, params: Params) -> Params:
@@ -43,8 +44,9 @@ def prepare_for_decode(config: ModelConfig, params: Params) -> Params:
       "embedding" [V, D], "head" [V, D] unless tied, "final_norm" [D], and "layers", a tuple of one
       dict per layer: the declared norms, biases, gate and router in float32, and in the compute
       dtype "qkv" [K·(G+2)·H, D] (each key/value head behind the G query heads that read it), "o"
-      [D, N·H], and "gate_up" [2·F, D] and "down" [D, F], or the experts as they are declared and
-      the shared expert's "shared_gate_up" and "shared_down".
+      [D, N·H], and "gate_up" [2·F, D] and "down" [D, F], or the experts' "expert_gate_up"
+      [X, 2, F, D] and "expert_down" [X, D, F] and the shared expert's "shared_gate_up" and
+      "shared_down".
     """
     if isinstance(params["layers"], tuple):
         return params
@@ -54,8 +56,9 @@ def prepare_for_decode(config: ModelConfig, params: Params) -> Params:
         "embedding": params["embedding"].astype(dtype),
         "final_norm": params["final_norm"],
         "layers": tuple(
-            _prepare_layer(config, {name: stacked[j] for name, stacked in params["layers"].items()})
-            for j in range(config.layers)
+            _prepare_layer(config, {name: stacked[j] for name, stacked in params[part].items()})
+            for part, stack in stacks_of(config).items()
+            for j in range(stack.layers)
         ),
     }
     if "head" in params:
@@ -81,8 +84,13 @@ def _prepare_layer(config: ModelConfig, declared: Params) -> Params:
             both = [left.pop(name).astype(dtype).T for name in (gate, up)]
             down_FD = left.pop(down)
             fused |= {fused_in: jnp.concatenate(both), fused_out: down_FD.astype(dtype).T}
-    experts = {name: left.pop(name).astype(dtype) for name in EXPERTS if name in left}
-    return left | fused | experts
+    if "expert_gate" in left:
+        both = [
+            left.pop(name).astype(dtype).swapaxes(1, 2) for name in ("expert_gate", "expert_up")
+        ]
+        fused["expert_gate_up"] = jnp.stack(both, axis=1)
+        fused["expert_down"] = left.pop("expert_down").astype(dtype).swapaxes(1, 2)
+    return left | fused
 
 
 def linear(x: jax.Array, weight_ND: jax.Array) -> jax.Array:
@@ -149,20 +157,84 @@ def _swiglu(x_BTD: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
     return linear(jax.nn.silu(gate_BTF) * up_BTF, down).astype(x_BTD.dtype)
 
 
+def few_experts(
+    experts: Weights, x_MD: jax.Array, weight_Mk: jax.Array, chosen_Mk: jax.Array
+) -> jax.Array:
+    """Few rows through their experts, [M, D], by reading once each expert that any of them chose.
+
+    So a step reads what its rows need: where a token's loops agree on an expert, they share it.
+    """
+    M, X = x_MD.shape[0], experts["expert_down"].shape[0]
+    rows_M1 = jnp.arange(M)[:, None]
+    # Of one expert more, which none chooses.
+    share_MX = jnp.zeros((M, X + 1), jnp.float32)
+    share_MX = share_MX.at[rows_M1, chosen_Mk].add(weight_Mk, mode="drop").at[:, X].set(0.0)
+    used_X = jnp.zeros(X, bool).at[chosen_Mk].set(True, mode="drop")
+    most = min(X, chosen_Mk.size)
+    (used,) = jnp.nonzero(used_X, size=most, fill_value=X)
+    # GPUs ask the host before each turn of a loop whose turns are counted on the device.
+    turns = jnp.sum(used_X) if traced_platform() == "cpu" else most
+    x_MD = jax.lax.optimization_barrier(x_MD)
+
+    def add_expert(index: jax.Array, out_MD: jax.Array) -> jax.Array:
+        gate_up_ND, down_DF = (
+            jax.lax.dynamic_index_in_dim(weight, used[index], keepdims=False)
+            for weight in (_fused(experts), experts["expert_down"])
+        )
+        made_MD = _swiglu(x_MD, gate_up_ND, down_DF).astype(jnp.float32)
+        return out_MD + share_MX[:, used[index], None] * made_MD
+
+    out_MD = jnp.zeros(x_MD.shape, jnp.float32)
+    out_MD = jax.lax.fori_loop(0, turns, add_expert, out_MD)
+    return out_MD.astype(x_MD.dtype)
+
+
+def many_experts(
+    moe: MoEConfig, experts: Weights, x_MD: jax.Array, weight_Mk: jax.Array, chosen_Mk: jax.Array
+) -> jax.Array:
+    """As `few_experts`, by grouped products of the rows of each expert."""
+    product = partial(grouped_product(moe), outputs_first=True)
+
+    def expert_swiglu(rows_PD: jax.Array, sizes_X: jax.Array) -> jax.Array:
+        gate_PF, up_PF = jnp.split(product(rows_PD, _fused(experts), sizes_X), 2, axis=-1)
+        return product(jax.nn.silu(gate_PF) * up_PF, experts["expert_down"], sizes_X)
+
+    X = experts["expert_down"].shape[0]
+    out_PD, _ = run_groups(expert_swiglu, X, x_MD, chosen_Mk.ravel())
+    return weighted_sum(weight_Mk, out_PD)
+
+
+def _fused(experts: Weights) -> jax.Array:
+    """Gate and up as one weight [X, 2·F, D]; they lie apart so that F can be sharded."""
+    gate_up_X2FD = experts["expert_gate_up"]
+    return gate_up_X2FD.reshape(gate_up_X2FD.shape[0], -1, gate_up_X2FD.shape[-1])
+
+
+def _routed_experts(
+    moe: MoEConfig, weights: Weights, x_BTD: jax.Array
+) -> tuple[jax.Array, RouterStatistics | None]:
+    few = x_BTD.shape[0] * x_BTD.shape[1] <= FEW_ROWS
+    run = few_experts if few else partial(many_experts, moe)
+    return replicate_rows(moe, weights, EXPERT_AXES, run, x_BTD), None
+
+
+EXPERT_AXES = {
+    "expert_gate_up": ("expert", None, "ffn", None),
+    "expert_down": ("expert", None, "ffn"),
+}
+"""The logical axes of the prepared experts' weights."""
+
+
 def _feed_forward(
     config: ModelConfig, weights: Weights, x_BTD: jax.Array
 ) -> tuple[jax.Array, RouterStatistics | None]:
-    moe = config.moe
-    if not moe.experts:
+    if "router" not in weights:
         return _swiglu(x_BTD, weights["gate_up"], weights["down"]), None
-    choices = x_BTD.shape[0] * x_BTD.shape[1] * moe.experts_per_token
-    return mixture_of_experts(
-        moe,
-        weights,
-        x_BTD,
-        gather_experts if choices <= moe.experts else apply_experts,
-        lambda weights, x: _swiglu(x, weights["shared_gate_up"], weights["shared_down"]),
-    )
+
+    def shared(weights: Weights, x_BTD: jax.Array) -> jax.Array:
+        return _swiglu(x_BTD, weights["shared_gate_up"], weights["shared_down"])
+
+    return mixture_of_experts(config.moe, weights, x_BTD, _routed_experts, shared)
 
 
 PREPARED_LAYOUT = Products(_qkv, _output, _feed_forward)

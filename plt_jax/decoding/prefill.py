@@ -19,6 +19,7 @@ from plt_jax.model.attention import blend, choose_backend
 from plt_jax.model.block import apply_block
 from plt_jax.model.layers import Rotation, embed, rms_norm, rope_rotation
 from plt_jax.model.looping import loop_input
+from plt_jax.model.moe import of_loops
 
 
 def prefill(
@@ -121,6 +122,7 @@ def _run_loop(
                 ring[layer] = write_rings(ring[layer], new[:, None], ring_slots_BC, index - 1)
             return blend(gate_BNT, everything, local)
 
+        weights = of_loops(weights, index)
         x_BCD, _ = apply_block(config, weights, x_BCD, rotation, attend, PREPARED_LAYOUT)
     return x_BCD, closed(held)
 

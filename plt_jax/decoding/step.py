@@ -22,6 +22,7 @@ from plt_jax.model.attention import blend
 from plt_jax.model.block import apply_block
 from plt_jax.model.layers import embed, rms_norm, rope_rotation
 from plt_jax.model.looping import loop_input
+from plt_jax.model.moe import of_loops
 
 
 def decode_step(
@@ -113,7 +114,8 @@ def _run_rows(
         return jnp.concatenate([everything[:, :, :first], blended], axis=2)
 
     rotation = rope_rotation(config, slots_B1)
-    for layer, weights in enumerate(params["layers"]):
+    for layer, declared in enumerate(params["layers"]):
+        weights = of_loops(declared, jnp.arange(loops.start, loops.stop))
         x_BRD, _ = apply_block(
             config, weights, x_BRD, rotation, partial(attend_rows, layer), PREPARED_LAYOUT
         )

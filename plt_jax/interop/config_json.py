@@ -86,6 +86,7 @@ class ConfigJson(Keys):
     shared_expert_intermediate_size: NonNegativeInt | None = None
     use_shared_expert_gate: bool | None = None
     router_aux_loss_coef: float | None = None
+    mlp_only_layers: list[NonNegativeInt] | None = None
 
 
 MUST_BE: dict[str, tuple[Any, ...]] = {
@@ -96,7 +97,6 @@ MUST_BE: dict[str, tuple[Any, ...]] = {
     "clip_qkv": (),
     "partial_rotary_factor": (1.0,),
     "decoder_sparse_step": (1,),
-    "mlp_only_layers": ([],),
     "dual_chunk_attention_config": (),
     "first_k_dense_replace": (0,),
     "scoring_func": ("softmax",),
@@ -168,7 +168,7 @@ def _read_fields(keys: ConfigJson, name: str, tensors: Collection[str]) -> dict[
         fields |= {key: True for key in EXTENSIONS if getattr(keys, key)}
     if kind.moe:
         fields["moe"] = _read_moe(keys)
-    if not kind.moe or keys.intermediate_size is not None:
+    if not kind.moe or keys.intermediate_size is not None or keys.mlp_only_layers:
         fields["ffn_width"] = _required(keys, "intermediate_size")
     return fields
 
@@ -230,6 +230,10 @@ def _check_honoured(values: Mapping[str, Any], keys: ConfigJson, name: str) -> N
         if values.get(key) is not None and values[key] not in allowed:
             known = ", ".join([*map(str, allowed), "none"])
             raise InputError(f"{key} is {values[key]!r}, which is not supported; known: {known}")
+    if keys.mlp_only_layers and not MODEL_TYPES[name].moe:
+        raise InputError(
+            f"mlp_only_layers is {keys.mlp_only_layers!r}, which is not supported without experts"
+        )
     other = [kind for kind in keys.layer_types or [] if kind != "full_attention"]
     if other:
         raise InputError(f"layer_types holds {other[0]!r}; only full_attention is supported")
@@ -346,8 +350,13 @@ def _write_loop(config: ModelConfig, name: str) -> dict[str, Any]:
 
 
 def _read_moe(keys: ConfigJson) -> dict[str, Any]:
-    shared = keys.shared_expert_intermediate_size or 0
+    shared, dense = keys.shared_expert_intermediate_size or 0, keys.mlp_only_layers or []
+    if dense != list(range(len(dense))):
+        raise InputError(
+            f"mlp_only_layers is {dense}, which is not supported; known: leading layers, in order"
+        )
     return {
+        "dense_layers": len(dense),
         "experts": _required(keys, "num_experts"),
         "experts_per_token": _required(keys, "num_experts_per_tok"),
         "expert_width": _required(keys, "moe_intermediate_size"),
@@ -369,7 +378,7 @@ def _write_moe(config: ModelConfig) -> dict[str, Any]:
         "use_shared_expert_gate": moe.shared_gate,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": list(range(moe.dense_layers)),
         "router_aux_loss_coef": moe.load_balance_loss,
     }
 

@@ -157,10 +157,8 @@ def check_exportable(config: ModelConfig, params: Params, dtype: str | None = No
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     write_config(config, "float32", {})
     leaves = flatten_dict(nn.unbox(params))
-    wanted = {
-        piece.path: piece.shape if piece.layer is None else (config.layers, *piece.shape)
-        for piece in pieces_of(config)
-    }
+    shapes = flatten_dict(nn.unbox(abstract_params(config)))
+    wanted = {path: tuple(leaf.shape) for path, leaf in shapes.items()}
     for path in sorted(wanted.keys() | leaves.keys()):
         found = tuple(leaves[path].shape) if path in leaves else None
         if found != wanted.get(path):

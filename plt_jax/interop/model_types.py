@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 from plt_jax.config import ModelConfig
@@ -110,10 +111,11 @@ def model_type_of(config: ModelConfig) -> str:
         ("qkv_bias", config.qkv_bias and not config.output_bias and name in ("llama", "qwen3")),
         ("output_bias", config.output_bias and (not config.qkv_bias or kind.moe)),
         ("moe.renormalize", moe and not _renormalised(config)),
+        ("moe.bias_update_rate", config.moe.bias_update_rate is not None),
     ]
     for field, is_unsaid in unsaid:
         if is_unsaid:
-            value = config.moe.renormalize if "." in field else getattr(config, field)
+            value = attrgetter(field)(config)
             raise InputError(
                 f"model.{field} is {value}, which Hugging Face's model type {name} cannot say, so "
                 "the model cannot be exported"

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from plt_jax.config import LoopConfig, ModelConfig
 from plt_jax.errors import InputError
-from plt_jax.model.block import block_parameters
+from plt_jax.model.block import block_parameters, stacks_of
 from plt_jax.model.transformer import Transformer
 
 Params = dict[str, Any]
@@ -54,15 +54,19 @@ def retrofit(
     if loop.scheme == "no_loop":
         raise InputError("the scheme no_loop does not loop; choose a looped scheme")
     looped = config.model_copy(update={"loop": loop})
-    layers = dict(params["layers"])
-    like = layers["attention_norm"]
-    for name, parameter in block_parameters(looped).items():
-        if name not in layers:
-            shape = (config.layers, *parameter.shape)
-            layers[name] = parameter.initializer(jax.random.key(0), shape, like.dtype)
-    if "gate_bias" in layers:
-        layers["gate_bias"] = jnp.full_like(layers["gate_bias"], gate_bias)
-    return looped, params | {"layers": layers}
+    stacks = {}
+    for part, stack in stacks_of(looped).items():
+        layers = stacks[part] = dict(params[part])
+        like = layers["attention_norm"]
+        for name, parameter in block_parameters(looped, stack.mixture).items():
+            if name not in layers:
+                shape = (stack.layers, *parameter.shape)
+                layers[name] = parameter.initializer(jax.random.key(0), shape, like.dtype)
+        if "gate_bias" in layers:
+            layers["gate_bias"] = jnp.full_like(layers["gate_bias"], gate_bias)
+        if "router_bias" in layers:  # every loop starts with the biases of the only one
+            layers["router_bias"] = jnp.repeat(layers["router_bias"], loop.count, axis=1)
+    return looped, params | stacks
 
 
 class Distance(NamedTuple):

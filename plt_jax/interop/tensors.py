@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plt_jax.config import ModelConfig
-from plt_jax.model.block import block_parameters
+from plt_jax.model.block import block_parameters, stacks_of
 from plt_jax.model.transformer import top_parameters
 
 
@@ -87,6 +87,7 @@ class Piece(NamedTuple):
     path: tuple[str, ...]
     """In the parameters' tree, where layers are stacked."""
     layer: int | None
+    """In its stack."""
     shape: tuple[int, ...]
     """Of the parameter, the layers' axis left out."""
     names: tuple[str, ...]
@@ -122,14 +123,17 @@ def pieces_of(config: ModelConfig, present: Collection[str] = ()) -> list[Piece]
     Args:
       present: the tensors of a checkpoint to read, among which gates may have an older name.
     """
-    top, layer = top_parameters(config), block_parameters(config)
-    places = LAYERS | _gate_places(config, present)
+    top, places = top_parameters(config), LAYERS | _gate_places(config, present)
     pieces = [_piece(("embedding",), None, top["embedding"].shape, TOP["embedding"])]
-    pieces += [
-        _piece(("layers", name), index, parameter.shape, places[name])
-        for index in range(config.layers)
-        for name, parameter in layer.items()
-    ]
+    before = 0
+    for name, stack in stacks_of(config).items():
+        layer = block_parameters(config, stack.mixture)
+        pieces += [
+            _piece((name, parameter), index, declared.shape, places[parameter], before + index)
+            for index in range(stack.layers)
+            for parameter, declared in layer.items()
+        ]
+        before += stack.layers
     return pieces + [
         _piece((name,), None, top[name].shape, TOP[name])
         for name in ("final_norm", "head")
@@ -149,10 +153,17 @@ def _gate_places(config: ModelConfig, present: Collection[str]) -> dict[str, Pla
     }
 
 
-def _piece(path: tuple[str, ...], layer: int | None, shape: tuple[int, ...], place: Place) -> Piece:
+def _piece(
+    path: tuple[str, ...],
+    layer: int | None,
+    shape: tuple[int, ...],
+    place: Place,
+    number: int | None = None,
+) -> Piece:
+    """A piece; `number` is the layer's among all."""
     by_expert = "{expert}" in place.name
     names = tuple(
-        place.name.format(layer=layer, expert=expert)
+        place.name.format(layer=number, expert=expert)
         for expert in range(shape[0] if by_expert else 1)
     )
     return Piece(path, layer, shape, names, place.inputs, by_expert)

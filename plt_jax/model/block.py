@@ -19,6 +19,7 @@ from plt_jax.model.attention import (
     project_qkv,
     sequence_attention,
 )
+from plt_jax.model.expert_parallel import routed_experts
 from plt_jax.model.layers import (
     Parameter,
     Rotation,
@@ -28,7 +29,7 @@ from plt_jax.model.layers import (
     scale_parameter,
     swiglu,
 )
-from plt_jax.model.moe import RouterStatistics, mixture_of_experts, moe_parameters
+from plt_jax.model.moe import RouterStatistics, mixture_of_experts, moe_parameters, of_loops
 
 Weights = Mapping[str, jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
@@ -63,21 +64,38 @@ class Context(NamedTuple):
     rotation: Rotation
     documents_BT: jax.Array | None
     """int32 number of the document each position belongs to; None if each row is one document."""
+    loop: int | jax.Array = 0
+    """The loop that is run, 0 for the first."""
 
 
-def block_parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """The parameters of one decoder layer."""
-    D, F = config.width, config.ffn_width
+class Stack(NamedTuple):
+    """Layers whose parameters have the same shapes, so that one scan runs them."""
+
+    layers: int
+    mixture: bool
+    """Whether their feed-forward layers are mixtures of experts."""
+
+
+def stacks_of(config: ModelConfig) -> dict[str, Stack]:
+    """The stacks of a model in order, by their names among the parameters."""
+    mixture, dense = bool(config.moe.experts), config.moe.dense_layers
+    leading = {"dense_layers": Stack(dense, mixture=False)} if dense else {}
+    return leading | {"layers": Stack(config.layers - dense, mixture)}
+
+
+def block_parameters(config: ModelConfig, mixture: bool) -> dict[str, Parameter]:
+    """The parameters of one decoder layer, with a mixture of experts or a dense feed-forward."""
+    D, F, depth = config.width, config.ffn_width, 1 / math.sqrt(2 * config.layers)
     parameters = attention_parameters(config) | {
         "ffn_norm": scale_parameter(D, "embed"),
     }
-    if config.moe.experts:
-        parameters |= moe_parameters(config)
+    if mixture:
+        parameters |= moe_parameters(config.moe, config.loop, D, depth)
     else:
         parameters |= {
             "ffn_gate": projection((D, F), ("embed", "ffn"), D),
             "ffn_up": projection((D, F), ("embed", "ffn"), D),
-            "ffn_down": projection((F, D), ("ffn", "embed"), F, 1 / math.sqrt(2 * config.layers)),
+            "ffn_down": projection((F, D), ("ffn", "embed"), F, depth),
         }
     if config.ffn_output_norm:
         parameters["ffn_output_norm"] = scale_parameter(D, "embed")
@@ -88,8 +106,8 @@ def feed_forward(
     config: ModelConfig, weights: Weights, x_BTD: jax.Array
 ) -> tuple[jax.Array, RouterStatistics | None]:
     """SwiGLU or mixture of experts, [B, T, D] -> [B, T, D], and the router's statistics if MoE."""
-    if config.moe.experts:
-        return mixture_of_experts(config.moe, weights, x_BTD)
+    if "router" in weights:
+        return mixture_of_experts(config.moe, weights, x_BTD, routed_experts)
     return swiglu(x_BTD, weights["ffn_gate"], weights["ffn_up"], weights["ffn_down"]), None
 
 
@@ -129,6 +147,7 @@ class Block(nn.Module):
     """One decoder layer over whole sequences; owns the layer's parameters."""
 
     config: ModelConfig
+    mixture: bool
 
     @nn.compact
     def __call__(
@@ -143,7 +162,7 @@ class Block(nn.Module):
         Returns:
           The layer's output [B, T, D], and what it made on the way.
         """
-        weights = declare(self, block_parameters(self.config))
+        weights = declare(self, block_parameters(self.config, self.mixture))
         loop = self.config.loop
         made: KeysValues = ()
 
@@ -157,13 +176,14 @@ class Block(nn.Module):
             local = sequence_attention(self.config, q, k, v, context.documents_BT, loop.window)
             return blend(gate_BNT, everything, local)
 
+        weights = of_loops(weights, context.loop)
         x_BTD, router = apply_block(self.config, weights, x_BTD, context.rotation, attend)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))
         return x_BTD, LayerOutputs(made, router)
 
 
-def block_stack(config: ModelConfig, name: str | None = None) -> nn.Module:
-    """All layers as one module: `stack(x, context, shared) -> (x, LayerOutputs)`.
+def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> nn.Module:
+    """All layers of a stack as one module: `stack(x, context, shared) -> (x, LayerOutputs)`.
 
     A scan over layers: parameters, `shared` and the LayerOutputs have a leading axis J.
     """
@@ -180,7 +200,7 @@ def block_stack(config: ModelConfig, name: str | None = None) -> nn.Module:
         variable_axes={"params": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
-        length=config.layers,
-        unroll=min(config.layer_unroll, config.layers),
+        length=stack.layers,
+        unroll=min(config.layer_unroll, stack.layers),
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )(config, name=name)
+    )(config, stack.mixture, name=name)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from typing import Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -21,6 +20,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha,
 )
+from jax.sharding import PartitionSpec
+
+from plt_jax.model.axes import axes_of, batch_axes
 
 Backend = Literal["xla", "cudnn", "splash"]
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
@@ -31,12 +33,17 @@ MAX_BLOCK = 512
 MIN_WINDOW_BLOCK = 256
 
 
-def available_kernel() -> Backend:
-    """The fastest attention that the devices can run which the program is being traced for."""
+def traced_platform() -> str:
+    """The platform ("cpu", "gpu", "tpu") that the program is being traced for."""
     # A program that is compiled ahead of time is traced on a machine without its devices, but under
     # their mesh.
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
+    return jax.default_backend() if device is None else device.platform
+
+
+def available_kernel() -> Backend:
+    """The fastest attention that the devices can run which the program is being traced for."""
+    platform = traced_platform()
     if platform == "tpu":
         return "splash"
     return "cudnn" if platform == "gpu" and _cudnn_attention_runs() else "xla"
@@ -57,15 +64,20 @@ def on_each_device(attention: Attention) -> Attention:
     """
     if jax.sharding.get_abstract_mesh().empty:
         return attention
-    q_spec = nn.logical_to_mesh_axes(("batch", "heads", "length", "head"))
-    kv_spec = nn.logical_to_mesh_axes(("batch", "kv_heads", "length", "head"))
-    documents_spec = nn.logical_to_mesh_axes(("batch", "length"))
-    return jax.shard_map(
-        attention,
-        in_specs=(q_spec, kv_spec, kv_spec, documents_spec),
-        out_specs=q_spec,
-        check_vma=False,  # kernels do not say over which axes their outputs vary
-    )
+
+    def attend(q_BNTH, k_BKSH, v_BKSH, documents):
+        batch = batch_axes(q_BNTH.shape[0])
+        q_spec = PartitionSpec(batch, axes_of("heads"))
+        kv_spec = PartitionSpec(batch, axes_of("kv_heads"))
+        run = jax.shard_map(
+            attention,
+            in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(batch)),
+            out_specs=q_spec,
+            check_vma=False,  # kernels do not say over which axes their outputs vary
+        )
+        return run(q_BNTH, k_BKSH, v_BKSH, documents)
+
+    return attend
 
 
 def cudnn_attention(

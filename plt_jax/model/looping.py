@@ -27,15 +27,15 @@ class LoopStates(NamedTuple):
     """What each loop hands on: the final norm of it, or, between loops that are not normalised, the
     raw output."""
     router: RouterStatistics | None
-    """The routers' statistics [L, J, ...]; None in dense models."""
+    """The routers' statistics [L, J, ...], of the J layers with experts; None in dense models."""
 
 
 class LoopedModel(Protocol):
     """What the loops ask of the module that owns the parameters."""
 
     def layers(
-        self, x_BTD: jax.Array, context: Context, shared: KeysValues | None
-    ) -> tuple[jax.Array, LayerOutputs]: ...
+        self, x_BTD: jax.Array, context: Context, shared: dict[str, KeysValues] | None
+    ) -> tuple[jax.Array, dict[str, LayerOutputs]]: ...
 
     def normalize(self, x_BTD: jax.Array) -> jax.Array: ...
 
@@ -68,20 +68,22 @@ def run_loops(
     not grow with L.
     """
     raw_BTD, outputs = model.layers(embeddings_BTD, context, None)
-    shared = None if loop.later_attention == "own" else outputs.keys_values
+    shared = None
+    if loop.later_attention != "own":
+        shared = {name: made.keys_values for name, made in outputs.items()}
 
     def hand_on(model, raw_BTD):
         return model.normalize(raw_BTD) if loop.normalize_between_loops else raw_BTD
 
-    def later_loop(model, previous_BTD, _):
+    def later_loop(model, previous_BTD, index):
         if loop.shifted:
             previous_BTD = shift_right(previous_BTD, context.documents_BT)
         x_BTD = loop_input(loop, embeddings_BTD, previous_BTD)
-        raw_BTD, outputs = model.layers(x_BTD, context, shared)
+        raw_BTD, outputs = model.layers(x_BTD, context._replace(loop=index), shared)
         handed_BTD = hand_on(model, raw_BTD)
-        return handed_BTD, LoopStates(raw_BTD, handed_BTD, outputs.router)
+        return handed_BTD, LoopStates(raw_BTD, handed_BTD, outputs["layers"].router)
 
-    first = LoopStates(raw_BTD, hand_on(model, raw_BTD), outputs.router)
+    first = LoopStates(raw_BTD, hand_on(model, raw_BTD), outputs["layers"].router)
     states = jax.tree.map(lambda x: x[None], first)
     if loop.count > 1:
         later_loops = nn.scan(
@@ -90,7 +92,7 @@ def run_loops(
             split_rngs={"params": False},
             length=loop.count - 1,
         )
-        _, later = later_loops(model, first.handed_LBTD, None)
+        _, later = later_loops(model, first.handed_LBTD, jnp.arange(1, loop.count))
         states = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), states, later)
     if not loop.normalize_between_loops:  # the last loop's output is normalised all the same
         last_BTD = model.normalize(states.raw_LBTD[-1])

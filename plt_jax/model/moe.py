@@ -1,50 +1,82 @@
 """Mixture-of-experts feed-forward: a softmax router and dropless dispatch to SwiGLU experts.
 
 Every token reaches every expert it chose: rows are sorted by expert, multiplied group by group
-(`jax.lax.ragged_dot`), and put back. M is the number of tokens, X of experts, k of those chosen.
+(`grouped.py`), and put back. M is the number of tokens, X of experts, k of those chosen; P = M·k
+pairs of a token and one of its experts. `expert_parallel.py` does this on several devices.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from plt_jax.config import ModelConfig, MoEConfig
-from plt_jax.model.layers import Parameter, projection, swiglu
+from plt_jax.config import LoopConfig, MoEConfig
+from plt_jax.model.grouped import GroupedProduct, grouped_product
+from plt_jax.model.layers import Parameter, projection, swiglu, zero_parameter
 
-EXPERTS = ("expert_gate", "expert_up", "expert_down")
-"""The routed experts' weights, in the order in which they are applied."""
+Weights = Mapping[str, jax.Array]
 
-ApplyExperts = Callable[[Mapping[str, jax.Array], jax.Array, jax.Array, jax.Array], jax.Array]
+EXPERTS = {
+    "expert_gate": ("expert", "embed", "ffn"),
+    "expert_up": ("expert", "embed", "ffn"),
+    "expert_down": ("expert", "ffn", "embed"),
+}
+"""The routed experts' weights with their logical axes, in the order in which they are applied."""
 
 
 class RouterStatistics(NamedTuple):
     """What one router did with one batch, all float32; loops and layers lead where stacked."""
 
     load_X: jax.Array
-    """Share of all choices that fell on each expert; sums to 1."""
+    """Rows that each expert worked on, as a share of all choices."""
+    dropped: jax.Array
+    """Choices that no expert worked on, as a share of all: none, whatever the loads are."""
     probability_X: jax.Array
     """Mean router probability of each expert; sums to 1."""
     squared_log_z: jax.Array
     """Mean squared log-normaliser of the router's softmax."""
+    chosen_BTk: jax.Array
+    """int32 numbers of the experts that each position chose."""
 
 
-def moe_parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """The feed-forward parameters of one mixture-of-experts layer."""
-    moe, D = config.moe, config.width
+class Routing(NamedTuple):
+    """What a router decides about tokens."""
+
+    weight_Mk: jax.Array
+    """float32 weights of the chosen experts' outputs."""
+    chosen_Mk: jax.Array
+    """int32 numbers of the chosen experts."""
+    probability_X: jax.Array
+    squared_log_z: jax.Array
+    """See RouterStatistics."""
+
+
+RoutedExperts = Callable[[MoEConfig, Weights, jax.Array], tuple[jax.Array, RouterStatistics | None]]
+"""Router and routed experts, [B, T, D] -> [B, T, D], and statistics where training wants them."""
+
+
+def moe_parameters(moe: MoEConfig, loop: LoopConfig, D: int, depth: float) -> dict[str, Parameter]:
+    """The feed-forward parameters of one mixture-of-experts layer.
+
+    Args:
+      D: model width.
+      depth: how much smaller the output projections start than others.
+    """
     X, F, S = moe.experts, moe.expert_width, moe.shared_width
-    depth = 1 / math.sqrt(2 * config.layers)  # as the dense layers' output projections
-    into, out_of = ("expert", "embed", "ffn"), ("expert", "ffn", "embed")
-    parameters = {
-        "router": projection((D, X), ("embed", None), D),
-        "expert_gate": projection((X, D, F), into, D),
-        "expert_up": projection((X, D, F), into, D),
-        "expert_down": projection((X, F, D), out_of, F, depth),
-    }
+    sizes = {"expert": X, "embed": D, "ffn": F}
+    parameters = {"router": projection((D, X), ("embed", None), D)}
+    for name, axes in EXPERTS.items():
+        scale = depth if name == "expert_down" else 1.0
+        shape = tuple(sizes[axis] for axis in axes)
+        parameters[name] = projection(shape, axes, sizes[axes[1]], scale)
+    if moe.bias_update_rate is not None:
+        # The same router sees L different distributions, which one bias could not all make even.
+        parameters["router_bias"] = zero_parameter((loop.count, X), ("loops", None))
     if S:
         parameters |= {
             "shared_gate_proj": projection((D, S), ("embed", "ffn"), D),
@@ -56,86 +88,164 @@ def moe_parameters(config: ModelConfig) -> dict[str, Parameter]:
     return parameters
 
 
-def route(
-    moe: MoEConfig, router_DX: jax.Array, x_MD: jax.Array
-) -> tuple[jax.Array, jax.Array, RouterStatistics]:
-    """Each token's k experts and their weights, [M, k] float32 and int32; all in float32."""
-    logits_MX = x_MD.astype(jnp.float32) @ router_DX.astype(jnp.float32)
+def of_loops(weights: Weights, loops: int | jax.Array) -> Weights:
+    """A layer's weights, with what each loop has of its own picked out: the router's bias.
+
+    Args:
+      loops: the loop (0 for the first) of all positions, or int32 [T], of each.
+    """
+    if "router_bias" not in weights:
+        return weights
+    return {**weights, "router_bias": weights["router_bias"][loops]}
+
+
+def route(moe: MoEConfig, weights: Weights, x_BTD: jax.Array) -> Routing:
+    """Each token's k experts, all in float32; `router_bias` is [X] or [T, X]."""
+    logits_BTX = float32_product(x_BTD, weights["router"])
+    logits_MX = logits_BTX.reshape(-1, moe.experts)
+    ranked_MX = logits_MX
+    if "router_bias" in weights:
+        biased_BTX = logits_BTX + jax.lax.stop_gradient(weights["router_bias"])
+        ranked_MX = biased_BTX.reshape(-1, moe.experts)
+    # Probabilities rank experts as logits do, whichever of the two is taken first.
+    _, chosen_Mk = jax.lax.top_k(ranked_MX, moe.experts_per_token)
     probability_MX = jax.nn.softmax(logits_MX, axis=-1)
-    if moe.routing == "softmax_then_topk":
-        weight_Mk, chosen_Mk = jax.lax.top_k(probability_MX, moe.experts_per_token)
-        if moe.renormalize:
-            weight_Mk /= jnp.sum(weight_Mk, axis=-1, keepdims=True)
-    else:
-        top_Mk, chosen_Mk = jax.lax.top_k(logits_MX, moe.experts_per_token)
-        weight_Mk = jax.nn.softmax(top_Mk, axis=-1)
-    statistics = RouterStatistics(
-        load_X=jnp.bincount(chosen_Mk.ravel(), length=moe.experts) / chosen_Mk.size,
+    if moe.routing == "softmax_then_topk" and not moe.renormalize:
+        weight_Mk = jnp.take_along_axis(probability_MX, chosen_Mk, axis=-1)
+    else:  # probabilities over their sum are the softmax over the chosen
+        weight_Mk = jax.nn.softmax(jnp.take_along_axis(logits_MX, chosen_Mk, axis=-1), axis=-1)
+    return Routing(
+        weight_Mk,
+        chosen_Mk,
         probability_X=jnp.mean(probability_MX, axis=0),
         squared_log_z=jnp.mean(jnp.square(jax.nn.logsumexp(logits_MX, axis=-1))),
     )
-    return weight_Mk, chosen_Mk, statistics
 
 
-def apply_experts(
-    weights: Mapping[str, jax.Array], x_MD: jax.Array, weight_Mk: jax.Array, chosen_Mk: jax.Array
-) -> jax.Array:
-    """Sum over each token's chosen experts of weight x SwiGLU, [M, D] in x's dtype."""
-    M, k = chosen_Mk.shape
-    gate_XDF, up_XDF, down_XFD = (weights[name].astype(x_MD.dtype) for name in EXPERTS)
-    order = jnp.argsort(chosen_Mk.ravel(), stable=True)
-    rows = x_MD[order // k]
-    sizes_X = jnp.bincount(chosen_Mk.ravel(), length=gate_XDF.shape[0]).astype(jnp.int32)
-    hidden = jax.nn.silu(jax.lax.ragged_dot(rows, gate_XDF, sizes_X))
-    hidden *= jax.lax.ragged_dot(rows, up_XDF, sizes_X)
-    out = jax.lax.ragged_dot(hidden, down_XFD, sizes_X)
-    back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size), unique_indices=True)
-    out_MkD = out[back].reshape(M, k, -1)
-    return jnp.einsum("Mk,MkD->MD", weight_Mk.astype(out.dtype), out_MkD)
+def float32_product(x_BTD: jax.Array, weight_DN: jax.Array) -> jax.Array:
+    """A product in float32 throughout: by default, accelerators round its operands."""
+    weight_DN = weight_DN.astype(jnp.float32)
+    return jnp.matmul(x_BTD.astype(jnp.float32), weight_DN, precision=jax.lax.Precision.HIGHEST)
 
 
-def gather_experts(
-    weights: Mapping[str, jax.Array], x_MD: jax.Array, weight_Mk: jax.Array, chosen_Mk: jax.Array
-) -> jax.Array:
-    """As `apply_experts`, by reading the chosen experts' weights alone: for few tokens.
+def run_groups(
+    swiglu: Callable[[jax.Array, jax.Array], jax.Array],
+    experts: int,
+    x_MD: jax.Array,
+    expert_P: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Each pair's token through its expert: outputs [P, D], and rows by expert, int32 [X].
 
-    A grouped product reads (and on a CPU multiplies) every expert, whoever chose it.
+    Args:
+      swiglu: `(rows [P, D], sorted by expert, and how many each has, int32 [X]) -> [P, D]`.
+      experts: how many there are, X.
+      expert_P: int32 numbers of experts, those of one token behind one another; X, which is none,
+        gives zero.
     """
-    gate_MkDF, up_MkDF, down_MkFD = (
-        weights[name].astype(x_MD.dtype)[chosen_Mk] for name in EXPERTS
-    )
-    hidden_MkF = jax.nn.silu(jnp.einsum("MD,MkDF->MkF", x_MD, gate_MkDF))
-    hidden_MkF *= jnp.einsum("MD,MkDF->MkF", x_MD, up_MkDF)
-    out_MkD = jnp.einsum("MkF,MkFD->MkD", hidden_MkF, down_MkFD)
+    order_P = jnp.argsort(expert_P, stable=True)
+    back_P = inverse(order_P)
+    sizes_X = count_experts(expert_P, experts)
+    out_PD = swiglu(permute(pair_rows(x_MD, expert_P.size), order_P, back_P), sizes_X)
+    return permute(out_PD, back_P, order_P), sizes_X
+
+
+def pair_rows(x_MD: jax.Array, pairs: int) -> jax.Array:
+    """Each token's row once for each of its pairs, [P, D]."""
+    return jnp.repeat(x_MD, pairs // x_MD.shape[0], axis=0)
+
+
+@jax.custom_vjp
+def permute(rows_PD: jax.Array, order_P: jax.Array, back_P: jax.Array) -> jax.Array:
+    """Rows in another order, given its inverse too: then the gradient is read, not scattered."""
+    return rows_PD[order_P]
+
+
+permute.defvjp(
+    lambda rows_PD, order_P, back_P: (rows_PD[order_P], back_P),
+    lambda back_P, grad_PD: (grad_PD[back_P], None, None),
+)
+
+
+def expert_swiglu(
+    product: GroupedProduct, weights: Weights, rows_PD: jax.Array, sizes_X: jax.Array
+) -> jax.Array:
+    """Rows sorted by expert through the experts' SwiGLU, [P, D], with the declared weights."""
+    gate_XDF, up_XDF, down_XFD = (weights[name].astype(rows_PD.dtype) for name in EXPERTS)
+    gate_PF, up_PF = product(rows_PD, gate_XDF, sizes_X), product(rows_PD, up_XDF, sizes_X)
+    return product(jax.nn.silu(gate_PF) * up_PF, down_XFD, sizes_X)
+
+
+def count_experts(expert_P: jax.Array, experts: int) -> jax.Array:
+    """How many pairs fall on each of the first `experts` numbers, int32 [X]."""
+    return jnp.zeros(experts, jnp.int32).at[expert_P].add(1, mode="drop")
+
+
+def inverse(order_P: jax.Array) -> jax.Array:
+    """The permutation that undoes another."""
+    index_P = jnp.arange(order_P.size, dtype=order_P.dtype)
+    return jnp.zeros_like(order_P).at[order_P].set(index_P, unique_indices=True)
+
+
+def weighted_sum(weight_Mk: jax.Array, out_PD: jax.Array) -> jax.Array:
+    """Each token's pairs, weighted and added, [P, D] -> [M, D]."""
+    out_MkD = out_PD.reshape(*weight_Mk.shape, -1)
     return jnp.einsum("Mk,MkD->MD", weight_Mk.astype(out_MkD.dtype), out_MkD)
 
 
-def shared_expert(weights: Mapping[str, jax.Array], x_BTD: jax.Array) -> jax.Array:
+def local_experts(
+    moe: MoEConfig, weights: Weights, x_BTD: jax.Array
+) -> tuple[jax.Array, RouterStatistics]:
+    """`RoutedExperts` on one device."""
+    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
+    routing = route(moe, weights, x_BTD)
+    expert_P = routing.chosen_Mk.ravel()
+    swiglu = partial(expert_swiglu, grouped_product(moe), weights)
+    out_PD, sizes_X = run_groups(swiglu, moe.experts, x_MD, expert_P)
+    out_BTD = weighted_sum(routing.weight_Mk, out_PD).reshape(x_BTD.shape)
+    return out_BTD, statistics_of(routing, sizes_X, expert_P.size, x_BTD.shape)
+
+
+def statistics_of(
+    routing: Routing, sizes_X: jax.Array, choices: int, shape: tuple[int, ...]
+) -> RouterStatistics:
+    """A router's statistics.
+
+    Args:
+      sizes_X: how many rows each expert worked on.
+      choices: how many there were to work on.
+      shape: of the tokens, [B, T, D].
+    """
+    return RouterStatistics(
+        load_X=sizes_X / choices,
+        dropped=(choices - jnp.sum(sizes_X)) / choices,
+        probability_X=routing.probability_X,
+        squared_log_z=routing.squared_log_z,
+        chosen_BTk=routing.chosen_Mk.reshape(*shape[:2], -1),
+    )
+
+
+def shared_expert(weights: Weights, x_BTD: jax.Array) -> jax.Array:
     """The SwiGLU expert that every token goes to, [B, T, D] -> [B, T, D]."""
     return swiglu(x_BTD, weights["shared_gate_proj"], weights["shared_up"], weights["shared_down"])
 
 
 def mixture_of_experts(
     moe: MoEConfig,
-    weights: Mapping[str, jax.Array],
+    weights: Weights,
     x_BTD: jax.Array,
-    apply_chosen: ApplyExperts = apply_experts,
-    apply_shared: Callable[[Mapping[str, jax.Array], jax.Array], jax.Array] = shared_expert,
-) -> tuple[jax.Array, RouterStatistics]:
+    routed: RoutedExperts = local_experts,
+    shared: Callable[[Weights, jax.Array], jax.Array] = shared_expert,
+) -> tuple[jax.Array, RouterStatistics | None]:
     """The chosen experts' weighted sum, plus the shared expert if there is one, [B, T, D].
 
-    Args:
-      apply_chosen: the routed experts' product, with the arguments of `apply_experts`.
-      apply_shared: the shared expert's product.
+    The shared expert waits for nothing that the routed ones do, so that a compiler can compute it
+    while tokens travel to the devices of their experts.
     """
-    x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
-    weight_Mk, chosen_Mk, statistics = route(moe, weights["router"], x_MD)
-    out_MD = apply_chosen(weights, x_MD, weight_Mk, chosen_Mk)
-    out_BTD = out_MD.reshape(x_BTD.shape)
+    out_BTD, statistics = routed(moe, weights, x_BTD)
     if moe.shared_width:
-        shared_BTD = apply_shared(weights, x_BTD)
+        shared_BTD = shared(weights, x_BTD)
         if moe.shared_gate:
-            share_BT1 = jax.nn.sigmoid(x_BTD.astype(jnp.float32) @ weights["shared_router"])
+            share_BT1 = jax.nn.sigmoid(float32_product(x_BTD, weights["shared_router"]))
             shared_BTD = (share_BT1 * shared_BTD).astype(x_BTD.dtype)
         out_BTD += shared_BTD
     return out_BTD, statistics
@@ -150,8 +260,30 @@ def auxiliary_loss(moe: MoEConfig, statistics: RouterStatistics) -> jax.Array:
     return jnp.mean(moe.load_balance_loss * balance + moe.router_z_loss * statistics.squared_log_z)
 
 
-def load_entropy(statistics: RouterStatistics) -> jax.Array:
-    """Entropy of the routers' loads over its maximum log X, in 0..1, averaged; 1 is even."""
-    load_X = statistics.load_X
+def load_entropy(load_X: jax.Array) -> jax.Array:
+    """Entropy of loads [..., X] over its maximum log X, in 0..1; 1 is even."""
+    experts = load_X.shape[-1]
+    if experts == 1:
+        return jnp.ones(load_X.shape[:-1])
     entropy = -jnp.sum(load_X * jnp.log(jnp.maximum(load_X, 1e-9)), axis=-1)
-    return jnp.mean(entropy) / math.log(max(load_X.shape[-1], 2))
+    return entropy / math.log(experts)
+
+
+def experts_per_step(chosen_LBTk: jax.Array) -> jax.Array:
+    """How many experts a one-pass decode step of one sequence reads in a layer, on average.
+
+    The loops of a position are the rows of its step: k where they agree on all, L·k where on none.
+    """
+    chosen_BTP = jnp.moveaxis(chosen_LBTk, 0, -1).reshape(*chosen_LBTk.shape[1:3], -1)
+    ordered_BTP = jnp.sort(chosen_BTP, axis=-1)
+    repeated_BT = jnp.sum(ordered_BTP[..., 1:] == ordered_BTP[..., :-1], axis=-1)
+    return jnp.mean(ordered_BTP.shape[-1] - repeated_BT)
+
+
+def balance_step(moe: MoEConfig, load_X: jax.Array) -> jax.Array:
+    """What a step adds to the router's biases [..., X], given the loads it had.
+
+    Auxiliary-loss-free balancing (arXiv 2408.15664, Algorithm 1), on logits instead of scores, so
+    that the rate means the same for any number of experts.
+    """
+    return moe.bias_update_rate * jnp.sign(1.0 / moe.experts - load_X)

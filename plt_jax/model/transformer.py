@@ -16,6 +16,7 @@ from plt_jax.model.block import (
     LayerOutputs,
     block_parameters,
     block_stack,
+    stacks_of,
 )
 from plt_jax.model.layers import (
     Parameter,
@@ -56,13 +57,17 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
         leaf = jax.ShapeDtypeStruct(parameter.shape, jnp.float32)
         return nn.LogicallyPartitioned(leaf, parameter.axes)
 
-    def stacked(parameter: Parameter) -> Parameter:
-        shape, axes = (config.layers, *parameter.shape), ("layers", *parameter.axes)
+    def stacked(parameter: Parameter, layers: int) -> Parameter:
+        shape, axes = (layers, *parameter.shape), ("layers", *parameter.axes)
         return parameter._replace(shape=shape, axes=axes)
 
-    layers = block_parameters(config).items()
-    return {name: boxed(parameter) for name, parameter in top_parameters(config).items()} | {
-        "layers": {name: boxed(stacked(parameter)) for name, parameter in layers}
+    top = {name: boxed(parameter) for name, parameter in top_parameters(config).items()}
+    return top | {
+        name: {
+            parameter: boxed(stacked(declared, stack.layers))
+            for parameter, declared in block_parameters(config, stack.mixture).items()
+        }
+        for name, stack in stacks_of(config).items()
     }
 
 
@@ -84,20 +89,27 @@ class Transformer(nn.Module):
 
     `init(key, tokens)["params"]` is `{"embedding": [V, D], "final_norm": [D], "head": [D, V] unless
     tied, "layers": {name: [J, ...]}}`, float32, each leaf boxed with its logical axis names
-    (`flax.linen.unbox` takes them off).
+    (`flax.linen.unbox` takes them off). Leading dense layers of a mixture of experts are in
+    "dense_layers" instead.
     """
 
     config: ModelConfig
 
     def setup(self):
         self.top = declare(self, top_parameters(self.config))
-        self.stack = block_stack(self.config, name="layers")
+        self.stacks = {
+            name: block_stack(self.config, stack, name)
+            for name, stack in stacks_of(self.config).items()
+        }
 
     def layers(
-        self, x_BTD: jax.Array, context: Context, shared: KeysValues | None
-    ) -> tuple[jax.Array, LayerOutputs]:
-        """All layers once; see `block_stack`."""
-        return self.stack(x_BTD, context, shared)
+        self, x_BTD: jax.Array, context: Context, shared: dict[str, KeysValues] | None
+    ) -> tuple[jax.Array, dict[str, LayerOutputs]]:
+        """All layers once, stack by stack; see `block_stack`."""
+        outputs = {}
+        for name, stack in self.stacks.items():
+            x_BTD, outputs[name] = stack(x_BTD, context, shared and shared[name])
+        return x_BTD, outputs
 
     def normalize(self, x_BTD: jax.Array) -> jax.Array:
         """The final norm, also used between loops."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from tokenizers import Tokenizer
 
@@ -20,7 +21,7 @@ from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
 from plt_jax.run import check_directory, check_tokenizer, find_checkpoint, write_directory
 from plt_jax.run_files import CHECKPOINTS, list_steps
-from plt_jax.sharding import batch_sharding, make_mesh, place_batch
+from plt_jax.sharding import batch_sharding, make_mesh, place_batch, use_mesh
 from plt_jax.training.metrics import MetricsWriter, plot_losses
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
 from plt_jax.training.signals import StopRequest
@@ -90,7 +91,7 @@ def train(config: RunConfig) -> Outcome:
             print(f"finished: {directory} is at step {start} of {config.training.steps}")
             return Outcome(start, stopped=False)
         with (
-            MetricsWriter(directory, resumed_step=start) as metrics,
+            MetricsWriter(directory, start, config.model.moe.dense_layers) as metrics,
             ProgressReport(start, config.training.steps) as report,
         ):
             state, speed = train_steps(run, state, batches, metrics, report, stop)
@@ -179,7 +180,7 @@ def train_steps(
             log_evaluation(step, evaluation, metrics, report)
         stopping = stop.requested  # read once: the step that is saved is the step it stops at
         if step % training.checkpoint_every == 0 or last or stopping:
-            require_finite(step, values)
+            require_finite(step, values, run.config.model.moe.dense_layers)
             with speed.paused():
                 optimizer = {"step": state.step, "opt_state": state.opt_state}
                 run.checkpoints.save(step, state.params, optimizer, batches, validation_loss)
@@ -195,8 +196,8 @@ def log_step(
     report: ProgressReport,
 ) -> None:
     """Writes a step's metrics and reports it; waits for the step to be computed."""
-    require_finite(step, values)
-    numbers = {name: float(value) for name, value in values.items()}
+    require_finite(step, values, run.config.model.moe.dense_layers)
+    numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
     loss, tokens_per_second = numbers["loss"], speed.mark(step)
     metrics.write(step, **numbers, tokens_per_second=tokens_per_second)
     counts = run.data.counts
@@ -205,12 +206,26 @@ def log_step(
     report.advance(step, loss, bits_per_byte, tokens_per_second)
 
 
-def require_finite(step: int, values: dict[str, jax.Array]) -> None:
-    """Raises FloatingPointError if a step's loss or gradient is not finite: nothing can follow."""
+def require_finite(step: int, values: dict[str, jax.Array], first_layer: int = 0) -> None:
+    """Raises FloatingPointError if a step's loss or gradient is not finite: nothing can follow.
+
+    Names the first router, if any, whose logits are not.
+
+    Args:
+      first_layer: how many layers come before those with routers.
+    """
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(values[name]):
+            broken = np.argwhere(~np.isfinite(values.get("router_z_by_loop", 0.0)))
+            where = ""
+            if broken.size:
+                loop, layer = broken[0] + 1
+                where = (
+                    f"; the first router to fail is that of layer {first_layer + layer} in "
+                    f"loop {loop}"
+                )
             raise FloatingPointError(
-                f"the {name} is {float(values[name])} at step {step}; lower "
+                f"the {name} is {float(values[name])} at step {step}{where}; lower "
                 "optimizer.learning_rate, and run again to resume from the last checkpoint"
             )
 
@@ -266,5 +281,8 @@ def print_sample(run: Run, params: Any) -> None:
     prompt, seed = run.config.training.sample_prompt, jax.random.key(run.config.seed)
     sampling = Sampling(temperature=0.8, top_p=0.95)
     tokenizer = run.data.tokenizer
-    pieces = stream_text(run.config.model, params, tokenizer, prompt, SAMPLE_TOKENS, sampling, seed)
-    print(f"a sample:\n{prompt}{''.join(pieces)}\n")
+    with use_mesh(run.mesh):
+        pieces = stream_text(
+            run.config.model, params, tokenizer, prompt, SAMPLE_TOKENS, sampling, seed
+        )
+        print(f"a sample:\n{prompt}{''.join(pieces)}\n")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tensorboardX import SummaryWriter
 
 from plt_jax.files import write_text
@@ -14,8 +16,13 @@ from plt_jax.run_files import METRICS
 class MetricsWriter:
     """Appends rows of numbers to metrics.jsonl and to TensorBoard."""
 
-    def __init__(self, directory: Path, resumed_step: int):
-        """Opens both, dropping what an earlier start wrote after the step that this one resumes."""
+    def __init__(self, directory: Path, resumed_step: int, first_layer: int = 0):
+        """Opens both, dropping what an earlier start wrote after the step that this one resumes.
+
+        Args:
+          first_layer: how many layers come before those that values by loop and layer are of.
+        """
+        self._first_layer = first_layer
         self._path = directory / METRICS
         kept = [row for row in read_metrics(directory) if row["step"] <= resumed_step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
@@ -31,15 +38,21 @@ class MetricsWriter:
         self._file.close()
         self._tensorboard.close()
 
-    def write(self, step: int, **values: float) -> None:
-        """Writes one row."""
+    def write(self, step: int, **values: float | list[list[float]]) -> None:
+        """Writes one row; a value may be one of each loop and layer, as a list of lists."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            if not isinstance(value, list):
+                self._tensorboard.add_scalar(name, value, step)
+                continue
+            for (loop, layer), one in np.ndenumerate(value):
+                layer += self._first_layer
+                tag = f"{name}/loop_{loop + 1}/layer_{layer + 1}"
+                self._tensorboard.add_scalar(tag, one, step)
 
 
-def read_metrics(directory: Path) -> list[dict[str, float]]:
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
     path = directory / METRICS
     rows = []

@@ -7,7 +7,8 @@ from typing import Any
 import optax
 
 from plt_jax.config import ModelConfig, OptimizerConfig
-from plt_jax.model.block import block_parameters
+from plt_jax.model.block import block_parameters, stacks_of
+from plt_jax.model.layers import Parameter
 from plt_jax.model.transformer import top_parameters
 
 
@@ -46,6 +47,11 @@ def make_optimizer(
 
 def decay_mask(config: ModelConfig) -> dict[str, Any]:
     """Which parameters decay, in the parameters' tree: all but norms, gates, biases, embeddings."""
-    top = {name: parameter.decays for name, parameter in top_parameters(config).items()}
-    layers = {name: parameter.decays for name, parameter in block_parameters(config).items()}
-    return top | {"layers": layers}
+
+    def decays(parameters: dict[str, Parameter]) -> dict[str, bool]:
+        return {name: parameter.decays for name, parameter in parameters.items()}
+
+    return decays(top_parameters(config)) | {
+        name: decays(block_parameters(config, stack.mixture))
+        for name, stack in stacks_of(config).items()
+    }

@@ -14,7 +14,13 @@ from jax.sharding import Mesh
 
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.model.loss import cross_entropy
-from plt_jax.model.moe import RouterStatistics, auxiliary_loss, load_entropy
+from plt_jax.model.moe import (
+    RouterStatistics,
+    auxiliary_loss,
+    balance_step,
+    experts_per_step,
+    load_entropy,
+)
 from plt_jax.model.transformer import Transformer
 from plt_jax.sharding import abstract_arrays, batch_sharding, use_mesh
 from plt_jax.training.optimizer import make_optimizer, make_schedule
@@ -55,9 +61,9 @@ def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """A fresh train state, made straight into its shardings from the run's seed."""
     init = make_init(config)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    with use_mesh(mesh):
-        make = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=shardings)
-        return make(jax.random.key(config.seed))
+    # Not under the mesh: initialisation runs the model on one token, which divides over no devices.
+    make = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=shardings)
+    return make(jax.random.key(config.seed))
 
 
 def start_state(config: RunConfig, mesh: Mesh, params: Any) -> TrainState:
@@ -87,8 +93,10 @@ def batch_loss(
     sums = {"loss": nll}
     if router is not None:
         loss += targets * auxiliary_loss(config.moe, router)
-        sums["expert_load_entropy"] = targets * load_entropy(router)
-        sums["expert_max_load"] = targets * jnp.max(router.load_X)
+        sums["experts_per_step"] = targets * jnp.mean(
+            jax.vmap(experts_per_step, in_axes=1)(router.chosen_BTk)
+        )
+        sums["router"] = jax.tree.map(lambda mean: targets * mean, router._replace(chosen_BTk=None))
     return loss, sums
 
 
@@ -120,15 +128,43 @@ def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[
     return jax.tree.map(lambda summed: summed / targets, (sums, grads))
 
 
+def router_metrics(router: RouterStatistics) -> Metrics:
+    """What the routers of all loops and layers did, from their statistics [L, J, ...].
+
+    `expert_load_entropy` (mean; 1 is even), `expert_max_load` (largest share of one expert in any
+    loop and layer), `expert_dropped` (share of choices that no expert worked on). For each loop and
+    layer, [L, J]: the first two as `..._by_loop`, and `router_z_by_loop`, the mean squared
+    log-normaliser.
+    """
+    entropy_LJ, largest_LJ = load_entropy(router.load_X), jnp.max(router.load_X, axis=-1)
+    return {
+        "expert_load_entropy": jnp.mean(entropy_LJ),
+        "expert_max_load": jnp.max(largest_LJ),
+        "expert_dropped": jnp.mean(router.dropped),
+        "expert_load_entropy_by_loop": entropy_LJ,
+        "expert_max_load_by_loop": largest_LJ,
+        "router_z_by_loop": router.squared_log_z,
+    }
+
+
+def balance_routers(config: ModelConfig, params: Any, router: RouterStatistics) -> Any:
+    """Parameters whose router biases, if there are any, have moved towards an even load."""
+    layers = params["layers"]
+    if "router_bias" not in layers:
+        return params
+    moved_LJX = balance_step(config.moe, router.load_X)
+    bias_JLX = layers["router_bias"] + moved_LJX.swapaxes(0, 1)
+    return params | {"layers": layers | {"router_bias": bias_JLX}}
+
+
 def make_train_step(
     config: RunConfig, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """`step(state, batch) -> (state, metrics)`, jitted for the mesh; the state is donated.
 
     A batch holds int32 [B, T] `tokens`, `targets` and `segment_ids`, and float32 [B, T] `weights`.
-    Metrics are float32 scalars: `loss` in nats per target, `gradient_norm` before clipping,
-    `learning_rate`; with experts, `expert_load_entropy` (1 is even) and `expert_max_load` (the
-    largest share of one expert in any loop and layer).
+    Metrics are float32: the scalars `loss` in nats per target, `gradient_norm` before clipping,
+    `learning_rate`; with experts also `experts_per_step` (see there) and those of `router_metrics`.
     """
     optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
     schedule = make_schedule(config.optimizer, config.training.steps)
@@ -136,12 +172,16 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         means, grads = accumulate_gradients(config, state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        router = means.pop("router", None)
         metrics = {
             **means,
             "gradient_norm": optax.global_norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         params = optax.apply_updates(state.params, updates)
+        if router is not None:
+            metrics |= router_metrics(router)
+            params = balance_routers(config.model, params, router)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))

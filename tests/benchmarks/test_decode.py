@@ -155,16 +155,18 @@ def test_bytes_read_in_a_step(scheme, passes, caches, cache_passes):
     assert moved["weight_bytes_read"] == 4 * (passes * 2 * layer + 31 * 16)
 
 
-@pytest.mark.parametrize(("batch", "share"), [(1, 4 / 16), (3, 12 / 16), (5, 1)])
+@pytest.mark.parametrize(
+    ("batch", "share"), [(1, 1 - (7 / 8) ** 2), (3, 1 - (7 / 8) ** 6), (33, 1 - (7 / 8) ** 66)]
+)
 def test_experts_count_as_they_are_read(batch, share):
-    """Two rows a sequence, each of two experts; all of them where the product is grouped."""
+    """Two rows a sequence, each of 2 of 16 experts."""
     moe = {"experts": 16, "experts_per_token": 2, "expert_width": 8}
     config = small_config("plt", 2, moe=moe)
     weights = prepare_for_decode(config, random_params(config))
     moved = bytes_moved(config, weights, init_cache(config, batch, 8))
     experts = 2 * 3 * 16 * 16 * 8 * 4
     others = nbytes(weights) - nbytes((weights["embedding"], weights["final_norm"])) - experts
-    assert moved["weight_bytes_read"] == pytest.approx(others + share * experts)
+    assert moved["weight_bytes_read"] == pytest.approx(others + share * experts, abs=1)
 
 
 def test_rounds_begin_in_turn_after_one_that_does_not_count():

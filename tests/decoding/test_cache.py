@@ -140,7 +140,7 @@ def test_router_stays_in_float32():
     params = random_params(config)
     for j, layer in enumerate(prepare_for_decode(config, params)["layers"]):
         np.testing.assert_array_equal(layer["router"], params["layers"]["router"][j])
-        assert layer["expert_up"].dtype == jnp.bfloat16
+        assert layer["expert_gate_up"].dtype == layer["expert_down"].dtype == jnp.bfloat16
 
 
 # ---- what is refused ----

@@ -1,5 +1,7 @@
 """Products with prepared weights are the plain ones, in whichever form the backend is given."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax.config import MoEConfig
-from plt_jax.decoding.layout import linear
-from plt_jax.model.moe import apply_experts, gather_experts
+from plt_jax.decoding.layout import few_experts, linear, many_experts
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -38,20 +39,33 @@ def test_linear_of_many_rows(rows):
     np.testing.assert_allclose(out, x @ weight.T, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(tokens=st.integers(1, 5), chosen=st.integers(1, 4), seed=st.integers(0, 99))
-def test_gathered_experts_are_the_grouped_ones(tokens, chosen, seed):
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 70),
+    chosen=st.integers(1, 4),
+    held=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_prepared_experts_are_the_declared_ones(tokens, chosen, held, seed):
+    """Few rows and many, with some of the experts elsewhere."""
     X, D, F = 4, 6, 5
     random = np.random.default_rng(seed)
-    moe = MoEConfig(experts=X, experts_per_token=chosen, expert_width=F)
-    weights = {
-        "expert_gate": random.normal(size=(X, D, F)),
-        "expert_up": random.normal(size=(X, D, F)),
-        "expert_down": random.normal(size=(X, F, D)),
-    }
-    weights = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), weights)
-    x = jnp.asarray(random.normal(size=(tokens, D)), jnp.float32)
-    share = jnp.asarray(random.uniform(size=(tokens, moe.experts_per_token)), jnp.float32)
+    gate, up, down = (random.normal(size=shape) for shape in ((X, D, F), (X, D, F), (X, F, D)))
+    x, weight = random.normal(size=(tokens, D)), random.uniform(size=(tokens, chosen))
     which = np.stack([random.permutation(X)[:chosen] for _ in range(tokens)])
-    inputs = (weights, x, share, jnp.asarray(which, jnp.int32))
-    np.testing.assert_allclose(gather_experts(*inputs), apply_experts(*inputs), atol=1e-5)
+    expected = np.zeros((tokens, D))
+    for token, choice in np.ndindex(which.shape):
+        expert = which[token, choice]
+        if expert < held:
+            into = x[token] @ gate[expert]
+            made = (into / (1 + np.exp(-into)) * (x[token] @ up[expert])) @ down[expert]
+            expected[token] += weight[token, choice] * made
+    prepared = {
+        "expert_gate_up": np.stack([gate.swapaxes(1, 2), up.swapaxes(1, 2)], axis=1)[:held],
+        "expert_down": down.swapaxes(1, 2)[:held],
+    }
+    inputs = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), (prepared, x, weight))
+    moe = MoEConfig(experts=X, experts_per_token=chosen, expert_width=F)
+    for run in (few_experts, functools.partial(many_experts, moe)):
+        out = run(*inputs, jnp.minimum(which, held))
+        np.testing.assert_allclose(out, expected, atol=1e-4)

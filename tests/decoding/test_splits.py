@@ -39,7 +39,7 @@ CASES = {
         ffn_output_norm=True,
         kv_heads=1,
     ),
-    # A step's few rows gather their experts' weights, a chunk's rows go through grouped products.
+    # A step's few rows read their experts one by one, a chunk's rows go through grouped products.
     "plt-2-experts": small_config(
         "plt",
         2,
@@ -50,6 +50,8 @@ CASES = {
             "expert_width": 8,
             "shared_width": 8,
             "shared_gate": True,
+            "dense_layers": 1,
+            "bias_update_rate": 0.1,
         },
     ),
 }

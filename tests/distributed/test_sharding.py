@@ -158,7 +158,9 @@ def test_a_refused_parameter_is_named_as_in_the_model(found):
 def test_without_devices_to_fill_the_mesh_it_is_refused():
     with pytest.raises(InputError, match="need 2 devices, but there are 1; change a size, or set"):
         make_mesh(MeshConfig(data=2), jax.devices()[:1])
-    assert make_mesh(MeshConfig(), jax.devices()[:1]).shape == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert make_mesh(MeshConfig(), jax.devices()[:1]).shape == dict.fromkeys(
+        ("data", "fsdp", "expert", "tensor"), 1
+    )
 
 
 def test_a_run_trained_on_eight_devices_opens_on_one(found, folder):
@@ -166,7 +168,7 @@ def test_a_run_trained_on_eight_devices_opens_on_one(found, folder):
     for name, step in (("stopped", 4), ("run", STEPS)):
         trained = open_trained(folder / name)
         assert trained.step == step
-        assert trained.config.mesh.sizes() == MESHES["all"]
+        assert trained.config.mesh.sizes() == MESHES["all"] | {"expert": 1}
         for leaf in jax.tree.leaves(trained.params):
             assert len(leaf.sharding.device_set) == 1
             assert np.isfinite(leaf).all()
@@ -180,7 +182,7 @@ def test_a_run_evaluates_the_same_on_eight_devices_and_on_one(found, folder):
 
 def test_a_run_trained_on_eight_devices_resumes_on_one(found, folder):
     eight = load_config(folder / "run" / "config.yaml")
-    mesh = {"data": -1, "fsdp": 1, "tensor": 1}
+    mesh = MeshConfig().model_dump()
     config = load_config(
         folder / "stopped" / "config.yaml", {"mesh": mesh, "run_dir": str(folder / "stopped")}
     )

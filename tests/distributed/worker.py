@@ -76,7 +76,7 @@ def mesh_of(config):
     return make_mesh(config.mesh, devices)
 
 
-def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float]]]:
+def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float | list]]]:
     """Two steps from the start."""
     mesh = mesh_of(config)
     step, state = make_train_step(config, mesh), init_state(config, mesh)
@@ -84,7 +84,7 @@ def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float]]]:
     metrics = []
     for batch in make_batches():
         state, values = step(state, place_batch(batch, rows))
-        metrics.append({name: float(value) for name, value in values.items()})
+        metrics.append({name: value.tolist() for name, value in jax.device_get(values).items()})
     return state, metrics
 
 

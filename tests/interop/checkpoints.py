@@ -39,8 +39,8 @@ def exportable_configs(draw) -> ModelConfig:
         "loop": draw(loops(scheme)),
     }
     if moe:
-        values["moe"] = draw(mixtures())
-    else:
+        values["moe"] = draw(mixtures(values["layers"]))
+    if not moe or values["moe"]["dense_layers"]:
         values["ffn_width"] = draw(st.integers(1, 9))
     return ModelConfig.model_validate(values)
 
@@ -61,9 +61,10 @@ def loops(draw, scheme: str) -> dict:
 
 
 @st.composite
-def mixtures(draw) -> dict:
+def mixtures(draw, layers: int) -> dict:
     shared = draw(st.integers(0, 3))
     return {
+        "dense_layers": draw(st.integers(0, layers - 1)),
         "experts": 3,
         "experts_per_token": draw(SIZES),
         "expert_width": draw(st.integers(1, 5)),

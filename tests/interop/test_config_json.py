@@ -107,6 +107,19 @@ def test_both_orders_of_routing_that_sum_to_one_are_the_same_model():
     config = small_config("plt", qk_norm=True, moe={"experts": 4, "renormalize": False})
     with pytest.raises(InputError, match=r"model\.moe\.renormalize is False"):
         model_type_of(config)
+    config = small_config("plt", qk_norm=True, moe={"experts": 4, "bias_update_rate": 0.5})
+    with pytest.raises(InputError, match=r"model\.moe\.bias_update_rate is 0\.5"):
+        model_type_of(config)
+
+
+def test_dense_layers_lead():
+    values = {"model_type": "iquest_moe", **MOE, "intermediate_size": 24}
+    assert read_config(values | {"mlp_only_layers": [0]}).moe.dense_layers == 1
+    for layers in ([1], [0, 2], [0, 0]):
+        with pytest.raises(InputError, match=r"mlp_only_layers is .* known: leading layers"):
+            read_config(values | {"mlp_only_layers": layers})
+    with pytest.raises(InputError, match="dense_layers 3 leaves none of the 3 layers"):
+        read_config(values | {"mlp_only_layers": [0, 1, 2]})
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,17 @@ def test_without_hidden_states_and_window_the_logits_are_the_sources(loop, gate_
     )
 
 
+def test_experts_and_their_balance_are_kept_in_every_loop():
+    moe = {"experts": 4, "expert_width": 8, "dense_layers": 1, "bias_update_rate": 0.1}
+    config = small_config("no_loop", 1, max_length=32, moe=moe)
+    params = random_params(config)
+    looped, looped_params = retrofit(config, params, still("plt", 3), CLOSED)
+    assert looped_params["layers"]["router_bias"].shape == (1, 3, 4)
+    np.testing.assert_allclose(
+        logits_of(looped, looped_params), logits_of(config, params), rtol=0, atol=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("loop", "gate_bias"),
     [

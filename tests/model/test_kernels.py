@@ -222,6 +222,25 @@ def test_a_pod_gets_splash_and_compiles_it(pod):
         assert f"splash_mha_{phase}_segmented" in program
 
 
+def test_a_pod_exchanges_experts_and_multiplies_them_by_kernels(pod):
+    """Forward and backward, of widths that are no multiples of a tile."""
+    moe = {"experts": 4, "expert_width": 336, "shared_width": 64, "dense_layers": 1}
+    config = small_config("plt", 2, width=192, vocab_size=32, dtype="bfloat16", moe=moe)
+    mesh = make_mesh(MeshConfig(data=1, expert=2, tensor=2), pod.devices.ravel())
+    params = abstract_arrays(abstract_params(config), mesh)
+    rows = batch_sharding(mesh, 4, "batch_size")
+    tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=rows)
+
+    def loss(params, tokens):
+        return Transformer(config).apply({"params": params}, tokens).mean()
+
+    with use_mesh(mesh), jax.default_matmul_precision("default"):
+        program = jax.jit(jax.grad(loss)).lower(params, tokens).compile().as_text()
+    assert "ragged-all-to-all" in program
+    for kernel in ("gmm", "tgmm"):
+        assert f"jit({kernel})/pallas_call" in program
+
+
 @pytest.mark.parametrize(
     ("settings", "available", "chosen"),
     [

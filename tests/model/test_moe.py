@@ -12,12 +12,16 @@ from plt_jax.model.moe import (
     auxiliary_loss,
     load_entropy,
     mixture_of_experts,
+    of_loops,
     route,
 )
 from tests import reference
 from tests.models import random_params, random_tokens, small_config
 
 VARIANTS = {
+    "leading dense layer": {"dense_layers": 1},
+    "ragged_dot": {"grouped_product": "ragged_dot"},
+    "biases": {"bias_update_rate": 0.1, "renormalize": False},
     "softmax first": {"routing": "softmax_then_topk", "renormalize": False},
     "renormalised": {"routing": "softmax_then_topk", "renormalize": True},
     "top-k first": {"routing": "topk_then_softmax"},
@@ -29,7 +33,9 @@ VARIANTS = {
 
 def moe_config(**moe):
     return small_config(
-        count=2, layers=1, moe={"experts": 5, "experts_per_token": 2, "expert_width": 8, **moe}
+        count=2,
+        layers=2 if moe.get("dense_layers") else 1,
+        moe={"experts": 5, "experts_per_token": 2, "expert_width": 8, **moe},
     )
 
 
@@ -80,7 +86,7 @@ def test_one_expert_taking_all_tokens_and_empty_experts_are_exact():
     expert = (weights[name][3] for name in ("expert_gate", "expert_up", "expert_down"))
     np.testing.assert_allclose(out, reference.swiglu(x_BTD, *expert), atol=1e-5)
     np.testing.assert_array_equal(statistics.load_X, [0, 0, 0, 1, 0])
-    assert load_entropy(statistics) == pytest.approx(0.0, abs=1e-6)
+    assert load_entropy(statistics.load_X) == pytest.approx(0.0, abs=1e-6)
 
 
 def test_statistics_have_one_entry_for_every_loop_and_layer():
@@ -93,9 +99,45 @@ def test_statistics_have_one_entry_for_every_loop_and_layer():
     assert len(np.unique(np.asarray(router.squared_log_z))) == 2
 
 
+def test_products_of_routers_are_not_rounded_on_accelerators():
+    config = moe_config(shared_width=12, shared_gate=True)
+    weights = {name: leaf[0] for name, leaf in random_params(config)["layers"].items()}
+    x_BTD = jnp.zeros((1, 2, config.width), jnp.bfloat16)
+    with jax.default_matmul_precision("default"):
+        jaxpr = jax.make_jaxpr(lambda x: mixture_of_experts(config.moe, weights, x))(x_BTD)
+    exact = [
+        equation.outvars[0].aval.shape[-1]
+        for equation in jaxpr.eqns
+        if equation.primitive.name == "dot_general"
+        and equation.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+    ]
+    assert exact == [5, 1]  # the router's experts, and the shared expert's gate
+
+
+def test_biases_choose_and_do_not_weigh():
+    """A bias that is large enough decides who is chosen; weights are those of the logits alone."""
+    config = moe_config(bias_update_rate=0.1, routing="topk_then_softmax")
+    weights = {name: leaf[0] for name, leaf in random_params(config)["layers"].items()}
+    weights["router_bias"] = jnp.zeros((2, 5)).at[0, 1].set(99.0).at[1, 4].set(99.0)
+    x_BTD = jax.random.normal(jax.random.key(0), (2, 3, config.width))
+    logits_MX = (x_BTD @ weights["router"]).reshape(6, 5)
+    for loop, favoured in ((0, 1), (1, 4)):
+        routing = route(config.moe, of_loops(weights, loop), x_BTD)
+        np.testing.assert_array_equal(routing.chosen_Mk[:, 0], favoured)
+        others_MX = logits_MX.at[:, favoured].set(-jnp.inf)
+        np.testing.assert_array_equal(routing.chosen_Mk[:, 1], others_MX.argmax(-1))
+        chosen_Mk = jnp.take_along_axis(logits_MX, routing.chosen_Mk, axis=1)
+        np.testing.assert_allclose(routing.weight_Mk, jax.nn.softmax(chosen_Mk), rtol=1e-5)
+    # One loop a position, as a decode step has its rows.
+    rows = route(config.moe, of_loops(weights, jnp.array([0, 1, 0])), x_BTD)
+    np.testing.assert_array_equal(rows.chosen_Mk[:, 0].reshape(2, 3), [[1, 4, 1]] * 2)
+
+
 def test_losses_are_what_their_definitions_say():
     statistics = RouterStatistics(
         load_X=jnp.array([[0.75, 0.25]]),
+        dropped=jnp.zeros(1),
+        chosen_BTk=None,
         probability_X=jnp.array([[0.6, 0.4]]),
         squared_log_z=jnp.array([3.0]),
     )
@@ -103,15 +145,14 @@ def test_losses_are_what_their_definitions_say():
     balance = 2 * (0.75 * 0.6 + 0.25 * 0.4)
     assert auxiliary_loss(moe, statistics) == pytest.approx(0.5 * balance + 0.1 * 3.0)
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(2)
-    assert load_entropy(statistics) == pytest.approx(entropy, rel=1e-6)
+    assert load_entropy(statistics.load_X) == pytest.approx([entropy], rel=1e-6)
 
 
 def test_the_router_is_float32_whatever_the_inputs_are():
     moe = MoEConfig(experts=4, experts_per_token=2)
-    x_MD = jax.random.normal(jax.random.key(0), (6, 8), jnp.bfloat16)
-    router_DX = jax.random.normal(jax.random.key(1), (8, 4))
-    weight_Mk, _, statistics = route(moe, router_DX, x_MD)
-    exact, _, _ = route(moe, router_DX, x_MD.astype(jnp.float32))
-    assert weight_Mk.dtype == jnp.float32
-    np.testing.assert_array_equal(weight_Mk, exact)
-    assert statistics.load_X.dtype == jnp.float32
+    x_BTD = jax.random.normal(jax.random.key(0), (2, 3, 8), jnp.bfloat16)
+    weights = {"router": jax.random.normal(jax.random.key(1), (8, 4))}
+    routing = route(moe, weights, x_BTD)
+    exact = route(moe, weights, x_BTD.astype(jnp.float32))
+    assert routing.weight_Mk.dtype == jnp.float32
+    np.testing.assert_array_equal(routing.weight_Mk, exact.weight_Mk)

@@ -1,0 +1,194 @@
+"""Mixtures of experts on eight host devices against one; prints what it found as JSON.
+
+Runs in a process of its own: `python -m tests.distributed.experts_worker`.
+"""
+
+import contextlib
+import functools
+import json
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plt_jax import Transformer, decode_step, init_cache, prefill, prepare_for_decode
+from plt_jax.config import RunConfig
+from plt_jax.model import expert_parallel
+from plt_jax.model.expert_parallel import routed_experts
+from plt_jax.model.moe import auxiliary_loss, local_experts
+from plt_jax.model.transformer import abstract_params
+from plt_jax.sharding import abstract_arrays, make_mesh, use_mesh
+from plt_jax.training.step import abstract_state
+from tests.distributed import worker
+from tests.models import random_params, random_tokens, small_config
+
+MESHES = {
+    "expert 8": {"data": 1, "expert": 8},
+    "expert 4 x data 2": {"data": 2, "expert": 4},
+    "expert 2 x fsdp 2 x tensor 2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+}
+MOE = {
+    "experts": 8,
+    "experts_per_token": 2,
+    "expert_width": 8,
+    "shared_width": 8,
+    "dense_layers": 1,
+    "router_z_loss": 0.01,
+    "bias_update_rate": 0.01,
+}
+SKEWED = slice(2, 4)
+"""The experts that all tokens choose in one case."""
+
+
+def train(mesh: dict) -> dict:
+    """Two steps of a PLT with one dense layer and one mixture, against one device's."""
+    start, expected, against = on_one_device()
+    state, metrics = worker.take_steps(train_config(mesh))
+    params = worker.named(jax.device_get(state.params))
+    experts = worker.named(state.params)["layers.expert_gate"]
+    return {
+        "metrics": metrics,
+        "expected": against,
+        "differences": worker.largest_differences(expected, params),
+        "moved": worker.largest_differences(expected, start),
+        "shard": experts.addressable_shards[0].data.shape,
+        "shape": experts.shape,
+    }
+
+
+def train_config(mesh: dict) -> RunConfig:
+    return worker.make_config(mesh, layers=2, moe=MOE)
+
+
+@functools.cache
+def on_one_device():
+    config = train_config({})
+    state = worker.init_state(config, worker.mesh_of(config))
+    start = worker.named(jax.device_get(state.params))
+    state, metrics = worker.take_steps(config)
+    return start, worker.named(jax.device_get(state.params)), metrics
+
+
+def one_layer(mesh: dict) -> dict[str, float]:
+    """Outputs, losses and gradients of one mixture, largest relative difference to one device's.
+
+    Its router sends all tokens to two experts. On every mesh that is more than HEADROOM times an
+    even share of what their devices take, so that they need more than one round.
+    """
+    config = small_config(layers=1, moe=MOE | {"dense_layers": 0, "bias_update_rate": None})
+    weights = {name: leaf[0] for name, leaf in random_params(config)["layers"].items()}
+    x_BTD = jnp.abs(jax.random.normal(jax.random.key(0), (8, 12, config.width)))
+    weights["router"] = weights["router"].at[:, SKEWED].add(3.0)
+
+    def run(routed):
+        def loss(weights, x_BTD):
+            out_BTD, statistics = routed(config.moe, weights, x_BTD)
+            total = jnp.sum(jnp.sin(out_BTD)) + 10 * auxiliary_loss(config.moe, statistics)
+            return total, (out_BTD, statistics)
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(weights, x_BTD)
+
+    expected = worker.named(jax.device_get(run(local_experts)))
+    with use_mesh(make_mesh(RunConfig(mesh=mesh).mesh)):
+        got = worker.named(jax.device_get(run(routed_experts)))
+    differences = worker.largest_differences(expected, got)
+    return {
+        name: float(d / (1 + np.abs(expected[name]).max())) for name, d in differences.items()
+    } | {
+        "load of two experts": float(got["0.1.1.load_X"][SKEWED].sum()),
+        "dropped": float(got["0.1.1.dropped"]),
+    }
+
+
+@contextlib.contextmanager
+def ragged_transfers():
+    """Ragged all-to-alls, which CPUs do not have, put together from gathers."""
+
+    def stand_in(rows, out, left, sent, arrives, received, *, axis_name):
+        me = jax.lax.axis_index(axis_name)
+        all_rows = jax.lax.all_gather(rows, axis_name)
+        left, sent, arrives = (
+            jax.lax.all_gather(array, axis_name)[:, me] for array in (left, sent, arrives)
+        )
+        slot = jnp.arange(out.shape[0])
+        for source in range(all_rows.shape[0]):
+            offset = slot - arrives[source]
+            here = (offset >= 0) & (offset < sent[source])
+            taken = all_rows[source][jnp.where(here, left[source] + offset, 0)]
+            out = jnp.where(here[:, None], taken, out)
+        # The receivers must expect what the senders send.
+        return jnp.where(jnp.all(sent == received), out, jnp.nan)
+
+    original = jax.lax.ragged_all_to_all, expert_parallel.traced_platform
+    jax.lax.ragged_all_to_all, expert_parallel.traced_platform = stand_in, lambda: "tpu"
+    try:
+        yield
+    finally:
+        jax.lax.ragged_all_to_all, expert_parallel.traced_platform = original
+
+
+def decode(mesh: dict) -> dict:
+    """Prefill and steps with experts on their devices, against the forward pass of one device."""
+    config = small_config("plt", 2, moe=MOE, qk_norm=True, vocab_size=32)
+    params, tokens = random_params(config), random_tokens(config, 3, 8)
+    expected = jax.jit(lambda params: Transformer(config).apply({"params": params}, tokens))(params)
+    mesh = make_mesh(RunConfig(mesh=mesh).mesh)
+    boxed = abstract_params(config)
+    placed = jax.tree.map(
+        lambda leaf, wanted: jax.device_put(leaf, wanted.sharding),
+        params,
+        abstract_arrays(boxed, mesh),
+    )
+    difference = 0.0
+    with use_mesh(mesh):
+        weights = prepare_for_decode(config, placed)
+        cache, logits = init_cache(config, 3, 12), None
+        logits, cache = prefill(config, weights, tokens[:, :5], jnp.full(3, 5), cache)
+        for position in range(5, 9):
+            got = np.asarray(logits)
+            difference = max(difference, np.abs(got - expected[:, position - 1]).max())
+            if position < 8:
+                logits, cache = decode_step(config, weights, tokens[:, position], cache)
+        step = jax.jit(decode_step, static_argnums=0)
+        program = step.lower(config, weights, tokens[:, 0], cache).compile().as_text()
+    experts = weights["layers"][1]["expert_gate_up"]
+    return {
+        "difference": float(difference),
+        "shard": experts.addressable_shards[0].data.shape,
+        "gathers": len(re.findall(r"all-gather(-start)?\(", program)),
+    }
+
+
+def refusals() -> dict[str, str]:
+    def experts():
+        moe = MOE | {"experts": 12, "dense_layers": 0}
+        config = worker.make_config(MESHES["expert 8"], moe=moe)
+        abstract_state(config, make_mesh(config.mesh))
+
+    def batch():
+        config = small_config(moe=MOE)
+        variables = {"params": random_params(config)}
+        with use_mesh(make_mesh(RunConfig(mesh=MESHES["expert 8"]).mesh)):
+            run = functools.partial(Transformer(config).apply, tokens=jnp.zeros((3, 4), jnp.int32))
+            jax.eval_shape(run, variables)
+
+    return {"experts": worker.refusal(experts), "batch": worker.refusal(batch)}
+
+
+def main() -> None:
+    with contextlib.redirect_stdout(sys.stderr):
+        found = {
+            "train": {name: train(mesh) for name, mesh in MESHES.items()},
+            "decode": {name: decode(mesh) for name, mesh in MESHES.items()},
+            "dense": {name: one_layer(mesh) for name, mesh in MESHES.items()},
+            "refusals": refusals(),
+        }
+        with ragged_transfers():
+            found["ragged"] = {name: one_layer(mesh) for name, mesh in MESHES.items()}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

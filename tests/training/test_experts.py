@@ -1,0 +1,147 @@
+"""Training with experts: what is reported of the routers, their biases, and routers that fail."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plt_jax.config import RunConfig
+from plt_jax.model.moe import experts_per_step
+from plt_jax.run import open_trained
+from plt_jax.sharding import make_mesh
+from plt_jax.training import loop
+from plt_jax.training.metrics import read_metrics
+from plt_jax.training.step import init_state, make_train_step
+from tests.models import small_config
+from tests.training.runs import tiny_config
+from tests.training.test_step import make_batch
+
+MOE = {"experts": 4, "experts_per_token": 2, "expert_width": 8, "dense_layers": 1}
+LAYERS = 3
+"""One dense, two with experts."""
+
+
+def make_config(accumulate=1, **moe) -> RunConfig:
+    return RunConfig(
+        model=small_config(layers=LAYERS, moe=MOE | moe),
+        optimizer={"schedule": "constant", "warmup_fraction": 0.0},
+        training={"steps": 50, "batch_size": 8, "accumulate": accumulate},
+    )
+
+
+def take_steps(config: RunConfig, count: int = 1, change=lambda state: state):
+    """The state after some steps on one batch from a changed start, and all steps' metrics."""
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    state, step = init_state(config, mesh), make_train_step(config, mesh)
+    state = change(state)
+    batch, metrics = make_batch(model=config.model), []
+    # Every micro-batch weighs the same, as means over tokens and over targets then do.
+    batch["weights"] = np.ones_like(batch["weights"])
+    for _ in range(count):
+        state, values = step(state, batch)
+        metrics.append(jax.device_get(values))
+    return state, metrics
+
+
+def with_layers(state, **values):
+    """A state with some parameters of the layers filled with a value."""
+    layers = state.params["layers"]
+    filled = {name: jnp.full_like(layers[name], value) for name, value in values.items()}
+    return state.replace(params=state.params | {"layers": layers | filled})
+
+
+def break_second_router(state):
+    layers = state.params["layers"]
+    broken = {"router": layers["router"].at[1].set(jnp.nan)}
+    return state.replace(params=state.params | {"layers": layers | broken})
+
+
+def test_routers_are_reported_by_loop_and_layer():
+    _, (metrics,) = take_steps(make_config())
+    for name in ("expert_load_entropy_by_loop", "expert_max_load_by_loop", "router_z_by_loop"):
+        assert metrics[name].shape == (2, LAYERS - 1)
+    assert len(np.unique(metrics["router_z_by_loop"])) == 2 * (LAYERS - 1)
+    assert metrics["expert_load_entropy"] == pytest.approx(
+        metrics["expert_load_entropy_by_loop"].mean()
+    )
+    assert metrics["expert_max_load"] == metrics["expert_max_load_by_loop"].max()
+    assert metrics["expert_dropped"] == 0.0
+    # One sequence's step has two rows of two choices.
+    assert 2.0 <= metrics["experts_per_step"] <= 4.0
+
+
+def test_experts_per_step_counts_those_that_differ():
+    """Two loops of three positions with two choices: all the same, one of them, none."""
+    first, second = [[0, 1], [0, 1], [0, 1]], [[1, 0], [1, 2], [2, 3]]
+    chosen_LBTk = jnp.array([[first], [second]])
+    assert experts_per_step(chosen_LBTk) == pytest.approx((2 + 3 + 4) / 3)
+
+
+def test_micro_batches_report_and_move_what_the_whole_batch_does():
+    # Without the loss of balance, which is one of each micro-batch.
+    moe = {"bias_update_rate": 0.05, "load_balance_loss": 0.0}
+    whole, (metrics,) = take_steps(make_config(**moe))
+    split, (others,) = take_steps(make_config(2, **moe))
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, others[name], rtol=1e-5, err_msg=name)
+    biases = (state.params["layers"]["router_bias"] for state in (whole, split))
+    np.testing.assert_array_equal(*biases)
+
+
+def test_biases_move_by_the_rate_towards_an_even_load():
+    config = make_config(bias_update_rate=0.05, load_balance_loss=0.0)
+    state, (metrics,) = take_steps(config)
+    bias_JLX = np.asarray(state.params["layers"]["router_bias"])
+    moved = np.abs(bias_JLX)
+    assert np.all(np.isclose(moved, 0.05) | (moved == 0.0))
+    # Someone has too much in every loop and layer, and someone too little.
+    assert (bias_JLX.min(-1) < 0).all()
+    assert (bias_JLX.max(-1) > 0).all()
+    state, metrics = take_steps(config, 20)
+    bias_JLX = np.asarray(state.params["layers"]["router_bias"])
+    assert (bias_JLX[:, 0] != bias_JLX[:, 1]).any(-1).all()
+    first, last = (step["expert_load_entropy_by_loop"] for step in (metrics[0], metrics[-1]))
+    assert (last > first).mean() >= 0.75
+    assert last.mean() > 0.98
+
+
+def test_biases_take_no_gradient_and_no_decay():
+    config = make_config(bias_update_rate=0.0)
+    state, _ = take_steps(config, 2, lambda state: with_layers(state, router_bias=1.0))
+    np.testing.assert_array_equal(state.params["layers"]["router_bias"], 1.0)
+    assert config.optimizer.weight_decay > 0
+
+
+def test_a_run_with_experts_logs_resumes_and_opens(finished, tmp_path):
+    moe = MOE | {"bias_update_rate": 0.01, "grouped_product": "ragged_dot"}
+    config = tiny_config(finished.home, tmp_path / "run", model={"moe": moe}, training={"steps": 2})
+    assert not loop.train(config).stopped
+    (row, *_) = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert np.shape(row["expert_load_entropy_by_loop"]) == (2, 1)
+    assert row["expert_dropped"] == 0.0
+    # What computes the products may differ from start to start.
+    update = {"grouped_product": "blocks"}
+    model = config.model.model_copy(update={"moe": config.model.moe.model_copy(update=update)})
+    training = config.training.model_copy(update={"steps": 3})
+    longer = config.model_copy(update={"model": model, "training": training})
+    assert loop.train(longer) == loop.Outcome(3, stopped=False)
+    assert open_trained(tmp_path / "run").config.model.moe.grouped_product == "auto"
+
+
+def test_a_router_that_fails_is_named():
+    broken = np.array([[1.0, 2.0], [3.0, np.nan]])
+    values = {"loss": np.float32("nan"), "gradient_norm": np.float32(1.0)}
+    with pytest.raises(FloatingPointError) as error:
+        loop.require_finite(7, values | {"router_z_by_loop": broken}, first_layer=1)
+    assert "the loss is nan at step 7" in str(error.value)
+    assert "the first router to fail is that of layer 3 in loop 2;" in str(error.value)
+    with pytest.raises(FloatingPointError) as error:
+        loop.require_finite(7, values)
+    assert "router" not in str(error.value)
+
+
+def test_a_step_with_a_broken_router_says_which():
+    _, (values,) = take_steps(make_config(), 1, break_second_router)
+    assert np.isnan(values["loss"])
+    assert np.isfinite(values["router_z_by_loop"][0, 0])
+    assert np.isnan(values["router_z_by_loop"][0, 1])
