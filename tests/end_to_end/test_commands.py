@@ -160,7 +160,7 @@ def test_a_signal_stops_the_run_and_the_same_command_resumes_it(trained, tmp_pat
     assert steps == list(range(1, step + 3))
 
 
-@pytest.mark.parametrize("name", ["train.py", "eval.py", "plt_jax.generate"])
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "plt_jax.generate", "plt_jax.describe"])
 def test_every_command_explains_itself(name):
     result = command(name, "--help")
     assert (result.code, result.err) == (0, "")

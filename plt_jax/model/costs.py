@@ -1,0 +1,118 @@
+"""What a model costs, counted from its configuration: parameters, arithmetic, keys and values."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from plt_jax.config import ModelConfig
+from plt_jax.model.block import block_parameters, stacks_of
+from plt_jax.model.layers import Parameter
+from plt_jax.model.moe import EXPERTS
+from plt_jax.model.transformer import top_parameters
+
+
+class ParameterCount(NamedTuple):
+    """How many parameters a model has."""
+
+    total: int
+    active: int
+    """That work on one token: all but the experts that it does not choose."""
+    embeddings: int
+    """Of both: the embedding and, where it is another, the head."""
+
+
+def count_parameters(config: ModelConfig) -> ParameterCount:
+    """The parameters of a model, each counted once however often loops use it."""
+    top = top_parameters(config)
+    total = sum(math.prod(parameter.shape) for parameter in top.values())
+    active = total
+    for stack in stacks_of(config).values():
+        for name, parameter in block_parameters(config, stack.mixture).items():
+            total += stack.layers * math.prod(parameter.shape)
+            active += stack.layers * _active(config, name, parameter)
+    embeddings = sum(math.prod(top[name].shape) for name in ("embedding", "head") if name in top)
+    return ParameterCount(total, active, embeddings)
+
+
+def _active(config: ModelConfig, name: str, parameter: Parameter) -> int:
+    """How many of a layer's parameter work on one token."""
+    size = math.prod(parameter.shape)
+    if name in EXPERTS:
+        return size * config.moe.experts_per_token // config.moe.experts
+    return size
+
+
+class LoopFlops(NamedTuple):
+    """Floating-point operations of one loop's forward pass, per token; a product-sum counts two."""
+
+    layers: int
+    """Products with the layers' weights."""
+    attention: int
+    """Products of queries with keys, and of weights with values."""
+    head: int
+    """The output head, which the last loop alone has."""
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def flops_by_loop(config: ModelConfig, length: int) -> list[LoopFlops]:
+    """The forward pass of whole sequences of one document, loop by loop; training costs three.
+
+    Counted by hand, since XLA counts a loop's body once, and 6·N·D a looped model's weights once.
+
+    Args:
+      length: tokens per sequence; a position attends to itself and all before, on average half.
+    """
+    loop, products, gates = config.loop, 0, 0
+    for stack in stacks_of(config).values():
+        for name, parameter in block_parameters(config, stack.mixture).items():
+            size = stack.layers * _active(config, name, parameter)
+            if name == "gate_weight":
+                gates += size
+            elif len(parameter.shape) > 1 and "bias" not in name:
+                products += size
+    keys_values = 2 * config.layers * config.width * config.kv_heads * config.head_width
+    keys = (length + 1) / 2
+    window = min(loop.window, length)
+    # Fewer keys at the start, until the window is full.
+    keys_in_window = window - window * (window - 1) / (2 * length)
+    per_key = 4 * config.layers * config.heads * config.head_width
+    costs = []
+    for index in range(loop.count):
+        gated = index > 0 and loop.later_attention == "gated"
+        last = index == loop.count - 1
+        # Loops that attend to loop 1's keys and values alone make none of their own.
+        unmade = index > 0 and loop.later_attention == "shared"
+        costs.append(
+            LoopFlops(
+                layers=2 * (products + (gates if gated else 0) - (keys_values if unmade else 0)),
+                attention=round(per_key * (keys + (keys_in_window if gated else 0))),
+                head=2 * config.width * config.vocab_size if last else 0,
+            )
+        )
+    return costs
+
+
+class CacheBytes(NamedTuple):
+    """What decoding keeps of a sequence."""
+
+    per_token: int
+    """Keys and values that grow with the context."""
+    windows: int
+    """Of the later loops' last W tokens, whatever the context."""
+
+
+def cache_bytes(config: ModelConfig, dtype: str | None = None) -> CacheBytes:
+    """Bytes of keys and values per sequence, in a dtype (default the compute dtype)."""
+    loop, size = config.loop, jnp.dtype(dtype or config.dtype).itemsize
+    position = 2 * config.layers * config.kv_heads * config.head_width * size
+    own, gated = loop.later_attention == "own", loop.later_attention == "gated"
+    return CacheBytes(
+        per_token=position * (loop.count if own else 1),
+        windows=position * (loop.count - 1) * loop.window if gated else 0,
+    )
