@@ -19,6 +19,8 @@ from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import begin, stream_text
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
+from plt_jax.model.attention import choose_backend
+from plt_jax.model.grouped import choose_form
 from plt_jax.run import check_directory, check_tokenizer, find_checkpoint, write_directory
 from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.sharding import batch_sharding, make_mesh, place_batch, use_mesh
@@ -73,6 +75,7 @@ def train(config: RunConfig) -> Outcome:
     mesh = make_mesh(config.mesh)
     rows = batch_sharding(mesh, config.training.batch_size, "training.batch_size")
     abstract = abstract_state(config, mesh)
+    check_kernels(config, mesh)
     data = load_data(config)
     check_tokenizer(config, data.tokenizer)
     check_sample_prompt(config, data.tokenizer)
@@ -118,6 +121,14 @@ def check_start(config: RunConfig) -> None:
             f"start_from {config.start_from} has no tokenizer, so its embeddings' text is not "
             "known; give its tokenizer.json as tokenizer.path"
         )
+
+
+def check_kernels(config: RunConfig, mesh: Mesh) -> None:
+    """Raises InputError where the mesh's devices cannot run what the model names."""
+    with use_mesh(mesh):
+        choose_backend(config.model)
+        if config.model.moe.experts:
+            choose_form(config.model.moe)
 
 
 def start_params(config: RunConfig, abstract: TrainState) -> Any | None:

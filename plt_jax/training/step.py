@@ -21,7 +21,7 @@ from plt_jax.model.moe import (
     experts_per_step,
     load_entropy,
 )
-from plt_jax.model.transformer import Transformer
+from plt_jax.model.transformer import Transformer, abstract_params
 from plt_jax.sharding import abstract_arrays, batch_sharding, use_mesh
 from plt_jax.training.optimizer import make_optimizer, make_schedule
 
@@ -40,30 +40,27 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def make_init(config: RunConfig) -> Callable[[jax.Array], TrainState]:
-    """`init(key) -> TrainState`, its leaves boxed with their logical axes."""
-    model = Transformer(config.model)
-    optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
-
-    def init(key: jax.Array) -> TrainState:
-        params = model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return init
-
-
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the train state, without making it."""
-    return abstract_arrays(jax.eval_shape(make_init(config), jax.random.key(0)), mesh)
+    optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
+    params = abstract_params(config.model)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    boxed = TrainState(step, params, jax.eval_shape(optimizer.init, params))
+    return abstract_arrays(boxed, mesh)
 
 
 def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """A fresh train state, made straight into its shardings from the run's seed."""
-    init = make_init(config)
+    model = Transformer(config.model)
+    optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+
     # Not under the mesh: initialisation runs the model on one token, which divides over no devices.
-    make = jax.jit(lambda key: nn.unbox(init(key)), out_shardings=shardings)
-    return make(jax.random.key(config.seed))
+    def init(key: jax.Array) -> TrainState:
+        params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
 
 
 def start_state(config: RunConfig, mesh: Mesh, params: Any) -> TrainState:

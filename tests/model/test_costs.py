@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from plt_jax import Transformer, init_cache, load_config
-from plt_jax.describe import description
 from plt_jax.model.costs import cache_bytes, count_parameters, flops_by_loop
 from plt_jax.model.transformer import abstract_params
 from tests.models import ALL, small_config
+from tests.training.runs import command
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MIXTURE = {"experts": 8, "experts_per_token": 2, "expert_width": 8}
@@ -95,7 +95,7 @@ def test_flops_of_a_hand_counted_model():
 
 
 def test_the_description_names_the_figures():
-    text = description(load_config(CONFIGS / "plt_moe_1b_7b.yaml"))
+    text = command("plt_jax.describe", CONFIGS / "plt_moe_1b_7b.yaml").out
     assert "plt, loops 2, 16 layers of width 2048, 8 of 64 experts" in text
     assert re.search(r"^parameters +6,918,609,152$", text, re.MULTILINE)
     assert re.search(r"^  active per token +1,281,464,576$", text, re.MULTILINE)

@@ -51,19 +51,21 @@ def check(product, rows, groups, inputs, outputs, sizes, outputs_first, seed, at
 @st.composite
 def groupings(draw):
     """Rows, and sizes of groups: empty ones, one that has all, rows behind the last."""
-    groups = draw(st.integers(1, 6))
+    groups = draw(st.sampled_from([1, 2, 6]))
     sizes = draw(st.lists(st.integers(0, 90), min_size=groups, max_size=groups))
     if draw(st.booleans()):
         keep = draw(st.integers(0, groups - 1))
         sizes = [size if index == keep else 0 for index, size in enumerate(sizes)]
-    return max(1, sum(sizes) + draw(st.sampled_from([0, 0, 1, 40]))), sizes
+    # Few numbers of rows, since each is compiled.
+    rows = next(rows for rows in (7, 40, 130, 260, 540) if rows >= sum(sizes))
+    return draw(st.sampled_from([rows, max(1, sum(sizes))])), sizes
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(groupings(), st.integers(1, 9), st.integers(1, 9), st.booleans(), st.integers(0, 99))
-def test_blocks_are_the_product_of_each_group(grouping, inputs, outputs, outputs_first, seed):
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(groupings(), st.booleans(), st.integers(0, 99))
+def test_blocks_are_the_product_of_each_group(grouping, outputs_first, seed):
     rows, sizes = grouping
-    check(blocks, rows, len(sizes), inputs, outputs, sizes, outputs_first, seed)
+    check(blocks, rows, len(sizes), 5, 3, sizes, outputs_first, seed)
 
 
 CASES = {

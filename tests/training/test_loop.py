@@ -163,8 +163,13 @@ def test_no_checkpoint_is_written_of_a_loss_that_is_not_finite(finished, tmp_pat
         ({"training": {"batch_size": 64}}, "fewer than training.batch_size 64"),
         ({"tokenizer": {"path": "nowhere.json"}}, "cannot read the tokenizer nowhere.json"),
         ({"model": {"vocab_size": 100}}, "model.vocab_size 100 cannot hold all 256 bytes"),
+        ({"model": {"attention": "splash"}}, "model.attention is splash, which needs a TPU"),
+        (
+            {"model": {"moe": {"experts": 2, "grouped_product": "megablox"}}},
+            "model.moe.grouped_product is megablox, which needs a TPU",
+        ),
     ],
-    ids=["mesh", "source", "validation", "batch", "tokenizer", "vocabulary"],
+    ids=["mesh", "source", "validation", "batch", "tokenizer", "vocabulary", "kernel", "product"],
 )
 def test_nothing_is_written_for_a_run_that_cannot_start(finished, tmp_path, sections, message):
     config = tiny_config(finished.home, tmp_path / "run", **sections)
