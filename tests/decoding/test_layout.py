@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax.config import MoEConfig
+from plt_jax.decoding import layout
 from plt_jax.decoding.layout import few_experts, linear, many_experts
 from tests.models import compiled
 
@@ -42,15 +43,19 @@ def test_linear_of_many_rows(rows):
 
 @pytest.mark.parametrize(
     ("tokens", "chosen", "held"),
-    [(1, 2, 4), (1, 4, 1), (3, 1, 4), (3, 4, 2), (70, 2, 4), (70, 3, 2)],
+    [(1, 2, 4), (1, 2, 3), (1, 4, 1), (3, 1, 4), (3, 4, 2), (70, 2, 4), (70, 3, 2)],
 )
-def test_prepared_experts_are_the_declared_ones(tokens, chosen, held):
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_prepared_experts_are_the_declared_ones(monkeypatch, platform, tokens, chosen, held):
     """Few rows and many, with some of the experts elsewhere."""
+    monkeypatch.setattr(layout, "traced_platform", lambda: platform)
     X, D, F = 4, 6, 5
     random = np.random.default_rng(tokens + chosen)
     gate, up, down = (random.normal(size=shape) for shape in ((X, D, F), (X, D, F), (X, F, D)))
     x, weight = random.normal(size=(tokens, D)), random.uniform(size=(tokens, chosen))
     which = np.stack([random.permutation(X)[:chosen] for _ in range(tokens)])
+    which[0, 0] = X - 1  # elsewhere, if any is
+    which[0, 1:] = np.arange(chosen - 1)
     expected = np.zeros((tokens, D))
     for token, choice in np.ndindex(which.shape):
         expert = which[token, choice]
@@ -65,5 +70,5 @@ def test_prepared_experts_are_the_declared_ones(tokens, chosen, held):
     inputs = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), (prepared, x, weight))
     moe = MoEConfig(experts=X, experts_per_token=chosen, expert_width=F)
     for run in (few_experts, functools.partial(many_experts, moe)):
-        out = compiled(run)(*inputs, jnp.minimum(which, held))
+        out = compiled(functools.partial(run))(*inputs, jnp.minimum(which, held))
         np.testing.assert_allclose(out, expected, atol=1e-4)
