@@ -100,8 +100,7 @@ def measure(
         def run(rows_MD, weight_XDN, sizes_X, grad_MN):
             if not backward:
                 return form(rows_MD, weight_XDN, sizes_X)
-            product = lambda rows_MD, weight_XDN: form(rows_MD, weight_XDN, sizes_X)  # noqa: E731
-            out_MN, pull = jax.vjp(product, rows_MD, weight_XDN)
+            out_MN, pull = jax.vjp(lambda x, w: form(x, w, sizes_X), rows_MD, weight_XDN)
             return out_MN, pull(grad_MN)
 
         inputs = (rows_MD, weight_XDN, sizes_X, grad_MN)

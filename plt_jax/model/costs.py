@@ -107,9 +107,9 @@ class CacheBytes(NamedTuple):
     """Of the later loops' last W tokens, whatever the context."""
 
 
-def cache_bytes(config: ModelConfig, dtype: str | None = None) -> CacheBytes:
-    """Bytes of keys and values per sequence, in a dtype (default the compute dtype)."""
-    loop, size = config.loop, jnp.dtype(dtype or config.dtype).itemsize
+def cache_bytes(config: ModelConfig) -> CacheBytes:
+    """Bytes of keys and values per sequence, in the compute dtype."""
+    loop, size = config.loop, jnp.dtype(config.dtype).itemsize
     position = 2 * config.layers * config.kv_heads * config.head_width * size
     own, gated = loop.later_attention == "own", loop.later_attention == "gated"
     return CacheBytes(

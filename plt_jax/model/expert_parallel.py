@@ -252,17 +252,15 @@ class Trip:
           ragged: whether to send what there is, or chunks of one size for all.
         """
         peers, experts = counts_SX.shape
-        self.axes, self.ragged, self.pairs, self.peers = axes, ragged, pairs, peers
+        self.axes, self.ragged, self.peers = axes, ragged, peers
         self.me = jax.lax.axis_index(axes)
         self.counts_SEX = counts_SX.reshape(peers, peers, experts // peers)
         self.size_SE = jnp.sum(self.counts_SEX, axis=2)
-        even = pairs if ragged else pairs / peers
-        self.room = min(
-            max(math.ceil(HEADROOM * even), MIN_ROOM), peers * pairs if ragged else pairs
-        )
+        even, most = (pairs, peers * pairs) if ragged else (pairs / peers, pairs)
+        self.room = min(max(math.ceil(HEADROOM * even), MIN_ROOM), most)
         """Rows that a round brings a destination (ragged), or that one source sends one."""
         self.buffer = self.room if ragged else peers * self.room
-        self.most_rounds = math.ceil((peers * pairs if ragged else pairs) / self.room)
+        self.most_rounds = math.ceil(most / self.room)
 
     def rounds_needed(self) -> jax.Array:
         """The same on all devices: those that share no rows still meet in the same collectives."""

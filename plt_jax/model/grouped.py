@@ -76,7 +76,7 @@ def blocks(
 ) -> jax.Array:
     """Block by block of one group's rows, in a loop on the device that runs for used blocks alone.
 
-    On CPUs 5 to 30 times as fast as `ragged_dot`, and correct everywhere.
+    The fastest form on CPUs (benchmarks/results/experts.md), and correct everywhere.
     """
     return _multiply_blocks(rows_MD, weight, sizes_X, outputs_first)
 

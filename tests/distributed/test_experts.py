@@ -1,29 +1,15 @@
 """Experts on several devices give what one device gives."""
 
-import json
-import subprocess
-import sys
-
 import pytest
 
 from tests.distributed.experts_worker import MESHES
-from tests.training.runs import REPOSITORY, environment
+from tests.distributed.processes import run_worker
 
 
 @pytest.fixture(scope="module")
 def found():
     """What tests/distributed/experts_worker.py prints."""
-    flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.experts_worker"],
-        **{"cwd": REPOSITORY, "env": environment(**flags), "capture_output": True, "timeout": 500},
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    return json.loads(done.stdout)
+    return run_worker("experts_worker")
 
 
 @pytest.mark.parametrize("mesh", MESHES)

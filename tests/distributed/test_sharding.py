@@ -1,9 +1,5 @@
 """Eight devices give what one gives, with the parameters laid out by the rules."""
 
-import json
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
@@ -15,8 +11,9 @@ from plt_jax.evaluation.report import evaluate_trained
 from plt_jax.run import open_trained
 from plt_jax.sharding import make_mesh
 from plt_jax.training import loop
+from tests.distributed.processes import run_worker
 from tests.distributed.worker import MESHES, SHAPE
-from tests.training.runs import REPOSITORY, STEPS, environment, losses
+from tests.training.runs import STEPS, losses
 
 CASES = [mesh for mesh in MESHES if mesh != "one"]
 
@@ -29,18 +26,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def found(folder):
     """What tests/distributed/worker.py prints."""
-    flags = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        # Compiles in two thirds of the time.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.worker", str(folder)],
-        **{"cwd": REPOSITORY, "env": environment(**flags), "capture_output": True, "timeout": 500},
-    )
-    assert done.returncode == 0, done.stderr.decode()
-    found = json.loads(done.stdout)
+    found = run_worker("worker", folder)
     assert found["devices"] == 8
     return found
 

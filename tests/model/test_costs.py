@@ -63,7 +63,8 @@ def test_cache_bytes_are_those_of_the_arrays(scheme, count):
     size = sum(leaf.size * 4 for leaf in jax.tree.leaves((arrays.keys, arrays.values)))
     rings = sum(leaf.size * 4 for leaf in jax.tree.leaves((arrays.ring_keys, arrays.ring_values)))
     assert (counted.per_token * 32, counted.windows) == (size, rings)
-    assert cache_bytes(config, "bfloat16").per_token == counted.per_token // 2
+    half = cache_bytes(config.model_copy(update={"dtype": "bfloat16"}))
+    assert half.per_token == counted.per_token // 2
 
 
 @pytest.mark.parametrize("scheme", ["no_loop", "vanilla_loop", "plt"])

@@ -85,6 +85,19 @@ def test_one_expert_taking_all_tokens_and_empty_experts_are_exact():
     out, statistics = mixture_of_experts(config.moe, weights, x_BTD)
     expert = (weights[name][3] for name in ("expert_gate", "expert_up", "expert_down"))
     np.testing.assert_allclose(out, reference.swiglu(x_BTD, *expert), atol=1e-5)
+    grads, expected = (
+        jax.jit(jax.grad(lambda weights, run=run: jnp.sum(jnp.sin(run(weights)))))(weights)
+        for run in (
+            lambda weights: mixture_of_experts(config.moe, weights, x_BTD)[0],
+            lambda weights: reference.mixture_of_experts(config.moe, weights, x_BTD),
+        )
+    )
+    jax.tree.map(
+        lambda got, want: np.testing.assert_allclose(got, want, atol=1e-4), grads, expected
+    )
+    for name in ("expert_gate", "expert_up", "expert_down"):
+        assert not grads[name][:3].any()
+        assert grads[name][3].any()
     np.testing.assert_array_equal(statistics.load_X, [0, 0, 0, 1, 0])
     assert load_entropy(statistics.load_X) == pytest.approx(0.0, abs=1e-6)
 
