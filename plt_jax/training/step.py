@@ -130,7 +130,7 @@ def router_metrics(router: RouterStatistics) -> Metrics:
 
     `expert_load_entropy` (mean; 1 is even), `expert_max_load` (largest share of one expert in any
     loop and layer), `expert_dropped` (share of choices that no expert worked on). For each loop and
-    layer, [L, J]: the first two as `..._by_loop`, and `router_z_by_loop`, the mean squared
+    layer, [L, J]: the same as `..._by_loop`, and `router_z_by_loop`, the mean squared
     log-normaliser.
     """
     entropy_LJ, largest_LJ = load_entropy(router.load_X), jnp.max(router.load_X, axis=-1)
@@ -140,6 +140,7 @@ def router_metrics(router: RouterStatistics) -> Metrics:
         "expert_dropped": jnp.mean(router.dropped),
         "expert_load_entropy_by_loop": entropy_LJ,
         "expert_max_load_by_loop": largest_LJ,
+        "expert_dropped_by_loop": router.dropped,
         "router_z_by_loop": router.squared_log_z,
     }
 

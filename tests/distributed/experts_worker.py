@@ -19,7 +19,7 @@ from plt_jax.model import expert_parallel
 from plt_jax.model.expert_parallel import routed_experts
 from plt_jax.model.moe import auxiliary_loss, local_experts
 from plt_jax.model.transformer import abstract_params
-from plt_jax.sharding import abstract_arrays, make_mesh, use_mesh
+from plt_jax.sharding import make_mesh, shardings_of, use_mesh
 from plt_jax.training.step import abstract_state
 from tests.distributed import worker
 from tests.models import random_params, random_tokens, small_config
@@ -135,12 +135,7 @@ def decode(mesh: dict) -> dict:
     params, tokens = random_params(config), random_tokens(config, 3, 8)
     expected = jax.jit(lambda params: Transformer(config).apply({"params": params}, tokens))(params)
     mesh = make_mesh(RunConfig(mesh=mesh).mesh)
-    boxed = abstract_params(config)
-    placed = jax.tree.map(
-        lambda leaf, wanted: jax.device_put(leaf, wanted.sharding),
-        params,
-        abstract_arrays(boxed, mesh),
-    )
+    placed = jax.device_put(params, shardings_of(abstract_params(config), mesh))
     difference = 0.0
     with use_mesh(mesh):
         weights = prepare_for_decode(config, placed)

@@ -65,6 +65,7 @@ def test_routers_are_reported_by_loop_and_layer():
     )
     assert metrics["expert_max_load"] == metrics["expert_max_load_by_loop"].max()
     assert metrics["expert_dropped"] == 0.0
+    np.testing.assert_array_equal(metrics["expert_dropped_by_loop"], np.zeros((2, LAYERS)))
     # One sequence's step has two rows of two choices.
     assert 2.0 <= metrics["experts_per_step"] <= 4.0
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tensorboardX import SummaryWriter
 
 from plt_jax.training.metrics import MetricsWriter, plot_losses, read_metrics
 from tests.training.runs import json_rows
@@ -31,6 +32,24 @@ def test_rows_are_json_objects_one_a_line(tmp_path, write):
         {"step": 2, "loss": 0.5, "tokens_per_second": 7.0},
     ]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_values_by_loop_and_layer_are_scalars_of_their_own_in_tensorboard(tmp_path, monkeypatch):
+    written = {}
+    monkeypatch.setattr(
+        SummaryWriter, "add_scalar", lambda _, tag, value, step: written.update({tag: value})
+    )
+    values = [[0.5, 0.25], [1.0, 2.0]]
+    with MetricsWriter(tmp_path, 0, first_layer=3) as metrics:
+        metrics.write(1, loss=4.0, load=values)
+    assert written == {
+        "loss": 4.0,
+        "load/loop_1/layer_4": 0.5,
+        "load/loop_1/layer_5": 0.25,
+        "load/loop_2/layer_4": 1.0,
+        "load/loop_2/layer_5": 2.0,
+    }
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 4.0, "load": values}]
 
 
 def test_rows_are_there_at_once(tmp_path):
