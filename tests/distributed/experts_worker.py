@@ -91,15 +91,33 @@ def one_layer(mesh: dict) -> dict[str, float]:
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(weights, x_BTD)
 
     expected = worker.named(jax.device_get(run(local_experts)))
-    with use_mesh(make_mesh(RunConfig(mesh=mesh).mesh)):
+    with use_mesh(make_mesh(RunConfig(mesh=mesh).mesh)), counted_rounds() as rounds:
         got = worker.named(jax.device_get(run(routed_experts)))
+        jax.effects_barrier()
     differences = worker.largest_differences(expected, got)
     return {
         name: float(d / (1 + np.abs(expected[name]).max())) for name, d in differences.items()
     } | {
         "load of two experts": float(got["0.1.1.load_X"][SKEWED].sum()),
         "dropped": float(got["0.1.1.dropped"]),
+        "rounds": max(rounds),
     }
+
+
+@contextlib.contextmanager
+def counted_rounds():
+    """Collects how many rounds each device needs."""
+    rounds, original = [], expert_parallel._add_rounds
+
+    def counting(one_round, needed, most):
+        jax.debug.callback(lambda needed: rounds.append(int(needed)), needed)
+        return original(one_round, needed, most)
+
+    expert_parallel._add_rounds = counting
+    try:
+        yield rounds
+    finally:
+        expert_parallel._add_rounds = original
 
 
 @contextlib.contextmanager

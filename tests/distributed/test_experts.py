@@ -56,6 +56,7 @@ def test_no_load_loses_a_row_or_changes_a_gradient(found, transfers, mesh):
     case = dict(found[transfers][mesh])
     assert case.pop("dropped") == 0.0
     assert case.pop("load of two experts") == 1.0
+    assert case.pop("rounds") > 1
     for name, difference in case.items():
         assert difference < 2e-6, name
 
