@@ -369,6 +369,8 @@ class MeshConfig(Section):
     """Devices that split the batch and the parameters (by width)."""
     expert: AxisSize = 1
     """Devices that split the batch and the experts; the rest of the model they replicate."""
+    context: AxisSize = 1
+    """Devices that split the sequence, for long ones, and replicate the parameters."""
     tensor: AxisSize = 1
     """Devices that split heads, feed-forward width and vocabulary."""
 

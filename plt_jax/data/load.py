@@ -29,8 +29,11 @@ class Data(NamedTuple):
     """{training,validation}_{documents,tokens,bytes}; tokens include bos and eos."""
 
 
-def load_data(config: RunConfig) -> Data:
+def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
     """Reads the text, trains or loads the tokenizer, and packs both parts of the text.
+
+    Args:
+      rows: numbers of the rows of a training batch that this process reads; default all.
 
     Raises:
       InputError: the text, the tokenizer or the cache folder cannot be used, or the text is too
@@ -42,7 +45,7 @@ def load_data(config: RunConfig) -> Data:
     validation = tokenize(corpus.validation, tokenizer, config.data.cache_dir)
     return Data(
         tokenizer,
-        training_dataset(config, training),
+        training_dataset(config, training, rows),
         PackedExamples(validation, config.sequence_length),
         token_bytes(tokenizer, config.model.vocab_size),
         _counts("training", corpus.training, training)

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.data.packing import PackedExamples
 from plt_jax.data.pipeline import evaluation_batches
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import Transformer
-from plt_jax.sharding import batch_sharding, place_batch, use_mesh
+from plt_jax.sharding import batch_layout, use_mesh
 
 
 class Score(NamedTuple):
@@ -67,20 +67,48 @@ def make_evaluate(
       InputError: evaluation.batch_size does not divide over the mesh.
     """
     batch_size = config.evaluation.batch_size
-    rows = batch_sharding(mesh, batch_size, "evaluation.batch_size")
-    sum_losses = jax.jit(lambda params, batch: losses_by_loop(config.model, params, batch))
+    layout = batch_layout(
+        mesh,
+        ("evaluation.batch_size", batch_size),
+        ("data.sequence_length", config.sequence_length),
+    )
+    whole = NamedSharding(mesh, PartitionSpec())
+    sums_of = jax.jit(
+        lambda params, batch: batch_sums(config.model, params, batch, jnp.asarray(token_bytes)),
+        out_shardings=whole,
+    )
 
     def evaluate(params: Any, examples: PackedExamples, limit: int | None) -> Evaluation:
         nats, tokens, text_bytes = np.zeros(config.model.loop.count), 0, 0
         with use_mesh(mesh):
-            for batch in evaluation_batches(examples, batch_size, limit):
-                nats += np.asarray(sum_losses(params, place_batch(batch, rows)), np.float64)
-                counted = batch["weights"] > 0
-                tokens += int(counted.sum())
-                text_bytes += int(token_bytes[batch["targets"][counted]].sum())
+            for batch in evaluation_batches(examples, batch_size, limit, layout.rows):
+                sums = jax.device_get(sums_of(params, layout.place(batch)))
+                nats += sums.nats_L.astype(np.float64)
+                tokens, text_bytes = tokens + int(sums.tokens), text_bytes + int(sums.text_bytes)
         return Evaluation([score(n, tokens, text_bytes) for n in nats], tokens, text_bytes)
 
     return evaluate
+
+
+class BatchSums(NamedTuple):
+    """What a batch adds to an evaluation."""
+
+    nats_L: jax.Array
+    """Summed negative log-likelihood of its targets by loop, float32 [L]."""
+    tokens: jax.Array
+    """int32 scalar: how many targets."""
+    text_bytes: jax.Array
+    """int32 scalar: the UTF-8 bytes they stand for."""
+
+
+def batch_sums(
+    config: ModelConfig, params: Any, batch: dict[str, jax.Array], token_bytes_V: jax.Array
+) -> BatchSums:
+    """The sums over all rows of a batch."""
+    counted_BT = batch["weights"] > 0
+    bytes_BT = jnp.where(counted_BT, token_bytes_V[batch["targets"]], 0)
+    nats_L = losses_by_loop(config, params, batch)
+    return BatchSums(nats_L, jnp.sum(counted_BT, dtype=jnp.int32), jnp.sum(bytes_BT))
 
 
 def losses_by_loop(config: ModelConfig, params: Any, batch: dict[str, jax.Array]) -> jax.Array:

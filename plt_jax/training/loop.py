@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from plt_jax.checkpoint import Checkpoints, load_params
@@ -23,7 +23,7 @@ from plt_jax.model.attention import choose_backend
 from plt_jax.model.grouped import choose_form
 from plt_jax.run import check_directory, check_tokenizer, find_checkpoint, write_directory
 from plt_jax.run_files import CHECKPOINTS, list_steps
-from plt_jax.sharding import batch_sharding, make_mesh, place_batch, use_mesh
+from plt_jax.sharding import BatchLayout, make_mesh, use_mesh
 from plt_jax.training.metrics import MetricsWriter, plot_losses
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
 from plt_jax.training.signals import StopRequest
@@ -33,6 +33,7 @@ from plt_jax.training.step import (
     init_state,
     make_train_step,
     start_state,
+    training_layout,
 )
 
 SAMPLE_TOKENS = 120
@@ -53,7 +54,7 @@ class Run(NamedTuple):
     directory: Path
     data: Data
     mesh: Mesh
-    rows: NamedSharding
+    layout: BatchLayout
     evaluate: Callable[[Any, Any, int | None], Evaluation]
     checkpoints: Checkpoints
 
@@ -73,10 +74,10 @@ def train(config: RunConfig) -> Outcome:
     changes = check_directory(config)
     check_start(config)
     mesh = make_mesh(config.mesh)
-    rows = batch_sharding(mesh, config.training.batch_size, "training.batch_size")
+    layout = training_layout(config, mesh)
     abstract = abstract_state(config, mesh)
     check_kernels(config, mesh)
-    data = load_data(config)
+    data = load_data(config, layout.rows)
     check_tokenizer(config, data.tokenizer)
     check_sample_prompt(config, data.tokenizer)
     params = start_params(config, abstract)
@@ -85,7 +86,7 @@ def train(config: RunConfig) -> Outcome:
     directory = write_directory(config, data.tokenizer)
     describe(config, data, mesh, abstract.params, changes)
     with StopRequest() as stop, Checkpoints(directory / CHECKPOINTS, config.checkpoint) as saved:
-        run = Run(config, directory, data, mesh, rows, evaluate, saved)
+        run = Run(config, directory, data, mesh, layout, evaluate, saved)
         batches = iter(data.training)
         state = start_or_resume(run, abstract, batches, params)
         del params  # the step takes their place
@@ -174,7 +175,7 @@ def train_steps(
     step, stopping = int(state.step), False
     report.say("compiling the train step ...")
     while step < training.steps and not stopping:
-        state, values = train_step(state, place_batch(next(batches), run.rows))
+        state, values = train_step(state, run.layout.place(next(batches)))
         step += 1
         last = step == training.steps
         if not speed.started:

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.model.loss import cross_entropy
@@ -22,7 +22,7 @@ from plt_jax.model.moe import (
     load_entropy,
 )
 from plt_jax.model.transformer import Transformer, abstract_params
-from plt_jax.sharding import abstract_arrays, batch_sharding, use_mesh
+from plt_jax.sharding import BatchLayout, abstract_arrays, batch_layout, use_mesh
 from plt_jax.training.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]
@@ -47,6 +47,33 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     step = jax.ShapeDtypeStruct((), jnp.int32)
     boxed = TrainState(step, params, jax.eval_shape(optimizer.init, params))
     return abstract_arrays(boxed, mesh)
+
+
+def training_layout(config: RunConfig, mesh: Mesh) -> BatchLayout:
+    """Where a step's batch lies.
+
+    Raises:
+      InputError: it does not divide over the mesh.
+    """
+    training = config.training
+    return batch_layout(
+        mesh,
+        ("training.batch_size", training.batch_size),
+        ("data.sequence_length", config.sequence_length),
+        training.accumulate,
+    )
+
+
+def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a step's batch, [B, T] each: `tokens`, `targets` and
+    `segment_ids`, int32, and `weights`, float32."""
+    layout = training_layout(config, mesh)
+    shape = (layout.batch_size, config.sequence_length)
+    dtypes = {"tokens": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32}
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding)
+        for name, dtype in {**dtypes, "weights": jnp.float32}.items()
+    }
 
 
 def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
@@ -155,14 +182,13 @@ def balance_routers(config: ModelConfig, params: Any, router: RouterStatistics) 
     return params | {"layers": layers | {"router_bias": bias_JLX}}
 
 
-def make_train_step(
-    config: RunConfig, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`step(state, batch) -> (state, metrics)`, jitted for the mesh; the state is donated.
+def jit_train_step(config: RunConfig, mesh: Mesh) -> Callable:
+    """`(state, batch) -> (state, metrics)`, jitted for the mesh; the state is donated.
 
-    A batch holds int32 [B, T] `tokens`, `targets` and `segment_ids`, and float32 [B, T] `weights`.
-    Metrics are float32: the scalars `loss` in nats per target, `gradient_norm` before clipping,
-    `learning_rate`; with experts also `experts_per_step` (see there) and those of `router_metrics`.
+    To be called, or lowered for devices that are not here, under `use_mesh(mesh)`. A batch is as
+    `abstract_batch` says. Metrics are float32, the same on all devices: the scalars `loss` in nats
+    per target, `gradient_norm` before clipping, `learning_rate`; with experts also
+    `experts_per_step` (see there) and those of `router_metrics`.
     """
     optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
     schedule = make_schedule(config.optimizer, config.training.steps)
@@ -183,17 +209,19 @@ def make_train_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    rows = batch_sharding(
-        mesh,
-        config.training.batch_size // config.training.accumulate,
-        "training.batch_size / training.accumulate",
-    )
-    jitted = jax.jit(
+    return jax.jit(
         train_step,
-        in_shardings=(shardings, rows),
-        out_shardings=(shardings, None),
+        in_shardings=(shardings, training_layout(config, mesh).sharding),
+        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
         donate_argnums=0,
     )
+
+
+def make_train_step(
+    config: RunConfig, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`step(state, batch) -> (state, metrics)`: `jit_train_step`, called under its mesh."""
+    jitted = jit_train_step(config, mesh)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         with use_mesh(mesh):

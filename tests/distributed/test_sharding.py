@@ -123,7 +123,7 @@ REFUSED = {
     "heads": ["has a dimension of 2", "mesh axis tensor = 4"],
     "width": ["has a dimension of 20", "mesh axis fsdp = 8"],
     "vocabulary": ["has a dimension of 63", "mesh axis tensor = 2"],
-    "micro-batch": ["training.batch_size / training.accumulate = 4 does not divide by the 8 dev"],
+    "micro-batch": ["training.batch_size / 4 micro-batches = 4 does not divide by the 8 dev"],
     "batch": ["training.batch_size = 12 does not divide by the 8 devices of mesh axes data x fsdp"],
 }
 
@@ -145,7 +145,7 @@ def test_without_devices_to_fill_the_mesh_it_is_refused():
     with pytest.raises(InputError, match="need 2 devices, but there are 1; change a size, or set"):
         make_mesh(MeshConfig(data=2), jax.devices()[:1])
     assert make_mesh(MeshConfig(), jax.devices()[:1]).shape == dict.fromkeys(
-        ("data", "fsdp", "expert", "tensor"), 1
+        ("data", "fsdp", "expert", "context", "tensor"), 1
     )
 
 
@@ -154,7 +154,7 @@ def test_a_run_trained_on_eight_devices_opens_on_one(found, folder):
     for name, step in (("stopped", 4), ("run", STEPS)):
         trained = open_trained(folder / name)
         assert trained.step == step
-        assert trained.config.mesh.sizes() == MESHES["all"] | {"expert": 1}
+        assert trained.config.mesh.sizes() == MESHES["all"] | {"expert": 1, "context": 1}
         for leaf in jax.tree.leaves(trained.params):
             assert len(leaf.sharding.device_set) == 1
             assert np.isfinite(leaf).all()

@@ -23,9 +23,15 @@ from plt_jax.config import RunConfig
 from plt_jax.errors import InputError
 from plt_jax.evaluation.report import evaluate_trained
 from plt_jax.model.transformer import abstract_params
-from plt_jax.sharding import batch_sharding, make_mesh, place_batch, shardings_of
+from plt_jax.sharding import batch_layout, make_mesh, shardings_of
 from plt_jax.training.loop import train
-from plt_jax.training.step import TrainState, abstract_state, init_state, make_train_step
+from plt_jax.training.step import (
+    TrainState,
+    abstract_state,
+    init_state,
+    make_train_step,
+    training_layout,
+)
 from tests.models import random_params, small_config
 from tests.training.runs import call_at, make_home, tiny_config
 
@@ -53,6 +59,7 @@ def make_config(mesh, accumulate=1, **sizes) -> RunConfig:
     # An epsilon well above rounding, since Adam divides tiny gradients by themselves.
     return RunConfig(
         model=SHAPE | sizes,
+        data={"sequence_length": 12},
         mesh=mesh,
         optimizer={"learning_rate": 1e-2, "warmup_fraction": 0.0, "epsilon": 1e-3},
         training={"steps": 10, "batch_size": 16, "accumulate": accumulate, "z_loss": 1e-2},
@@ -80,10 +87,10 @@ def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float | li
     """Two steps from the start."""
     mesh = mesh_of(config)
     step, state = make_train_step(config, mesh), init_state(config, mesh)
-    rows = batch_sharding(mesh, config.training.batch_size, "training.batch_size")
+    layout = training_layout(config, mesh)
     metrics = []
     for batch in make_batches():
-        state, values = step(state, place_batch(batch, rows))
+        state, values = step(state, layout.place(batch))
         metrics.append({name: value.tolist() for name, value in jax.device_get(values).items()})
     return state, metrics
 
@@ -154,7 +161,9 @@ def refusals() -> dict[str, str]:
         "vocabulary": refusal(state({"data": 4, "tensor": 2}, vocab_size=63)),
         "micro-batch": refusal(step({"data": 8}, 4)),
         "batch": refusal(
-            lambda: batch_sharding(make_mesh(RunConfig().mesh), 12, "training.batch_size")
+            lambda: batch_layout(
+                make_mesh(RunConfig().mesh), ("training.batch_size", 12), ("length", 4)
+            )
         ),
     }
 

@@ -27,7 +27,7 @@ from plt_jax.model.kernels import (
     splash_blocks,
 )
 from plt_jax.model.transformer import abstract_params
-from plt_jax.sharding import abstract_arrays, batch_sharding, make_mesh, use_mesh
+from plt_jax.sharding import abstract_arrays, batch_layout, make_mesh, use_mesh
 from tests.models import compiled, random_params, random_tokens, small_config
 from tests.training.runs import REPOSITORY, environment
 
@@ -213,8 +213,8 @@ def test_a_pod_gets_splash_and_compiles_it(pod):
         return model.apply({"params": params}, tokens, segments).mean()
 
     params = abstract_arrays(abstract_params(config), pod)
-    rows = batch_sharding(pod, 4, "batch_size")
-    tokens = jax.ShapeDtypeStruct((4, 600), jnp.int32, sharding=rows)
+    layout = batch_layout(pod, ("batch_size", 4), ("length", 600))
+    tokens = jax.ShapeDtypeStruct((4, 600), jnp.int32, sharding=layout.sharding)
     # The precision that the tests ask for is float32's; bfloat16 has no such product on a TPU.
     with use_mesh(pod), jax.default_matmul_precision("default"):
         program = jax.jit(jax.grad(loss)).lower(params, tokens, tokens).compile().as_text()
@@ -228,8 +228,8 @@ def test_a_pod_exchanges_experts_and_multiplies_them_by_kernels(pod):
     config = small_config("plt", 2, width=192, vocab_size=32, dtype="bfloat16", moe=moe)
     mesh = make_mesh(MeshConfig(data=1, expert=2, tensor=2), pod.devices.ravel())
     params = abstract_arrays(abstract_params(config), mesh)
-    rows = batch_sharding(mesh, 4, "batch_size")
-    tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=rows)
+    layout = batch_layout(mesh, ("batch_size", 4), ("length", 64))
+    tokens = jax.ShapeDtypeStruct((4, 64), jnp.int32, sharding=layout.sharding)
 
     def loss(params, tokens):
         return Transformer(config).apply({"params": params}, tokens).mean()

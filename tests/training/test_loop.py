@@ -74,7 +74,7 @@ def test_what_is_printed(finished, tmp_path, capsys):
         f"model: plt, 2 loops, {parameters:,} parameters, float32\n",
         "training text: 9 documents, ",
         "validation text: 3 documents, ",
-        "devices: 1 cpu (data 1 x fsdp 1 x expert 1 x tensor 1)\n"
+        "devices: 1 cpu (data 1 x fsdp 1 x expert 1 x context 1 x tensor 1)\n"
         if jax.device_count() == 1
         else "devices",
         "compiling the train step ...\n",
