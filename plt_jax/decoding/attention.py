@@ -8,51 +8,26 @@ of them.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from plt_jax.decoding.cache import Quantized, Stored
 from plt_jax.decoding.layout import on_two_rows
-from plt_jax.model.attention import MASKED, windowed_attention
+from plt_jax.model.blockwise import MASKED, Partial, windowed_attention
 from plt_jax.model.kernels import Backend, cudnn_masked_attention
 
 QUERY_BLOCK, KEY_BLOCK = 256, 512
 """Of a chunk's attention: its logits take QUERY_BLOCK x KEY_BLOCK for each head, never more."""
 
 
-class Partial(NamedTuple):
-    """Softmax attention over some of the keys, all float32."""
-
-    sum_BKMH: jax.Array
-    """The sum of values, weighted with exp(logit - largest)."""
-    total_BKM1: jax.Array
-    """The sum of those weights."""
-    largest_BKM1: jax.Array
-    """The largest logit."""
-
-    def merge(self, other: Partial) -> Partial:
-        """Over the keys of both."""
-        largest = jnp.maximum(self.largest_BKM1, other.largest_BKM1)
-        one, two = jnp.exp(self.largest_BKM1 - largest), jnp.exp(other.largest_BKM1 - largest)
-        return Partial(
-            one * self.sum_BKMH + two * other.sum_BKMH,
-            one * self.total_BKM1 + two * other.total_BKM1,
-            largest,
-        )
-
-    def heads(self, like_BNTH: jax.Array) -> jax.Array:
-        """The attention's output, in the shape and dtype of the queries."""
-        return (self.sum_BKMH / self.total_BKM1).astype(like_BNTH.dtype).reshape(like_BNTH.shape)
-
-
-def partial_attention(
+def cache_attention(
     q_BNTH: jax.Array, keys: Stored, values: Stored, mask_BTS: jax.Array
 ) -> Partial:
     """Softmax attention of queries to the keys that a mask allows; softmax in float32.
 
-    As `model.attention.masked_attention`, but its parts can be merged, and keys be quantized.
+    As `model.blockwise.partial_attention`, [B, K, M, H], but keys may be quantized, and products
+    are those for few rows.
 
     Args:
       mask_BTS: bool, broadcastable to [B, T, S]; every query needs one allowed key.
@@ -91,7 +66,7 @@ def _few_rows(x_BKMx: jax.Array, stored: Stored, formula: str) -> jax.Array:
 
 def attend(q_BNTH: jax.Array, keys: Stored, values: Stored, mask_BTS: jax.Array) -> jax.Array:
     """Attention of a few queries to all keys that a mask allows, [B, N, T, H]."""
-    return partial_attention(q_BNTH, keys, values, mask_BTS).heads(q_BNTH)
+    return cache_attention(q_BNTH, keys, values, mask_BTS).heads(q_BNTH)
 
 
 def attend_own(
@@ -156,7 +131,7 @@ def _attend_block(
         )
         slots = start + jnp.arange(block)
         mask_BCS = (slots >= index * block) & (slots <= positions_BC[:, :, None])
-        return partial_attention(q_BNCH, k, v, mask_BCS)
+        return cache_attention(q_BNCH, k, v, mask_BCS)
 
     # Block 0 holds a key for every query; where a later one holds none, `merge` gives its junk,
     # whose largest logit is MASKED, a weight of exactly zero.

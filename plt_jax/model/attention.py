@@ -15,6 +15,9 @@ import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
 from plt_jax.errors import InputError
+from plt_jax.model.axes import split_axes
+from plt_jax.model.blockwise import causal_attention, windowed_attention
+from plt_jax.model.context_parallel import spread_attention
 from plt_jax.model.kernels import Backend, available_kernel, cudnn_attention, splash_attention
 from plt_jax.model.layers import (
     Parameter,
@@ -25,12 +28,6 @@ from plt_jax.model.layers import (
     scale_parameter,
     zero_parameter,
 )
-
-# Far below any logit, yet finite: a float32 softmax gives such keys a weight of exactly zero, and
-# so an exactly zero gradient, without the NaN that a row of infinities would make.
-MASKED = -1e30
-MIN_BLOCK = 64  # Smaller blocks of queries cost more in overhead than they save in products.
-MAX_BLOCKS = 8  # Of causal attention; each is compiled by itself. 8 skip 7/16 of all products.
 
 
 def attention_parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -139,11 +136,16 @@ def choose_backend(config: ModelConfig) -> Backend:
       InputError: the devices that the program is traced for cannot run what the configuration asks.
     """
     available = available_kernel()
+    if available == "cudnn" and split_axes("length"):
+        available = "xla"  # cuDNN knows no offset between queries and keys
     if config.attention == "auto":
         refused = available == "cudnn" and config.cudnn_obstacle is not None
         return "xla" if refused else available
     if config.attention not in ("xla", available):
-        needed = {"cudnn": "an NVIDIA GPU of compute capability 8.0 or above", "splash": "a TPU"}
+        needed = {
+            "cudnn": "an NVIDIA GPU of compute capability 8.0 or above and mesh.context = 1",
+            "splash": "a TPU",
+        }
         raise InputError(
             f"model.attention is {config.attention}, which needs {needed[config.attention]}; "
             "set it to auto or xla"
@@ -170,6 +172,8 @@ def sequence_attention(
       InputError: see `choose_backend`.
     """
     backend = choose_backend(config)
+    if split_axes("length"):
+        return spread_attention(backend, q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
     if backend == "splash":
         return splash_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
     # cuDNN knows documents only as a [T, T] bias, beside which it has no windows before 9.10.2. The
@@ -179,104 +183,3 @@ def sequence_attention(
     if window is None:
         return causal_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT)
     return windowed_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
-
-
-def masked_attention(
-    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
-) -> jax.Array:
-    """Softmax attention of queries to the keys that a mask allows; softmax in float32.
-
-    Args:
-      mask_BTS: bool, broadcastable to [B, T, S]; every query needs one allowed key.
-
-    Returns:
-      [B, N, T, H] in the dtype of the queries.
-    """
-    B, N, T, H = q_BNTH.shape
-    K = k_BKSH.shape[1]
-    q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)
-    logits_BKGTS = jnp.einsum(
-        "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
-    )
-    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS / math.sqrt(H), MASKED)
-    # The softmax's denominator divides the [T, H] outputs instead of the [T, S] weights. Its result
-    # does not depend on the maximum, so neither does the gradient.
-    largest = jax.lax.stop_gradient(jnp.max(logits_BKGTS, axis=-1, keepdims=True))
-    weights_BKGTS = jnp.exp(logits_BKGTS - largest)
-    out_BKGTH = jnp.einsum(
-        "BKGTS,BKSH->BKGTH",
-        weights_BKGTS.astype(v_BKSH.dtype),
-        v_BKSH,
-        preferred_element_type=jnp.float32,
-    )
-    out_BKGTH /= jnp.sum(weights_BKGTS, axis=-1, keepdims=True)
-    return out_BKGTH.astype(q_BNTH.dtype).reshape(B, N, T, H)
-
-
-def causal_attention(
-    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, documents_BT: jax.Array | None
-) -> jax.Array:
-    """Attention of every position to itself and all earlier ones of its document, [B, N, T, H].
-
-    Each block of queries meets only the keys up to its own end.
-    """
-    T = q_BNTH.shape[2]
-    block = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
-    outs = []
-    for start in range(0, T, block):
-        stop = min(start + block, T)
-        mask_BTS = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop))[None]
-        if documents_BT is not None:
-            mask_BTS &= documents_BT[:, start:stop, None] == documents_BT[:, None, :stop]
-        keys, values = k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
-        outs.append(masked_attention(q_BNTH[:, :, start:stop], keys, values, mask_BTS))
-    return jnp.concatenate(outs, axis=2)
-
-
-def windowed_attention(
-    q_BNTH: jax.Array,
-    k_BKTH: jax.Array,
-    v_BKTH: jax.Array,
-    documents_BT: jax.Array | None,
-    window: int,
-) -> jax.Array:
-    """Attention of every position to the last `window` keys of its document, itself included.
-
-    Work and memory grow as T·window: each block of queries meets its own block of keys and the one
-    before, which together hold every key of its windows. [B, N, T, H].
-    """
-    B, N, T, H = q_BNTH.shape
-    block = min(max(window - 1, MIN_BLOCK), T)
-    blocks = -(-T // block)
-    padded = blocks * block
-
-    def split(x_BKTH: jax.Array) -> jax.Array:
-        """Blocks as batch rows, [B·blocks, K, block, H]."""
-        x_BKTH = jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, padded - T), (0, 0)))
-        heads = x_BKTH.shape[1]
-        x = x_BKTH.reshape(B, heads, blocks, block, H).swapaxes(1, 2)
-        return x.reshape(B * blocks, heads, block, H)
-
-    def with_previous(x: jax.Array, rows: int = B) -> jax.Array:
-        """Each block [rows·blocks, ..., block, H] behind the one before it in its sequence."""
-        x = x.reshape(rows, blocks, *x.shape[1:])
-        previous = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
-        pairs = jnp.concatenate([previous, x], axis=-2)
-        return pairs.reshape(rows * blocks, *pairs.shape[2:])
-
-    distance = (block + jnp.arange(block))[:, None] - jnp.arange(2 * block)[None, :]
-    mask = (distance >= 0) & (distance < window)
-    # Document 0 is what lies before the first block.
-    numbers_BT = jnp.ones((1, T), jnp.int32) if documents_BT is None else documents_BT + 1
-    rows = numbers_BT.shape[0]
-    numbers = jnp.pad(numbers_BT, ((0, 0), (0, padded - T))).reshape(rows * blocks, block, 1)
-    mask = mask & (numbers == with_previous(numbers, rows)[:, None, :, 0])
-    mask = jnp.broadcast_to(mask.reshape(rows, blocks, block, -1), (B, blocks, block, 2 * block))
-    out = masked_attention(
-        split(q_BNTH),
-        with_previous(split(k_BKTH)),
-        with_previous(split(v_BKTH)),
-        mask.reshape(B * blocks, block, 2 * block),
-    )
-    out_BNTH = out.reshape(B, blocks, N, block, H).swapaxes(1, 2).reshape(B, N, padded, H)
-    return out_BNTH[:, :, :T]

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from plt_jax.config import MoEConfig
 from plt_jax.errors import InputError
-from plt_jax.model.axes import axes_of, batch_axes, devices_along
+from plt_jax.model.axes import axes_of, batch_axes, devices_along, divisible
 from plt_jax.model.grouped import grouped_product
 from plt_jax.model.kernels import traced_platform
 from plt_jax.model.moe import (
@@ -59,8 +59,7 @@ def routed_experts(
     Raises:
       InputError: the batch does not divide over the mesh.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not divisible():
         return local_experts(moe, weights, x_BTD)
     x_spec = nn.logical_to_mesh_axes(("batch", "length", "activation"))
     devices = devices_along(axes_of("batch"))
@@ -114,8 +113,7 @@ def replicate_rows(
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         return run(experts, x_MD, routing.weight_Mk, chosen_Mk).reshape(x_BTD.shape)
 
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if not divisible():
         return apply(routers, experts, x_BTD)
     spread = axes_of("expert")
 
@@ -146,14 +144,19 @@ def _route_and_exchange(
     out_MD = weighted_sum(routing.weight_Mk, out_PD)
     if axes := axes_of("ffn"):
         out_MD = jax.lax.psum(out_MD, axes)
-    batch = axes_of("batch")
+    tokens = token_axes()
     means = routing._replace(
-        probability_X=jax.lax.pmean(routing.probability_X, batch),
-        squared_log_z=jax.lax.pmean(routing.squared_log_z, batch),
+        probability_X=jax.lax.pmean(routing.probability_X, tokens),
+        squared_log_z=jax.lax.pmean(routing.squared_log_z, tokens),
     )
-    choices = expert_P.size * jax.lax.axis_size(batch)
-    statistics = statistics_of(means, jax.lax.psum(sizes_X, batch), choices, x_BTD.shape)
+    choices = expert_P.size * jax.lax.axis_size(tokens)
+    statistics = statistics_of(means, jax.lax.psum(sizes_X, tokens), choices, x_BTD.shape)
     return out_MD.reshape(x_BTD.shape), statistics
+
+
+def token_axes() -> tuple[str, ...]:
+    """The mesh axes whose devices have different tokens."""
+    return axes_of("batch") + axes_of("length")
 
 
 def exchange_experts(
@@ -265,7 +268,7 @@ class Trip:
     def rounds_needed(self) -> jax.Array:
         """The same on all devices: those that share no rows still meet in the same collectives."""
         rows = jnp.max(jnp.sum(self.size_SE, axis=0) if self.ragged else self.size_SE)
-        return jax.lax.pmax(-(-rows // self.room), axes_of("batch") + axes_of("ffn"))
+        return jax.lax.pmax(-(-rows // self.room), token_axes() + axes_of("ffn"))
 
     def chunks(self, turn: int | jax.Array) -> Chunks:
         """What travels in a round."""

@@ -16,16 +16,15 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     BlockSizes,
     CausalMask,
     LocalMask,
+    Mask,
     MultiHeadMask,
     SegmentIds,
     make_splash_mha,
 )
-from jax.sharding import PartitionSpec
 
-from plt_jax.model.axes import axes_of, batch_axes
+from plt_jax.model.axes import on_each_device
 
 Backend = Literal["xla", "cudnn", "splash"]
-Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 LANES = 128  # The kernel's blocks of keys are multiples of a TPU's vector width.
 MAX_BLOCK = 512
@@ -54,30 +53,6 @@ def _cudnn_attention_runs() -> bool:
     device = jax.local_devices()[0]
     # A ROCm device is a "gpu" too, and its capability is no number.
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
-
-
-def on_each_device(attention: Attention) -> Attention:
-    """`attention` over each device's own rows and heads, if a mesh is current.
-
-    The compiler cannot divide a kernel by itself; rows and heads are independent, so each device
-    runs the kernel on its part.
-    """
-    if jax.sharding.get_abstract_mesh().empty:
-        return attention
-
-    def attend(q_BNTH, k_BKSH, v_BKSH, documents):
-        batch = batch_axes(q_BNTH.shape[0])
-        q_spec = PartitionSpec(batch, axes_of("heads"))
-        kv_spec = PartitionSpec(batch, axes_of("kv_heads"))
-        run = jax.shard_map(
-            attention,
-            in_specs=(q_spec, kv_spec, kv_spec, PartitionSpec(batch)),
-            out_specs=q_spec,
-            check_vma=False,  # kernels do not say over which axes their outputs vary
-        )
-        return run(q_BNTH, k_BKSH, v_BKSH, documents)
-
-    return attend
 
 
 def cudnn_attention(
@@ -119,11 +94,7 @@ def cudnn_masked_attention(
 
     Its causal masks align queries and keys at their starts, which a chunk behind others does not.
     """
-
-    def attend(q_BNTH, k_BKSH, v_BKSH, mask_BTS):
-        return _call_cudnn(q_BNTH, k_BKSH, v_BKSH, mask=mask_BTS[:, None])
-
-    return on_each_device(attend)(q_BNTH, k_BKSH, v_BKSH, mask_BTS)
+    return _call_cudnn(q_BNTH, k_BKSH, v_BKSH, mask=mask_BTS[:, None])
 
 
 def _call_cudnn(q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, **settings) -> jax.Array:
@@ -148,21 +119,44 @@ def splash_attention(
     """
 
     def attend(q_BNTH, k_BKTH, v_BKTH, documents_BT):
-        N, T, H = q_BNTH.shape[1:]
+        N, T = q_BNTH.shape[1:3]
         block, blocks = splash_blocks(T, window)
-        padding = block * blocks - T
-        # The kernel does not scale. In float32, lest bfloat16 round the factor for all alike.
-        q_BNTH = (q_BNTH.astype(jnp.float32) / math.sqrt(H)).astype(q_BNTH.dtype)
-        # What is added lies in every query's future.
-        q_BNTH, k_BKTH, v_BKTH = (_pad_length(x, padding) for x in (q_BNTH, k_BKTH, v_BKTH))
-        segments = None
-        if documents_BT is not None:
-            documents_BT = jnp.pad(documents_BT, ((0, 0), (0, padding)))
-            segments = SegmentIds(q=documents_BT, kv=documents_BT)
-        kernel = splash_kernel(N, block, blocks, window)
-        return jax.vmap(kernel)(q_BNTH, k_BKTH, v_BKTH, segments)[:, :, :T]
+        shape = (block * blocks, block * blocks)
+        mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), offset=0)
+        documents = None if documents_BT is None else (documents_BT, documents_BT)
+        return run_splash(splash_kernel(N, mask, block), q_BNTH, k_BKTH, v_BKTH, documents, shape)
 
     return on_each_device(attend)(q_BNTH, k_BKTH, v_BKTH, documents_BT)
+
+
+def run_splash(
+    kernel: Callable,
+    q_BNTH: jax.Array,
+    k_BKSH: jax.Array,
+    v_BKSH: jax.Array,
+    documents: tuple[jax.Array, jax.Array] | None,
+    shape: tuple[int, int],
+) -> jax.Array:
+    """A splash kernel over a batch, [B, N, T, H].
+
+    Args:
+      documents: of queries [B, T] and keys [B, S].
+      shape: the lengths of queries and keys that the kernel is made for; what is added at the ends
+        to reach them must lie in every real query's future.
+    """
+    T, H = q_BNTH.shape[2:]
+    more_T, more_S = shape[0] - T, shape[1] - k_BKSH.shape[2]
+    # The kernel does not scale. In float32, lest bfloat16 round the factor for all alike.
+    q_BNTH = (q_BNTH.astype(jnp.float32) / math.sqrt(H)).astype(q_BNTH.dtype)
+    segments = None
+    if documents is not None:
+        q_documents, kv_documents = documents
+        segments = SegmentIds(
+            q=jnp.pad(q_documents, ((0, 0), (0, more_T))),
+            kv=jnp.pad(kv_documents, ((0, 0), (0, more_S))),
+        )
+    k_BKSH, v_BKSH = _pad_length(k_BKSH, more_S), _pad_length(v_BKSH, more_S)
+    return jax.vmap(kernel)(_pad_length(q_BNTH, more_T), k_BKSH, v_BKSH, segments)[:, :, :T]
 
 
 def splash_blocks(length: int, window: int | None) -> tuple[int, int]:
@@ -174,10 +168,14 @@ def splash_blocks(length: int, window: int | None) -> tuple[int, int]:
     return _round_up(-(-length // blocks), LANES), blocks
 
 
-def splash_kernel(heads: int, block: int, blocks: int, window: int | None) -> Callable:
-    """The kernel `(q_NTH, k_KTH, v_KTH, segments) -> [N, T, H]` of one sequence of blocks."""
-    shape = (block * blocks, block * blocks)
-    mask = CausalMask(shape) if window is None else LocalMask(shape, (window - 1, 0), offset=0)
+def splash_kernel(heads: int, mask: Mask, block: int, length_shards: int = 1) -> Callable:
+    """The kernel `(q_NTH, k_KSH, v_KSH, segments) -> [N, T, H]` of one sequence.
+
+    Args:
+      mask: of queries and keys, the same for all heads.
+      block: queries and keys that are multiplied at once.
+      length_shards: devices that the queries are spread over.
+    """
     return make_splash_mha(
         MultiHeadMask([mask] * heads),
         block_sizes=BlockSizes(
@@ -189,7 +187,7 @@ def splash_kernel(heads: int, block: int, blocks: int, window: int | None) -> Ca
             block_kv_dq=block,
         ),
         head_shards=1,
-        q_seq_shards=1,
+        q_seq_shards=length_shards,
     )
 
 

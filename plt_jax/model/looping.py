@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from plt_jax.config import LoopConfig
 from plt_jax.model.block import Context, KeysValues, LayerOutputs
+from plt_jax.model.context_parallel import shift_right
 from plt_jax.model.moe import RouterStatistics
 
 
@@ -40,14 +41,13 @@ class LoopedModel(Protocol):
     def normalize(self, x_BTD: jax.Array) -> jax.Array: ...
 
 
-def shift_right(states_BTD: jax.Array, documents_BT: jax.Array | None) -> jax.Array:
+def hand_to_next(states_BTD: jax.Array, documents_BT: jax.Array | None) -> jax.Array:
     """Moves states one position to the right; zero at the first position of every document."""
-    shifted_BTD = jnp.pad(states_BTD[:, :-1], ((0, 0), (1, 0), (0, 0)))
+    shifted_BTD = shift_right(states_BTD)
     if documents_BT is None:
         return shifted_BTD
-    same_document = documents_BT == jnp.pad(
-        documents_BT[:, :-1], ((0, 0), (1, 0)), constant_values=-1
-    )
+    # The first position of all has no state to be kept from.
+    same_document = documents_BT == shift_right(documents_BT)
     return jnp.where(same_document[:, :, None], shifted_BTD, 0)
 
 
@@ -77,7 +77,7 @@ def run_loops(
 
     def later_loop(model, previous_BTD, index):
         if loop.shifted:
-            previous_BTD = shift_right(previous_BTD, context.documents_BT)
+            previous_BTD = hand_to_next(previous_BTD, context.documents_BT)
         x_BTD = loop_input(loop, embeddings_BTD, previous_BTD)
         raw_BTD, outputs = model.layers(x_BTD, context._replace(loop=index), shared)
         handed_BTD = hand_on(model, raw_BTD)

@@ -28,6 +28,7 @@ MESHES = {
     "expert 8": {"data": 1, "expert": 8},
     "expert 4 x data 2": {"data": 2, "expert": 4},
     "expert 2 x fsdp 2 x tensor 2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
+    "expert 2 x context 4": {"data": 1, "expert": 2, "context": 4},
 }
 MOE = {
     "experts": 8,

@@ -9,6 +9,7 @@ import contextlib
 import filecmp
 import functools
 import json
+import math
 import os
 import shutil
 import signal
@@ -41,6 +42,9 @@ MESHES = {
     "fsdp": {"data": 1, "fsdp": 8},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
     "data and tensor": {"data": 4, "fsdp": 1, "tensor": 2},
+    "tensor": {"data": 1, "tensor": 2},
+    "context": {"data": 1, "context": 8},
+    "context and all": {"data": 1, "fsdp": 2, "context": 2, "tensor": 2},
 }
 SHAPE = {
     "vocab_size": 64,
@@ -59,7 +63,7 @@ def make_config(mesh, accumulate=1, **sizes) -> RunConfig:
     # An epsilon well above rounding, since Adam divides tiny gradients by themselves.
     return RunConfig(
         model=SHAPE | sizes,
-        data={"sequence_length": 12},
+        data={"sequence_length": 16},
         mesh=mesh,
         optimizer={"learning_rate": 1e-2, "warmup_fraction": 0.0, "epsilon": 1e-3},
         training={"steps": 10, "batch_size": 16, "accumulate": accumulate, "z_loss": 1e-2},
@@ -69,18 +73,17 @@ def make_config(mesh, accumulate=1, **sizes) -> RunConfig:
 def make_batches():
     random = np.random.default_rng(0)
     for _ in range(2):
-        tokens = random.integers(0, 64, (16, 13), np.int32)
+        tokens = random.integers(0, 64, (16, 17), np.int32)
         yield {
             "tokens": tokens[:, :-1],
             "targets": tokens[:, 1:],
-            "segment_ids": np.cumsum(random.random((16, 12)) < 0.2, axis=1, dtype=np.int32),
-            "weights": (random.random((16, 12)) < 0.8).astype(np.float32),
+            "segment_ids": np.cumsum(random.random((16, 16)) < 0.2, axis=1, dtype=np.int32),
+            "weights": (random.random((16, 16)) < 0.8).astype(np.float32),
         }
 
 
 def mesh_of(config):
-    devices = jax.devices()[:1] if config.mesh.sizes() == RunConfig().mesh.sizes() else None
-    return make_mesh(config.mesh, devices)
+    return make_mesh(config.mesh, jax.devices()[: abs(math.prod(config.mesh.sizes().values()))])
 
 
 def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float | list]]]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from plt_jax.config import MeshConfig
 from plt_jax.model import kernels
-from plt_jax.model.attention import windowed_attention
+from plt_jax.model.blockwise import windowed_attention
 from plt_jax.sharding import make_mesh, use_mesh
 from tests.models import compiled
 

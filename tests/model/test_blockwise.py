@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plt_jax.model.attention import causal_attention, masked_attention, windowed_attention
+from plt_jax.model.blockwise import causal_attention, masked_attention, windowed_attention
 from tests.models import compiled
 
 B, N, K, H = 2, 4, 2, 6

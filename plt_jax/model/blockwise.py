@@ -1,0 +1,158 @@
+"""Attention over whole sequences in plain XLA, on any device, and the parts it can be merged from.
+
+Arrays are named as in attention.py. Blocks of queries meet only the blocks of keys that they can
+see.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Far below any logit, yet finite: a float32 softmax gives such keys a weight of exactly zero, and
+# so an exactly zero gradient, without the NaN that a row of infinities would make.
+MASKED = -1e30
+MIN_BLOCK = 64  # Smaller blocks of queries cost more in overhead than they save in products.
+MAX_BLOCKS = 8  # Of causal attention; each is compiled by itself. 8 skip 7/16 of all products.
+
+
+class Partial(NamedTuple):
+    """Softmax attention over some of the keys, all float32, [..., H] or [..., 1] by query."""
+
+    sum: jax.Array
+    """The sum of values, weighted with exp(logit - largest)."""
+    total: jax.Array
+    """The sum of those weights."""
+    largest: jax.Array
+    """The largest logit."""
+
+    def merge(self, other: Partial) -> Partial:
+        """Over the keys of both."""
+        largest = jnp.maximum(self.largest, other.largest)
+        one, two = jnp.exp(self.largest - largest), jnp.exp(other.largest - largest)
+        return Partial(
+            one * self.sum + two * other.sum, one * self.total + two * other.total, largest
+        )
+
+    def merge_over(self, axes: tuple[str, ...]) -> Partial:
+        """Over the keys of all devices along some axes of the mesh."""
+        largest = jax.lax.pmax(self.largest, axes)
+        scale = jnp.exp(self.largest - largest)
+        return Partial(*jax.lax.psum((scale * self.sum, scale * self.total), axes), largest)
+
+    def heads(self, like_BNTH: jax.Array) -> jax.Array:
+        """The attention's output, in the shape and dtype of the queries."""
+        return (self.sum / self.total).astype(like_BNTH.dtype).reshape(like_BNTH.shape)
+
+
+def masked_attention(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
+) -> jax.Array:
+    """Softmax attention of queries to the keys that a mask allows; softmax in float32.
+
+    Args:
+      mask_BTS: bool, broadcastable to [B, T, S]; every query needs one allowed key.
+
+    Returns:
+      [B, N, T, H] in the dtype of the queries.
+    """
+    return partial_attention(q_BNTH, k_BKSH, v_BKSH, mask_BTS).heads(q_BNTH)
+
+
+def partial_attention(
+    q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
+) -> Partial:
+    """As `masked_attention`, to be merged with the attention to other keys, [B, K, G, T, H].
+
+    A query without an allowed key gives junk of no weight beside one with keys.
+    """
+    B, N, T, H = q_BNTH.shape
+    K = k_BKSH.shape[1]
+    q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)
+    logits_BKGTS = jnp.einsum(
+        "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
+    )
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS / math.sqrt(H), MASKED)
+    # The softmax's denominator divides the [T, H] outputs instead of the [T, S] weights. Its result
+    # does not depend on the maximum, so neither does the gradient.
+    largest = jax.lax.stop_gradient(jnp.max(logits_BKGTS, axis=-1, keepdims=True))
+    weights_BKGTS = jnp.exp(logits_BKGTS - largest)
+    sum_BKGTH = jnp.einsum(
+        "BKGTS,BKSH->BKGTH",
+        weights_BKGTS.astype(v_BKSH.dtype),
+        v_BKSH,
+        preferred_element_type=jnp.float32,
+    )
+    return Partial(sum_BKGTH, jnp.sum(weights_BKGTS, axis=-1, keepdims=True), largest)
+
+
+def causal_attention(
+    q_BNTH: jax.Array, k_BKTH: jax.Array, v_BKTH: jax.Array, documents_BT: jax.Array | None
+) -> jax.Array:
+    """Attention of every position to itself and all earlier ones of its document, [B, N, T, H].
+
+    Each block of queries meets only the keys up to its own end.
+    """
+    T = q_BNTH.shape[2]
+    block = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
+    outs = []
+    for start in range(0, T, block):
+        stop = min(start + block, T)
+        mask_BTS = (jnp.arange(start, stop)[:, None] >= jnp.arange(stop))[None]
+        if documents_BT is not None:
+            mask_BTS &= documents_BT[:, start:stop, None] == documents_BT[:, None, :stop]
+        keys, values = k_BKTH[:, :, :stop], v_BKTH[:, :, :stop]
+        outs.append(masked_attention(q_BNTH[:, :, start:stop], keys, values, mask_BTS))
+    return jnp.concatenate(outs, axis=2)
+
+
+def windowed_attention(
+    q_BNTH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    documents_BT: jax.Array | None,
+    window: int,
+) -> jax.Array:
+    """Attention of every position to the last `window` keys of its document, itself included.
+
+    Work and memory grow as T·window: each block of queries meets its own block of keys and the one
+    before, which together hold every key of its windows. [B, N, T, H].
+    """
+    B, N, T, H = q_BNTH.shape
+    block = min(max(window - 1, MIN_BLOCK), T)
+    blocks = -(-T // block)
+    padded = blocks * block
+
+    def split(x_BKTH: jax.Array) -> jax.Array:
+        """Blocks as batch rows, [B·blocks, K, block, H]."""
+        x_BKTH = jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, padded - T), (0, 0)))
+        heads = x_BKTH.shape[1]
+        x = x_BKTH.reshape(B, heads, blocks, block, H).swapaxes(1, 2)
+        return x.reshape(B * blocks, heads, block, H)
+
+    def with_previous(x: jax.Array, rows: int = B) -> jax.Array:
+        """Each block [rows·blocks, ..., block, H] behind the one before it in its sequence."""
+        x = x.reshape(rows, blocks, *x.shape[1:])
+        previous = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+        pairs = jnp.concatenate([previous, x], axis=-2)
+        return pairs.reshape(rows * blocks, *pairs.shape[2:])
+
+    distance = (block + jnp.arange(block))[:, None] - jnp.arange(2 * block)[None, :]
+    mask = (distance >= 0) & (distance < window)
+    # Document 0 is what lies before the first block.
+    numbers_BT = jnp.ones((1, T), jnp.int32) if documents_BT is None else documents_BT + 1
+    rows = numbers_BT.shape[0]
+    numbers = jnp.pad(numbers_BT, ((0, 0), (0, padded - T))).reshape(rows * blocks, block, 1)
+    mask = mask & (numbers == with_previous(numbers, rows)[:, None, :, 0])
+    mask = jnp.broadcast_to(mask.reshape(rows, blocks, block, -1), (B, blocks, block, 2 * block))
+    out = masked_attention(
+        split(q_BNTH),
+        with_previous(split(k_BKTH)),
+        with_previous(split(v_BKTH)),
+        mask.reshape(B * blocks, block, 2 * block),
+    )
+    out_BNTH = out.reshape(B, blocks, N, block, H).swapaxes(1, 2).reshape(B, N, padded, H)
+    return out_BNTH[:, :, :T]
