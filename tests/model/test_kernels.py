@@ -223,6 +223,23 @@ def test_a_pod_gets_splash_and_compiles_it(pod):
         assert f"splash_mha_{phase}_segmented" in program
 
 
+def test_a_pod_spreads_sequences_and_runs_splash_on_each_part(pod):
+    config = small_config("plt", 2, window=65, vocab_size=32, max_length=1100, dtype="bfloat16")
+    mesh = make_mesh(MeshConfig(data=1, context=4), pod.devices.ravel())
+    params = abstract_arrays(abstract_params(config), mesh)
+    layout = batch_layout(mesh, ("batch_size", 2), ("length", 1100))
+    tokens = jax.ShapeDtypeStruct((2, 1100), jnp.int32, sharding=layout.sharding)
+
+    def loss(params, tokens, segments):
+        return Transformer(config).apply({"params": params}, tokens, segments).mean()
+
+    with use_mesh(mesh), jax.default_matmul_precision("default"):
+        program = jax.jit(jax.grad(loss)).lower(params, tokens, tokens).compile().as_text()
+    for phase in ("fwd", "dq", "dkv"):
+        assert f"splash_mha_{phase}_segmented" in program
+    assert "collective-permute" in program
+
+
 def test_a_pod_exchanges_experts_and_multiplies_them_by_kernels(pod):
     """Forward and backward, of widths that are no multiples of a tile."""
     moe = {"experts": 4, "expert_width": 336, "shared_width": 64, "dense_layers": 1}
