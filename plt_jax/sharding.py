@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import MeshConfig
 from plt_jax.errors import InputError
+from plt_jax.model.axes import unboxed
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
@@ -36,10 +37,12 @@ RULES: Rules = (
     ("expert", "expert"),
     ("loops", None),
     ("layers", None),
-    # Decoding has no use for the context axis but the cache's length, so it is more tensor
-    # parallelism for the wide sides of weights: fused heads, feed-forward layers and vocabulary.
-    ("decode_width", ("tensor", "context")),
-    ("cache_length", "context"),
+    # Decoding reads every weight for a few rows: weights stay where they are, split by their wide
+    # sides (fused heads, feed-forward width, vocabulary), and rows travel. So what splits sequences
+    # or gathers weights in training is more tensor parallelism there, and splits the cache.
+    ("decode_batch", ("data", "expert")),
+    ("decode_width", ("tensor", "context", "fsdp")),
+    ("cache_length", ("context", "fsdp")),
 )
 """Logical axis -> mesh axes."""
 
@@ -164,7 +167,7 @@ def shardings_of(abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
         return NamedSharding(mesh, PartitionSpec(*specs))
 
     names = nn.get_partition_spec(abstract)
-    return jax.tree_util.tree_map_with_path(sharding, nn.unbox(abstract), names)
+    return jax.tree_util.tree_map_with_path(sharding, unboxed(abstract), names)
 
 
 def mesh_axes(name: str | None, rules: Rules = RULES) -> tuple[str, ...]:
@@ -181,7 +184,7 @@ def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of abstract arrays boxed with their logical axes; unboxed."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.unbox(boxed),
+        unboxed(boxed),
         shardings_of(boxed, mesh),
     )
 

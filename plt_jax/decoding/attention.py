@@ -8,17 +8,65 @@ of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from plt_jax.decoding.cache import Quantized, Stored
+from plt_jax.decoding.cache import LayerCache, Quantized, Stored
 from plt_jax.decoding.layout import on_two_rows
+from plt_jax.decoding.placement import Part, placement
+from plt_jax.model.axes import divisible
 from plt_jax.model.blockwise import MASKED, Partial, windowed_attention
 from plt_jax.model.kernels import Backend, cudnn_masked_attention
 
 QUERY_BLOCK, KEY_BLOCK = 256, 512
 """Of a chunk's attention: its logits take QUERY_BLOCK x KEY_BLOCK for each head, never more."""
+
+
+Attend = Callable[..., tuple[jax.Array, LayerCache]]
+"""`attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT, held, lengths_B, *more, part)`: the heads' outputs
+[B, N, T, H], and what the layer's cache holds after them."""
+
+
+def attend_where_held(
+    attend: Attend,
+    q_BNTH: jax.Array,
+    k_BKTH: jax.Array,
+    v_BKTH: jax.Array,
+    gate_BNT: jax.Array | None,
+    held: LayerCache,
+    lengths_B: jax.Array,
+    *more: jax.Array,
+) -> tuple[jax.Array, LayerCache]:
+    """Runs `attend` on each device with the rows, heads and positions that it holds.
+
+    Args:
+      more: further arrays with a leading axis of B.
+    """
+    inputs = (q_BNTH, k_BKTH, v_BKTH, gate_BNT, held, lengths_B, *more)
+    if not divisible():
+        return attend(*inputs, part=Part())
+    B, K, S, _ = held.keys[0].shape
+    where = placement(B, K, S)
+
+    def on_each_device(q, k, v, gate, held, *others):
+        part = Part()
+        if where.positions:
+            start = jax.lax.axis_index(where.positions) * held.keys[0].shape[2]
+            part = Part(start, where.positions)
+        return attend(q, k, v, gate, held, *others, part=part)
+
+    layer = LayerCache(where.full, where.full, where.ring, where.ring)
+    batch = PartitionSpec(where.batch)
+    return jax.shard_map(
+        on_each_device,
+        in_specs=(*[where.rows] * 4, layer, *[batch] * (1 + len(more))),
+        out_specs=(where.rows, layer),
+        check_vma=False,  # the sums over positions leave equal copies, which it cannot know
+    )(*inputs)
 
 
 def cache_attention(
@@ -64,9 +112,23 @@ def _few_rows(x_BKMx: jax.Array, stored: Stored, formula: str) -> jax.Array:
     return jax.lax.platform_dependent(x_BKMx, cpu=on_cpu, default=product)
 
 
-def attend(q_BNTH: jax.Array, keys: Stored, values: Stored, mask_BTS: jax.Array) -> jax.Array:
-    """Attention of a few queries to all keys that a mask allows, [B, N, T, H]."""
-    return cache_attention(q_BNTH, keys, values, mask_BTS).heads(q_BNTH)
+def attend(
+    q_BNTH: jax.Array,
+    keys: Stored,
+    values: Stored,
+    mask_BTS: jax.Array,
+    axes: tuple[str, ...] = (),
+) -> jax.Array:
+    """Attention of a few queries to all keys that a mask allows, [B, N, T, H].
+
+    Args:
+      axes: mesh axes along which other devices hold other keys.
+    """
+    return _whole(cache_attention(q_BNTH, keys, values, mask_BTS), axes).heads(q_BNTH)
+
+
+def _whole(made: Partial, axes: tuple[str, ...]) -> Partial:
+    return made.merge_over(axes) if axes else made
 
 
 def attend_own(
@@ -86,6 +148,7 @@ def attend_causally(
     values: Stored,
     positions_BC: jax.Array,
     backend: Backend = "xla",
+    part: Part = Part(),
 ) -> jax.Array:
     """Attention of a chunk's queries to the cached keys up to their positions, [B, N, C, H].
 
@@ -94,11 +157,13 @@ def attend_causally(
 
     Args:
       backend: cudnn gives each block of queries to cuDNN, with a mask over the whole capacity, the
-        empty part included, unless keys are of another dtype than queries. Splash knows no offsets
-        that vary between sequences, so splash is as xla here.
+        empty part included, unless keys are of another dtype than queries, or on other devices too.
+        Splash knows no offsets that vary between sequences, so splash is as xla here.
+      part: which positions this device holds.
     """
-    attend_block = _attend_block
-    if backend == "cudnn" and not isinstance(keys, Quantized) and keys.dtype == q_BNCH.dtype:
+    attend_block = partial(_attend_block, part=part)
+    alike = not isinstance(keys, Quantized) and keys.dtype == q_BNCH.dtype
+    if backend == "cudnn" and alike and not part.axes:
         attend_block = _attend_block_by_cudnn
     B, N, C, H = q_BNCH.shape
     block = min(QUERY_BLOCK, C)
@@ -117,9 +182,10 @@ def attend_causally(
 
 
 def _attend_block(
-    q_BNCH: jax.Array, keys: Stored, values: Stored, positions_BC: jax.Array
+    q_BNCH: jax.Array, keys: Stored, values: Stored, positions_BC: jax.Array, part: Part
 ) -> jax.Array:
     """One block of queries, over blocks of keys."""
+    positions_BC -= part.start
     capacity = keys.shape[2]
     block = min(KEY_BLOCK, capacity)
 
@@ -133,11 +199,11 @@ def _attend_block(
         mask_BCS = (slots >= index * block) & (slots <= positions_BC[:, :, None])
         return cache_attention(q_BNCH, k, v, mask_BCS)
 
-    # Block 0 holds a key for every query; where a later one holds none, `merge` gives its junk,
-    # whose largest logit is MASKED, a weight of exactly zero.
+    # Block 0 of all holds a key for every query; where another one holds none, `merge` gives its
+    # junk, whose largest logit is MASKED, a weight of exactly zero.
     blocks = jnp.minimum(jnp.max(positions_BC) // block + 1, -(-capacity // block))
     done = jax.lax.fori_loop(1, blocks, lambda i, so_far: so_far.merge(over(i)), over(0))
-    return done.heads(q_BNCH)
+    return _whole(done, part.axes).heads(q_BNCH)
 
 
 def _attend_block_by_cudnn(

@@ -7,12 +7,18 @@ vector that each loop but the last hands to the next position. No second full ca
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from plt_jax.config import ModelConfig
+from plt_jax.decoding.placement import placement
 from plt_jax.errors import InputError
+from plt_jax.model.axes import divisible, lay
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -60,11 +66,42 @@ class Cache:
         """Tokens that fit, S."""
         return self.keys[0][0].shape[2]
 
+    def layers(self) -> list[LayerCache]:
+        """What is held of each layer."""
+        none = (None,) * len(self.keys)
+        return [
+            LayerCache(*held)
+            for held in zip(
+                self.keys,
+                self.values,
+                self.ring_keys or none,
+                self.ring_values or none,
+                strict=True,
+            )
+        ]
+
+    def with_layers(self, layers: list[LayerCache]) -> Cache:
+        """The cache with other contents of its layers."""
+        keys, values, *rings = zip(*layers, strict=True)
+        ring_keys, ring_values = rings if self.ring_keys else ((), ())
+        return self.replace(keys=keys, values=values, ring_keys=ring_keys, ring_values=ring_values)
+
+
+class LayerCache(NamedTuple):
+    """What a cache holds of one layer; see `Cache`."""
+
+    keys: tuple[Stored, ...]
+    values: tuple[Stored, ...]
+    ring_keys: jax.Array | None
+    ring_values: jax.Array | None
+
 
 def init_cache(
     config: ModelConfig, batch: int, max_length: int, dtype: jnp.dtype | str | None = None
 ) -> Cache:
     """An empty cache for `batch` sequences of at most `max_length` tokens.
+
+    Under a mesh it lies as placement.py says, each part made on its device.
 
     Args:
       dtype: float32 or bfloat16, of keys, values and carried vectors; or int8, for the keys and
@@ -82,7 +119,12 @@ def init_cache(
     name = name if isinstance(name, str) else jnp.dtype(name).name
     if name not in DTYPES:
         raise InputError(f"cache dtype is {name}; it must be one of {', '.join(DTYPES)}")
-    dtype = jnp.dtype(name)
+    empty = _empty_on_mesh if divisible() else _empty
+    return empty(config, batch, max_length, name)
+
+
+def _empty(config: ModelConfig, batch: int, max_length: int, dtype_name: str) -> Cache:
+    dtype = jnp.dtype(dtype_name)
     eight_bits = dtype == jnp.int8
     near = jnp.dtype(config.dtype) if eight_bits else dtype
     loop = config.loop
@@ -113,22 +155,28 @@ def init_cache(
     )
 
 
-def opened(cache: Cache) -> Cache:
-    """The cache with lists for its tuples, for writing layer by layer; `closed` ends that."""
-    return _regrouped(cache, list)
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty_on_mesh(config: ModelConfig, batch: int, max_length: int, dtype_name: str) -> Cache:
+    return placed(_empty(config, batch, max_length, dtype_name))
 
 
-def closed(cache: Cache) -> Cache:
-    """An opened cache with tuples again."""
-    return _regrouped(cache, tuple)
+def placed(cache: Cache) -> Cache:
+    """The cache with its arrays laid over the current mesh, if there is one."""
+    if not divisible():
+        return cache
+    batch, kv_heads = cache.keys[0][0].shape[:2]
+    where = placement(batch, kv_heads, cache.capacity)
 
+    def laid(tree, spec: PartitionSpec):
+        return jax.tree.map(lambda array: lay(array, *spec), tree)
 
-def _regrouped(cache: Cache, group: type[list] | type[tuple]) -> Cache:
-    return cache.replace(
-        keys=group(map(group, cache.keys)),
-        values=group(map(group, cache.values)),
-        ring_keys=group(cache.ring_keys),
-        ring_values=group(cache.ring_values),
+    return Cache(
+        lengths=laid(cache.lengths, PartitionSpec(where.batch)),
+        keys=laid(cache.keys, where.full),
+        values=laid(cache.values, where.full),
+        ring_keys=laid(cache.ring_keys, where.ring),
+        ring_values=laid(cache.ring_values, where.ring),
+        carried=laid(cache.carried, PartitionSpec(where.batch)),
     )
 
 

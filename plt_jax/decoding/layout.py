@@ -11,11 +11,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig, MoEConfig
+from plt_jax.model.axes import axes_of, batch_axes, divisible, fitting, lay, unboxed
 from plt_jax.model.block import Products, stacks_of
 from plt_jax.model.expert_parallel import replicate_rows
 from plt_jax.model.grouped import grouped_product
@@ -44,17 +44,21 @@ def prepare_for_decode(config: ModelConfig, params: Params) -> Params:
       "embedding" [V, D], "head" [V, D] unless tied, "final_norm" [D], and "layers", a tuple of one
       dict per layer: the declared norms, biases, gate and router in float32, and in the compute
       dtype "qkv" [K·(G+2)·H, D] (each key/value head behind the G query heads that read it), "o"
-      [D, N·H], and "gate_up" [2·F, D] and "down" [D, F], or the experts' "expert_gate_up"
+      [D, N·H], and "gate_up" [2, F, D] and "down" [D, F], or the experts' "expert_gate_up"
       [X, 2, F, D] and "expert_down" [X, D, F] and the shared expert's "shared_gate_up" and
-      "shared_down".
+      "shared_down". Under a mesh they lie as PREPARED_AXES says.
     """
     if isinstance(params["layers"], tuple):
         return params
-    params = nn.unbox(params)
+    params = unboxed(params)
+    return _prepare_on_mesh(config, params) if divisible() else _prepare(config, params)
+
+
+def _prepare(config: ModelConfig, params: Params) -> Params:
     dtype = jnp.dtype(config.dtype)
     prepared = {
-        "embedding": params["embedding"].astype(dtype),
-        "final_norm": params["final_norm"],
+        "embedding": _placed("embedding", params["embedding"].astype(dtype)),
+        "final_norm": _placed("final_norm", params["final_norm"]),
         "layers": tuple(
             _prepare_layer(config, {name: stacked[j] for name, stacked in params[part].items()})
             for part, stack in stacks_of(config).items()
@@ -62,8 +66,11 @@ def prepare_for_decode(config: ModelConfig, params: Params) -> Params:
         ),
     }
     if "head" in params:
-        prepared["head"] = params["head"].astype(dtype).T
+        prepared["head"] = _placed("head", params["head"].astype(dtype).T)
     return prepared
+
+
+_prepare_on_mesh = jax.jit(_prepare, static_argnums=0)
 
 
 def _prepare_layer(config: ModelConfig, declared: Params) -> Params:
@@ -83,39 +90,75 @@ def _prepare_layer(config: ModelConfig, declared: Params) -> Params:
         if gate in left:
             both = [left.pop(name).astype(dtype).T for name in (gate, up)]
             down_FD = left.pop(down)
-            fused |= {fused_in: jnp.concatenate(both), fused_out: down_FD.astype(dtype).T}
+            fused |= {fused_in: jnp.stack(both), fused_out: down_FD.astype(dtype).T}
     if "expert_gate" in left:
         both = [
             left.pop(name).astype(dtype).swapaxes(1, 2) for name in ("expert_gate", "expert_up")
         ]
         fused["expert_gate_up"] = jnp.stack(both, axis=1)
         fused["expert_down"] = left.pop("expert_down").astype(dtype).swapaxes(1, 2)
-    return left | fused
+    return {name: _placed(name, weight) for name, weight in (left | fused).items()}
 
 
-def linear(x: jax.Array, weight_ND: jax.Array) -> jax.Array:
-    """x [..., D] times a prepared weight, summed and returned in float32 [..., N]."""
+PREPARED_AXES = {
+    "embedding": ("decode_width", None),
+    "head": ("decode_width", None),
+    "qkv": ("decode_width", None),
+    "o": (None, "decode_width"),
+    "gate_up": (None, "decode_width", None),
+    "down": (None, "decode_width"),
+    "shared_gate_up": (None, "decode_width", None),
+    "shared_down": (None, "decode_width"),
+    "expert_gate_up": ("expert", None, "decode_width", None),
+    "expert_down": ("expert", None, "decode_width"),
+}
+"""The logical axes of the prepared weights; each device has all of the others whole."""
+
+EXPERT_AXES = {name: PREPARED_AXES[name] for name in ("expert_gate_up", "expert_down")}
+
+
+def _placed(name: str, weight: jax.Array) -> jax.Array:
+    """A prepared weight in its place on the current mesh; a side that does not divide by all of its
+    axes is split over those that it divides by."""
+    if not divisible():
+        return weight
+    axes = PREPARED_AXES.get(name, ())
+    sides = zip(axes, weight.shape, strict=False)
+    return lay(weight, *(axis and fitting(axes_of(axis), size) for axis, size in sides))
+
+
+def lay_rows(x_BTD: jax.Array) -> jax.Array:
+    """States laid out for products with prepared weights: split by sequence where those are not."""
+    if not divisible():
+        return x_BTD
+    return lay(x_BTD, batch_axes(x_BTD.shape[0], "decode_batch"))
+
+
+def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x [..., D] times a prepared weight [N, D] or [2, F, D], summed and returned in float32, the
+    weight's leading axes behind those of x."""
     rows_MD = x.reshape(-1, x.shape[-1])
-    out_MN = jax.lax.platform_dependent(rows_MD, weight_ND, cpu=_linear_on_cpu, default=_product)
-    return out_MN.reshape(*x.shape[:-1], -1)
+    out = jax.lax.platform_dependent(rows_MD, weight, cpu=_linear_on_cpu, default=_product)
+    return out.reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
-def _product(x_MD: jax.Array, weight_ND: jax.Array) -> jax.Array:
-    return jnp.einsum("MD,ND->MN", x_MD, weight_ND, preferred_element_type=jnp.float32)
+def _product(x_MD: jax.Array, weight: jax.Array) -> jax.Array:
+    return jnp.einsum("MD,...D->M...", x_MD, weight, preferred_element_type=jnp.float32)
 
 
-def _linear_on_cpu(x_MD: jax.Array, weight_ND: jax.Array) -> jax.Array:
+def _linear_on_cpu(x_MD: jax.Array, weight: jax.Array) -> jax.Array:
     """The fastest form that XLA has for few rows on a CPU (benchmarks/results/decode.md)."""
     rows = x_MD.shape[0]
     if x_MD.dtype == jnp.bfloat16:
-        return on_two_rows(lambda x: _product(x, weight_ND), x_MD, axis=0)
+        return on_two_rows(lambda x: _product(x, weight), x_MD, axis=0)
     if 1 < rows <= MOST_SUMMED_ROWS:
         # XLA fuses this sum into one pass over the weights for all rows, at the speed of memory;
         # its product takes 1.5 times as long or more (and so does the sum with x as the first
         # factor). What makes x must not be fused too: it would be computed again for every output.
         x_MD = jax.lax.optimization_barrier(x_MD)
-        return jnp.sum(weight_ND[None] * x_MD[:, None], axis=-1)
-    return _product(x_MD, weight_ND)
+        x = jnp.expand_dims(x_MD, range(1, weight.ndim))
+        return jnp.sum(weight[None] * x, axis=-1)
+    return _product(x_MD, weight)
 
 
 def on_two_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
@@ -153,8 +196,9 @@ def _output(weights: Weights, out_BNTH: jax.Array) -> jax.Array:
 
 
 def _swiglu(x_BTD: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
-    gate_BTF, up_BTF = jnp.split(linear(x_BTD, gate_up).astype(x_BTD.dtype), 2, axis=-1)
-    return linear(jax.nn.silu(gate_BTF) * up_BTF, down).astype(x_BTD.dtype)
+    made_BT2F = linear(x_BTD, gate_up).astype(x_BTD.dtype)
+    hidden_BTF = jax.nn.silu(made_BT2F[..., 0, :]) * made_BT2F[..., 1, :]
+    return linear(hidden_BTF, down).astype(x_BTD.dtype)
 
 
 def few_experts(
@@ -177,11 +221,11 @@ def few_experts(
     x_MD = jax.lax.optimization_barrier(x_MD)
 
     def add_expert(index: jax.Array, out_MD: jax.Array) -> jax.Array:
-        gate_up_ND, down_DF = (
-            jax.lax.dynamic_index_in_dim(weight, used[index], keepdims=False)
-            for weight in (_fused(experts), experts["expert_down"])
+        gate_up_2FD, down_DF = (
+            jax.lax.dynamic_index_in_dim(experts[name], used[index], keepdims=False)
+            for name in EXPERT_AXES
         )
-        made_MD = _swiglu(x_MD, gate_up_ND, down_DF).astype(jnp.float32)
+        made_MD = _swiglu(x_MD, gate_up_2FD, down_DF).astype(jnp.float32)
         return out_MD + share_MX[:, used[index], None] * made_MD
 
     out_MD = jnp.zeros(x_MD.shape, jnp.float32)
@@ -194,20 +238,15 @@ def many_experts(
 ) -> jax.Array:
     """As `few_experts`, by grouped products of the rows of each expert."""
     product = partial(grouped_product(moe), outputs_first=True)
+    X, _, F, D = experts["expert_gate_up"].shape
+    gate_up_XND = experts["expert_gate_up"].reshape(X, 2 * F, D)
 
     def expert_swiglu(rows_PD: jax.Array, sizes_X: jax.Array) -> jax.Array:
-        gate_PF, up_PF = jnp.split(product(rows_PD, _fused(experts), sizes_X), 2, axis=-1)
+        gate_PF, up_PF = jnp.split(product(rows_PD, gate_up_XND, sizes_X), 2, axis=-1)
         return product(jax.nn.silu(gate_PF) * up_PF, experts["expert_down"], sizes_X)
 
-    X = experts["expert_down"].shape[0]
     out_PD, _ = run_groups(expert_swiglu, X, x_MD, chosen_Mk.ravel())
     return weighted_sum(weight_Mk, out_PD)
-
-
-def _fused(experts: Weights) -> jax.Array:
-    """Gate and up as one weight [X, 2·F, D]; they lie apart so that F can be sharded."""
-    gate_up_X2FD = experts["expert_gate_up"]
-    return gate_up_X2FD.reshape(gate_up_X2FD.shape[0], -1, gate_up_X2FD.shape[-1])
 
 
 def _routed_experts(
@@ -216,13 +255,6 @@ def _routed_experts(
     few = x_BTD.shape[0] * x_BTD.shape[1] <= FEW_ROWS
     run = few_experts if few else partial(many_experts, moe)
     return replicate_rows(moe, weights, EXPERT_AXES, run, x_BTD), None
-
-
-EXPERT_AXES = {
-    "expert_gate_up": ("expert", None, "ffn", None),
-    "expert_down": ("expert", None, "ffn"),
-}
-"""The logical axes of the prepared experts' weights."""
 
 
 def _feed_forward(

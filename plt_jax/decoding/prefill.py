@@ -11,12 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.decoding.attention import attend_causally, attend_window
-from plt_jax.decoding.cache import Cache, closed, opened, write, write_rings
+from plt_jax.decoding.attention import attend_causally, attend_where_held, attend_window
+from plt_jax.decoding.cache import Cache, LayerCache, placed, write, write_rings
 from plt_jax.decoding.checks import check_chunk
-from plt_jax.decoding.layout import PREPARED_LAYOUT, Params, logits_of, prepare_for_decode
+from plt_jax.decoding.layout import (
+    PREPARED_LAYOUT,
+    Params,
+    lay_rows,
+    logits_of,
+    prepare_for_decode,
+)
+from plt_jax.decoding.placement import Part
 from plt_jax.model.attention import blend, choose_backend
 from plt_jax.model.block import apply_block
+from plt_jax.model.kernels import Backend
 from plt_jax.model.layers import Rotation, embed, rms_norm, rope_rotation
 from plt_jax.model.looping import loop_input
 from plt_jax.model.moe import of_loops
@@ -65,15 +73,14 @@ def _prefill(
                 carried.append(_last_or(x_BCD, last_B, lengths, before_B1D))
                 x_BCD = jnp.concatenate([before_B1D, x_BCD[:, :-1]], axis=1)
             x_BCD = loop_input(loop, embeddings_BCD, x_BCD)
-        x_BCD, cache = _run_loop(
-            config, params, index, x_BCD, positions_BC, lengths, rotation, cache
-        )
+        x_BCD, cache = _run_loop(config, params, index, x_BCD, lengths, rotation, cache)
         if loop.normalize_between_loops or index == loop.count - 1:
             x_BCD = rms_norm(x_BCD, params["final_norm"], config.norm_epsilon)
     if carried:
         cache = cache.replace(carried=jnp.concatenate(carried, axis=1).astype(cache.carried.dtype))
     last_B1D = jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
-    return logits_of(params, last_B1D)[:, 0], cache.replace(lengths=cache.lengths + lengths)
+    cache = placed(cache.replace(lengths=cache.lengths + lengths))
+    return logits_of(params, last_B1D)[:, 0], cache
 
 
 def _last_or(
@@ -89,42 +96,69 @@ def _run_loop(
     params: Params,
     index: int,
     x_BCD: jax.Array,
-    positions_BC: jax.Array,
     lengths_B: jax.Array,
     rotation: Rotation,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
     """One loop (0 for the first) over the chunk: its raw output, and the cache with its keys."""
-    loop = config.loop
-    own = index == 0 or loop.later_attention == "own"
-    row = index if own else 0
-    real_BC = jnp.arange(x_BCD.shape[1]) < lengths_B[:, None]
-    slots_BC = jnp.where(real_BC, positions_BC, cache.capacity)
-    seen_BC = jnp.where(real_BC, positions_BC, 0)  # what is not real need not look far
-    backend = choose_backend(config)
-    ring_slots_BC = ring_slots_of_chunk(loop.window, positions_BC, lengths_B, cache.lengths)
-    held = opened(cache)
-
+    attend_chunk = partial(_attend_chunk, config, index, choose_backend(config))
+    layers = cache.layers()
     for layer, weights in enumerate(params["layers"]):
 
         def attend(q, k, v, gate_BNT, layer=layer):
-            keys, values = held.keys[layer], held.values[layer]
-            if own:
-                keys[row] = write(keys[row], k, slots_BC)
-                values[row] = write(values[row], v, slots_BC)
-            everything = attend_causally(q, keys[row], values[row], seen_BC, backend)
-            if own or loop.later_attention == "shared":
-                return everything
-            rings = held.ring_keys, held.ring_values
-            before = tuple(ring[layer][:, index - 1] for ring in rings)
-            local = attend_window(q, (k, v), before, cache.lengths)
-            for ring, new in zip(rings, (k, v), strict=True):
-                ring[layer] = write_rings(ring[layer], new[:, None], ring_slots_BC, index - 1)
-            return blend(gate_BNT, everything, local)
+            out, layers[layer] = attend_where_held(
+                attend_chunk, q, k, v, gate_BNT, layers[layer], cache.lengths, lengths_B
+            )
+            return out
 
         weights = of_loops(weights, index)
-        x_BCD, _ = apply_block(config, weights, x_BCD, rotation, attend, PREPARED_LAYOUT)
-    return x_BCD, closed(held)
+        x_BCD, _ = apply_block(config, weights, lay_rows(x_BCD), rotation, attend, PREPARED_LAYOUT)
+    return x_BCD, cache.with_layers(layers)
+
+
+def _attend_chunk(
+    config: ModelConfig,
+    index: int,
+    backend: Backend,
+    q_BNCH: jax.Array,
+    k_BKCH: jax.Array,
+    v_BKCH: jax.Array,
+    gate_BNC: jax.Array | None,
+    held: LayerCache,
+    before_B: jax.Array,
+    lengths_B: jax.Array,
+    part: Part,
+) -> tuple[jax.Array, LayerCache]:
+    """One layer's attention of a chunk in loop `index`; see `attend_where_held`."""
+    loop = config.loop
+    own = index == 0 or loop.later_attention == "own"
+    row = index if own else 0
+    capacity, C = held.keys[0].shape[2], q_BNCH.shape[2]
+    real_BC = jnp.arange(C) < lengths_B[:, None]
+    positions_BC = before_B[:, None] + jnp.arange(C)
+    seen_BC = jnp.where(real_BC, positions_BC, 0)  # what is not real need not look far
+    if own:
+        slots_BC = jnp.where(real_BC, part.slots(positions_BC, capacity), capacity)
+        keys, values = list(held.keys), list(held.values)
+        keys[row], values[row] = (
+            write(keys[row], k_BKCH, slots_BC),
+            write(values[row], v_BKCH, slots_BC),
+        )
+        held = held._replace(keys=tuple(keys), values=tuple(values))
+    everything = attend_causally(q_BNCH, held.keys[row], held.values[row], seen_BC, backend, part)
+    if own or loop.later_attention == "shared":
+        return everything, held
+    rings = held.ring_keys, held.ring_values
+    local = attend_window(
+        q_BNCH, (k_BKCH, v_BKCH), tuple(ring[:, index - 1] for ring in rings), before_B
+    )
+    ring_slots_BC = ring_slots_of_chunk(loop.window, positions_BC, lengths_B, before_B)
+    ring_keys, ring_values = (
+        write_rings(ring, new[:, None], ring_slots_BC, index - 1)
+        for ring, new in zip(rings, (k_BKCH, v_BKCH), strict=True)
+    )
+    held = held._replace(ring_keys=ring_keys, ring_values=ring_values)
+    return blend(gate_BNC, everything, local), held
 
 
 def ring_slots_of_chunk(

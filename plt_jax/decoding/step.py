@@ -14,10 +14,25 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.decoding.attention import attend, attend_own
-from plt_jax.decoding.cache import Cache, closed, opened, ring_positions, write, write_rings
+from plt_jax.decoding.attention import attend, attend_own, attend_where_held
+from plt_jax.decoding.cache import (
+    Cache,
+    LayerCache,
+    Stored,
+    placed,
+    ring_positions,
+    write,
+    write_rings,
+)
 from plt_jax.decoding.checks import check_step
-from plt_jax.decoding.layout import PREPARED_LAYOUT, Params, logits_of, prepare_for_decode
+from plt_jax.decoding.layout import (
+    PREPARED_LAYOUT,
+    Params,
+    lay_rows,
+    logits_of,
+    prepare_for_decode,
+)
+from plt_jax.decoding.placement import Part
 from plt_jax.model.attention import blend
 from plt_jax.model.block import apply_block
 from plt_jax.model.layers import embed, rms_norm, rope_rotation
@@ -70,53 +85,88 @@ def _decode_step(
             last_B1D, cache = _run_rows(config, params, range(index, index + 1), last_B1D, cache)
             if loop.normalize_between_loops or index == loop.count - 1:
                 last_B1D = rms_norm(last_B1D, params["final_norm"], config.norm_epsilon)
-    return logits_of(params, last_B1D)[:, 0], cache.replace(lengths=cache.lengths + 1)
+    return logits_of(params, last_B1D)[:, 0], placed(cache.replace(lengths=cache.lengths + 1))
 
 
 def _run_rows(
     config: ModelConfig, params: Params, loops: range, x_BRD: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """All layers over one row per loop of `loops`: raw outputs [B, R, D], and the cache after."""
-    loop = config.loop
-    slots_B1 = cache.lengths[:, None]
-    mask_B1S = jnp.arange(cache.capacity) <= slots_B1[:, :, None]
-    ring_mask_B1W = (ring_positions(cache.lengths + 1, loop.window) >= 0)[:, None]
-    held = opened(cache)
-    later = [row for row, index in enumerate(loops) if index > 0]
-    rings = slice(loops[later[0]] - 1, loops[-1]) if later else slice(0)
-
-    def write_row(stored: list, index: int, new_BKRH: jax.Array, row: int) -> None:
-        stored[index] = write(stored[index], new_BKRH[:, :, row : row + 1], slots_B1)
-
-    def attend_rows(layer: int, q, k, v, gate_BNR):
-        keys, values = held.keys[layer], held.values[layer]
-        if loop.later_attention == "own":
-            outs = []
-            for row, index in enumerate(loops):
-                write_row(keys, index, k, row)
-                write_row(values, index, v, row)
-                outs.append(attend(q[:, :, row : row + 1], keys[index], values[index], mask_B1S))
-            return jnp.concatenate(outs, axis=2)
-        if loops[0] == 0:
-            write_row(keys, 0, k, 0)
-            write_row(values, 0, v, 0)
-        # Loops are a second query axis here: the shared cache is read once for all of them.
-        everything = attend(q, keys[0], values[0], mask_B1S)
-        if loop.later_attention == "shared" or not later:
-            return everything
-        first = later[0]
-        for ring, new in ((held.ring_keys, k), (held.ring_values, v)):
-            new_BRK1H = new[:, :, first:].swapaxes(1, 2)[:, :, :, None]
-            ring[layer] = write_rings(ring[layer], new_BRK1H, slots_B1 % loop.window, rings.start)
-        seen = (ring[layer][:, rings] for ring in (held.ring_keys, held.ring_values))
-        local = attend_own(q[:, :, first:], *seen, ring_mask_B1W)
-        blended = blend(gate_BNR[:, :, first:], everything[:, :, first:], local)
-        return jnp.concatenate([everything[:, :, :first], blended], axis=2)
-
-    rotation = rope_rotation(config, slots_B1)
+    rotation = rope_rotation(config, cache.lengths[:, None])
+    layers = cache.layers()
     for layer, declared in enumerate(params["layers"]):
+
+        def attend(q, k, v, gate_BNR, layer=layer):
+            out, layers[layer] = attend_where_held(
+                partial(_attend_rows, config, loops),
+                *(q, k, v, gate_BNR),
+                layers[layer],
+                cache.lengths,
+            )
+            return out
+
         weights = of_loops(declared, jnp.arange(loops.start, loops.stop))
-        x_BRD, _ = apply_block(
-            config, weights, x_BRD, rotation, partial(attend_rows, layer), PREPARED_LAYOUT
+        x_BRD, _ = apply_block(config, weights, lay_rows(x_BRD), rotation, attend, PREPARED_LAYOUT)
+    return x_BRD, cache.with_layers(layers)
+
+
+def _attend_rows(
+    config: ModelConfig,
+    loops: range,
+    q_BNRH: jax.Array,
+    k_BKRH: jax.Array,
+    v_BKRH: jax.Array,
+    gate_BNR: jax.Array | None,
+    held: LayerCache,
+    lengths_B: jax.Array,
+    part: Part,
+) -> tuple[jax.Array, LayerCache]:
+    """One layer's attention of one row per loop, all at the position behind `lengths`; see
+    `attend_where_held`."""
+    loop = config.loop
+    capacity, slots_B1 = held.keys[0].shape[2], lengths_B[:, None]
+    own_B1 = part.slots(slots_B1, capacity)
+    mask_B1S = part.start + jnp.arange(capacity) <= slots_B1[:, :, None]
+    later = [row for row, index in enumerate(loops) if index > 0]
+
+    def written(stored: tuple[Stored, ...], new_BKRH: jax.Array, rows: dict[int, int]):
+        """With the new rows of some loops, by loop."""
+        return tuple(
+            write(old, new_BKRH[:, :, rows[index] : rows[index] + 1], own_B1)
+            if index in rows
+            else old
+            for index, old in enumerate(stored)
         )
-    return x_BRD, closed(held)
+
+    own = loop.later_attention == "own"
+    rows = {index: row for row, index in enumerate(loops) if own or index == 0}
+    held = held._replace(
+        keys=written(held.keys, k_BKRH, rows), values=written(held.values, v_BKRH, rows)
+    )
+    if own:
+        outs = [
+            attend(
+                *(q_BNRH[:, :, row : row + 1], held.keys[index], held.values[index], mask_B1S),
+                part.axes,
+            )
+            for index, row in rows.items()
+        ]
+        return jnp.concatenate(outs, axis=2), held
+    # Loops are a second query axis here: the shared cache is read once for all of them.
+    everything = attend(q_BNRH, held.keys[0], held.values[0], mask_B1S, part.axes)
+    if loop.later_attention == "shared" or not later:
+        return everything, held
+    first, rings = later[0], slice(loops[later[0]] - 1, loops[-1])
+
+    def in_ring(ring_BRKWH: jax.Array, new_BKRH: jax.Array) -> jax.Array:
+        new_BRK1H = new_BKRH[:, :, first:].swapaxes(1, 2)[:, :, :, None]
+        return write_rings(ring_BRKWH, new_BRK1H, slots_B1 % loop.window, rings.start)
+
+    held = held._replace(
+        ring_keys=in_ring(held.ring_keys, k_BKRH), ring_values=in_ring(held.ring_values, v_BKRH)
+    )
+    ring_mask_B1W = (ring_positions(lengths_B + 1, loop.window) >= 0)[:, None]
+    seen = (held.ring_keys[:, rings], held.ring_values[:, rings])
+    local = attend_own(q_BNRH[:, :, first:], *seen, ring_mask_B1W)
+    blended = blend(gate_BNR[:, :, first:], everything[:, :, first:], local)
+    return jnp.concatenate([everything[:, :, :first], blended], axis=2), held

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import AxisType, PartitionSpec
+
+
+def unboxed(tree: Any) -> Any:
+    """A tree without the boxes that hold logical axes; unlike `nn.unbox`, of abstract arrays under
+    a mesh too."""
+
+    def unbox(leaf: Any) -> Any:
+        boxed = isinstance(leaf, nn.meta.AxisMetadata)
+        return leaf.unbox(apply_constraint=False) if boxed else leaf
+
+    return jax.tree.map(unbox, tree, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
 
 
 def divisible() -> bool:
@@ -43,13 +55,21 @@ def fitting(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
     return taken
 
 
-def batch_axes(rows: int, besides: tuple[str, ...] = ()) -> tuple[str, ...]:
+def batch_axes(rows: int, logical: str = "batch") -> tuple[str, ...]:
     """The mesh axes that split a batch of so many rows, as far as it divides.
 
     Args:
-      besides: axes over which it stays whole.
+      logical: "batch" in training, "decode_batch" in decoding.
     """
-    return fitting(tuple(axis for axis in axes_of("batch") if axis not in besides), rows)
+    return fitting(axes_of(logical), rows)
+
+
+def lay(x: jax.Array, *spec: str | tuple[str, ...] | None) -> jax.Array:
+    """The array laid over mesh axes by dimension, if a mesh is current; without any, whole on each
+    device."""
+    if not divisible():
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
 
 
 def on_each_device(attention: Callable, *more_specs: PartitionSpec) -> Callable:

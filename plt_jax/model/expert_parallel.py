@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 
 from plt_jax.config import MoEConfig
 from plt_jax.errors import InputError
-from plt_jax.model.axes import axes_of, batch_axes, devices_along, divisible
+from plt_jax.model.axes import axes_of, devices_along, divisible, fitting
 from plt_jax.model.grouped import grouped_product
 from plt_jax.model.kernels import traced_platform
 from plt_jax.model.moe import (
@@ -95,11 +95,12 @@ def replicate_rows(
     """Router and routed experts for decoding, [B, T, D] -> [B, T, D].
 
     Rows are few there, so under a mesh they do not travel: every device of the expert axis has them
-    all and applies its own experts, and one sum puts the outputs together. The batch's other axes
-    split it where it divides.
+    all and applies its own experts, and one sum puts the outputs together. The batch's other axis
+    splits it where it divides.
 
     Args:
-      expert_axes: the logical axes of the experts' weights, by name.
+      expert_axes: the logical axes of the experts' weights, by name; of one name "decode_width" is
+        split as far as it divides.
       run: the product with the experts of one device.
     """
     routers = {name: weights[name] for name in ROUTER if name in weights}
@@ -116,14 +117,20 @@ def replicate_rows(
     if not divisible():
         return apply(routers, experts, x_BTD)
     spread = axes_of("expert")
+    width = fitting(axes_of("decode_width"), moe.expert_width)
 
     def on_each_device(routers: Weights, experts: Weights, x_BTD: jax.Array) -> jax.Array:
         held = moe.experts // jax.lax.axis_size(spread)
         out_BTD = apply(routers, experts, x_BTD, jax.lax.axis_index(spread) * held)
-        return jax.lax.psum(out_BTD, spread + axes_of("ffn"))
+        return jax.lax.psum(out_BTD, spread + width)
 
-    x_spec = PartitionSpec(batch_axes(x_BTD.shape[0], besides=spread))
-    specs = {name: nn.logical_to_mesh_axes(axes) for name, axes in expert_axes.items()}
+    rows = [axis for axis in axes_of("decode_batch") if axis not in spread]
+    x_spec = PartitionSpec(fitting(tuple(rows), x_BTD.shape[0]))
+    over = {"expert": spread, "decode_width": width}
+    specs = {
+        name: PartitionSpec(*(over.get(axis) for axis in axes))
+        for name, axes in expert_axes.items()
+    }
     return jax.shard_map(
         on_each_device,
         in_specs=(dict.fromkeys(routers, PartitionSpec()), specs, x_spec),

@@ -121,8 +121,8 @@ def test_prepared_weights(tied):
             ):
                 np.testing.assert_array_equal(qkv[head, row], rounded(right.T))
         np.testing.assert_array_equal(layer["o"], rounded(own["o"].reshape(-1, D).T))
-        both = np.concatenate([own["ffn_gate"], own["ffn_up"]], axis=1)
-        np.testing.assert_array_equal(layer["gate_up"], rounded(both.T))
+        both = np.stack([own["ffn_gate"].T, own["ffn_up"].T])
+        np.testing.assert_array_equal(layer["gate_up"], rounded(both))
         np.testing.assert_array_equal(layer["down"], rounded(own["ffn_down"].T))
         kept = (layer.keys() & own.keys()) - {"o"}
         assert kept == {"attention_norm", "ffn_norm", "gate_bias", "gate_weight"}

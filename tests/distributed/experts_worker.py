@@ -6,7 +6,6 @@ Runs in a process of its own: `python -m tests.distributed.experts_worker`.
 import contextlib
 import functools
 import json
-import re
 import sys
 
 import jax
@@ -22,6 +21,7 @@ from plt_jax.model.transformer import abstract_params
 from plt_jax.sharding import make_mesh, shardings_of, use_mesh
 from plt_jax.training.step import abstract_state
 from tests.distributed import worker
+from tests.distributed.decode_worker import largest_gather
 from tests.models import random_params, random_tokens, small_config
 
 MESHES = {
@@ -171,7 +171,7 @@ def decode(mesh: dict) -> dict:
     return {
         "difference": float(difference),
         "shard": experts.addressable_shards[0].data.shape,
-        "gathers": len(re.findall(r"all-gather(-start)?\(", program)),
+        "largest gather": largest_gather(program),
     }
 
 

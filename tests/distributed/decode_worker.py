@@ -1,0 +1,120 @@
+"""Decoding on eight host devices, with caches split in several ways, against the forward pass of
+one; prints what it found as JSON.
+
+Runs in a process of its own: `python -m tests.distributed.decode_worker`.
+"""
+
+import json
+import re
+import sys
+from contextlib import redirect_stdout
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plt_jax import (
+    Sampling,
+    Transformer,
+    decode_step,
+    generate,
+    init_cache,
+    prefill,
+    prepare_for_decode,
+)
+from plt_jax.config import SCHEMES, RunConfig
+from plt_jax.model.transformer import abstract_params
+from plt_jax.sharding import make_mesh, shardings_of, use_mesh
+from tests.models import random_params, random_tokens, small_config
+
+CAPACITY = 128
+CASES = {
+    # mesh, batch, and how the cache [B, 2, 128, 4] is split there
+    "batch": ({"data": 8}, 8, [1, 2, 128]),
+    "heads": ({"data": 4, "tensor": 2}, 4, [1, 1, 128]),
+    "sequence": ({"data": 1, "context": 8}, 2, [2, 2, 16]),
+    "sequence, where the batch is too small": ({"data": 4, "tensor": 2}, 1, [1, 1, 32]),
+    "sequence by fsdp": ({"data": 2, "fsdp": 4}, 2, [1, 2, 32]),
+    "all": ({"data": 2, "context": 2, "tensor": 2}, 2, [1, 1, 64]),
+}
+
+
+def decode(mesh: dict, batch: int, scheme: str, loops: int, dtype: str | None) -> dict:
+    """Prefill in two ragged chunks, then steps; the largest difference to the forward pass."""
+    config = small_config(scheme, loops, window=3, vocab_size=32)
+    params, tokens = random_params(config), random_tokens(config, batch, 13)
+    expected = np.asarray(jax.jit(Transformer(config).apply)({"params": params}, tokens))
+    difference = 0.0
+    with use_mesh(mesh):
+        placed = jax.device_put(params, shardings_of(abstract_params(config), mesh))
+        weights = prepare_for_decode(config, placed)
+        cache = init_cache(config, batch, CAPACITY, dtype)
+        made = cache.keys[0][0]
+        first = np.minimum(4 + np.arange(batch) % 2, 5)
+        logits, cache = prefill(config, weights, tokens[:, :5], jnp.asarray(first), cache)
+        rest = np.stack([tokens[row, start : start + 4] for row, start in enumerate(first)])
+        logits, cache = prefill(config, weights, rest, jnp.full(batch, 4), cache)
+        for step in range(3):
+            at = first + 4 + step
+            got = np.asarray(logits)
+            difference = max(difference, np.abs(got - expected[np.arange(batch), at - 1]).max())
+            new = jnp.asarray(np.asarray(tokens)[np.arange(batch), at])
+            logits, cache = decode_step(config, weights, new, cache)
+        step = jax.jit(decode_step, static_argnums=0)
+        program = step.lower(config, weights, new, cache).compile().as_text()
+    array = jax.tree.leaves(made)[0]
+    return {
+        "difference": float(difference),
+        "made": array.addressable_shards[0].data.shape[:3],
+        "kept": jax.tree.leaves(cache.keys)[0].addressable_shards[0].data.shape[:3],
+        "largest gather": largest_gather(program),
+        "wide weight": weights["layers"][0]["down"].addressable_shards[0].data.shape,
+    }
+
+
+def largest_gather(program: str) -> int:
+    """Elements of the largest array that any all-gather of a program makes."""
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", program)
+    tuples = re.findall(r"= \(([^=]*)\) all-gather(?:-start)?\(", program)
+    shapes += [shape for group in tuples for shape in re.findall(r"\w+\[([\d,]*)\]", group)]
+    return max(
+        (int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes), default=0
+    )
+
+
+def generated(mesh: dict) -> list:
+    """Tokens drawn under a mesh, and without one."""
+    config = small_config("plt", 3, vocab_size=32)
+    params = random_params(config)
+
+    def draw(params):
+        return generate(
+            config, params, [[1, 2, 3], [4]], 6, Sampling(temperature=1.0), jax.random.key(0)
+        ).tolist()
+
+    alone = draw(params)
+    with use_mesh(mesh):
+        placed = jax.device_put(params, shardings_of(abstract_params(config), mesh))
+        return [alone, draw(placed)]
+
+
+def main() -> None:
+    meshes = {name: make_mesh(RunConfig(mesh=mesh).mesh) for name, (mesh, _, _) in CASES.items()}
+    with redirect_stdout(sys.stderr):
+        found = {
+            "plt": {
+                name: decode(meshes[name], batch, "plt", 2, None)
+                for name, (_, batch, _) in CASES.items()
+            },
+            "schemes": {
+                scheme: decode(meshes["all"], 2, scheme, 1 if scheme == "no_loop" else 3, None)
+                for scheme in SCHEMES
+            },
+            "int8": decode(meshes["sequence"], 2, "plt", 2, "int8"),
+            "generated": generated(meshes["all"]),
+        }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

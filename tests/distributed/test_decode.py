@@ -1,0 +1,40 @@
+"""Decoding with a cache that several devices share gives the forward pass's logits."""
+
+import pytest
+
+from plt_jax.config import SCHEMES
+from tests.distributed.decode_worker import CASES
+from tests.distributed.processes import run_worker
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What tests/distributed/decode_worker.py prints."""
+    return run_worker("decode_worker")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_split_cache_gives_the_forward_logits(found, case):
+    mesh, _, split = CASES[case]
+    got = found["plt"][case]
+    assert got["difference"] < 1e-4
+    assert got["made"] == got["kept"] == split
+    # Nothing as large as the part of the cache that one device holds is gathered.
+    assert got["largest gather"] < split[0] * split[1] * split[2] * 4
+    width = mesh.get("tensor", 1) * mesh.get("context", 1) * mesh.get("fsdp", 1)
+    assert got["wide weight"] == [16, 24 // width]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_decodes_over_all_axes(found, scheme):
+    assert found["schemes"][scheme]["difference"] < 1e-4
+
+
+def test_eight_bits_split_too(found):
+    assert found["int8"]["made"] == [2, 2, 16]
+    assert found["int8"]["difference"] < 0.1
+
+
+def test_the_same_tokens_are_drawn(found):
+    alone, together = found["generated"]
+    assert alone == together
