@@ -57,14 +57,14 @@ class Checkpoints:
         step: int,
         params: Any,
         optimizer: Any,
-        data: Any,
+        data: dict[str, Any],
         validation_loss: float | None = None,
     ) -> None:
         """Starts saving; returns once the arrays are copied.
 
         Args:
           params, optimizer: trees of arrays, stored apart.
-          data: the data iterator, positioned after the step's batch.
+          data: the data iterator's state after the step's batch, the same in all processes.
           validation_loss: nats per token, by which the best checkpoints are kept.
         """
         metrics = None if validation_loss is None else {"validation_loss": validation_loss}
@@ -72,17 +72,16 @@ class Checkpoints:
             step, {"params": params, "optimizer": optimizer, "data": data}, metrics=metrics
         )
 
-    def restore(self, params: Any, optimizer: Any, data: Any) -> tuple[Any, Any]:
-        """The newest parameters and optimizer state; sets the data iterator's position.
+    def restore(self, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """The newest parameters, optimizer state, and data iterator's state.
 
         Args:
           params, optimizer: the abstract trees, with shardings, that the arrays are read into.
-          data: a data iterator of the same dataset.
         """
         restored = self._checkpointer.load_checkpointables(
-            None, {"params": params, "optimizer": optimizer, "data": data}
+            None, {"params": params, "optimizer": optimizer, "data": None}
         )
-        return restored["params"], restored["optimizer"]
+        return restored["params"], restored["optimizer"], restored["data"]
 
 
 def save_params(directory: str | Path, step: int, params: Any) -> None:

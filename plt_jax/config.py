@@ -389,6 +389,36 @@ class MeshConfig(Section):
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
+class ProcessesConfig(Section):
+    """The processes that train one model. On TPU pods, under Slurm and Open MPI they find one
+    another, and nothing need be given."""
+
+    coordinator: str | None = None
+    """Host and port, HOST:PORT, of process 0, where the others report; any free port."""
+    count: PositiveInt | None = None
+    """How many processes there are."""
+    index: NonNegativeInt | None = None
+    """Which of them this is, from 0."""
+    timeout: PositiveInt = 300
+    """Seconds to wait for the others, when starting and wherever all must meet."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> ProcessesConfig:
+        given = {name: getattr(self, name) for name in ("coordinator", "count", "index")}
+        missing = [name for name, value in given.items() if value is None]
+        if 0 < len(missing) < len(given):
+            raise ValueError(f"{missing[0]} is missing; give coordinator, count and index, or none")
+        if not missing:
+            host, _, port = self.coordinator.rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+                raise ValueError(f"coordinator is {self.coordinator}; it must be HOST:PORT")
+            if self.index >= self.count:
+                raise ValueError(
+                    f"index {self.index} must be below count {self.count}; processes count from 0"
+                )
+        return self
+
+
 class CheckpointConfig(Section):
     """What is kept on disk."""
 
@@ -430,6 +460,8 @@ class RunConfig(Section):
     """The training loop."""
     mesh: MeshConfig = MeshConfig()
     """Device mesh."""
+    processes: ProcessesConfig = ProcessesConfig()
+    """The processes that train."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints kept."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "evaluation.",
     "mesh.",
+    "processes.",
     "model.attention",  # computes the same model; as with another mesh, only rounding differs
     "model.moe.grouped_product",  # the same
     "data.cache_dir",

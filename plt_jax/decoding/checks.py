@@ -97,7 +97,12 @@ def check_step(config: ModelConfig, tokens_B: jax.Array, cache: Cache) -> None:
 
 
 def _unknown(array: jax.Array) -> bool:
-    return isinstance(array, jax.core.Tracer)
+    """Inside of jit, or partly in other processes."""
+    if isinstance(array, jax.core.Tracer):
+        return True
+    return isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    )
 
 
 def _check_batch(tokens: jax.Array, cache: Cache) -> None:

@@ -19,6 +19,7 @@ from plt_jax.decoding.prefill import prefill
 from plt_jax.decoding.sampling import Sampling, sample
 from plt_jax.decoding.step import decode_step
 from plt_jax.errors import InputError
+from plt_jax.model.axes import lay
 
 PREFILL_CHUNK = 256  # Bounds prefill's memory, which grows with the chunk.
 BLOCK = 32  # Tokens that the device makes between two looks of the host, when all are wanted.
@@ -230,7 +231,7 @@ def advance(
 
     nothing = jnp.zeros((BLOCK, B), jnp.int32), jnp.zeros((BLOCK, B), jnp.float32)
     state, _, tokens_nB, logs_nB = jax.lax.while_loop(goes_on, step, (state, 0, *nothing))
-    return state, tokens_nB, logs_nB
+    return state.replace(index=lay(state.index)), lay(tokens_nB), lay(logs_nB)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -253,7 +254,8 @@ def _choose(
         logs_BV = jax.nn.log_softmax(logits_BV)
         logs_B = jnp.take_along_axis(logs_BV, tokens_B[:, None], axis=1)[:, 0]
     stopped_B = jnp.any(tokens_B[:, None] == stops_BM, axis=1)
-    return tokens_B, jnp.where(state.running_B, logs_B, 0.0), state.running_B & ~stopped_B
+    logs_B, running_B = jnp.where(state.running_B, logs_B, 0.0), state.running_B & ~stopped_B
+    return lay(tokens_B), lay(logs_B), lay(running_B)  # every process reads them
 
 
 def prefill_prompts(

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from plt_jax import processes
 from plt_jax.checkpoint import Checkpoints, load_params
 from plt_jax.config import RunConfig
 from plt_jax.data.load import Data, load_data
@@ -24,7 +25,7 @@ from plt_jax.model.grouped import choose_form
 from plt_jax.run import check_directory, check_tokenizer, find_checkpoint, write_directory
 from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.sharding import BatchLayout, make_mesh, use_mesh
-from plt_jax.training.metrics import MetricsWriter, plot_losses
+from plt_jax.training.metrics import MetricsWriter, NoMetrics, plot_losses
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
 from plt_jax.training.signals import StopRequest
 from plt_jax.training.step import (
@@ -63,27 +64,34 @@ def train(config: RunConfig) -> Outcome:
     """Trains until `training.steps`, from the newest checkpoint of the run directory if it has one.
 
     SIGTERM and SIGINT (Ctrl-C) end the run after the step under way, with its state saved; the same
-    command resumes it, bit for bit.
+    command resumes it, bit for bit. Of several processes one signalled is enough, and they end at
+    the next step that is logged.
 
     Raises:
-      InputError: text, tokenizer, mesh or run directory do not fit the configuration; nothing in
-        the run directory is changed then.
+      InputError: text, tokenizer, mesh or run directory do not fit the configuration, in any
+        process, or some process does not come; nothing in the run directory is changed then.
       FloatingPointError: the loss or gradient is no longer finite.
     """
+    processes.start(config.processes)
+    patience = config.processes.timeout
     # Everything is checked before anything is written.
-    changes = check_directory(config)
-    check_start(config)
-    mesh = make_mesh(config.mesh)
-    layout = training_layout(config, mesh)
-    abstract = abstract_state(config, mesh)
-    check_kernels(config, mesh)
-    data = load_data(config, layout.rows)
-    check_tokenizer(config, data.tokenizer)
-    check_sample_prompt(config, data.tokenizer)
+    with processes.together("the configuration is checked", patience):
+        changes = check_directory(config)
+        check_start(config)
+        mesh = make_mesh(config.mesh)
+        layout = training_layout(config, mesh)
+        abstract = abstract_state(config, mesh)
+        check_kernels(config, mesh)
+        data = load_data(config, layout.rows)
+        check_tokenizer(config, data.tokenizer)
+        check_sample_prompt(config, data.tokenizer)
+        evaluate = make_evaluate(config, mesh, data.token_bytes)
     params = start_params(config, abstract)
-    evaluate = make_evaluate(config, mesh, data.token_bytes)
 
-    directory = write_directory(config, data.tokenizer)
+    with processes.together("the run directory is made", patience):
+        if processes.first():
+            write_directory(config, data.tokenizer)
+    directory = Path(config.run_dir)
     describe(config, data, mesh, abstract.params, changes)
     with StopRequest() as stop, Checkpoints(directory / CHECKPOINTS, config.checkpoint) as saved:
         run = Run(config, directory, data, mesh, layout, evaluate, saved)
@@ -95,12 +103,13 @@ def train(config: RunConfig) -> Outcome:
             print(f"finished: {directory} is at step {start} of {config.training.steps}")
             return Outcome(start, stopped=False)
         with (
-            MetricsWriter(directory, start, config.model.moe.dense_layers) as metrics,
+            open_metrics(run, start) as metrics,
             ProgressReport(start, config.training.steps) as report,
         ):
             state, speed = train_steps(run, state, batches, metrics, report, stop)
     step = int(state.step)
-    plot_losses(directory)
+    if processes.first():
+        plot_losses(directory)
     if step < config.training.steps:
         print(f"stopped at step {step}, saved; run the same command to go on")
         return Outcome(step, stopped=True)
@@ -110,6 +119,13 @@ def train(config: RunConfig) -> Outcome:
         f"peak memory {peak_memory() / 2**30:.2f} GiB; the run is in {directory}"
     )
     return Outcome(step, stopped=False)
+
+
+def open_metrics(run: Run, step: int) -> MetricsWriter | NoMetrics:
+    """Where this process writes numbers: the first does so for all."""
+    if not processes.first():
+        return NoMetrics()
+    return MetricsWriter(run.directory, step, run.config.model.moe.dense_layers)
 
 
 def check_start(config: RunConfig) -> None:
@@ -156,7 +172,8 @@ def start_or_resume(
         return start_state(run.config, run.mesh, params)
     print(f"resuming at step {step} of {run.config.training.steps}", flush=True)
     optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
-    params, optimizer = run.checkpoints.restore(abstract.params, optimizer, batches)
+    params, optimizer, data = run.checkpoints.restore(abstract.params, optimizer)
+    batches.set_state(data)
     return TrainState(optimizer["step"], params, optimizer["opt_state"])
 
 
@@ -190,12 +207,17 @@ def train_steps(
                 evaluation = run.evaluate(state.params, run.data.validation, limit)
             validation_loss = evaluation.score.loss
             log_evaluation(step, evaluation, metrics, report)
-        stopping = stop.requested  # read once: the step that is saved is the step it stops at
+        # Asked once: the step that is saved is the step it stops at. Several processes agree where
+        # they wait for the device anyway, since each may be steps ahead of it.
+        if processes.alone() or step % training.log_every == 0:
+            stopping = processes.any_process(stop.requested)
         if step % training.checkpoint_every == 0 or last or stopping:
             require_finite(step, values, run.config.model.moe.dense_layers)
             with speed.paused():
                 optimizer = {"step": state.step, "opt_state": state.opt_state}
-                run.checkpoints.save(step, state.params, optimizer, batches, validation_loss)
+                run.checkpoints.save(
+                    step, state.params, optimizer, batches.get_state(), validation_loss
+                )
     return state, speed
 
 
@@ -275,7 +297,8 @@ def describe(config: RunConfig, data: Data, mesh: Mesh, params: Any, changes: li
             f"{part} text: {counts[f'{part}_documents']} documents, "
             f"{counts[f'{part}_tokens']:,} tokens, {counts[f'{part}_bytes']:,} bytes"
         )
-    print(f"devices: {mesh.devices.size} {jax.devices()[0].platform} ({axes})", flush=True)
+    several = "" if processes.alone() else f" in {jax.process_count()} processes"
+    print(f"devices: {mesh.devices.size} {jax.devices()[0].platform}{several} ({axes})", flush=True)
 
 
 def check_sample_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,16 @@ class MetricsWriter:
                 layer += self._first_layer
                 tag = f"{name}/loop_{loop + 1}/layer_{layer + 1}"
                 self._tensorboard.add_scalar(tag, one, step)
+
+
+class NoMetrics(contextlib.nullcontext):
+    """Takes what MetricsWriter does, and writes nothing."""
+
+    def __enter__(self) -> NoMetrics:
+        return self
+
+    def write(self, step: int, **values: float | list[list[float]]) -> None:
+        """Writes nothing."""
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

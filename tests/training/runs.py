@@ -22,7 +22,6 @@ import yaml
 from plt_jax.checkpoint import Checkpoints
 from plt_jax.config import RunConfig
 from plt_jax.config_file import merge
-from plt_jax.data.load import load_data
 from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.sharding import make_mesh
 from plt_jax.training import loop
@@ -126,13 +125,12 @@ class Saved(NamedTuple):
 def saved_state(config: RunConfig) -> Saved:
     """Reads the newest checkpoint of a run back."""
     abstract = abstract_state(config, make_mesh(config.mesh))
-    batches = iter(load_data(config).training)
     directory = Path(config.run_dir) / CHECKPOINTS
     with Checkpoints(directory, config.checkpoint) as saved:
         optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
-        params, optimizer = saved.restore(abstract.params, optimizer, batches)
+        params, optimizer, data = saved.restore(abstract.params, optimizer)
     state = jax.tree.map(np.asarray, (params, optimizer))
-    return Saved(list_steps(directory)[-1], *state, batches.get_state())
+    return Saved(list_steps(directory)[-1], *state, data)
 
 
 def assert_same_run(one: RunConfig, other: RunConfig) -> None:

@@ -1,0 +1,258 @@
+"""Several processes that train one model: how they find one another, agree, and wait.
+
+On one machine nothing here does anything. On TPU pods, under Slurm and under Open MPI, JAX finds
+the others by itself; elsewhere `processes.coordinator`, `.count` and `.index` say who they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import json
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax._src import distributed  # its client has no public name; orbax and others use it so too
+from jax.experimental import multihost_utils
+
+from plt_jax.config import ProcessesConfig
+from plt_jax.errors import InputError
+
+SHUTDOWN_SECONDS = 30
+"""How long a process that ends waits for the others, and how much longer than we JAX waits for
+them: when it loses patience, it aborts with a stack trace."""
+
+
+def start(config: ProcessesConfig) -> None:
+    """Joins the other processes, if there are any; call it before anything that needs devices.
+
+    All but the first process print nothing from then on; errors still reach stderr.
+
+    Raises:
+      InputError: some of the processes did not come in time, which are named.
+    """
+    if jax.distributed.is_initialized() or not (config.coordinator or announced()):
+        return
+    settings = {
+        "initialization_timeout": config.timeout + SHUTDOWN_SECONDS,
+        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
+    }
+    if config.coordinator:
+        call_roll(config.coordinator, config.count, config.index, config.timeout)
+        settings |= {
+            "coordinator_address": config.coordinator,
+            "num_processes": config.count,
+            "process_id": config.index,
+            "cluster_detection_method": "deactivate",
+        }
+    with _patience(config.timeout):
+        jax.distributed.initialize(**settings)
+    _client().key_value_set(f"host/{jax.process_index()}", socket.gethostname())
+    if not first():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
+
+
+def announced() -> bool:
+    """Whether the environment says that this process is one of several (or on a TPU machine, where
+    JAX asks its metadata)."""
+    environment = os.environ
+    several = any(
+        environment.get(name, "1") not in ("", "0", "1")
+        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+        # Slurm sets this in a job's own shell too, where nobody else runs.
+        if name != "SLURM_NTASKS" or "SLURM_STEP_NODELIST" in environment
+    )
+    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
+    wanted = environment.get("JAX_PLATFORMS", "tpu")
+    return (
+        several
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or (bool(chips) and "tpu" in wanted)
+    )
+
+
+def first() -> bool:
+    """Whether this is the process that prints and writes for all."""
+    return jax.process_index() == 0
+
+
+def alone() -> bool:
+    """Whether there is only this process."""
+    return jax.process_count() == 1
+
+
+def barrier(what: str, timeout: int) -> None:
+    """Waits until all processes have come here.
+
+    Args:
+      what: what they have done then, for the message.
+      timeout: seconds.
+
+    Raises:
+      InputError: some did not; names them.
+    """
+    if alone():
+        return
+    try:
+        _client().wait_at_barrier(f"plt_jax/{what}/{next(_numbers)}", timeout * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(
+            f"{_missing(str(error))} did not come to the point where {what}, for {timeout} s; look "
+            "at its output, or raise processes.timeout"
+        ) from error
+
+
+@contextlib.contextmanager
+def together(what: str, timeout: int) -> Iterator[None]:
+    """Runs a block in every process, and fails in all of them if it fails in one.
+
+    Raises:
+      InputError: the block's, here or elsewhere; or see `barrier`.
+    """
+    if alone():
+        yield
+        return
+    key = f"plt_jax/{what}/{next(_numbers)}"
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    _client().key_value_set(f"{key}/{jax.process_index()}", "" if problem is None else str(problem))
+    barrier(what, timeout)
+    if problem is not None:
+        raise problem
+    for index in range(jax.process_count()):
+        message = _client().blocking_key_value_get(f"{key}/{index}", timeout * 1000)
+        if message:
+            raise InputError(f"{_name(index)}: {message}")
+
+
+def any_process(flag: bool) -> bool:
+    """Whether a flag is set in any process; all must ask."""
+    if alone():
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def call_roll(coordinator: str, count: int, index: int, timeout: int) -> None:
+    """Waits until all processes have reported to the first, at the address that JAX takes later.
+
+    JAX, waiting by itself, aborts without saying in one line who is missing.
+
+    Raises:
+      InputError: some did not come in time, or the address is none of this machine's.
+    """
+    host, _, port = coordinator.rpartition(":")
+    deadline = time.monotonic() + timeout
+    if index > 0:
+        answer = _report(host, int(port), index, deadline)
+        if answer is None:
+            raise InputError(
+                f"process 0 of {count} was not reached at {coordinator} for {timeout} s; start it, "
+                "or correct processes.coordinator"
+            )
+        absent = answer
+    else:
+        absent = _collect(int(port), count, deadline)
+    if absent:
+        plural = "es" if len(absent) > 1 else ""
+        raise InputError(
+            f"process{plural} {', '.join(map(str, absent))} of {count} did not come to "
+            f"{coordinator} for {timeout} s; start them, or correct processes.count and .index"
+        )
+
+
+def _collect(port: int, count: int, deadline: float) -> list[int]:
+    """Waits for reports; tells all that came who is missing, and returns it."""
+    try:
+        server = socket.create_server(("", port))
+    except OSError as error:
+        raise InputError(
+            f"cannot listen at port {port} ({error.strerror}); choose another in "
+            "processes.coordinator"
+        ) from error
+    absent, callers = set(range(1, count)), []
+    with server:
+        while absent and (left := deadline - time.monotonic()) > 0:
+            server.settimeout(left)
+            try:
+                caller, _ = server.accept()
+                caller.settimeout(5)
+                absent.discard(int(caller.makefile().readline()))
+            except (TimeoutError, ValueError, OSError):
+                continue  # nobody, or not one of ours
+            callers.append(caller)
+        for caller in callers:
+            with contextlib.suppress(OSError), caller:
+                caller.sendall((json.dumps(sorted(absent)) + "\n").encode())
+    return sorted(absent)
+
+
+def _report(host: str, port: int, index: int, deadline: float) -> list[int] | None:
+    """Reports to process 0 and waits for its answer, who is missing; None if it is not there."""
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            with socket.create_connection((host, port), timeout=left) as connection:
+                connection.sendall(f"{index}\n".encode())
+                connection.settimeout(max(deadline - time.monotonic(), 0) + 5)
+                return json.loads(connection.makefile().readline())
+        except (OSError, ValueError):
+            time.sleep(0.2)
+    return None
+
+
+@contextlib.contextmanager
+def _patience(timeout: int) -> Iterator[None]:
+    """Ends the process with one line where JAX would abort it later."""
+
+    def give_up() -> None:
+        print(
+            f"error: not all processes came within {timeout} s; see which of them did not start, "
+            "or raise processes.timeout",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)
+
+    timer = threading.Timer(timeout, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+_numbers = itertools.count()
+"""Barriers and keys are used once each; processes meet in the same order at all of them."""
+
+
+def _client():
+    return distributed.global_state.client
+
+
+def _name(index: int) -> str:
+    """A process, with the host that it said it is on."""
+    try:
+        host = _client().blocking_key_value_get(f"host/{index}", 1000)
+    except jax.errors.JaxRuntimeError:
+        host = "unknown"
+    return f"process {index} of {jax.process_count()} (host {host})"
+
+
+def _missing(message: str) -> str:
+    """The processes that a barrier's error calls late."""
+    names = message.split("timed out task names:")[-1]
+    late = re.findall(r"^\s*(?:/job:\S*task:)?(\d+)\s*$", names.split("RPC")[0], re.MULTILINE)
+    if not late:
+        return " ".join(message.split())[:300] + ": some process"
+    return ", ".join(_name(int(index)) for index in late)

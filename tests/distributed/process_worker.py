@@ -1,0 +1,35 @@
+"""One of several processes that train a run: `python -m tests.distributed.process_worker SPEC`.
+
+SPEC is JSON: `home` and `run_dir`, `sections` of the run's configuration, and `stop_at`, the step
+after which this process, if it is the one named by `stopped`, signals itself. Prints how it ends to
+stderr, as JSON.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from plt_jax.errors import InputError
+from plt_jax.training.loop import train
+from tests.training.runs import call_at, tiny_config
+
+
+def main(spec: dict) -> None:
+    config = tiny_config(Path(spec["home"]), Path(spec["run_dir"]), **spec["sections"])
+    signalled = contextlib.nullcontext()
+    if spec.get("stopped") == (config.processes.index or 0):
+        signalled = call_at(spec["stop_at"], lambda: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with signalled:
+            outcome = train(config)
+    except InputError as error:
+        print(json.dumps({"error": str(error)}), file=sys.stderr, flush=True)
+        return
+    print(json.dumps(outcome._asdict()), file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

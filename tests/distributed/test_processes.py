@@ -1,0 +1,178 @@
+"""Several processes train what one trains, save what one reads, and say who is missing."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from plt_jax.config import ProcessesConfig
+from plt_jax.errors import InputError
+from plt_jax.processes import announced, call_roll
+from plt_jax.training import loop
+from tests.training.runs import (
+    REPOSITORY,
+    environment,
+    losses,
+    make_home,
+    numbers,
+    snapshot,
+    tiny_config,
+)
+
+STOP, STEPS = 20, 24
+TRAINING = {"steps": STEPS, "batch_size": 8, "evaluate_every": 10, "checkpoint_every": 10}
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+"""Of two processes of four devices: each has all rows of its half of the batch."""
+SHARED_ROWS = {"data": 1, "context": 4, "tensor": 2}
+"""Where both processes hold parts of every row."""
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def run_together(count: int, home, run_dir, mesh, *, broken=(), **spec) -> list[dict]:
+    """Trains in processes of four devices each, and returns what each ended with.
+
+    Args:
+      broken: sections of the last process that differ, by name.
+    """
+    port, workers = free_port(), []
+    for index in range(count):
+        processes = {"timeout": 60}
+        if count > 1:
+            processes |= {"coordinator": f"localhost:{port}", "count": count, "index": index}
+        sections = {"training": TRAINING, "mesh": mesh, "processes": processes}
+        if broken and index == count - 1:
+            sections |= broken
+        spec |= {"home": str(home), "run_dir": str(run_dir), "sections": sections}
+        flags = {
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "JAX_PLATFORMS": "cpu",
+        }
+        workers.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.distributed.process_worker", json.dumps(spec)],
+                **{"cwd": REPOSITORY, "env": environment(**flags)},
+                **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
+            )
+        )
+    ended = []
+    for worker in workers:
+        out, err = worker.communicate(timeout=300)
+        assert worker.returncode == 0, err[-3000:]
+        (result,) = (json.loads(line) for line in err.splitlines() if line.startswith("{"))
+        lines = [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+        ended.append(result | {"out": "\n".join(lines)})
+    return ended
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return make_home(tmp_path_factory.mktemp("processes") / "home")
+
+
+@pytest.fixture(scope="module")
+def alone(home):
+    """A run of one process and one device."""
+    config = tiny_config(home, home / "alone", training=TRAINING)
+    assert loop.train(config).step == STEPS
+    return config
+
+
+@pytest.mark.parametrize("mesh", [MESH, SHARED_ROWS], ids=["own rows", "shared rows"])
+def test_two_processes_train_and_one_goes_on(home, alone, mesh, tmp_path):
+    """One of the two is told to stop: both do, at the same step."""
+    ended = run_together(2, home, tmp_path / "run", mesh, stopped=1, stop_at=STOP)
+    for result in ended:
+        assert (result["step"], result["stopped"]) == (STOP, True)
+    assert "devices: 8 cpu in 2 processes (data" in ended[0]["out"]
+    assert ended[1]["out"] == ""
+    config = tiny_config(home, tmp_path / "run", training=TRAINING)
+    assert loop.train(config).step == STEPS
+    assert losses(config) == pytest.approx(losses(alone), rel=1e-5)
+    for ours, right in zip(numbers(config), numbers(alone), strict=True):
+        assert ours == pytest.approx(right, rel=1e-4)
+
+
+def test_one_process_trains_and_two_go_on(home, alone, tmp_path):
+    (first,) = run_together(1, home, tmp_path / "run", {"data": 4}, stopped=0, stop_at=STOP)
+    assert first["step"] == STOP
+    ended = run_together(2, home, tmp_path / "run", MESH)
+    assert [result["step"] for result in ended] == [STEPS, STEPS]
+    assert f"resuming at step {STOP}" in ended[0]["out"]
+    assert "a sample:" in ended[0]["out"]
+    config = tiny_config(home, tmp_path / "run", training=TRAINING)
+    assert losses(config) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_what_one_process_refuses_stops_all_before_anything_is_written(home, tmp_path):
+    before = snapshot(tmp_path)
+    wrong = {"data": {"source": str(tmp_path / "nothing")}}
+    ended = run_together(2, home, tmp_path / "run", MESH, broken=wrong)
+    assert ended[0]["error"].startswith("process 1 of 2 (host ")
+    assert ended[0]["error"].endswith(ended[1]["error"])
+    assert "nothing" in ended[1]["error"]
+    assert snapshot(tmp_path) == before
+
+
+def test_a_process_that_never_comes_is_named():
+    began = time.monotonic()
+    address = f"localhost:{free_port()}"
+    with pytest.raises(InputError) as refused:
+        call_roll(address, 3, 0, timeout=1)
+    assert time.monotonic() - began < 5
+    assert str(refused.value) == (
+        f"processes 1, 2 of 3 did not come to {address} for 1 s; start them, or correct "
+        "processes.count and .index"
+    )
+    with pytest.raises(InputError, match=f"process 0 of 3 was not reached at {address} for 1 s"):
+        call_roll(address, 3, 1, timeout=1)
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen at port {port}"):
+            call_roll(f"localhost:{port}", 2, 0, timeout=1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "8"}, False),  # the shell of a job
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}, True),
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "one,two"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "one"}, False),
+    ],
+)
+def test_the_environment_announces_others(monkeypatch, variables, several):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert announced() is several
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"coordinator": "here:1"}, "count is missing; give coordinator, count and index, or none"),
+        ({"count": 2, "index": 0}, "coordinator is missing"),
+        ({"coordinator": "here", "count": 2, "index": 0}, "coordinator is here; it must be HOST"),
+        ({"coordinator": "here:0", "count": 2, "index": 0}, "it must be HOST:PORT"),
+        ({"coordinator": "here:1", "count": 2, "index": 2}, "index 2 must be below count 2"),
+    ],
+)
+def test_what_does_not_say_who_is_who_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        ProcessesConfig(**values)
