@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource
 
 from plt_jax.config import RunConfig
 from plt_jax.config_file import load_config
-from plt_jax.errors import InputError
+from plt_jax.errors import InputError, MissingProcessError
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
 
@@ -64,6 +65,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, MissingProcessError):
+            os._exit(EXIT_BAD_INPUT)  # JAX would wait for that process at an ordinary exit, too
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(EXIT_DONE if code is None else code)

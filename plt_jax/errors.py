@@ -10,3 +10,7 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))  # names that it quotes may hold breaks
+
+
+class MissingProcessError(InputError):
+    """Of several processes that train together, some did not come to where all must meet."""

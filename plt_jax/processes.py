@@ -24,7 +24,7 @@ from jax._src import distributed  # its client has no public name; orbax and oth
 from jax.experimental import multihost_utils
 
 from plt_jax.config import ProcessesConfig
-from plt_jax.errors import InputError
+from plt_jax.errors import InputError, MissingProcessError
 
 SHUTDOWN_SECONDS = 30
 """How long a process that ends waits for the others, and how much longer than we JAX waits for
@@ -97,14 +97,14 @@ def barrier(what: str, timeout: int) -> None:
       timeout: seconds.
 
     Raises:
-      InputError: some did not; names them.
+      MissingProcessError: some did not; names them.
     """
     if alone():
         return
     try:
         _client().wait_at_barrier(f"plt_jax/{what}/{next(_numbers)}", timeout * 1000)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(
+        raise MissingProcessError(
             f"{_missing(str(error))} did not come to the point where {what}, for {timeout} s; look "
             "at its output, or raise processes.timeout"
         ) from error

@@ -157,6 +157,13 @@ class Transformer(nn.Module):
         states = self.loop_states(tokens, segment_ids, positions)
         return self.logits(states.handed_LBTD[-1])
 
+    def declare_all(self) -> None:
+        """Touches every parameter, in one loop over one token: `init(key, method="declare_all")` is
+        `init(key, tokens)` at a fraction of its time and memory."""
+        rotation = rope_rotation(self.config, jnp.zeros((1, 1), jnp.int32))
+        x_BTD = jnp.zeros((1, 1, self.config.width), jnp.dtype(self.config.dtype))
+        self.layers(x_BTD, Context(rotation, None), None)
+
     def logits_by_loop(
         self,
         tokens: jax.Array,

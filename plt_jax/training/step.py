@@ -78,26 +78,41 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
 
 def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """A fresh train state, made straight into its shardings from the run's seed."""
+    return start_state(config, mesh, init_params(config, mesh))
+
+
+def init_params(config: RunConfig, mesh: Mesh) -> Any:
+    """Fresh parameters; each device draws its own part, and nobody has the whole."""
     model = Transformer(config.model)
-    optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh).params)
 
+    def init(key: jax.Array, name: str) -> Any:
+        return nn.unbox(model.init(key, method="declare_all")["params"])[name]
+
+    # One program for each part: random numbers take several times the memory of what they become.
     # Not under the mesh: initialisation runs the model on one token, which divides over no devices.
-    def init(key: jax.Array) -> TrainState:
-        params = nn.unbox(model.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-
-    return jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    return {
+        name: jax.block_until_ready(
+            jax.jit(init, static_argnums=1, out_shardings=shardings[name])(key, name)
+        )
+        for name in shardings
+    }
 
 
 def start_state(config: RunConfig, mesh: Mesh, params: Any) -> TrainState:
     """The train state of step 0 around given parameters, which lie in their shardings already."""
     optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+
+    def start(params: Any) -> tuple[jax.Array, optax.OptState]:
+        return jnp.zeros((), jnp.int32), optimizer.init(params)
+
     with use_mesh(mesh):
-        make = jax.jit(optimizer.init, out_shardings=shardings.opt_state)
-        step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
-        return TrainState(step, params, make(params))
+        step, opt_state = jax.jit(start, out_shardings=(shardings.step, shardings.opt_state))(
+            params
+        )
+    return TrainState(step, params, opt_state)
 
 
 def batch_loss(

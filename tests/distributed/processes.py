@@ -8,13 +8,17 @@ from typing import Any
 from tests.training.runs import REPOSITORY, environment
 
 
-def run_worker(name: str, *words: object) -> Any:
-    """What a module of this folder prints as JSON when it runs on eight devices."""
+def run_worker(name: str, *words: object, optimized: bool = False) -> Any:
+    """What a module of this folder prints as JSON when it runs on eight devices.
+
+    Args:
+      optimized: for programs that run for longer than they compile.
+    """
     flags = {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",
         # Compiles in two thirds of the time.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if optimized else "1",
     }
     done = subprocess.run(
         [sys.executable, "-m", f"tests.distributed.{name}", *map(str, words)],

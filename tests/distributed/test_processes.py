@@ -134,6 +134,26 @@ def test_a_process_that_never_comes_is_named():
         call_roll(address, 3, 1, timeout=1)
 
 
+def test_a_process_that_dies_is_named_in_one_line():
+    port = free_port()
+    ended = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.distributed.meeting_worker", str(port), str(index)],
+            **{"cwd": REPOSITORY, "env": environment(JAX_PLATFORMS="cpu")},
+            **{"stderr": subprocess.PIPE, "text": True},
+        )
+        for index in range(2)
+    ]
+    err = ended[0].communicate(timeout=60)[1]
+    ended[1].communicate(timeout=60)
+    assert ended[0].returncode == 2
+    lines = [line for line in err.splitlines() if "libtpu" not in line]
+    (line,) = (line for line in lines if line.startswith("error: "))
+    assert line.startswith("error: process 1 of 2 (host ")
+    assert "did not come to the point where the configuration is checked, for 3 s" in line
+    assert lines[-1] == line
+
+
 def test_a_port_that_is_taken_is_refused():
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]

@@ -67,6 +67,15 @@ def test_shapes_and_axes(scheme, count, gate_input):
     check_tree(config, TOP | HEAD, LAYER | (GATES[gate_input] if gated else {}))
 
 
+@pytest.mark.parametrize("moe", [{}, {"experts": 4, "dense_layers": 1, "bias_update_rate": 0.1}])
+def test_one_loop_declares_what_all_do(moe):
+    config = config_of("plt", 3, moe=moe, qk_norm=True)
+    model, key = Transformer(config), jax.random.key(1)
+    right = compiled(model.init)(key, jnp.zeros((1, 3), jnp.int32))
+    got = compiled(lambda key: model.init(key, method="declare_all"))(key)
+    jax.tree.map(np.testing.assert_array_equal, got, right)
+
+
 def test_shapes_and_axes_of_options():
     check_tree(config_of("no_loop", 1, tied_embeddings=True), TOP, LAYER)
     norms = {"q_norm": (J, H), "k_norm": (J, H), "ffn_output_norm": (J, D)}

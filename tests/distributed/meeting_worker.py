@@ -1,0 +1,26 @@
+"""One of two processes that meet once: `python -m tests.distributed.meeting_worker PORT INDEX`.
+
+The second dies before.
+"""
+
+import os
+import sys
+
+from plt_jax import processes
+from plt_jax.cli import run_command
+from plt_jax.config import ProcessesConfig
+
+
+def main() -> None:
+    port, index = sys.argv[1:]
+    processes.start(
+        ProcessesConfig(coordinator=f"localhost:{port}", count=2, index=int(index), timeout=3)
+    )
+    if index == "1":
+        os._exit(9)
+    with processes.together("the configuration is checked", 3):
+        pass
+
+
+if __name__ == "__main__":
+    run_command(main)

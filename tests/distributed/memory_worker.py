@@ -1,0 +1,34 @@
+"""Initialises the 1.2B dense model over eight host devices; prints bytes as JSON.
+
+Runs in a process of its own, whose memory nothing else has used:
+`python -m tests.distributed.memory_worker`.
+"""
+
+import json
+import resource
+
+import jax
+
+from plt_jax.config_file import load_config
+from plt_jax.sharding import make_mesh
+from plt_jax.training.step import init_params
+from tests.training.runs import REPOSITORY
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main() -> None:
+    mesh = {"data": 1, "fsdp": 8}
+    config = load_config(REPOSITORY / "configs" / "plt_dense_1b.yaml", {"mesh": mesh})
+    before = peak()
+    params = jax.block_until_ready(init_params(config, make_mesh(config.mesh)))
+    leaves = jax.tree.leaves(params)
+    found = {"before": before, "peak": peak(), "parameters": sum(leaf.nbytes for leaf in leaves)}
+    found["devices"] = len(leaves[0].sharding.device_set)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
