@@ -1,0 +1,81 @@
+"""Floating-point operations of a step, counted from the configuration loop by loop.
+
+A product-sum counts two. Model FLOPs are those of the mathematics: training costs three forward
+passes, and only they count for MFU. Executed FLOPs are what the devices multiply: also what the
+backward pass computes again, and the parts of attention's blocks that its masks throw away.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from plt_jax.config import ModelConfig, RunConfig
+from plt_jax.model.block import stacks_of
+from plt_jax.model.costs import flops_by_loop
+from plt_jax.model.kernels import splash_blocks
+
+BACKWARD = 2
+"""Of products with weights, in forward passes."""
+SPLASH_BACKWARD = 3.5
+"""Of splash attention: seven products where forward has two, since each of its two kernels makes
+the weights of attention again."""
+
+
+class StepFlops(NamedTuple):
+    """Of one step on all devices."""
+
+    by_loop: tuple[int, ...]
+    """Model FLOPs of each loop."""
+    executed: int
+
+    @property
+    def model(self) -> int:
+        return sum(self.by_loop)
+
+
+def train_flops(config: RunConfig) -> StepFlops:
+    """Of a train step on TPUs, for sequences of one document."""
+    model, T, B = config.model, config.sequence_length, config.training.batch_size
+    loops = flops_by_loop(model, T)
+    by_loop = tuple((1 + BACKWARD) * B * T * one.total for one in loops)
+    again = {"none": 0, "dots": _expert_share(model, T), "full": 1}[model.remat]
+    executed = sum(
+        B * T * ((1 + BACKWARD + again) * one.layers + (1 + BACKWARD) * one.head) for one in loops
+    )
+    forwards = (1 if model.remat == "none" else 2) + SPLASH_BACKWARD
+    attention = sum(B * _attention(config, index) for index in range(model.loop.count))
+    return StepFlops(by_loop, round(executed + forwards * attention))
+
+
+def _expert_share(model: ModelConfig, length: int) -> float:
+    """Of a loop's products with weights, those of routed experts, which no policy keeps."""
+    if not model.moe.experts:
+        return 0.0
+    layers = sum(stack.layers for stack in stacks_of(model).values() if stack.mixture)
+    routed = 6 * model.width * model.moe.expert_width * model.moe.experts_per_token * layers
+    return routed / flops_by_loop(model, length)[0].layers
+
+
+def _attention(config: RunConfig, loop: int) -> int:
+    """Forward FLOPs of a loop's attention over one sequence, in whole blocks."""
+    model, T = config.model, config.sequence_length
+    block, blocks = splash_blocks(T, None)
+    pairs = block * block * blocks * (blocks + 1) // 2
+    if loop > 0 and model.loop.later_attention == "gated":
+        block, blocks = splash_blocks(T, model.loop.window)
+        behind = -(-(model.loop.window - 1) // block)
+        pairs += block * block * sum(min(index, behind) + 1 for index in range(blocks))
+    return 4 * model.layers * model.heads * model.head_width * pairs
+
+
+def decode_flops(model: ModelConfig, batch: int, context: int) -> StepFlops:
+    """Of a decode step of `batch` sequences that attends to a cache of `context` positions, which
+    it does whole, however many of them are filled."""
+    loops = flops_by_loop(model, 1)
+    per_key = 4 * model.layers * model.heads * model.head_width
+    by_loop = []
+    for index, one in enumerate(loops):
+        gated = index > 0 and model.loop.later_attention == "gated"
+        keys = context + (model.loop.window if gated else 0)
+        by_loop.append(batch * (one.layers + one.head + per_key * keys))
+    return StepFlops(tuple(by_loop), sum(by_loop))

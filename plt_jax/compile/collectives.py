@@ -1,0 +1,187 @@
+"""The collectives of a compiled program: how many, how large, and over which mesh axes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from plt_jax.compile.hlo import Computation, Instruction, Program, executions
+
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """Collectives of one kind among the same devices."""
+
+    kind: str
+    group: tuple[int, ...]
+    """Partitions (devices in mesh order, of one slice) of one of the groups that communicate."""
+    slices: int
+    """Slices between which it communicates over the data-center network; 1 if within each."""
+    count: int
+    """How many a step does."""
+    bytes: int
+    """Of all of them on one device: the whole array of a gather, reduction or scatter, what a
+    device sends of the others (itself included)."""
+    certain: bool = True
+    """False in branches of the program that a step may leave out."""
+    gathered_bytes: int = 0
+    """Of `bytes`: an all-reduce's arrays that are zero but for this device's part. They are gathers
+    in disguise, of shards that are narrower than a TPU's 128 lanes."""
+
+
+def read_collectives(program: Program, devices: int = 1) -> list[Collective]:
+    """What a step communicates, alike ones taken together; the largest first.
+
+    Args:
+      devices: partitions of one slice; collectives without groups are among them all.
+    """
+    merged: dict[Collective, Collective] = {}
+    for computation, times, certain in executions(program):
+        for found in _collectives(program, computation, devices):
+            key = replace(found, count=0, bytes=0, gathered_bytes=0, certain=certain)
+            before = merged.get(key, key)
+            merged[key] = replace(
+                before,
+                count=before.count + times * found.count,
+                bytes=before.bytes + times * found.bytes,
+                gathered_bytes=before.gathered_bytes + times * found.gathered_bytes,
+            )
+    return sorted(merged.values(), key=lambda one: -one.bytes)
+
+
+def _collectives(program: Program, caller: Computation, devices: int) -> Iterator[Collective]:
+    """Those of one run of a computation, its fusions included."""
+    chains = set()
+    for one in caller.instructions:
+        within, instructions = caller, [one]
+        if one.opcode == "fusion":
+            within = program.computations.get(one.called("calls") or "", caller)
+            instructions = within.instructions if within is not caller else []
+        for instruction in instructions:
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in KINDS or _between_slices(instruction):
+                # A TPU's asynchronous collective is spread over the fusions that it runs beside,
+                # which all hold it, with the number of their chain.
+                chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
+                if chain and chain[1] in chains:
+                    continue
+                chains.update(chain.groups() if chain else ())
+                yield _collective(program, within, instruction, devices)
+
+
+def _between_slices(instruction: Instruction) -> str | None:
+    """The kind of what is sent over the data-center network; None if nothing is."""
+    if instruction.opcode != "send":
+        return None
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    return kind and kind[1].lower().replace("_", "-")
+
+
+def _collective(
+    program: Program, within: Computation, one: Instruction, devices: int
+) -> Collective:
+    between = _between_slices(one)
+    if between:
+        target = re.search(r'_xla_megascale_target="\{([\d,]+)\}', one.attributes)
+        slices = target[1].count(",") + 1 if target else 2
+        return Collective(between, (), slices, 1, one.arrays[0].bytes)
+    kind = one.opcode.removesuffix("-start")
+    group = first_group(one.attributes) or tuple(range(devices))
+    operands = [within.by_name[name] for name in one.operands if name in within.by_name]
+    if kind == "reduce-scatter":
+        size = sum(operand.bytes for operand in operands)
+    elif kind == "ragged-all-to-all":
+        # The first operand holds what is sent, the second where it lands: the smaller is what there
+        # can be at most, buffers being larger.
+        size = min(operand.bytes for operand in operands[:2])
+    elif kind == "collective-permute" or one.opcode == "all-gather-start":
+        # The start of an asynchronous one makes a pair of its operand and its result.
+        size = max(array.bytes for array in one.arrays)
+    else:
+        size = one.bytes
+    gathered = 0
+    if kind == "all-reduce" and len(group) > 1:
+        own = (operand for operand in operands if _holds_own_part(program, within, operand))
+        gathered = sum(operand.bytes for operand in own)
+    return Collective(kind, group, 1, 1, size, gathered_bytes=gathered)
+
+
+def _holds_own_part(program: Program, within: Computation, one: Instruction) -> bool:
+    """Whether an array is one that the device has written its own part into."""
+    while one.opcode in ("copy-done", "copy-start", "copy", "bitcast"):
+        before = within.by_name.get(one.operands[0])
+        if before is None:
+            return False
+        one = before
+    if one.opcode == "fusion":
+        body = program.computations.get(one.called("calls") or "")
+        one = body.root if body is not None else one
+    return one.opcode == "dynamic-update-slice"
+
+
+def first_group(attributes: str) -> tuple[int, ...] | None:
+    """The first group of partitions that an instruction's attributes list; None if they list none.
+
+    Forms: `{{0,1},{2,3}}`, `[2,2]<=[4]` (transposed: `[2,2]<=[2,2]T(1,0)`), and axes of a mesh,
+    `mesh['data'=2,'fsdp'=2] {'fsdp'}`; pairs of source and target for permutations.
+    """
+    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    if pairs:
+        return _moved(pairs[1])
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return tuple(int(number) for number in listed[1].split(","))
+    counted = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if counted:
+        return _counted(*(_numbers(text) for text in counted.groups()))
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
+    if mesh:
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+        used = re.findall(r"'([^']+)'", mesh[2])
+        grid = np.arange(np.prod(list(sizes.values()))).reshape(list(sizes.values()))
+        return tuple(
+            grid[tuple(slice(None) if axis in used else 0 for axis in sizes)].flatten().tolist()
+        )
+    return None
+
+
+def _moved(pairs: str) -> tuple[int, ...]:
+    """Source and target of the first pair that crosses the most: who speaks with whom."""
+    found = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs)]
+    apart = [pair for pair in found if pair[0] != pair[1]]
+    return apart[0] if apart else found[0]
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split(",")) if text else ()
+
+
+def _counted(
+    groups: tuple[int, ...], dims: tuple[int, ...], order: tuple[int, ...]
+) -> tuple[int, ...]:
+    numbers = np.arange(np.prod(dims)).reshape(dims)
+    numbers = numbers.transpose(order) if order else numbers
+    return tuple(numbers.reshape(groups)[0].flatten().tolist())
+
+
+def axes_between(group: Sequence[int], sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The mesh axes along which a group's partitions differ.
+
+    Args:
+      sizes: of the mesh whose devices in order are the partitions.
+    """
+    places = np.stack(np.unravel_index(np.asarray(group), tuple(sizes.values())))
+    differs = (places != places[:, :1]).any(axis=1)
+    return tuple(axis for axis, apart in zip(sizes, differs, strict=True) if apart)

@@ -1,0 +1,222 @@
+"""Compiles a step for TPU slices that are not here: shapes and shardings only, no arrays."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from plt_jax.compile.chips import Topology
+from plt_jax.config import RunConfig
+from plt_jax.errors import InputError
+from plt_jax.sharding import abstract_arrays, make_mesh, use_mesh
+
+QUIET = {
+    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks a metadata server that only TPU machines have
+    "TPU_ACCELERATOR_TYPE": "v5p-128",  # these two it wants to know, but does not use here
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device that processes could quarrel over
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def tpu_mesh(config: RunConfig, topology: Topology) -> Mesh:
+    """The configuration's mesh over the devices of a topology.
+
+    Raises:
+      InputError: libtpu is missing or refuses the topology, or the mesh does not fit the devices.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise InputError(
+            "compiling for TPUs needs the package libtpu, which is not installed; "
+            "pip install '.[tpu]'"
+        )
+    os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
+    jax.config.update("jax_platforms", "cpu")
+    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    # A host has four chips or, where a slice is smaller, fewer.
+    bounds = [1, 1, 1] if math.prod(topology.shape) == 1 else None
+    if bounds:
+        slices["chips_per_host_bounds"] = bounds
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **slices
+        )
+    except Exception as error:  # jaxlib's own error types differ by version
+        raise InputError(f"libtpu has no {topology.name}: {error}") from error
+    if len(description.devices) != topology.devices:
+        raise InputError(
+            f"libtpu makes {len(description.devices)} devices of {topology.name}, not the "
+            f"{topology.devices} that were expected; use another version of it"
+        )
+    return make_mesh(config.mesh, description.devices)
+
+
+@dataclass
+class Memory:
+    """Bytes on one device."""
+
+    parts: dict[str, int]
+    """What a step is given: parameters, optimizer state, batch, or weights and cache."""
+    arguments: int = 0
+    """Of all that, as the compiler lays it out."""
+    outputs: int = 0
+    """What a step returns and does not write over its arguments."""
+    temporaries: int = 0
+    """What the program needs besides."""
+    code: int = 0
+    refused: str | None = None
+    """The compiler's own words, if it refused the program for want of memory."""
+    needed: int = 0
+    """Of the whole program: the sum, or what the compiler said that it would take."""
+    available: int = 0
+    """What the compiler allows, if it said so; else 0."""
+
+
+@dataclass
+class Compiled:
+    """A compiled step, or what the compiler said about one that it refused."""
+
+    memory: Memory
+    text: str | None
+    """The program; None if it was refused."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """That it took to trace and lower, and to compile."""
+
+
+@dataclass
+class Step:
+    """A step that can be compiled."""
+
+    function: Callable
+    """Jitted."""
+    arguments: tuple[Any, ...]
+    parts: Mapping[str, Any]
+    """Which of the abstract arguments are what."""
+
+
+def train_step(config: RunConfig, mesh: Mesh) -> Step:
+    """The train step of a configuration, for its batch.
+
+    Raises:
+      InputError: sizes do not divide over the mesh.
+    """
+    from plt_jax.training.step import abstract_batch, abstract_state, jit_train_step
+
+    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+    parts = {
+        "parameters": state.params,
+        "optimizer state": (state.step, state.opt_state),
+        "batch": batch,
+    }
+    return Step(jit_train_step(config, mesh), (state, batch), parts)
+
+
+def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step:
+    """The decode step of `batch` sequences, with a cache of `context` positions.
+
+    Weights and cache lie as `prepare_for_decode` and `init_cache` lay them over the mesh, which is
+    learned by compiling those two.
+
+    Raises:
+      InputError: sizes do not divide over the mesh.
+    """
+    from plt_jax.decoding.cache import init_cache
+    from plt_jax.decoding.layout import prepare_for_decode
+    from plt_jax.decoding.step import decode_step as step
+    from plt_jax.model.transformer import abstract_params
+
+    model = config.model
+    params = abstract_arrays(abstract_params(model), mesh)
+    with use_mesh(mesh):
+        weights = _laid_out(lambda params: prepare_for_decode(model, params), params)
+        cache = _laid_out(lambda: init_cache(model, batch, context))
+    whole = NamedSharding(mesh, PartitionSpec())
+    tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=whole)
+    function = jax.jit(step, static_argnums=0, donate_argnums=3)
+    parts = {"weights": weights, "cache": cache, "tokens": tokens}
+    return Step(function, (model, weights, tokens, cache), parts)
+
+
+def _laid_out(make: Callable, *arguments: Any) -> Any:
+    """Shapes, dtypes and shardings of what a function makes when it is compiled."""
+    lowered = jax.jit(make).lower(*arguments)
+    shapes = jax.eval_shape(make, *arguments)
+    shardings = lowered.compile().output_shardings
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(shardings)),
+    )
+
+
+def compile_step(step: Step, mesh: Mesh) -> Compiled:
+    """Compiles a step for the devices of its mesh; a program too large for them is an answer too.
+
+    Raises:
+      InputError: tracing refuses the configuration.
+    """
+    memory = Memory({name: device_bytes(tree) for name, tree in step.parts.items()})
+    start = time.perf_counter()
+    with use_mesh(mesh):
+        lowered = step.function.lower(*step.arguments)
+        seconds = {"lowering": time.perf_counter() - start}
+        start = time.perf_counter()
+        try:
+            compiled = lowered.compile()
+        except Exception as error:  # jaxlib's own error types differ by version
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            seconds["compiling"] = time.perf_counter() - start
+            return Compiled(refusal(memory, str(error)), None, seconds)
+    seconds["compiling"] = time.perf_counter() - start
+    analysis = compiled.memory_analysis()
+    memory.arguments = analysis.argument_size_in_bytes
+    memory.outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory.temporaries = analysis.temp_size_in_bytes
+    memory.code = analysis.generated_code_size_in_bytes
+    memory.needed = memory.arguments + memory.outputs + memory.temporaries + memory.code
+    return Compiled(memory, compiled.as_text(), seconds)
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes on one device of abstract arrays with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def refusal(memory: Memory, message: str) -> Memory:
+    """What a refusal tells.
+
+    `Used 454.2G of 95.73G hbm`, or `HLO temporaries (454G) exceeds available HBM (95.73G)`.
+    """
+    memory.refused = " ".join(message.split())
+    size = r"\(?([\d.]+)([KMGT]?)i?B?\)?"
+    used = re.search(rf"Used {size} of {size} hbm", memory.refused)
+    exceeds = re.search(rf"{size} exceeds available HBM {size}", memory.refused)
+    found = used or exceeds
+    if found:
+        needed, available = (
+            int(float(number) * _UNITS[unit])
+            for number, unit in (found.group(1, 2), found.group(3, 4))
+        )
+        memory.needed, memory.available = needed, available
+        if exceeds and not used:
+            memory.temporaries = needed
+    return memory

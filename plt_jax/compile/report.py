@@ -1,0 +1,193 @@
+"""What an estimate says, as lines of text."""
+
+from __future__ import annotations
+
+from plt_jax.compile.estimate import Estimate
+from plt_jax.config import RunConfig
+
+GIB = 2**30
+LANES = 128
+"""Numbers of a TPU's vectors: narrower shards cannot be gathered as they lie."""
+
+
+def report(config: RunConfig, estimate: Estimate) -> str:
+    """The whole report."""
+    sections = [_heading(config, estimate), _memory(estimate)]
+    if estimate.times is not None:
+        sections += [_collectives(estimate), _arithmetic(estimate), _times(estimate)]
+    return "\n\n".join("\n".join(lines) for lines in (*sections, _verdict(config, estimate)))
+
+
+def _heading(config: RunConfig, estimate: Estimate) -> list[str]:
+    topology, chip = estimate.topology, estimate.topology.chip
+    loop, moe = config.model.loop, config.model.moe
+    kind = f"{moe.experts_per_token} of {moe.experts} experts" if moe.experts else "dense"
+    axes = ", ".join(f"{axis} {size}" for axis, size in estimate.mesh.items() if size > 1)
+    slices = f" x {topology.slices} slices" if topology.slices > 1 else ""
+    per_device = f", {chip.devices} devices each" if chip.devices > 1 else ""
+    numbers = [
+        f"{chip.flops / 1e12:g} TFLOP/s bfloat16",
+        f"{chip.hbm_bytes / GIB:g} GiB at {chip.hbm_bandwidth / 1e9:g} GB/s",
+        f"{2 * chip.dimensions} links of {chip.link_bandwidth / 1e9:g} GB/s each way",
+        f"network {chip.network_bandwidth / 1e9:g} GB/s",
+    ]
+    took = (f"{name} took {taken:.1f} s" for name, taken in estimate.compiled.seconds.items())
+    return [
+        f"{loop.scheme}, loops {loop.count}, {config.model.layers} layers of width "
+        f"{config.model.width}, {kind}, remat {config.model.remat}",
+        f"{topology.name}{slices}: {topology.chips} chips{per_device}",
+        f"mesh: {axes or 'one device'}",
+        f"a chip: {', '.join(numbers)}",
+        ", ".join(took),
+    ]
+
+
+def _memory(estimate: Estimate) -> list[str]:
+    memory = estimate.compiled.memory
+    lines = ["memory of a device                                 GiB"]
+
+    def row(name: str, size: int, note: str = "") -> None:
+        lines.append(f"  {name:<40}{size / GIB:>12.3f}" + (f"  {note}" if note else ""))
+
+    for name, size in memory.parts.items():
+        row(name, size)
+    if memory.refused is None:
+        row("these as the compiler lays them out", memory.arguments)
+    if memory.temporaries:
+        row("temporaries", memory.temporaries)
+    if memory.refused is None:
+        row("outputs not in place of arguments", memory.outputs)
+        row("program", memory.code)
+    row("in all", memory.needed)
+    row("there is", estimate.hbm_capacity)
+    if estimate.activations is not None:
+        lines.append("kept for the backward pass, as traced; the compiler may keep less of it")
+        row("activations of a micro-batch's layers", estimate.activations.layers)
+        row("arrays of its logits' size", estimate.activations.logits)
+    return lines
+
+
+def _collectives(estimate: Estimate) -> list[str]:
+    if not estimate.collectives:
+        return ["collectives: none"]
+    lines = [
+        f"{'collectives of a step':<24}{'over':<20}{'devices':>8}{'count':>8}{'GB':>10}{'ms':>10}"
+    ]
+    for one in estimate.collectives:
+        note = ""
+        if one.gathered_bytes:
+            note = f"  {one.gathered_bytes / 1e9:.3f} GB of it are gathers of narrow shards"
+        if not one.certain:
+            note += "  (in a branch not always taken; in no sum)"
+        lines.append(
+            f"  {one.kind:<22}{' x '.join(one.axes):<20}{one.devices:>8}{one.count:>8}"
+            f"{one.bytes / 1e9:>10.3f}{1e3 * one.seconds:>10.3f}{note}"
+        )
+    return lines
+
+
+def _arithmetic(estimate: Estimate) -> list[str]:
+    flops, chips = estimate.flops, estimate.topology.chips
+    lines = ["TFLOPs of a chip and step"]
+    for index, count in enumerate(flops.by_loop):
+        lines.append(f"  loop {index + 1:<35}{count / chips / 1e12:>12.3f}")
+    for name, value, note in (
+        ("  model, all loops", flops.model / chips / 1e12, "what MFU counts"),
+        (
+            "  executed",
+            flops.executed / chips / 1e12,
+            "with what is computed again, and what attention masks in its blocks",
+        ),
+        (
+            "HBM traffic of a device and step, GB",
+            estimate.hbm_bytes / 1e9,
+            "read off the program; kernels' arguments counted once",
+        ),
+    ):
+        lines.append(f"{name:<42}{value:>12.3f}  {note}")
+    return lines
+
+
+def _times(estimate: Estimate) -> list[str]:
+    times = estimate.times
+    names = {
+        "compute": "arithmetic at peak",
+        "hbm": "memory",
+        "ici": "links",
+        "dcn": "network between slices",
+    }
+    lines = ["seconds of a step, at least"]
+    lines += [
+        f"  {names[name]:<40}{taken:>12.6f}"
+        for name, taken in times._asdict().items()
+        if taken or name != "dcn"
+    ]
+    for name, taken in (
+        ("if all overlaps", times.fastest),
+        ("if nothing does", times.slowest),
+    ):
+        lines.append(
+            f"  {name:<40}{taken:>12.6f}  MFU {100 * estimate.mfu(taken):.1f} %, "
+            f"{estimate.tokens_per_second(taken):,.0f} tokens/s a chip"
+        )
+    lines.append(
+        "  (bounds by the chip's numbers, not a measurement: no latencies, no lost cycles)"
+    )
+    return lines
+
+
+def _verdict(config: RunConfig, estimate: Estimate) -> list[str]:
+    left = estimate.hbm_capacity - estimate.compiled.memory.needed
+    if not estimate.fits:
+        memory = estimate.compiled.memory
+        lines = [f"verdict: does not fit, {-left / GIB:.2f} GiB too much"]
+        if memory.refused and not memory.needed:
+            lines = [f"verdict: does not fit: {memory.refused[:300]}"]
+        return [*lines, f"hint: {memory_hint(config, estimate)}"]
+    lines = [
+        f"verdict: fits, {left / GIB:.2f} GiB left; {estimate.dominating} takes most of the time"
+    ]
+    hint = speed_hint(config, estimate)
+    return [*lines, f"hint: {hint}"] if hint else lines
+
+
+def memory_hint(config: RunConfig, estimate: Estimate) -> str:
+    """A remedy for a step that does not fit."""
+    memory = estimate.compiled.memory
+    held = sum(memory.parts.values())
+    if "cache" in memory.parts:
+        return "lower --batch or --context, or raise mesh.tensor, mesh.context or mesh.fsdp"
+    if held > estimate.hbm_capacity / 2:
+        axes = "mesh.fsdp or mesh.expert" if config.model.moe.experts else "mesh.fsdp"
+        return f"parameters and optimizer state take {held / GIB:.1f} GiB; raise {axes}"
+    if config.model.remat != "full":
+        return "set model.remat to full"
+    rows = estimate.tokens // config.sequence_length
+    split = 1
+    for axis in ("data", "fsdp", "expert"):
+        split *= estimate.mesh[axis]
+    accumulate = 2 * config.training.accumulate
+    if rows % (accumulate * split) == 0:
+        return f"set training.accumulate to {accumulate} or more"
+    return "a sequence per device is too much; use more devices along mesh.context or mesh.tensor"
+
+
+def speed_hint(config: RunConfig, estimate: Estimate) -> str | None:
+    """A remedy for what takes most of a step's time, where one is known."""
+    gathered = [one for one in estimate.collectives if one.certain and one.gathered_bytes]
+    wasted = sum(one.seconds * one.gathered_bytes / one.bytes for one in gathered)
+    fsdp, width = estimate.mesh["fsdp"], config.model.width
+    if wasted > 0.1 * estimate.times.slowest and width // fsdp < LANES:
+        return (
+            f"shards of width {width} / mesh.fsdp {fsdp} are {width // fsdp} numbers wide, fewer "
+            f"than a vector's {LANES}, so gathers are all-reduces of twice the traffic; set "
+            f"mesh.fsdp to {max(width // LANES, 1)} or less, and mesh.data to the rest"
+        )
+    term = estimate.dominating
+    if term.endswith("over slices"):
+        return "raise training.batch_size: slices meet once a step, whatever its tokens"
+    if term.startswith(("all-gather", "reduce-scatter")) and config.training.accumulate > 1:
+        return "lower training.accumulate: weights are gathered for every micro-batch"
+    if term.startswith(("all-to-all", "ragged-all-to-all")):
+        return "lower mesh.expert: tokens then travel less far"
+    return None

@@ -1,0 +1,145 @@
+"""How long a step takes at least, from what it computes and moves and from the chip's numbers.
+
+Three resources bound it: arithmetic at peak, main memory, and links. If all of them overlapped
+perfectly, a step would take as long as the largest (`fastest`), if none did, their sum (`slowest`).
+Neither counts latencies, nor arithmetic below peak: real steps are slower than `fastest`, and may
+be slower than `slowest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from plt_jax.compile.chips import Chip, Topology
+from plt_jax.compile.collectives import Collective
+
+ON_CHIP_LINKS = 6
+"""How many links of the torus the one between a TPU7x chip's two devices is worth (Google Cloud's
+page of TPU7x)."""
+
+
+class Times(NamedTuple):
+    """Seconds of one step, resource by resource."""
+
+    compute: float
+    hbm: float
+    ici: float
+    """Links between the chips of a slice."""
+    dcn: float
+    """The data-center network between slices."""
+
+    @property
+    def fastest(self) -> float:
+        return max(self)
+
+    @property
+    def slowest(self) -> float:
+        return sum(self)
+
+
+class Ring(NamedTuple):
+    """One dimension of a slice's torus, as a group of devices lies along it."""
+
+    chips: int
+    """Of the group along it."""
+    links: int
+    """Directions in which a chip can send: both where the group is a whole ring, else one."""
+    stride: int
+    """Chips from one of the group to the next; as many groups share each link."""
+
+
+class Route(NamedTuple):
+    """How a group of devices is connected."""
+
+    rings: tuple[Ring, ...]
+    chips: int
+    devices: int
+
+
+def route(coordinates: Sequence[Sequence[int]], topology: Topology) -> Route:
+    """How devices are connected, from their chips' coordinates in the slice."""
+    places = np.asarray(coordinates)
+    rings = []
+    wraps = topology.chip.wraps(topology.shape)
+    for axis, (size, wrap) in enumerate(zip(topology.shape, wraps, strict=True)):
+        seen = np.unique(places[:, axis])
+        if len(seen) > 1:
+            whole = wrap and len(seen) == size
+            stride = 1 if whole else max(1, int(np.ptp(seen)) // (len(seen) - 1))
+            rings.append(Ring(len(seen), 2 if whole else 1, stride))
+    return Route(tuple(rings), len(np.unique(places, axis=0)), len(places))
+
+
+def ici_seconds(kind: str, size: int, where: Route, chip: Chip) -> float:
+    """A collective's time on the links of a slice.
+
+    Ring formulas: a device of n receives (n-1)/n of a gathered array, sends as much of a scattered
+    one, and both for a reduction, over all dimensions of the torus that the group spans at once. Of
+    an all-to-all a dimension of n chips carries n/8 of what a device sends per link of a ring, and
+    n/4 of a line.
+
+    Args:
+      size: bytes as `Collective.bytes` has them.
+    """
+    if not where.rings:  # the devices of one chip
+        parts = {"all-reduce": 2, "collective-permute": 2}.get(kind, 1) * (where.devices - 1)
+        return size * parts / where.devices / (ON_CHIP_LINKS * chip.link_bandwidth)
+    if kind == "collective-permute":
+        return size * chip.devices / chip.link_bandwidth
+    if kind in ("all-to-all", "ragged-all-to-all"):
+        worst = max(ring.chips * ring.stride / (4 * ring.links) for ring in where.rings)
+        return size * chip.devices * worst / chip.link_bandwidth
+    # Devices of one chip in one group share what arrives; those of different groups share links.
+    share = where.devices / where.chips / chip.devices
+    bandwidth = share * sum(ring.links / ring.stride for ring in where.rings) * chip.link_bandwidth
+    passes = 2 if kind == "all-reduce" else 1
+    return passes * size * (where.chips - 1) / where.chips / bandwidth
+
+
+def dcn_seconds(kind: str, size: int, slices: int, chip: Chip) -> float:
+    """A collective's time between slices, each device sending its own part."""
+    moved = {
+        "all-reduce": 2 * size * (slices - 1) / slices,
+        "all-gather": size * (slices - 1),
+    }.get(kind, size * (slices - 1) / slices)
+    return moved * chip.devices / chip.network_bandwidth
+
+
+def collective_seconds(one: Collective, devices: Sequence[jax.Device], topology: Topology) -> float:
+    """A collective's time, all of its runs in a step together.
+
+    Args:
+      devices: of one slice, in mesh order.
+    """
+    if one.slices > 1:
+        return dcn_seconds(one.kind, one.bytes, one.slices, topology.chip)
+    if len(one.group) < 2:
+        return 0.0
+    places = [devices[index].coords[: len(topology.shape)] for index in one.group]
+    return ici_seconds(one.kind, one.bytes, route(places, topology), topology.chip)
+
+
+def step_times(
+    flops: float,
+    hbm_bytes: float,
+    seconds: Sequence[tuple[Collective, float]],
+    chip: Chip,
+) -> Times:
+    """A step's times on one device.
+
+    Args:
+      flops: executed on one device.
+      hbm_bytes: moved by one device.
+      seconds: of each collective; uncertain ones do not count.
+    """
+    between = [(one.slices > 1, taken) for one, taken in seconds if one.certain]
+    return Times(
+        compute=flops / (chip.flops / chip.devices),
+        hbm=hbm_bytes / (chip.hbm_bandwidth / chip.devices),
+        ici=sum(taken for crosses, taken in between if not crosses),
+        dcn=sum(taken for crosses, taken in between if crosses),
+    )
