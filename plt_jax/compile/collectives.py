@@ -36,6 +36,8 @@ class Collective:
     device sends of the others (itself included)."""
     certain: bool = True
     """False in branches of the program that a step may leave out."""
+    pairs: tuple[tuple[int, int], ...] = ()
+    """Of a permutation: every source and its target."""
     gathered_bytes: int = 0
     """Of `bytes`: an all-reduce's arrays that are zero but for this device's part. They are gathers
     in disguise, of shards that are narrower than a TPU's 128 lanes."""
@@ -115,7 +117,8 @@ def _collective(
     if kind == "all-reduce" and len(group) > 1:
         own = (operand for operand in operands if _holds_own_part(program, within, operand))
         gathered = sum(operand.bytes for operand in own)
-    return Collective(kind, group, 1, 1, size, gathered_bytes=gathered)
+    pairs = source_target_pairs(one.attributes)
+    return Collective(kind, group, 1, 1, size, pairs=pairs, gathered_bytes=gathered)
 
 
 def _holds_own_part(program: Program, within: Computation, one: Instruction) -> bool:
@@ -137,9 +140,9 @@ def first_group(attributes: str) -> tuple[int, ...] | None:
     Forms: `{{0,1},{2,3}}`, `[2,2]<=[4]` (transposed: `[2,2]<=[2,2]T(1,0)`), and axes of a mesh,
     `mesh['data'=2,'fsdp'=2] {'fsdp'}`; pairs of source and target for permutations.
     """
-    pairs = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    pairs = source_target_pairs(attributes)
     if pairs:
-        return _moved(pairs[1])
+        return _cycle(pairs)
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed:
         return tuple(int(number) for number in listed[1].split(","))
@@ -157,11 +160,21 @@ def first_group(attributes: str) -> tuple[int, ...] | None:
     return None
 
 
-def _moved(pairs: str) -> tuple[int, ...]:
-    """Source and target of the first pair that crosses the most: who speaks with whom."""
-    found = [tuple(map(int, pair)) for pair in re.findall(r"(\d+),(\d+)", pairs)]
-    apart = [pair for pair in found if pair[0] != pair[1]]
-    return apart[0] if apart else found[0]
+def source_target_pairs(attributes: str) -> tuple[tuple[int, int], ...]:
+    """Those that an instruction's attributes list."""
+    listed = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    found = re.findall(r"(\d+),(\d+)", listed[1]) if listed else ()
+    return tuple((int(source), int(target)) for source, target in found)
+
+
+def _cycle(pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Who a permutation connects: the partitions that the first moving one's data could reach."""
+    targets = dict(pairs)
+    start = next((source for source, target in pairs if source != target), pairs[0][0])
+    reached = [start]
+    while targets.get(reached[-1], start) not in reached:
+        reached.append(targets[reached[-1]])
+    return tuple(sorted(reached))
 
 
 def _numbers(text: str | None) -> tuple[int, ...]:

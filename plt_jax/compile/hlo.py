@@ -94,6 +94,11 @@ class Instruction:
         match = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.attributes)
         return match and match[1]
 
+    def callee(self) -> str:
+        """The computation that a call lists; empty if there is none."""
+        match = re.search(r"called_computations=\{%?([\w.\-]+)", self.attributes)
+        return match[1] if match else ""
+
     def branches(self) -> list[str]:
         """The computations of a conditional."""
         match = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
@@ -205,9 +210,10 @@ def _executions(program: Program, name: str, times: int, certain: bool) -> Itera
             names = sorted(one.branches(), key=lambda branch: work(program, branch))
             for index, branch in enumerate(names):
                 yield from _executions(program, branch, times, certain and not index)
-        elif one.opcode in ("call", "call-start", "async-start"):
+        elif one.opcode in ("call", "call-start", "async-start", "custom-call-start"):
+            # Also what a TPU's sparse cores run: some of its collectives.
             callee = one.called("to_apply") or one.called("calls")
-            yield from _executions(program, callee, times, certain)
+            yield from _executions(program, callee or one.callee(), times, certain)
 
 
 def work(program: Program, name: str) -> int:

@@ -14,6 +14,7 @@ from plt_jax.compile.hlo import Computation, Instruction, Program, executions
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota"),
     *("partition-id", "replica-id", "while", "conditional", "call", "call-start", "async-start"),
+    *("custom-call-start",),
     *("opt-barrier", "optimization-barrier", "send", "send-done", "recv", "recv-done", "domain"),
 }
 _SLICES = ("dynamic-slice", "slice", "gather")
