@@ -47,6 +47,8 @@ def tpu_mesh(config: RunConfig, topology: Topology) -> Mesh:
         )
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     jax.config.update("jax_platforms", "cpu")
+    # Programs for devices that are not here can be kept there, but not read back.
+    jax.config.update("jax_enable_compilation_cache", False)
     slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
     # A host has four chips or, where a slice is smaller, fewer.
     bounds = [1, 1, 1] if math.prod(topology.shape) == 1 else None

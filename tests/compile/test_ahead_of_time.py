@@ -54,7 +54,7 @@ def bytes_of(estimate: dict, kind: str, axes: list[str]) -> int:
     return sum(
         one["bytes"]
         for one in estimate["collectives"]
-        if (one["kind"], one["axes"]) == (kind, axes)
+        if (one["kind"], one["axes"]) == (kind, axes) and one["certain"]
     )
 
 
