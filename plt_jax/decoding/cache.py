@@ -19,6 +19,7 @@ from plt_jax.config import ModelConfig
 from plt_jax.decoding.placement import placement
 from plt_jax.errors import InputError
 from plt_jax.model.axes import divisible, lay
+from plt_jax.model.kernels import traced_platform
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -189,9 +190,24 @@ def write(stored: Stored, new_BKTH: jax.Array, slots_BT: jax.Array) -> Stored:
         return jax.tree.map(
             lambda array, new: write(array, new, slots_BT), stored, quantize(new_BKTH)
         )
+    if new_BKTH.shape[2] == 1 and traced_platform() == "tpu":
+        return _write_one(stored, new_BKTH.astype(stored.dtype), slots_BT[:, 0])
     rows = jnp.arange(stored.shape[0])[:, None]
     new_BTKH = new_BKTH.swapaxes(1, 2).astype(stored.dtype)
     return _written(stored.at[rows, :, slots_BT].set(new_BTKH, mode="drop"))
+
+
+def _write_one(stored: jax.Array, new_BK1H: jax.Array, slots_B: jax.Array) -> jax.Array:
+    """As `write`, row by row: for a scatter a TPU lays the cache out anew, and copies it."""
+
+    def write_row(row: jax.Array, stored: jax.Array) -> jax.Array:
+        at = (row, 0, jnp.minimum(slots_B[row], stored.shape[2] - 1), 0)
+        new = jax.lax.dynamic_slice_in_dim(new_BK1H, row, 1)
+        old = jax.lax.dynamic_slice(stored, at, new.shape)
+        kept = jnp.where(slots_B[row] < stored.shape[2], new, old)
+        return jax.lax.dynamic_update_slice(stored, kept, at)
+
+    return jax.lax.fori_loop(0, stored.shape[0], write_row, stored)
 
 
 def quantize(x_BKTH: jax.Array) -> Quantized:
@@ -213,8 +229,9 @@ def write_rings(
 
 
 def _written(array: jax.Array) -> jax.Array:
-    """Keeps XLA from fusing a write into what reads it, which writes once more, into a copy."""
-    return jax.lax.optimization_barrier(array)
+    """Keeps XLA from fusing a write into what reads it, which on a CPU writes once more, into a
+    copy; on a TPU it is the barrier that costs one."""
+    return jax.lax.optimization_barrier(array) if traced_platform() == "cpu" else array
 
 
 def ring_positions(lengths_B: jax.Array, window: int) -> jax.Array:

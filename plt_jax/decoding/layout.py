@@ -137,9 +137,13 @@ def lay_rows(x_BTD: jax.Array) -> jax.Array:
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., D] times a prepared weight [N, D] or [2, F, D], summed and returned in float32, the
     weight's leading axes behind those of x."""
-    rows_MD = x.reshape(-1, x.shape[-1])
+    rows_MD, outputs = x.reshape(-1, x.shape[-1]), weight.shape[:-1]
+    if not divisible():
+        # CPUs have a fast product with a matrix alone; but a side that devices split cannot be
+        # folded behind another without being gathered.
+        weight = weight.reshape(-1, weight.shape[-1])
     out = jax.lax.platform_dependent(rows_MD, weight, cpu=_linear_on_cpu, default=_product)
-    return out.reshape(*x.shape[:-1], *weight.shape[:-1])
+    return out.reshape(*x.shape[:-1], *outputs)
 
 
 def _product(x_MD: jax.Array, weight: jax.Array) -> jax.Array:

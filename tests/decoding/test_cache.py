@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from plt_jax import Transformer, decode_step, init_cache, prefill, prepare_for_decode
+from plt_jax.decoding import cache as caches
 from plt_jax.decoding.cache import ring_positions
 from plt_jax.decoding.prefill import ring_slots_of_chunk
 from tests.models import ALL, compiled, random_params, small_config
@@ -150,3 +151,18 @@ def test_router_stays_in_float32():
 def test_empty_cache_is_refused(batch, length):
     with pytest.raises(ValueError, match=rf"at least 1, got {batch}, {length}"):
         init_cache(small_config(), batch, length)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_writing_row_by_row_is_writing_at_once(monkeypatch, dtype):
+    """As TPUs write one position of each sequence; what is beyond the end is dropped there too."""
+    B, K, S, H = 4, 2, 5, 3
+    random = np.random.default_rng(0)
+    held = jnp.asarray(random.normal(size=(B, K, S, H)), jnp.float32)
+    stored = caches.quantize(held) if dtype == "int8" else held
+    new = jnp.asarray(random.normal(size=(B, K, 1, H)), jnp.float32)
+    slots = jnp.array([[0], [4], [5], [9]])
+    expected = caches.write(stored, new, slots)
+    monkeypatch.setattr(caches, "traced_platform", lambda: "tpu")
+    jax.tree.map(np.testing.assert_array_equal, caches.write(stored, new, slots), expected)
+    assert not np.array_equal(jax.tree.leaves(expected)[0], jax.tree.leaves(stored)[0])

@@ -59,7 +59,7 @@ def count_with(shape, scheme, count):
 def test_weights_are_read_once_for_all_loops(scheme, count):
     """Each weight is in one product a layer; L in the schemes without a shift."""
     passes = 1 if scheme in SHIFTED else count
-    weights = {"gate and up": (2, 24, 16), "down": (16, 24), "q, k and v": (32, 16), "o": (16, 16)}
+    weights = {"gate and up": (48, 16), "down": (16, 24), "q, k and v": (32, 16), "o": (16, 16)}
     read = {name: count_with(shape, scheme, count) for name, shape in weights.items()}
     assert read == dict.fromkeys(weights, LAYERS * passes)
 
