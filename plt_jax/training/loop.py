@@ -76,27 +76,20 @@ def train(config: RunConfig) -> Outcome:
     patience = config.processes.timeout
     # Everything is checked before anything is written.
     with processes.together("the configuration is checked", patience):
-        changes = check_directory(config)
-        check_start(config)
-        mesh = make_mesh(config.mesh)
-        layout = training_layout(config, mesh)
-        abstract = abstract_state(config, mesh)
-        check_kernels(config, mesh)
-        data = load_data(config, layout.rows)
-        check_tokenizer(config, data.tokenizer)
-        check_sample_prompt(config, data.tokenizer)
-        evaluate = make_evaluate(config, mesh, data.token_bytes)
-    params = start_params(config, abstract)
-
+        checked = check(config)
     with processes.together("the run directory is made", patience):
+        params = start_params(config, checked.abstract)
         if processes.first():
-            write_directory(config, data.tokenizer)
+            write_directory(config, checked.data.tokenizer)
     directory = Path(config.run_dir)
-    describe(config, data, mesh, abstract.params, changes)
+    describe(config, checked)
     with StopRequest() as stop, Checkpoints(directory / CHECKPOINTS, config.checkpoint) as saved:
-        run = Run(config, directory, data, mesh, layout, evaluate, saved)
-        batches = iter(data.training)
-        state = start_or_resume(run, abstract, batches, params)
+        run = Run(
+            *(config, directory, checked.data, checked.mesh, checked.layout),
+            *(checked.evaluate, saved),
+        )
+        batches = iter(run.data.training)
+        state = start_or_resume(run, checked.abstract, batches, params)
         del params  # the step takes their place
         start = int(state.step)
         if start >= config.training.steps:
@@ -119,6 +112,33 @@ def train(config: RunConfig) -> Outcome:
         f"peak memory {peak_memory() / 2**30:.2f} GiB; the run is in {directory}"
     )
     return Outcome(step, stopped=False)
+
+
+class Checked(NamedTuple):
+    """What is known of a run before anything is written."""
+
+    changes: list[str]
+    """Since its last start."""
+    mesh: Mesh
+    layout: BatchLayout
+    abstract: TrainState
+    data: Data
+    evaluate: Callable[[Any, Any, int | None], Evaluation]
+
+
+def check(config: RunConfig) -> Checked:
+    """Raises InputError where anything does not fit the configuration; changes nothing."""
+    changes = check_directory(config)
+    check_start(config)
+    mesh = make_mesh(config.mesh)
+    layout = training_layout(config, mesh)
+    abstract = abstract_state(config, mesh)
+    check_kernels(config, mesh)
+    data = load_data(config, layout.rows)
+    check_tokenizer(config, data.tokenizer)
+    check_sample_prompt(config, data.tokenizer)
+    evaluate = make_evaluate(config, mesh, data.token_bytes)
+    return Checked(changes, mesh, layout, abstract, data, evaluate)
 
 
 def open_metrics(run: Run, step: int) -> MetricsWriter | NoMetrics:
@@ -281,13 +301,13 @@ def log_evaluation(
     )
 
 
-def describe(config: RunConfig, data: Data, mesh: Mesh, params: Any, changes: list[str]) -> None:
+def describe(config: RunConfig, checked: Checked) -> None:
     """Prints what is about to be trained, on what."""
-    loop, counts = config.model.loop, data.counts
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(params))
+    loop, counts, mesh = config.model.loop, checked.data.counts, checked.mesh
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(checked.abstract.params))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"run directory {config.run_dir}")
-    for change in changes:
+    for change in checked.changes:
         print(f"changed since its last start: {change}")
     print(
         f"model: {loop.scheme}, {loop.count} loops, {parameters:,} parameters, {config.model.dtype}"
