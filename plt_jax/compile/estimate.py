@@ -15,7 +15,7 @@ from plt_jax.compile.chips import Topology
 from plt_jax.compile.collectives import Collective, axes_between, read_collectives
 from plt_jax.compile.hlo import parse_program
 from plt_jax.compile.program import Compiled
-from plt_jax.compile.roofline import Times, collective_seconds, step_times
+from plt_jax.compile.roofline import Times, all_seconds, step_times
 from plt_jax.compile.traffic import hbm_bytes
 
 
@@ -141,7 +141,7 @@ def estimate(
         devices = list(mesh.devices.flat)
         within = [one for one in devices if getattr(one, "slice_index", 0) == 0]
         found = read_collectives(program, len(within))
-        seconds = [(one, collective_seconds(one, within, topology)) for one in found]
+        seconds = all_seconds(found, within, topology)
         moved = hbm_bytes(program)
         executed = flops.executed / topology.devices
         times = step_times(executed, moved, seconds, topology.chip)

@@ -8,7 +8,8 @@ be slower than `slowest`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -86,10 +87,8 @@ def ici_seconds(kind: str, size: int, where: Route, chip: Chip) -> float:
       size: bytes as `Collective.bytes` has them.
     """
     if not where.rings:  # the devices of one chip
-        parts = {"all-reduce": 2, "collective-permute": 2}.get(kind, 1) * (where.devices - 1)
+        parts = (2 if kind == "all-reduce" else 1) * (where.devices - 1)
         return size * parts / where.devices / (ON_CHIP_LINKS * chip.link_bandwidth)
-    if kind == "collective-permute":
-        return size * chip.devices / chip.link_bandwidth
     if kind in ("all-to-all", "ragged-all-to-all"):
         worst = max(ring.chips * ring.stride / (4 * ring.links) for ring in where.rings)
         return size * chip.devices * worst / chip.link_bandwidth
@@ -109,12 +108,63 @@ def dcn_seconds(kind: str, size: int, slices: int, chip: Chip) -> float:
     return moved * chip.devices / chip.network_bandwidth
 
 
-def collective_seconds(one: Collective, devices: Sequence[jax.Device], topology: Topology) -> float:
-    """A collective's time, all of its runs in a step together.
+def permutation_seconds(
+    permutations: Sequence[Collective], devices: Sequence[jax.Device], topology: Topology
+) -> list[float]:
+    """Times of permutations on the links of a slice.
+
+    Each goes by dimension after dimension, the shorter way around rings. Those in opposite
+    directions, of which rings are made, use different links, so that together they take as long as
+    the link that carries most; each is given its share of it.
+    """
+    loads: Counter[tuple] = Counter()
+    near = 0.0
+    for one in permutations:
+        ways = [
+            list(_hops(devices[source].coords, devices[target].coords, topology))
+            for source, target in one.pairs
+        ]
+        for way in ways:
+            loads.update(dict.fromkeys(way, one.bytes))
+        near += 0 if any(ways) else one.bytes / ON_CHIP_LINKS
+    taken = (max(loads.values(), default=0) + near) / topology.chip.link_bandwidth
+    total = sum(one.bytes for one in permutations)
+    return [taken * one.bytes / total if total else 0.0 for one in permutations]
+
+
+def _hops(source: Sequence[int], target: Sequence[int], topology: Topology) -> Iterator[tuple]:
+    """The links on the way from one chip to another: where each begins, its axis and direction."""
+    place = list(source)
+    wraps = topology.chip.wraps(topology.shape)
+    for axis, (size, wrap) in enumerate(zip(topology.shape, wraps, strict=True)):
+        distance = target[axis] - place[axis]
+        if wrap and abs(distance) > size / 2:
+            distance -= int(np.sign(distance)) * size
+        step = int(np.sign(distance))
+        for _ in range(abs(distance)):
+            yield (*place, axis, step)
+            place[axis] = (place[axis] + step) % size
+
+
+def all_seconds(
+    collectives: Sequence[Collective], devices: Sequence[jax.Device], topology: Topology
+) -> list[tuple[Collective, float]]:
+    """Each collective with its time, all of its runs in a step together.
 
     Args:
       devices: of one slice, in mesh order.
     """
+    taken = []
+    for certain in (True, False):
+        moved = [one for one in collectives if one.pairs and one.certain == certain]
+        taken += zip(moved, permutation_seconds(moved, devices, topology), strict=True)
+    others = [one for one in collectives if not one.pairs]
+    return taken + [(one, _collective_seconds(one, devices, topology)) for one in others]
+
+
+def _collective_seconds(
+    one: Collective, devices: Sequence[jax.Device], topology: Topology
+) -> float:
     if one.slices > 1:
         return dcn_seconds(one.kind, one.bytes, one.slices, topology.chip)
     if len(one.group) < 2:

@@ -50,6 +50,7 @@ def test_compiled_programs_have_the_collectives_that_were_asked_for(
             ("data", "fsdp"),
         ),
         ("source_target_pairs={{0,0},{1,5},{5,1}}, x", (1, 5), ("data",)),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}, x", (0, 1, 2, 3), ("fsdp",)),
     ],
 )
 def test_groups_in_every_form_are_told_by_mesh_axis(attributes, group, axes):
@@ -99,6 +100,20 @@ def test_a_collective_spread_over_fusions_counts_once():
   %f = f32[64]{0} fusion(%a), kind=kCustom, calls=%begin
   ROOT %h = f32[64]{0} fusion(%a), kind=kCustom, calls=%end"""
     (found,) = read(lines, before=CHAIN)
+    assert (found.kind, found.count, found.bytes) == ("all-gather", 1, 256)
+
+
+def test_a_collective_of_the_sparse_cores_counts():
+    before = """\
+%offloaded (p: f32[16]) -> f32[64] {
+  %p = f32[16]{0} parameter(0)
+  ROOT %g = f32[64]{0} all-gather(%p), replica_groups={{0,1,2,3}}
+}, execution_thread="sparsecore"
+"""
+    lines = """\
+  %s = ((), (), (s32[8]{0})) custom-call-start(%a), called_computations={%offloaded}
+  ROOT %d = f32[64]{0} custom-call-done(%s)"""
+    (found,) = read(lines, before=before)
     assert (found.kind, found.count, found.bytes) == ("all-gather", 1, 256)
 
 

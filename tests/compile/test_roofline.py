@@ -6,7 +6,14 @@ import pytest
 
 from plt_jax.compile.chips import CHIPS, parse_topology
 from plt_jax.compile.collectives import Collective
-from plt_jax.compile.roofline import Ring, dcn_seconds, ici_seconds, route, step_times
+from plt_jax.compile.roofline import (
+    Ring,
+    dcn_seconds,
+    ici_seconds,
+    permutation_seconds,
+    route,
+    step_times,
+)
 
 V5P, V5E = CHIPS["v5p"], CHIPS["v5e"]
 CUBE = parse_topology("v5p:4x4x4")
@@ -61,6 +68,41 @@ def test_the_two_devices_of_a_chip_share_its_links():
     assert one_each == pytest.approx(2 * both)
     within = ici_seconds("all-gather", GB, route([(0, 0, 0)] * 2, topology), chip)
     assert within == pytest.approx(GB / 2 / (6 * 90e9))
+
+
+class Device:
+    def __init__(self, *coords: int):
+        self.coords = coords
+
+
+def test_opposite_permutations_use_different_links():
+    devices = [Device(i, 0, 0) for i in range(4)]
+    forward, backward = ([(i, (i + step) % 4) for i in range(4)] for step in (1, 3))
+
+    def permutation(pairs):
+        return Collective("collective-permute", (0, 1, 2, 3), 1, 1, GB, pairs=tuple(pairs))
+
+    one, same = permutation(forward), permutation(forward)
+    assert permutation_seconds([one], devices, CUBE) == pytest.approx([GB / 90e9])
+    assert sum(permutation_seconds([one, same], devices, CUBE)) == pytest.approx(2 * GB / 90e9)
+    both = permutation_seconds([one, permutation(backward)], devices, CUBE)
+    assert both == pytest.approx([GB / 2 / 90e9] * 2)
+
+
+def test_what_chips_pass_on_loads_their_links_too():
+    """Four chips in a line of eight, each sending two on: the middle links carry two parts."""
+    devices = [Device(0, 0, i) for i in range(8)]
+    pairs = tuple((i, i + 2) for i in range(4))
+    apart = Collective("collective-permute", (0, 2), 1, 1, GB, pairs=pairs)
+    topology = parse_topology("v5p:4x4x8")
+    assert permutation_seconds([apart], devices, topology) == pytest.approx([2 * GB / 90e9])
+
+
+def test_a_permutation_within_chips_does_not_touch_the_torus():
+    together = Collective("collective-permute", (0, 1), 1, 1, GB, pairs=((0, 1), (1, 0)))
+    devices = [Device(0, 0, 0), Device(0, 0, 0)]
+    topology = parse_topology("tpu7x:4x4x4")
+    assert permutation_seconds([together], devices, topology) == pytest.approx([GB / 6 / 90e9])
 
 
 def test_between_slices_a_reduction_goes_both_ways():
