@@ -38,17 +38,19 @@ def _moved(program: Program, computation: Computation, one: Instruction) -> int:
         body = program.computations.get(one.called("calls") or "")
         if body is not None:
             return _of_fusion(body, computation, one)
-    if one.opcode in _SLICES:
-        return 2 * _size(one)
     operands = [computation.by_name[name] for name in one.operands if name in computation.by_name]
+    kind = one.opcode.removesuffix("-start")
+    if kind in _SLICES:
+        # Started, it makes a tuple of its operand, its result and a context.
+        result = one.arrays[-2 if kind != one.opcode else 0]
+        read = result.bytes if any(map(_size, operands[:1])) else 0
+        return read + result.hbm_bytes
     if one.opcode == "dynamic-update-slice":
-        return 2 * _size(operands[1])
-    if one.opcode.removesuffix("-start") in (*KINDS, "copy", "slice", "dynamic-slice"):
-        written = one.arrays[:2] if one.opcode.endswith("-start") else one.arrays
-        # The start of an asynchronous copy makes the pair of its source and its destination.
-        return sum(array.hbm_bytes for array in written) + (
-            0 if one.opcode.endswith("-start") else sum(map(_size, operands))
-        )
+        target, update = operands[:2]
+        return _size(update) + (update.bytes if _size(target) else 0)
+    if kind != one.opcode and kind in (*KINDS, "copy"):
+        # The pair of its operand and its result.
+        return sum(array.hbm_bytes for array in one.arrays[:2])
     return _size(one) + sum(map(_size, operands))
 
 

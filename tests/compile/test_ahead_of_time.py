@@ -111,7 +111,9 @@ def test_a_decode_step_reads_weights_and_cache(compiled):
     assert parts["weights"] == pytest.approx(2 * (4 * LAYER + EMBEDDING), rel=0.01)
     cache = 2 * 2 * 4 * 4 * 4 * 2048 * 128
     assert cache <= parts["cache"] <= 1.1 * cache
-    assert estimate["hbm_bytes"] >= 0.9 * (parts["weights"] + parts["cache"])
+    held = parts["weights"] + parts["cache"]
+    # A cache this small goes into on-chip memory as a whole, and back.
+    assert 0.9 * held <= estimate["hbm_bytes"] <= held + 1.1 * parts["cache"]
     assert estimate["collectives"] == []
 
 

@@ -65,3 +65,37 @@ ENTRY %main (w: bf16[16,8,128], i: s32[]) -> bf16[8,128] {
 def test_arrays_in_on_chip_memory_are_free():
     """A slice is read from main memory, doubled on the chip, and copied back."""
     assert hbm_bytes(parse_program(TPU)) == 2 * 8 * 128 * 2
+
+
+def tpu_line(line: str) -> int:
+    text = f"""\
+ENTRY %main (w: bf16[64,128]) -> bf16[16,128] {{
+  %w = bf16[64,128]{{1,0:T(8,128)(2,1)}} parameter(0)
+  %n = bf16[16,128]{{1,0:T(8,128)(2,1)S(1)}} constant(0)
+  %i = s32[]{{:T(128)S(6)}} constant(0)
+{line}
+}}
+"""
+    return hbm_bytes(parse_program(text))
+
+
+PART = 16 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "size"),
+    [
+        # Prefetches of a part of an array into on-chip memory, and the same into main memory.
+        (
+            "  %s = ((bf16[64,128]{1,0:T(8,128)(2,1)}), bf16[16,128]{1,0:T(8,128)(2,1)S(1)}, s32[]"
+            "{:S(2)}) slice-start(%w), slice={[0:16], [0:128]}",
+            PART,
+        ),
+        ("  %s = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} slice(%w), slice={[0:16], [0:128]}", PART),
+        ("  %s = bf16[16,128]{1,0:T(8,128)(2,1)} slice(%w), slice={[0:16], [0:128]}", 2 * PART),
+        ("  %s = bf16[64,128]{1,0:T(8,128)(2,1)} dynamic-update-slice(%w, %n, %i, %i)", PART),
+        ("  %s = bf16[16,128]{1,0:T(8,128)(2,1)S(1)} dynamic-slice(%n, %i, %i)", 0),
+    ],
+)
+def test_of_a_slice_its_part_moves(line, size):
+    assert tpu_line(line) == size
