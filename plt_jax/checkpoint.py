@@ -6,6 +6,7 @@ iterator's, so that evaluation can read the parameters alone and training can go
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Checkpoints:
     """The checkpoints of one run; saving is asynchronous, use as a context manager to finish it."""
 
     def __init__(self, directory: str | Path, config: CheckpointConfig):
+        self._directory = Path(directory).absolute()
         policies = ocp.training.preservation_policies
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["validation_loss"],
@@ -32,7 +34,7 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         self._checkpointer = ocp.training.Checkpointer(
-            Path(directory).absolute(),
+            self._directory,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(
                 [policies.LatestN(config.keep), best]
@@ -78,10 +80,14 @@ class Checkpoints:
         Args:
           params, optimizer: the abstract trees, with shardings, that the arrays are read into.
         """
-        restored = self._checkpointer.load_checkpointables(
-            None, {"params": params, "optimizer": optimizer, "data": None}
-        )
-        return restored["params"], restored["optimizer"], restored["data"]
+        wanted = {"params": params, "optimizer": optimizer, "data": None}
+        # Earlier versions kept the data's state as one process's own.
+        earlier = self._directory / str(self.latest_step) / "data" / "process_0-of-1.json"
+        if earlier.exists():
+            del wanted["data"]
+        restored = self._checkpointer.load_checkpointables(None, wanted)
+        data = restored.get("data") or json.loads(earlier.read_text(encoding="utf-8"))
+        return restored["params"], restored["optimizer"], data
 
 
 def save_params(directory: str | Path, step: int, params: Any) -> None:

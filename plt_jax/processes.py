@@ -1,7 +1,7 @@
 """Several processes that train one model: how they find one another, agree, and wait.
 
-On one machine nothing here does anything. On TPU pods, under Slurm and under Open MPI, JAX finds
-the others by itself; elsewhere `processes.coordinator`, `.count` and `.index` say who they are.
+Of one process nothing here does anything. On TPU pods and under Slurm JAX finds the others by
+itself; elsewhere `processes.coordinator`, `.count` and `.index` say who they are.
 """
 
 from __future__ import annotations
@@ -53,30 +53,40 @@ def start(config: ProcessesConfig) -> None:
             "process_id": config.index,
             "cluster_detection_method": "deactivate",
         }
-    with _patience(config.timeout):
-        jax.distributed.initialize(**settings)
+    # It would swallow SIGTERM, which training handles by itself.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        with _patience(config.timeout):
+            jax.distributed.initialize(**settings)
+    except (ValueError, RuntimeError) as error:
+        if not config.coordinator and not several_announced():
+            return  # TPU chips without metadata, or another device: nobody speaks of others
+        raise InputError(
+            f"JAX does not find the other processes ({' '.join(str(error).split())[:200]}); say "
+            "who is who with processes.coordinator, processes.count and processes.index"
+        ) from error
     _client().key_value_set(f"host/{jax.process_index()}", socket.gethostname())
     if not first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
 
 
 def announced() -> bool:
-    """Whether the environment says that this process is one of several (or on a TPU machine, where
-    JAX asks its metadata)."""
-    environment = os.environ
-    several = any(
-        environment.get(name, "1") not in ("", "0", "1")
-        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
-        # Slurm sets this in a job's own shell too, where nobody else runs.
-        if name != "SLURM_NTASKS" or "SLURM_STEP_NODELIST" in environment
-    )
+    """Whether this process may be one of several: the environment says so, or there are TPU chips,
+    whose machine's metadata JAX asks."""
     chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    wanted = environment.get("JAX_PLATFORMS", "tpu")
-    return (
-        several
-        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-        or (bool(chips) and "tpu" in wanted)
-    )
+    if "TPU_WORKER_HOSTNAMES" in os.environ or "TPU_SKIP_MDS_QUERY" in os.environ:
+        chips = []  # the environment says who there is, or that there is nobody to ask
+    wanted = os.environ.get("JAX_PLATFORMS") or "tpu"
+    return several_announced() or (bool(chips) and "tpu" in wanted)
+
+
+def several_announced() -> bool:
+    """Whether the environment says that this process is one of several."""
+    counts = ["OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"]
+    if "SLURM_STEP_NODELIST" in os.environ:
+        counts.append("SLURM_NTASKS")  # set in a job's own shell too, where nobody else runs
+    several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in counts)
+    return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
 
 
 def first() -> bool:
@@ -104,6 +114,9 @@ def barrier(what: str, timeout: int) -> None:
     try:
         _client().wait_at_barrier(f"plt_jax/{what}/{next(_numbers)}", timeout * 1000)
     except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            reason = " ".join(str(error).split())[:300]
+            raise MissingProcessError(f"a process was lost before {what}: {reason}") from error
         raise MissingProcessError(
             f"{_missing(str(error))} did not come to the point where {what}, for {timeout} s; look "
             "at its output, or raise processes.timeout"
@@ -134,6 +147,28 @@ def together(what: str, timeout: int) -> Iterator[None]:
         message = _client().blocking_key_value_get(f"{key}/{index}", timeout * 1000)
         if message:
             raise InputError(f"{_name(index)}: {message}")
+
+
+def agree(values: dict[str, str], timeout: int) -> None:
+    """Checks that values are the same in all processes.
+
+    Args:
+      values: by what they are.
+      timeout: seconds to wait for the other processes.
+
+    Raises:
+      InputError: a process has another than the first; says which value.
+    """
+    if alone():
+        return
+    key = f"plt_jax/agree/{next(_numbers)}"
+    with together("values are compared", timeout):
+        if first():
+            _client().key_value_set(key, json.dumps(values))
+        right = json.loads(_client().blocking_key_value_get(key, timeout * 1000))
+        for name, value in values.items():
+            if value != right[name]:
+                raise InputError(f"the {name} here is not that of process 0; give all the same")
 
 
 def any_process(flag: bool) -> bool:

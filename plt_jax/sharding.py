@@ -47,8 +47,7 @@ RULES: Rules = (
 """Logical axis -> mesh axes."""
 
 BETWEEN_SLICES = ("data", "fsdp")
-"""Mesh axes that may cross the slow network between slices: they communicate once a layer or less,
-not in the middle of one."""
+"""Mesh axes that may cross the slow network between slices: those that communicate least."""
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -62,8 +61,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(config, len(devices))
-    # CPUs and GPUs have no slices, or one.
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # Of GPUs each host is a slice to JAX, but their order alone keeps later axes within hosts.
+    of_slices = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if of_slices else 1
     try:
         if slices == 1:
             grid = mesh_utils.create_device_mesh(

@@ -110,7 +110,7 @@ REFUSED = {
     "mesh: {tensor: 0}": "tensor is 0; use a positive size, or -1 for the remaining devices",
     "mesh: {fsdp: -2}": "mesh.fsdp = -2: input should be greater than or equal to -1",
     "mesh: {fsdp: -1}": "only one axis may be -1, got {'data': -1, 'fsdp': -1, 'expert': 1, "
-    "'tensor': 1}",
+    "'context': 1, 'tensor': 1}",
     "optimizer: {learning_rate: .nan}": "optimizer.learning_rate = nan: input should be a finite",
     "optimizer: {learning_rate: .inf}": "optimizer.learning_rate = inf: input should be a finite",
     "model: {loop: {hidden_scale: -.inf}}": "model.loop.hidden_scale = -inf: input should be a fin",

@@ -90,7 +90,9 @@ def all_cases() -> list[Case]:
 
 def main() -> None:
     parser = CommandParser(prog="python -m plt_jax.benchmarks.scaling", description=__doc__)
-    parser.add_argument("--out", required=True, help="folder for scaling.jsonl and scaling.txt")
+    parser.add_argument(
+        "--out", default="measured", help="folder for scaling.jsonl and scaling.txt"
+    )
     parser.add_argument(
         "--only", default="", help='cases whose names have all of these words, as in "v5p loops=2"'
     )
@@ -133,10 +135,12 @@ def run_case(case: Case, timeout: int) -> Row:
         found = compile_case(case, accumulate, timeout)
         row["tries"].append({"accumulate": accumulate, "seconds": time.perf_counter() - start})
         if "error" in found:
-            # More micro-batches than sequences on a device.
-            return row | (found if accumulate == 1 else {})
+            # With several micro-batches: those no longer have a sequence for every device.
+            if accumulate > 1 and "does not divide" in found["error"]:
+                return row
+            return row | found
         row["tries"][-1] |= {name: found[name] for name in ("memory", "fits")}
-        row |= {"accumulate": accumulate, **found}
+        row |= {"accumulate": accumulate, **found, "config": case.config}
         if found["fits"]:
             return row
         accumulate *= 2
@@ -206,7 +210,7 @@ def line(rows: dict[str, Row], case: Case) -> tuple[str, ...]:
     row, gib = rows[case.name], 2**30
     chips = str(parse_topology(case.topology).chips)
     start = (case.config, case.topology, chips, str(case.loops))
-    if "memory" not in row:
+    if "error" in row or "memory" not in row:
         return (*start, f"failed: {row.get('error', '')[:60]}", *[""] * (len(HEADINGS) - 5))
     mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1)
     memory = row["memory"]

@@ -25,12 +25,12 @@ import numpy as np
 from plt_jax.benchmarks.decode import Case, all_cases, with_scheme
 from plt_jax.benchmarks.machine import machine
 from plt_jax.cli import CommandParser, parse_run_config, run_command
+from plt_jax.compile.arithmetic import train_flops
 from plt_jax.compile.chips import peak_flops
 from plt_jax.config import SCHEMES, RunConfig
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
 from plt_jax.model.attention import choose_backend
-from plt_jax.model.costs import flops_by_loop
 from plt_jax.sharding import make_mesh, use_mesh
 from plt_jax.training.step import (
     Batch,
@@ -45,12 +45,13 @@ Report = dict[str, Any]
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    arguments, config = parse(list(sys.argv[1:] if words is None else words))
+    words = list(sys.argv[1:] if words is None else words)
+    arguments, config = parse(words)
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh):
         attention = choose_backend(config.model)
     report: Report = {
-        "command": " ".join(["python -m plt_jax.benchmarks.train", *sys.argv[1:]]),
+        "command": " ".join(["python -m plt_jax.benchmarks.train", *words]),
         "machine": machine(),
         "mesh": dict(mesh.shape),
         "attention": attention,
@@ -165,7 +166,7 @@ def row(report: Report, run: Run, seconds: dict[Case, list[float]]) -> Report:
     """One scheme's figures."""
     own, T = seconds[run.case], report["sequence_length"]
     tokens, median = report["batch_size"] * T, statistics.median(own)
-    flops = 3 * tokens * sum(one.total for one in flops_by_loop(run.config.model, T))
+    flops = train_flops(run.config).model
     memory = run.step.memory_analysis()
     made: Report = {
         "label": run.case.label,

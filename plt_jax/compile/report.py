@@ -185,7 +185,9 @@ def speed_hint(config: RunConfig, estimate: Estimate) -> str | None:
         )
     term = estimate.dominating
     if term.endswith("over slices"):
-        return "raise training.batch_size: slices meet once a step, whatever its tokens"
+        if config.training.accumulate > 1:
+            return "lower training.accumulate: slices meet in every micro-batch"
+        return "raise training.batch_size: what slices exchange does not grow with it"
     if term.startswith(("all-gather", "reduce-scatter")) and config.training.accumulate > 1:
         return "lower training.accumulate: weights are gathered for every micro-batch"
     if term.startswith(("all-to-all", "ragged-all-to-all")):

@@ -2,7 +2,7 @@
 
 Sequences are split over the batch's axes, heads over the tensor axis, and the positions of the
 cache that grows over the context and fsdp axes, and over those that sequences or heads do not
-divide by: of one long sequence every device holds a part. No device ever has the whole: each
+divide by, as far as their number divides: of one long sequence every device holds a part. Each
 attends to what it holds, and small sums put the parts together (`attention.attend_where_held`).
 """
 

@@ -47,10 +47,12 @@ def devices_along(axes: tuple[str, ...]) -> int:
 
 
 def fitting(axes: tuple[str, ...], size: int) -> tuple[str, ...]:
-    """The mesh axes among some, in order, that a dimension of this size divides by together."""
+    """The mesh axes among some, of several devices each, that a dimension of this size divides by
+    together; in order."""
     taken = ()
     for axis in axes:
-        if size % devices_along((*taken, axis)) == 0:
+        several = devices_along((axis,)) > 1
+        if several and size % devices_along((*taken, axis)) == 0:
             taken = (*taken, axis)
     return taken
 

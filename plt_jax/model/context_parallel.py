@@ -24,7 +24,7 @@ QUERY_BLOCK, KEY_BLOCK = 512, 512
 """Of causal attention in plain XLA: its logits take QUERY_BLOCK x KEY_BLOCK for each head."""
 
 NO_DOCUMENT = -1
-"""The document of positions before the first."""
+"""The document of queries that fill up a block."""
 
 
 def shift_right(x_BTD: jax.Array) -> jax.Array:
@@ -244,7 +244,7 @@ def _splash_causal(axes, shape, q_BNTH, k_BKTH, v_BKTH, documents_BT, kernel):
         for part in jnp.split(x, [half], axis=axis):
             padding = [(0, 0)] * x.ndim
             padding[axis] = (0, room - part.shape[axis])
-            parts.append(jnp.pad(part, padding, mode="edge"))
+            parts.append(jnp.pad(part, padding, mode="edge" if part.shape[axis] else "constant"))
         return jnp.concatenate(parts, axis=axis)
 
     out = run_splash(

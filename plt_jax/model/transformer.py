@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
+from plt_jax.errors import InputError
+from plt_jax.model.axes import devices_along, split_axes
 from plt_jax.model.block import (
     Context,
     KeysValues,
@@ -84,6 +86,16 @@ def positions_in_documents(documents_BT: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def check_length(length: int) -> None:
+    """Raises InputError for sequences that the current mesh cannot spread over its devices."""
+    axes = split_axes("length")
+    if axes and length % devices_along(axes):
+        raise InputError(
+            f"sequences of {length} do not divide by the {devices_along(axes)} devices of mesh "
+            f"axis {' x '.join(axes)}; change either"
+        )
+
+
 class Transformer(nn.Module):
     """A decoder-only transformer whose layer stack runs L times, by any scheme of the config.
 
@@ -123,6 +135,7 @@ class Transformer(nn.Module):
     ) -> LoopStates:
         """The states of every loop [L, B, T, D]; arguments as in `__call__`."""
         config = self.config
+        check_length(tokens_BT.shape[1])
         documents_BT = None if segment_ids is None else number_documents(segment_ids)
         if positions is None and documents_BT is not None:
             positions = positions_in_documents(documents_BT)

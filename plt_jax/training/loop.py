@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 from plt_jax import processes
 from plt_jax.checkpoint import Checkpoints, load_params
-from plt_jax.config import RunConfig
+from plt_jax.config import ProcessesConfig, RunConfig
+from plt_jax.data.cache import fingerprint
 from plt_jax.data.load import Data, load_data
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import begin, stream_text
@@ -23,7 +24,7 @@ from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
 from plt_jax.model.attention import choose_backend
 from plt_jax.model.grouped import choose_form
 from plt_jax.run import check_directory, check_tokenizer, find_checkpoint, write_directory
-from plt_jax.run_files import CHECKPOINTS, list_steps
+from plt_jax.run_files import CHECKPOINTS, CONFIG, list_steps
 from plt_jax.sharding import BatchLayout, make_mesh, use_mesh
 from plt_jax.training.metrics import MetricsWriter, NoMetrics, plot_losses
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
@@ -38,6 +39,8 @@ from plt_jax.training.step import (
 )
 
 SAMPLE_TOKENS = 120
+CACHES = {"cache_dir": ""}
+"""Of the data section, what each machine may have of its own."""
 
 
 class Outcome(NamedTuple):
@@ -77,11 +80,14 @@ def train(config: RunConfig) -> Outcome:
     # Everything is checked before anything is written.
     with processes.together("the configuration is checked", patience):
         checked = check(config)
+    processes.agree(what_all_share(config, checked.data), patience)
     with processes.together("the run directory is made", patience):
         params = start_params(config, checked.abstract)
         if processes.first():
             write_directory(config, checked.data.tokenizer)
     directory = Path(config.run_dir)
+    with processes.together("the run directory is seen", patience):
+        check_shared(directory)
     describe(config, checked)
     with StopRequest() as stop, Checkpoints(directory / CHECKPOINTS, config.checkpoint) as saved:
         run = Run(
@@ -139,6 +145,25 @@ def check(config: RunConfig) -> Checked:
     check_sample_prompt(config, data.tokenizer)
     evaluate = make_evaluate(config, mesh, data.token_bytes)
     return Checked(changes, mesh, layout, abstract, data, evaluate)
+
+
+def what_all_share(config: RunConfig, data: Data) -> dict[str, str]:
+    """What must be the same in all processes, by name."""
+    own = {"processes": ProcessesConfig(), "data": config.data.model_copy(update=CACHES)}
+    return {
+        "configuration": config.model_copy(update=own).model_dump_json(),
+        "tokenizer": fingerprint([data.tokenizer.to_str()]),
+        "text": str(data.counts),
+    }
+
+
+def check_shared(directory: Path) -> None:
+    """Raises InputError where the run directory is not the one that the first process has made."""
+    if not (directory / CONFIG).is_file():
+        raise InputError(
+            f"the run directory {directory} is not the one that process 0 has made; it must be on "
+            "a file system that all share"
+        )
 
 
 def open_metrics(run: Run, step: int) -> MetricsWriter | NoMetrics:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tests.distributed.experts_worker import MESHES
+from tests.distributed.experts_worker import EXCHANGES, MESHES
 from tests.distributed.processes import run_worker
 
 
@@ -51,7 +51,7 @@ def test_experts_lie_on_their_devices(found, mesh):
     ]
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", EXCHANGES)
 @pytest.mark.parametrize("transfers", ["dense", "ragged"])
 def test_no_load_loses_a_row_or_changes_a_gradient(found, transfers, mesh):
     """All tokens choose the same two experts: their devices need several rounds to take them."""

@@ -120,6 +120,15 @@ def test_what_one_process_refuses_stops_all_before_anything_is_written(home, tmp
     assert snapshot(tmp_path) == before
 
 
+def test_processes_of_other_configurations_do_not_train_together(home, tmp_path):
+    other = {"optimizer": {"learning_rate": 2e-2}}
+    ended = run_together(2, home, tmp_path / "run", MESH, broken=other)
+    message = "the configuration here is not that of process 0; give all the same"
+    assert ended[1]["error"] == message
+    assert ended[0]["error"].endswith(f"): {message}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_that_never_comes_is_named():
     began = time.monotonic()
     address = f"localhost:{free_port()}"

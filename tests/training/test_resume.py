@@ -247,3 +247,16 @@ def test_the_state_is_all_there_is(finished):
     assert saved.step == STEPS == int(saved.optimizer["step"])
     assert (Path(finished.config.run_dir) / METRICS).read_text().count("\n") == STEPS + 2
     assert len(set(losses(finished.config).values())) == STEPS
+
+
+def test_the_data_state_of_earlier_versions_is_read(finished, tmp_path):
+    """They kept it as JSON, in a file of the process."""
+    config = tiny_config(finished.home, tmp_path / "run")
+    with call_at(4, terminate):
+        assert loop.train(config).stopped
+    data = tmp_path / "run" / CHECKPOINTS / "4" / "data"
+    shutil.rmtree(data)
+    data.mkdir()
+    (data / "process_0-of-1.json").write_text('{"next_index": 4}', encoding="utf-8")
+    assert loop.train(config).step == STEPS
+    assert losses(config) == losses(finished.config)
