@@ -390,8 +390,8 @@ class MeshConfig(Section):
 
 
 class ProcessesConfig(Section):
-    """The processes that train one model. On TPU pods, under Slurm and Open MPI they find one
-    another, and nothing need be given."""
+    """The processes that train one model. On TPU pods and under Slurm they find one another, and
+    nothing need be given."""
 
     coordinator: str | None = None
     """Host and port, HOST:PORT, of process 0, where the others report; any free port."""
