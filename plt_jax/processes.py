@@ -139,7 +139,8 @@ def together(what: str, timeout: int) -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
-    _client().key_value_set(f"{key}/{jax.process_index()}", "" if problem is None else str(problem))
+    message = "" if problem is None else str(problem) or type(problem).__name__
+    _client().key_value_set(f"{key}/{jax.process_index()}", message)
     barrier(what, timeout)
     if problem is not None:
         raise problem

@@ -64,21 +64,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     # Of GPUs each host is a slice to JAX, but their order alone keeps later axes within hosts.
     of_slices = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if of_slices else 1
+    between = divide_slices(sizes, slices)
+    within = tuple(size // between[name] for name, size in sizes.items())
     try:
         if slices == 1:
-            grid = mesh_utils.create_device_mesh(
-                tuple(sizes.values()), devices, allow_split_physical_axes=True
-            )
+            grid = mesh_utils.create_device_mesh(within, devices, allow_split_physical_axes=True)
         else:
-            between = divide_slices(sizes, slices)
-            within = {name: size // between[name] for name, size in sizes.items()}
             grid = mesh_utils.create_hybrid_device_mesh(
-                tuple(within.values()),
-                tuple(between.values()),
-                devices,
-                allow_split_physical_axes=True,
+                within, tuple(between.values()), devices, allow_split_physical_axes=True
             )
-    except (NotImplementedError, ValueError) as error:
+    except (NotImplementedError, ValueError) as error:  # JAX's two ways to say so
         raise InputError(
             f"mesh: axes {sizes} cannot be laid over the {len(devices)} devices' network: "
             f"{' '.join(str(error).split())}; change the sizes"

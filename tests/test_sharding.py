@@ -1,5 +1,7 @@
 """Meshes before there are devices, and tables of rules that cannot work."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -65,3 +67,16 @@ def test_one_process_has_all_rows_and_places_them():
     assert layout.rows.tolist() == list(range(6))
     tokens = np.arange(24, dtype=np.int32).reshape(6, 4)
     np.testing.assert_array_equal(layout.place({"tokens": tokens})["tokens"], tokens)
+
+
+def test_slices_are_refused_by_name_before_devices_are_laid_out():
+    class Chip(NamedTuple):
+        slice_index: int
+        platform: str = "tpu"
+
+    devices = [Chip(index // 4) for index in range(12)]
+    with pytest.raises(
+        InputError, match="mesh: the devices are in 3 slices, over which only data = 1"
+    ) as refused:
+        make_mesh(MeshConfig(data=1, tensor=12), devices)
+    assert str(refused.value).startswith("mesh: the devices")

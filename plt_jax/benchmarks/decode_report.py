@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from plt_jax.benchmarks.tables import table_of
+
 Report = dict[str, Any]
 COLUMNS = (
     ("ms", "ms/token", "{:.2f}"),
@@ -36,23 +38,10 @@ def heading(report: Report) -> str:
 def table(report: Report, cell: Report) -> str:
     """One batch size and context, a row per scheme."""
     rows = [with_derived(report, row) for row in [*cell["rows"], *cell["peers"]]]
-    columns = [column for column in COLUMNS if any(column[0] in row for row in rows)]
-    texts = [["", *(title for _, title, _ in columns)]]
-    for row in rows:
-        cells = [form.format(row[name]) if name in row else "" for name, _, form in columns]
-        texts.append([row["label"], *cells])
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     title = f"batch {cell['batch']}, context {cell['context']}"
     if cell["prompt"]:
         title += f", prefill of {cell['prompt']}"
-    lines = [
-        "  ".join(
-            text.ljust(width) if index == 0 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in texts
-    ]
-    return "\n".join([title, *lines, ""])
+    return f"{title}\n{table_of(COLUMNS, rows)}\n"
 
 
 def with_derived(report: Report, row: Report) -> Report:

@@ -17,15 +17,13 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plt_jax.benchmarks.tables import aligned
 from plt_jax.cli import CommandParser, run_command
-from plt_jax.compile.chips import parse_topology
+from plt_jax.compile.chips import GIB, parse_topology
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
 
 Row = dict[str, Any]
-
-TOPOLOGIES = ("v5e:16x16", "v5p:4x4x4", "v5p:4x8x8", "tpu7x:4x4x4")
-"""Google Cloud calls the v5p ones v5p-128 and v5p-512, after their cores."""
 
 MESHES: dict[str, dict[str, dict[str, int]]] = {
     "plt_dense_1b": {
@@ -59,7 +57,8 @@ MESHES: dict[str, dict[str, dict[str, int]]] = {
         "tpu7x:4x4x4": {"expert": 16, "fsdp": 4},
     },
 }
-"""Axis sizes by configuration and topology; data takes the other devices."""
+"""Axis sizes by configuration and topology; data takes the other devices. Google Cloud calls the
+v5p ones v5p-128 and v5p-512, after their cores."""
 
 LOOPS = {"moe_2.5b_60b": (1,)}
 """Of configurations without loops; the others are compiled with 1, 2 and 3."""
@@ -167,25 +166,21 @@ def compile_case(case: Case, accumulate: int, timeout: int) -> Row:
 
 
 HEADINGS = (
-    *(
-        "configuration",
-        "topology",
-        "chips",
-        "L",
-        "mesh",
-        "micro-batches",
-        "fits",
-        "GiB",
-        "temp GiB",
-    ),
-    *(
-        "s (fastest)",
-        "s (slowest)",
-        "MFU % (slowest-fastest)",
-        "most time",
-        "time x L=1",
-        "speed-up",
-    ),
+    "configuration",
+    "topology",
+    "chips",
+    "L",
+    "mesh",
+    "micro-batches",
+    "fits",
+    "GiB",
+    "temp GiB",
+    "s (fastest)",
+    "s (slowest)",
+    "MFU % (slowest-fastest)",
+    "most time",
+    "time x L=1",
+    "speed-up",
 )
 
 
@@ -199,22 +194,18 @@ def table(rows: dict[str, Row]) -> str:
     for case in all_cases():
         if case.name in rows:
             lines.append(line(rows, case))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(texts, widths, strict=True)).rstrip()
-        for texts in lines
-    )
+    return aligned(lines, left=len(HEADINGS))
 
 
 def line(rows: dict[str, Row], case: Case) -> tuple[str, ...]:
-    row, gib = rows[case.name], 2**30
+    row = rows[case.name]
     chips = str(parse_topology(case.topology).chips)
     start = (case.config, case.topology, chips, str(case.loops))
     if "error" in row or "memory" not in row:
         return (*start, f"failed: {row.get('error', '')[:60]}", *[""] * (len(HEADINGS) - 5))
     mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1)
     memory = row["memory"]
-    sizes = (f"{memory['needed'] / gib:.1f}", f"{memory['temporaries'] / gib:.1f}")
+    sizes = (f"{memory['needed'] / GIB:.1f}", f"{memory['temporaries'] / GIB:.1f}")
     start += (mesh, str(row["accumulate"]), "yes" if row["fits"] else "no", *sizes)
     if "seconds" not in row:
         return (*start, *[""] * (len(HEADINGS) - len(start)))

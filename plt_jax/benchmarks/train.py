@@ -24,6 +24,7 @@ import numpy as np
 
 from plt_jax.benchmarks.decode import Case, all_cases, with_scheme
 from plt_jax.benchmarks.machine import machine
+from plt_jax.benchmarks.tables import table_of
 from plt_jax.cli import CommandParser, parse_run_config, run_command
 from plt_jax.compile.arithmetic import train_flops
 from plt_jax.compile.chips import peak_flops
@@ -75,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> None:
         report["rows"] = [row(report, run, seconds) for run in runs]
         if arguments.out:
             write_text(Path(arguments.out), json.dumps(report, indent=2) + "\n")
-    print(table(report))
+    print(table_of(COLUMNS, report["rows"]))
 
 
 def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
@@ -213,20 +214,6 @@ def heading(report: Report) -> str:
         f"{report['sequence_length']} in {report['accumulate']} micro-batches; {about['device']} "
         f"({about['processor']}, {about['cores']} cores), Python {about['python']}, jax "
         f"{about['jax']}"
-    )
-
-
-def table(report: Report) -> str:
-    """A row per scheme."""
-    columns = [column for column in COLUMNS if any(column[0] in row for row in report["rows"])]
-    lines = [["", *(title for _, title, _ in columns)]]
-    for made in report["rows"]:
-        cells = [form.format(made[name]) if name in made else "" for name, _, form in columns]
-        lines.append([made["label"], *cells])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
-        for line in lines
     )
 
 

@@ -49,14 +49,12 @@ def tpu_mesh(config: RunConfig, topology: Topology) -> Mesh:
     jax.config.update("jax_platforms", "cpu")
     # Programs for devices that are not here can be kept there, but not read back.
     jax.config.update("jax_enable_compilation_cache", False)
-    slices = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    # A host has four chips or, where a slice is smaller, fewer.
-    bounds = [1, 1, 1] if math.prod(topology.shape) == 1 else None
-    if bounds:
-        slices["chips_per_host_bounds"] = bounds
+    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    if math.prod(topology.shape) == 1:
+        options["chips_per_host_bounds"] = [1, 1, 1]  # else hosts have four, or two
     try:
         description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, **slices
+            platform="tpu", topology_name=topology.name, **options
         )
     except Exception as error:  # jaxlib's own error types differ by version
         raise InputError(f"libtpu has no {topology.name}: {error}") from error

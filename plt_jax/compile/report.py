@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
+from plt_jax.compile.chips import GIB
 from plt_jax.compile.estimate import Estimate
 from plt_jax.config import RunConfig
-
-GIB = 2**30
-LANES = 128
-"""Numbers of a TPU's vectors: narrower shards cannot be gathered as they lie."""
+from plt_jax.model.kernels import LANES
 
 
 def report(config: RunConfig, estimate: Estimate) -> str:

@@ -52,7 +52,7 @@ def attend_where_held(
     B, K, S, _ = held.keys[0].shape
     where = placement(B, K, S)
 
-    def on_each_device(q, k, v, gate, held, *others):
+    def attend_part(q, k, v, gate, held, *others):
         part = Part()
         if where.positions:
             start = jax.lax.axis_index(where.positions) * held.keys[0].shape[2]
@@ -62,7 +62,7 @@ def attend_where_held(
     layer = LayerCache(where.full, where.full, where.ring, where.ring)
     batch = PartitionSpec(where.batch)
     return jax.shard_map(
-        on_each_device,
+        attend_part,
         in_specs=(*[where.rows] * 4, layer, *[batch] * (1 + len(more))),
         out_specs=(where.rows, layer),
         check_vma=False,  # the sums over positions leave equal copies, which it cannot know

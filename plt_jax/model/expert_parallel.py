@@ -119,7 +119,7 @@ def replicate_rows(
     spread = axes_of("expert")
     width = fitting(axes_of("decode_width"), moe.expert_width)
 
-    def on_each_device(routers: Weights, experts: Weights, x_BTD: jax.Array) -> jax.Array:
+    def apply_own(routers: Weights, experts: Weights, x_BTD: jax.Array) -> jax.Array:
         held = moe.experts // jax.lax.axis_size(spread)
         out_BTD = apply(routers, experts, x_BTD, jax.lax.axis_index(spread) * held)
         return jax.lax.psum(out_BTD, spread + width)
@@ -132,7 +132,7 @@ def replicate_rows(
         for name, axes in expert_axes.items()
     }
     return jax.shard_map(
-        on_each_device,
+        apply_own,
         in_specs=(dict.fromkeys(routers, PartitionSpec()), specs, x_spec),
         out_specs=x_spec,
         check_vma=False,

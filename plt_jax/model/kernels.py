@@ -26,7 +26,7 @@ from plt_jax.model.axes import on_each_device
 
 Backend = Literal["xla", "cudnn", "splash"]
 
-LANES = 128  # The kernel's blocks of keys are multiples of a TPU's vector width.
+LANES = 128  # Numbers of a TPU's vectors. The kernel's blocks of keys are multiples of it.
 MAX_BLOCK = 512
 # A window needs few keys, but every block has a cost of its own: an estimate, not measured.
 MIN_WINDOW_BLOCK = 256

@@ -51,15 +51,24 @@ class Outcome(NamedTuple):
     """By a signal, with the state saved."""
 
 
+class Checked(NamedTuple):
+    """What is known of a run before anything is written."""
+
+    changes: list[str]
+    """Since its last start."""
+    mesh: Mesh
+    layout: BatchLayout
+    abstract: TrainState
+    data: Data
+    evaluate: Callable[[Any, Any, int | None], Evaluation]
+
+
 class Run(NamedTuple):
     """What stays fixed while a run trains."""
 
     config: RunConfig
     directory: Path
-    data: Data
-    mesh: Mesh
-    layout: BatchLayout
-    evaluate: Callable[[Any, Any, int | None], Evaluation]
+    checked: Checked
     checkpoints: Checkpoints
 
 
@@ -90,11 +99,8 @@ def train(config: RunConfig) -> Outcome:
         check_shared(directory)
     describe(config, checked)
     with StopRequest() as stop, Checkpoints(directory / CHECKPOINTS, config.checkpoint) as saved:
-        run = Run(
-            *(config, directory, checked.data, checked.mesh, checked.layout),
-            *(checked.evaluate, saved),
-        )
-        batches = iter(run.data.training)
+        run = Run(config, directory, checked, saved)
+        batches = iter(checked.data.training)
         state = start_or_resume(run, checked.abstract, batches, params)
         del params  # the step takes their place
         start = int(state.step)
@@ -118,18 +124,6 @@ def train(config: RunConfig) -> Outcome:
         f"peak memory {peak_memory() / 2**30:.2f} GiB; the run is in {directory}"
     )
     return Outcome(step, stopped=False)
-
-
-class Checked(NamedTuple):
-    """What is known of a run before anything is written."""
-
-    changes: list[str]
-    """Since its last start."""
-    mesh: Mesh
-    layout: BatchLayout
-    abstract: TrainState
-    data: Data
-    evaluate: Callable[[Any, Any, int | None], Evaluation]
 
 
 def check(config: RunConfig) -> Checked:
@@ -212,9 +206,9 @@ def start_or_resume(
     """A fresh state, or the newest checkpoint's with the batches set to go on behind it."""
     step = run.checkpoints.latest_step
     if step is None and params is None:
-        return init_state(run.config, run.mesh)
+        return init_state(run.config, run.checked.mesh)
     if step is None:
-        return start_state(run.config, run.mesh, params)
+        return start_state(run.config, run.checked.mesh, params)
     print(f"resuming at step {step} of {run.config.training.steps}", flush=True)
     optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
     params, optimizer, data = run.checkpoints.restore(abstract.params, optimizer)
@@ -232,12 +226,12 @@ def train_steps(
 ) -> tuple[TrainState, Speedometer]:
     """Steps up to the last one, or until a stop is requested; evaluates and saves on the way."""
     training = run.config.training
-    train_step = make_train_step(run.config, run.mesh)
+    train_step = make_train_step(run.config, run.checked.mesh)
     speed = Speedometer(training.batch_size * run.config.sequence_length)
     step, stopping = int(state.step), False
     report.say("compiling the train step ...")
     while step < training.steps and not stopping:
-        state, values = train_step(state, run.layout.place(next(batches)))
+        state, values = train_step(state, run.checked.layout.place(next(batches)))
         step += 1
         last = step == training.steps
         if not speed.started:
@@ -249,7 +243,7 @@ def train_steps(
         if step % training.evaluate_every == 0 or last:
             with speed.paused():
                 limit = None if last else run.config.evaluation.sequences
-                evaluation = run.evaluate(state.params, run.data.validation, limit)
+                evaluation = run.checked.evaluate(state.params, run.checked.data.validation, limit)
             validation_loss = evaluation.score.loss
             log_evaluation(step, evaluation, metrics, report)
         # Asked once: the step that is saved is the step it stops at. Several processes agree where
@@ -279,7 +273,7 @@ def log_step(
     numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
     loss, tokens_per_second = numbers["loss"], speed.mark(step)
     metrics.write(step, **numbers, tokens_per_second=tokens_per_second)
-    counts = run.data.counts
+    counts = run.checked.data.counts
     predicted = counts["training_tokens"] - counts["training_documents"]  # all but each bos
     bits_per_byte = score(loss * predicted, predicted, counts["training_bytes"]).bits_per_byte
     report.advance(step, loss, bits_per_byte, tokens_per_second)
@@ -360,8 +354,8 @@ def print_sample(run: Run, params: Any) -> None:
     """Prints text that the model writes, drawn with the run's seed."""
     prompt, seed = run.config.training.sample_prompt, jax.random.key(run.config.seed)
     sampling = Sampling(temperature=0.8, top_p=0.95)
-    tokenizer = run.data.tokenizer
-    with use_mesh(run.mesh):
+    tokenizer = run.checked.data.tokenizer
+    with use_mesh(run.checked.mesh):
         pieces = stream_text(
             run.config.model, params, tokenizer, prompt, SAMPLE_TOKENS, sampling, seed
         )
