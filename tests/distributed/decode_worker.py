@@ -27,15 +27,18 @@ from plt_jax.model.transformer import abstract_params
 from plt_jax.sharding import make_mesh, shardings_of, use_mesh
 from tests.models import random_params, random_tokens, small_config
 
-CAPACITY = 128
+CAPACITY = 16
+"""Little more than the tokens, so that every part of a split cache holds some."""
+LONG = 1024
+"""So large that a gathered cache would stand out."""
 CASES = {
-    # mesh, batch, and how the cache [B, 2, 128, 4] is split there
-    "batch": ({"data": 8}, 8, [1, 2, 128]),
-    "heads": ({"data": 4, "tensor": 2}, 4, [1, 1, 128]),
-    "sequence": ({"data": 1, "context": 8}, 2, [2, 2, 16]),
-    "sequence, where the batch is too small": ({"data": 4, "tensor": 2}, 1, [1, 1, 32]),
-    "sequence by fsdp": ({"data": 2, "fsdp": 4}, 2, [1, 2, 32]),
-    "all": ({"data": 2, "context": 2, "tensor": 2}, 2, [1, 1, 64]),
+    # mesh, batch, and how the cache [B, 2, 16, 4] is split there
+    "batch": ({"data": 8}, 8, [1, 2, 16]),
+    "heads": ({"data": 4, "tensor": 2}, 4, [1, 1, 16]),
+    "sequence": ({"data": 1, "context": 8}, 2, [2, 2, 2]),
+    "sequence, where the batch is too small": ({"data": 4, "tensor": 2}, 1, [1, 1, 4]),
+    "sequence by fsdp": ({"data": 2, "fsdp": 4}, 2, [1, 2, 4]),
+    "all": ({"data": 2, "context": 2, "tensor": 2}, 2, [1, 1, 8]),
 }
 
 
@@ -61,13 +64,15 @@ def decode(mesh: dict, batch: int, scheme: str, loops: int, dtype: str | None) -
             new = jnp.asarray(np.asarray(tokens)[np.arange(batch), at])
             logits, cache = decode_step(config, weights, new, cache)
         step = jax.jit(decode_step, static_argnums=0)
-        program = step.lower(config, weights, new, cache).compile().as_text()
-    array = jax.tree.leaves(made)[0]
+        longer = init_cache(config, batch, LONG, dtype)
+        program = step.lower(config, weights, new, longer).compile().as_text()
+    array, part = (jax.tree.leaves(keys)[0] for keys in (made, longer.keys))
     return {
         "difference": float(difference),
         "made": array.addressable_shards[0].data.shape[:3],
         "kept": jax.tree.leaves(cache.keys)[0].addressable_shards[0].data.shape[:3],
         "largest gather": largest_gather(program),
+        "part": part.addressable_shards[0].data.size,
         "wide weight": weights["layers"][0]["down"].addressable_shards[0].data.shape,
     }
 

@@ -20,7 +20,7 @@ def test_a_split_cache_gives_the_forward_logits(found, case):
     assert got["difference"] < 1e-4
     assert got["made"] == got["kept"] == split
     # Nothing as large as the part of the cache that one device holds is gathered.
-    assert got["largest gather"] < split[0] * split[1] * split[2] * 4
+    assert got["largest gather"] < got["part"]
     width = mesh.get("tensor", 1) * mesh.get("context", 1) * mesh.get("fsdp", 1)
     assert got["wide weight"] == [16, 24 // width]
 
@@ -31,7 +31,7 @@ def test_every_scheme_decodes_over_all_axes(found, scheme):
 
 
 def test_eight_bits_split_too(found):
-    assert found["int8"]["made"] == [2, 2, 16]
+    assert found["int8"]["made"] == [2, 2, 2]
     assert found["int8"]["difference"] < 0.1
 
 
