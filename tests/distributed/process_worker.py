@@ -1,8 +1,8 @@
 """One of several processes that train a run: `python -m tests.distributed.process_worker SPEC`.
 
 SPEC is JSON: `home` and `run_dir`, `sections` of the run's configuration, and `stop_at`, the step
-after which this process, if it is the one named by `stopped`, signals itself. Prints how it ends to
-stderr, as JSON.
+after which this process, if it is the one named by `stopped`, signals itself. Prints what the run
+prints, then how it ends to stderr, as JSON.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ from tests.training.runs import call_at, tiny_config
 
 
 def main(spec: dict) -> None:
+    _keep_stdout_for_python()
     config = tiny_config(Path(spec["home"]), Path(spec["run_dir"]), **spec["sections"])
     signalled = contextlib.nullcontext()
     if spec.get("stopped") == (config.processes.index or 0):
@@ -29,6 +30,12 @@ def main(spec: dict) -> None:
         print(json.dumps({"error": str(error)}), file=sys.stderr, flush=True)
         return
     print(json.dumps(outcome._asdict()), file=sys.stderr, flush=True)
+
+
+def _keep_stdout_for_python() -> None:
+    """Gloo's threads write to file descriptor 1, whole lines or not: from here on that is stderr."""
+    sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
 
 
 if __name__ == "__main__":
