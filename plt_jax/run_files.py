@@ -2,6 +2,7 @@
 
 config.yaml      the resolved configuration
 tokenizer.json   the tokenizer (Hugging Face tokenizers)
+text.json        a fingerprint of the text, to know it by when the run resumes
 checkpoints/N/   orbax checkpoints by step
 metrics.jsonl    one JSON object per line; tensorboard/ has the same; loss.png draws it
 eval.json        what eval.py found last
@@ -16,9 +17,10 @@ from typing import NamedTuple
 
 from plt_jax.errors import InputError
 
-CONFIG, TOKENIZER, CHECKPOINTS, METRICS, HUGGINGFACE = (
+CONFIG, TOKENIZER, TEXT, CHECKPOINTS, METRICS, HUGGINGFACE = (
     "config.yaml",
     "tokenizer.json",
+    "text.json",
     "checkpoints",
     "metrics.jsonl",
     "huggingface",

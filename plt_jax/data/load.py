@@ -1,4 +1,4 @@
-"""All of a run's data from its configuration."""
+"""All of a run's data from its configuration: of text at hand, or of prepared corpora."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,11 +8,15 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from plt_jax.config import RunConfig
+from plt_jax.data.cache import fingerprint
 from plt_jax.data.corpus import load_corpus
 from plt_jax.data.packing import PackedExamples
-from plt_jax.data.pipeline import training_dataset
-from plt_jax.data.tokenizer import token_bytes, tokenizer_for
+from plt_jax.data.pipeline import Source, epochs_read, training_dataset
+from plt_jax.data.prepared import SPLITS, Prepared, open_prepared
+from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
+from plt_jax.data.tokenizer import check_size, load_tokenizer, token_bytes, tokenizer_for
 from plt_jax.data.tokens import TokenizedDocuments, tokenize
+from plt_jax.errors import InputError
 
 
 class Data(NamedTuple):
@@ -27,6 +31,20 @@ class Data(NamedTuple):
     """int32 [V], UTF-8 bytes of each token, for bits per byte."""
     counts: dict[str, int]
     """{training,validation}_{documents,tokens,bytes}; tokens include bos and eos."""
+    epochs: dict[str, float]
+    """How often the run reads what it trains on, by name, see `pipeline.epochs_read`."""
+    fingerprint: str
+    """The same for the same documents as the same tokens."""
+
+
+class _Text(NamedTuple):
+    """Documents as tokens."""
+
+    tokenizer: Tokenizer
+    training: list[Source]
+    validation: TokenStream
+    counts: dict[str, int]
+    fingerprint: str
 
 
 def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
@@ -39,17 +57,15 @@ def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
       InputError: the text, the tokenizer or the cache folder cannot be used, or the text is too
         short for one batch; see the functions that this calls.
     """
-    corpus = load_corpus(config.data)
-    tokenizer = tokenizer_for(config, corpus.training)
-    training = tokenize(corpus.training, tokenizer, config.data.cache_dir)
-    validation = tokenize(corpus.validation, tokenizer, config.data.cache_dir)
+    text = _from_prepared(config) if config.data.sources else _from_text(config)
     return Data(
-        tokenizer,
-        training_dataset(config, training, rows),
-        PackedExamples(validation, config.sequence_length),
-        token_bytes(tokenizer, config.model.vocab_size),
-        _counts("training", corpus.training, training)
-        | _counts("validation", corpus.validation, validation),
+        text.tokenizer,
+        training_dataset(config, text.training, rows),
+        PackedExamples(text.validation, config.sequence_length),
+        token_bytes(text.tokenizer, config.model.vocab_size),
+        text.counts,
+        epochs_read(config, text.training),
+        text.fingerprint,
     )
 
 
@@ -59,6 +75,10 @@ def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> PackedExampl
     Raises:
       InputError: as `load_data`.
     """
+    if config.data.sources:
+        corpora = open_sources(config)
+        check_same_tokenizer(config, corpora, tokenizer)
+        return PackedExamples(held_out(corpora), config.sequence_length)
     documents = load_corpus(config.data).validation
     return examples_from_text(documents, tokenizer, config.sequence_length, config.data.cache_dir)
 
@@ -71,7 +91,83 @@ def examples_from_text(
     Raises:
       InputError: the cache folder cannot be written to.
     """
-    return PackedExamples(tokenize(documents, tokenizer, cache_dir), sequence_length)
+    stream = DocumentStream(tokenize(documents, tokenizer, cache_dir))
+    return PackedExamples(stream, sequence_length)
+
+
+def open_sources(config: RunConfig) -> list[Prepared]:
+    """The prepared corpora of a configuration.
+
+    Raises:
+      InputError: one cannot be used, or they were made with different tokenizers.
+    """
+    corpora = [open_prepared(source.path) for source in config.data.sources]
+    check_same_tokenizer(config, corpora, corpora[0].tokenizer)
+    return corpora
+
+
+def check_same_tokenizer(
+    config: RunConfig, corpora: Sequence[Prepared], tokenizer: Tokenizer
+) -> None:
+    """Raises InputError where a corpus was made with another tokenizer."""
+    for source, corpus in zip(config.data.sources, corpora, strict=True):
+        if corpus.tokenizer.to_str() != tokenizer.to_str():
+            raise InputError(
+                f"data.sources {source.path} was prepared with another tokenizer than the other "
+                "sources or the run; prepare it again with theirs (--tokenizer)"
+            )
+
+
+def held_out(corpora: Sequence[Prepared]) -> JoinedStream:
+    """The validation documents of corpora, one corpus after the other.
+
+    Raises:
+      InputError: none has any.
+    """
+    streams = [stream for corpus in corpora if len(stream := corpus.stream("validation"))]
+    if not streams:
+        raise InputError(
+            "data.sources hold no documents for validation; prepare one of them with a larger "
+            "--validation_fraction"
+        )
+    return JoinedStream([len(stream) for stream in streams], streams.__getitem__)
+
+
+def _from_text(config: RunConfig) -> _Text:
+    corpus = load_corpus(config.data)
+    tokenizer = tokenizer_for(config, corpus.training)
+    training = tokenize(corpus.training, tokenizer, config.data.cache_dir)
+    validation = tokenize(corpus.validation, tokenizer, config.data.cache_dir)
+    return _Text(
+        tokenizer,
+        [Source("the training text", DocumentStream(training, shuffle_seed=config.seed))],
+        DocumentStream(validation),
+        _counts("training", corpus.training, training)
+        | _counts("validation", corpus.validation, validation),
+        fingerprint([tokenizer.to_str(), *corpus.training, "", *corpus.validation]),
+    )
+
+
+def _from_prepared(config: RunConfig) -> _Text:
+    corpora = open_sources(config)
+    tokenizer = corpora[0].tokenizer
+    if config.tokenizer.path is not None:
+        check_same_tokenizer(config, corpora, load_tokenizer(config.tokenizer.path))
+    check_size(tokenizer, config.model.vocab_size)
+    sources = [
+        Source(
+            f"data.sources {source.path}", corpus.stream("training"), source.weight, source.epochs
+        )
+        for source, corpus in zip(config.data.sources, corpora, strict=True)
+    ]
+    fields = {"documents": "documents", "tokens": "tokens", "bytes": "text_bytes"}
+    counts = {
+        f"{split}_{name}": sum(corpus.manifest.total(split, field) for corpus in corpora)
+        for split in SPLITS
+        for name, field in fields.items()
+    }
+    identity = fingerprint([corpus.fingerprint for corpus in corpora])
+    return _Text(tokenizer, sources, held_out(corpora), counts, identity)
 
 
 def _counts(part: str, documents: Sequence[str], tokenized: TokenizedDocuments) -> dict[str, int]:

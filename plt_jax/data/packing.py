@@ -5,7 +5,7 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from plt_jax.data.tokens import TokenizedDocuments
+from plt_jax.data.streams import TokenStream
 
 Example = dict[str, np.ndarray]
 """tokens, targets and segment_ids, int32, and weights, float32; [T], or [B, T] in a batch."""
@@ -30,34 +30,22 @@ class PackedExamples:
 
     def __init__(
         self,
-        tokenized: TokenizedDocuments,
+        stream: TokenStream,
         sequence_length: int,
         *,
-        shuffle_seed: int | None = None,
         drop_incomplete: bool = False,
     ):
         """Packs documents; no token is read yet.
 
         Args:
-          tokenized: the documents.
+          stream: the documents, one after the other.
           sequence_length: T.
-          shuffle_seed: put the documents in an order drawn from this seed first, so that a document
-            meets other neighbours with another seed; None keeps their order.
           drop_incomplete: leave out the last example if padding would have to fill it.
         """
-        self._tokens = tokenized.tokens
+        self._stream = stream
         self._length = sequence_length
-        lengths = np.diff(tokenized.starts, append=len(tokenized.tokens))
-        order = np.arange(len(lengths))
-        if shuffle_seed is not None:
-            order = np.random.default_rng(shuffle_seed).permutation(order)
-        # Documents stay where they are in `tokens`, perhaps a file larger than memory; only the
-        # places where they begin, in it and in the concatenation, are laid out.
-        self._sources = tokenized.starts[order]
-        self._ends = np.cumsum(lengths[order])
-        self._starts = self._ends - lengths[order]
         # The last token is a target but never an input.
-        inputs = len(tokenized.tokens) - 1
+        inputs = max(len(stream) - 1, 0)
         self._count = inputs // self._length if drop_incomplete else -(-inputs // self._length)
 
     def __len__(self) -> int:
@@ -70,7 +58,7 @@ class PackedExamples:
         index = operator.index(index)
         if not 0 <= index < self._count:
             raise IndexError(f"example {index} of {self._count}")
-        tokens, documents = self._read(index * self._length, self._length + 1)
+        tokens, documents = self._stream.read(index * self._length, self._length + 1)
         targets = tokens[1:]
         same_document = documents[1:] == documents[:-1]
         example = {
@@ -83,21 +71,6 @@ class PackedExamples:
         return {
             name: self._pad(values, dtypes.get(name, np.int32)) for name, values in example.items()
         }
-
-    def _read(self, begin: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Up to `length` tokens of the concatenation, and the document that each belongs to."""
-        end = min(begin + length, int(self._ends[-1]))
-        first = int(np.searchsorted(self._ends, begin, side="right"))
-        last = int(np.searchsorted(self._ends, end, side="left"))
-        documents = np.arange(first, last + 1)
-        starts = np.maximum(self._starts[documents], begin)
-        lengths = np.minimum(self._ends[documents], end) - starts
-        sources = self._sources[documents] + starts - self._starts[documents]
-        pieces = [
-            self._tokens[source : source + count]
-            for source, count in zip(sources, lengths, strict=True)
-        ]
-        return np.concatenate(pieces), np.repeat(documents, lengths)
 
     def _pad(self, values: np.ndarray, dtype: type[np.generic]) -> np.ndarray:
         padded = np.zeros(self._length, dtype)

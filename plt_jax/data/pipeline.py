@@ -1,16 +1,29 @@
 """Batches of packed examples, for training and for evaluation."""
 
 import operator
-from collections.abc import Iterator
-from typing import SupportsIndex
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, SupportsIndex
 
 import grain
 import numpy as np
 
 from plt_jax.config import RunConfig
 from plt_jax.data.packing import Example, PackedExamples
-from plt_jax.data.tokens import TokenizedDocuments
+from plt_jax.data.streams import TokenStream
 from plt_jax.errors import InputError
+
+
+class Source(NamedTuple):
+    """Documents to train on."""
+
+    name: str
+    """For messages."""
+    stream: TokenStream
+    weight: float | None = None
+    """See SourceConfig."""
+    epochs: float | None = None
+    """See SourceConfig."""
 
 
 class _Rows:
@@ -27,17 +40,46 @@ class _Rows:
         return self._examples[batch * self._batch_size + int(self._rows[row])]
 
 
+class Mixture(grain.transforms.DatasetSelectionMap):
+    """Interleaves endless sources in fixed proportions, each in its own order.
+
+    Among the first n examples every source has its share of n, but for less than one example for
+    each source before it.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        total = sum(weights)
+        self._weights = [max(round(weight / total * 10**9), 1) for weight in weights]
+
+    def counts(self, total: int) -> list[int]:
+        """How many of the first `total` examples each source gives."""
+        counts, remaining = [], sum(self._weights)
+        for weight in self._weights:
+            left = total * (remaining - weight) // remaining
+            counts.append(total - left)
+            total, remaining = left, remaining - weight
+        return counts
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        before, behind = self.counts(index), self.counts(index + 1)
+        source = next(k for k, count in enumerate(before) if behind[k] > count)
+        return source, before[source]
+
+
 def training_dataset(
-    config: RunConfig, tokenized: TokenizedDocuments, rows: np.ndarray | None = None
+    config: RunConfig, sources: Sequence[Source], rows: np.ndarray | None = None
 ) -> grain.IterDataset:
     """Endless training batches, shuffled anew in every epoch, the same for the same seed.
 
     The iterator's whole state, `get_state()`, is the number of batches taken, so it resumes
-    exactly, and in any number of processes.
+    exactly, and in any number of processes. No order is laid out in memory.
 
     Args:
       config: seed, data and training are read.
-      tokenized: the training documents.
+      sources: at least one.
       rows: numbers of the rows of each batch of B = `training.batch_size` examples to read, those
         that this process's devices hold (`sharding.BatchLayout.rows`); default all.
 
@@ -45,27 +87,76 @@ def training_dataset(
       A dataset whose elements are PackedExamples' dicts with a leading axis of len(rows).
 
     Raises:
-      InputError: the text makes fewer than B examples.
+      InputError: a source makes fewer than B examples, or would be read more often than it may.
     """
     batch_size = config.training.batch_size
     rows = np.arange(batch_size) if rows is None else rows
-    examples = PackedExamples(
-        tokenized, config.sequence_length, shuffle_seed=config.seed, drop_incomplete=True
-    )
-    if len(examples) < batch_size:
-        raise InputError(
-            f"the training text has {len(tokenized.tokens)} tokens, which is {len(examples)} "
-            f"examples of {config.sequence_length}, fewer than training.batch_size {batch_size}; "
-            "lower training.batch_size or data.sequence_length, or give more text"
-        )
-    shuffled = grain.MapDataset.source(examples).seed(config.seed).shuffle().repeat()
+    packed = _pack(config, sources)
+    mixture = _mix(config, sources, [len(examples) for examples in packed])
+    shuffled = [
+        grain.MapDataset.source(examples).seed(config.seed + number).shuffle().repeat()
+        for number, examples in enumerate(packed)
+    ]
+    mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
     # (Without a remainder, whose count overflows for batches of one of endless examples.)
-    own = grain.MapDataset.source(_Rows(shuffled, rows, batch_size))
+    own = grain.MapDataset.source(_Rows(mixed, rows, batch_size))
     batches = own.batch(len(rows), drop_remainder=True)
     prefetch = config.data.prefetch
     # Reading is mostly Python: more threads than one wait for one another, and are slower.
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
     return batches.to_iter_dataset(options)
+
+
+def epochs_read(config: RunConfig, sources: Sequence[Source]) -> dict[str, float]:
+    """How often `training.steps` steps read each source, by its name.
+
+    Raises:
+      InputError: as `training_dataset`.
+    """
+    examples = [len(packed) for packed in _pack(config, sources)]
+    read = _examples_read(config, _mix(config, sources, examples))
+    return {
+        source.name: wanted / count
+        for source, count, wanted in zip(sources, examples, read, strict=True)
+    }
+
+
+def _pack(config: RunConfig, sources: Sequence[Source]) -> list[PackedExamples]:
+    return [
+        PackedExamples(source.stream, config.sequence_length, drop_incomplete=True)
+        for source in sources
+    ]
+
+
+def _mix(config: RunConfig, sources: Sequence[Source], examples: Sequence[int]) -> Mixture:
+    """The proportions in which sources of so many examples are read."""
+    training = config.training
+    for source, count in zip(sources, examples, strict=True):
+        if count < training.batch_size:
+            raise InputError(
+                f"{source.name} has {len(source.stream)} tokens, which is {count} examples of "
+                f"{config.sequence_length}, fewer than training.batch_size {training.batch_size}; "
+                "lower training.batch_size or data.sequence_length, or give more text"
+            )
+    mixture = Mixture(
+        [
+            source.weight or count * (source.epochs or 1)
+            for source, count in zip(sources, examples, strict=True)
+        ]
+    )
+    read = _examples_read(config, mixture)
+    for source, count, wanted in zip(sources, examples, read, strict=True):
+        if source.epochs is not None and wanted > source.epochs * count:
+            raise InputError(
+                f"{source.name} would be read {wanted / count:.3g} times in {training.steps} "
+                f"steps, but its epochs are {source.epochs:g}; lower training.steps or its weight, "
+                "or raise epochs"
+            )
+    return mixture
+
+
+def _examples_read(config: RunConfig, mixture: Mixture) -> list[int]:
+    return mixture.counts(config.training.steps * config.training.batch_size)
 
 
 def evaluation_batches(

@@ -1,8 +1,7 @@
 """Documents as one array of token ids, kept in the cache folder and read from there as needed."""
 
-import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from plt_jax.errors import InputError
 
 _CHUNK_LENGTH = 2**16
 """Characters encoded in one piece, at least, if there is more: all cores share a long document."""
-_CHUNKS_AT_ONCE = 32
+_CHARACTERS_AT_ONCE = 2**21
 """Few, because what tokenizers returns takes a hundred bytes and more for each character."""
 _LONE_NEWLINE = re.compile(r"(?<=\S)\n(?=\S)")
 
@@ -51,19 +50,40 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer, cache_dir: str) -> 
     return TokenizedDocuments(_load(tokens_path, mmap_mode="r"), _load(starts_path))
 
 
-def _encode(documents: Sequence[str], tokenizer: Tokenizer) -> TokenizedDocuments:
-    largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    dtype = np.uint16 if largest_id < 2**16 else np.uint32
+def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Each document as bos + its text's tokens + eos, in `token_dtype`; documents may be endless.
+
+    Raises:
+      InputError: the tokenizer lacks a bos or eos token.
+    """
+    dtype = token_dtype(tokenizer)
     bos, eos = np.array([bos_id(tokenizer)], dtype), np.array([eos_id(tokenizer)], dtype)
-    chunks = [_split(document) for document in documents]
-    encoded = _encode_chunks(itertools.chain.from_iterable(chunks), tokenizer, dtype)
-    pieces, starts, length = [], [], 0
-    for document in chunks:
-        body = list(itertools.islice(encoded, len(document)))
-        pieces += [bos, *body, eos]
-        starts.append(length)
-        length += 2 + sum(map(len, body))
-    return TokenizedDocuments(np.concatenate(pieces), np.array(starts, np.int64))
+    pieces = [bos]
+    for tokens, last in _encode_chunks(_chunks(documents), tokenizer, dtype):
+        pieces.append(tokens)
+        if last:
+            yield np.concatenate([*pieces, eos])
+            pieces = [bos]
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """The unsigned type that holds all of a tokenizer's ids, of 2 or 4 bytes, little-endian."""
+    largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    return np.dtype("<u2" if largest_id < 2**16 else "<u4")
+
+
+def _encode(documents: Sequence[str], tokenizer: Tokenizer) -> TokenizedDocuments:
+    encoded = list(encode_documents(documents, tokenizer))
+    lengths = np.array([len(tokens) for tokens in encoded], np.int64)
+    return TokenizedDocuments(np.concatenate(encoded), np.cumsum(lengths) - lengths)
+
+
+def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Pieces of all documents in turn, and whether each is its document's last."""
+    for document in documents:
+        *others, last = _split(document)
+        yield from ((chunk, False) for chunk in others)
+        yield last, True
 
 
 def _split(text: str) -> list[str]:
@@ -79,11 +99,23 @@ def _split(text: str) -> list[str]:
 
 
 def _encode_chunks(
-    chunks: Iterator[str], tokenizer: Tokenizer, dtype: type[np.generic]
-) -> Iterator[np.ndarray]:
-    while batch := list(itertools.islice(chunks, _CHUNKS_AT_ONCE)):
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            yield np.array(encoding.ids, dtype)
+    chunks: Iterator[tuple[str, bool]], tokenizer: Tokenizer, dtype: np.dtype
+) -> Iterator[tuple[np.ndarray, bool]]:
+    while batch := _take(chunks, _CHARACTERS_AT_ONCE):
+        texts, last = zip(*batch, strict=True)
+        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        for encoding, ends in zip(encodings, last, strict=True):
+            yield np.array(encoding.ids, dtype), ends
+
+
+def _take(chunks: Iterator[tuple[str, bool]], characters: int) -> list[tuple[str, bool]]:
+    batch = []
+    for chunk, last in chunks:
+        batch.append((chunk, last))
+        characters -= len(chunk)
+        if characters <= 0:
+            break
+    return batch
 
 
 def _load(path: Path, mmap_mode: str | None = None) -> np.ndarray:

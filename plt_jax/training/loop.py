@@ -23,7 +23,7 @@ from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
 from plt_jax.model.attention import choose_backend
 from plt_jax.model.grouped import choose_form
-from plt_jax.run import check_directory, check_tokenizer, find_checkpoint, write_directory
+from plt_jax.run import check_directory, check_text, find_checkpoint, write_directory
 from plt_jax.run_files import CHECKPOINTS, CONFIG, list_steps
 from plt_jax.sharding import BatchLayout, make_mesh, use_mesh
 from plt_jax.training.metrics import MetricsWriter, NoMetrics, plot_losses
@@ -93,7 +93,7 @@ def train(config: RunConfig) -> Outcome:
     with processes.together("the run directory is made", patience):
         params = start_params(config, checked.abstract)
         if processes.first():
-            write_directory(config, checked.data.tokenizer)
+            write_directory(config, checked.data.tokenizer, checked.data.fingerprint)
     directory = Path(config.run_dir)
     with processes.together("the run directory is seen", patience):
         check_shared(directory)
@@ -135,7 +135,7 @@ def check(config: RunConfig) -> Checked:
     abstract = abstract_state(config, mesh)
     check_kernels(config, mesh)
     data = load_data(config, layout.rows)
-    check_tokenizer(config, data.tokenizer)
+    check_text(config, data.tokenizer, data.fingerprint)
     check_sample_prompt(config, data.tokenizer)
     evaluate = make_evaluate(config, mesh, data.token_bytes)
     return Checked(changes, mesh, layout, abstract, data, evaluate)
@@ -147,7 +147,7 @@ def what_all_share(config: RunConfig, data: Data) -> dict[str, str]:
     return {
         "configuration": config.model_copy(update=own).model_dump_json(),
         "tokenizer": fingerprint([data.tokenizer.to_str()]),
-        "text": str(data.counts),
+        "text": data.fingerprint,
     }
 
 
@@ -336,6 +336,8 @@ def describe(config: RunConfig, checked: Checked) -> None:
             f"{part} text: {counts[f'{part}_documents']} documents, "
             f"{counts[f'{part}_tokens']:,} tokens, {counts[f'{part}_bytes']:,} bytes"
         )
+    for name, epochs in checked.data.epochs.items():
+        print(f"{name} is read {epochs:.3g} times in {config.training.steps:,} steps")
     several = "" if processes.alone() else f" in {jax.process_count()} processes"
     print(f"devices: {mesh.devices.size} {jax.devices()[0].platform}{several} ({axes})", flush=True)
 

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plt_jax.data.packing import PackedExamples
+from plt_jax.data.streams import DocumentStream
 from plt_jax.data.tokens import TokenizedDocuments
 
 DTYPES = {
@@ -36,7 +37,7 @@ def document_of(tokenized: TokenizedDocuments, token: np.ndarray) -> np.ndarray:
 def test_every_token_but_bos_is_predicted_once(lengths, sequence_length, seed):
     tokenized = numbered(lengths)
     predicted = []
-    for example in PackedExamples(tokenized, sequence_length, shuffle_seed=seed):
+    for example in PackedExamples(DocumentStream(tokenized, shuffle_seed=seed), sequence_length):
         real = example["weights"] == 1
         np.testing.assert_array_equal(example["targets"][real], example["tokens"][real] + 1)
         predicted += list(example["targets"][real])
@@ -51,7 +52,7 @@ def test_every_token_but_bos_is_predicted_once(lengths, sequence_length, seed):
 )
 def test_segments_and_weights_follow_documents(lengths, sequence_length, seed):
     tokenized = numbered(lengths)
-    for example in PackedExamples(tokenized, sequence_length, shuffle_seed=seed):
+    for example in PackedExamples(DocumentStream(tokenized, shuffle_seed=seed), sequence_length):
         assert {name: values.dtype for name, values in example.items()} == DTYPES
         assert {values.shape for values in example.values()} == {(sequence_length,)}
         real = example["tokens"] > 0
@@ -68,8 +69,8 @@ def test_segments_and_weights_follow_documents(lengths, sequence_length, seed):
 
 @given(lengths=document_lengths, sequence_length=sequence_lengths)
 def test_dropping_leaves_out_the_padded_example_only(lengths, sequence_length):
-    every = list(PackedExamples(numbered(lengths), sequence_length))
-    kept = PackedExamples(numbered(lengths), sequence_length, drop_incomplete=True)
+    every = list(PackedExamples(DocumentStream(numbered(lengths)), sequence_length))
+    kept = PackedExamples(DocumentStream(numbered(lengths)), sequence_length, drop_incomplete=True)
     assert len(kept) == (sum(lengths) - 1) // sequence_length
     assert len(every) - len(kept) == (0 if (every[-1]["tokens"] > 0).all() else 1)
     for one, other in zip(kept, every, strict=False):
@@ -80,7 +81,7 @@ def test_a_worked_example():
     tokenized = TokenizedDocuments(
         np.array([8, 5, 9, 8, 6, 7, 9], np.uint16), np.array([0, 3], np.int64)
     )
-    examples = PackedExamples(tokenized, 4)
+    examples = PackedExamples(DocumentStream(tokenized), 4)
     assert repr(examples) == "PackedExamples(2 examples of 4 tokens)"
     first, second = examples
     assert first["tokens"].tolist() == [8, 5, 9, 8]
@@ -97,7 +98,7 @@ def test_document_order_is_drawn_from_the_seed():
     tokenized = numbered([5] * 20)
 
     def stream(seed):
-        examples = PackedExamples(tokenized, 9, shuffle_seed=seed)
+        examples = PackedExamples(DocumentStream(tokenized, shuffle_seed=seed), 9)
         return np.concatenate([example["tokens"] for example in examples])
 
     np.testing.assert_array_equal(stream(3), stream(3))
@@ -111,4 +112,4 @@ def test_document_order_is_drawn_from_the_seed():
 @pytest.mark.parametrize("index", [-1, 2])
 def test_indices_out_of_range_are_refused(index):
     with pytest.raises(IndexError):
-        PackedExamples(numbered([7]), 4)[index]
+        PackedExamples(DocumentStream(numbered([7])), 4)[index]

@@ -17,7 +17,7 @@ def trained(documents):
 
 
 def test_each_document_stands_between_bos_and_eos(documents, trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_CHUNKS_AT_ONCE", 5)
+    monkeypatch.setattr(module, "_CHARACTERS_AT_ONCE", 500)
     texts = [*documents, "says <|eos|>"]
     tokenized = tokenize(texts, trained, str(tmp_path))
     assert tokenized.tokens.dtype == np.uint16

@@ -8,6 +8,7 @@ from plt_jax import Transformer
 from plt_jax.config import RunConfig
 from plt_jax.data.packing import PackedExamples
 from plt_jax.data.pipeline import evaluation_batches
+from plt_jax.data.streams import DocumentStream
 from plt_jax.data.tokens import TokenizedDocuments
 from plt_jax.evaluation import perplexity
 from plt_jax.evaluation.perplexity import make_evaluate, score
@@ -23,9 +24,8 @@ losses_by_loop = jax.jit(perplexity.losses_by_loop, static_argnums=0)
 def examples() -> PackedExamples:
     """Three documents that make seven examples of 10, the last one incomplete."""
     random = np.random.default_rng(4)
-    return PackedExamples(
-        TokenizedDocuments(random.integers(0, 31, 66, np.uint16), np.array([0, 17, 41])), 10
-    )
+    documents = TokenizedDocuments(random.integers(0, 31, 66, np.uint16), np.array([0, 17, 41]))
+    return PackedExamples(DocumentStream(documents), 10)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,30 @@
+"""Checks the contents of a prepared corpus against its manifest.
+
+python -m plt_jax.data.verify FOLDER
+
+Exit code 0: all is as it was written; 1: something is damaged or missing, each in a line.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from plt_jax.cli import EXIT_DONE, EXIT_FAILED, CommandParser, run_command
+from plt_jax.data.prepared import find_problems
+
+
+def main() -> int:
+    parser = CommandParser(prog="python -m plt_jax.data.verify", description=__doc__)
+    parser.add_argument("folder", help="of a prepared corpus")
+    folder = Path(parser.parse_args().folder).expanduser()
+    problems = find_problems(folder)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"{folder} is as it was written")
+    return EXIT_FAILED if problems else EXIT_DONE
+
+
+if __name__ == "__main__":
+    run_command(main)

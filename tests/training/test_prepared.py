@@ -1,0 +1,180 @@
+"""Runs on prepared corpora, from the command line to a resume on other processes' terms."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from plt_jax.data.prepared import open_prepared
+from plt_jax.data.preparing import Options, prepare
+from plt_jax.data.tokenizer import train_tokenizer
+from plt_jax.training import loop
+from tests.training.runs import (
+    STEPS,
+    assert_refused,
+    assert_same_run,
+    call_at,
+    command,
+    losses,
+    tiny_config,
+    tiny_values,
+    write_config,
+)
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory, finished):
+    """Two corpora of one tokenizer, and one of another."""
+    home = tmp_path_factory.mktemp("prepared")
+    texts = [path.read_text() for path in sorted((finished.home / "corpus").iterdir())]
+    tokenizer = train_tokenizer(texts, 270, 2)
+    for name, part, trained in (
+        ("one", texts[:7], tokenizer),
+        ("two", texts[7:], tokenizer),
+        ("strange", texts, train_tokenizer(texts, 262, 2)),
+    ):
+        source = home / f"{name}.jsonl"
+        rows = (json.dumps({"text": f"{text} {again}"}) for text in part for again in range(4))
+        source.write_text("\n".join(rows))
+        options = Options(validation_fraction=0.2, shard_bytes=500)
+        prepare([str(source)], home / name, trained, options, 1, lambda *_: lambda *_: None)
+    return home
+
+
+def sources(*paths: Path, **settings) -> dict:
+    return {"data": {"sources": [{"path": str(path), **settings} for path in paths]}}
+
+
+@pytest.fixture(scope="module")
+def trained(finished, corpora, tmp_path_factory):
+    """A run on both corpora, trained to its end."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    config = tiny_config(finished.home, run_dir, **sources(corpora / "one", corpora / "two"))
+    assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+    return config
+
+
+def test_the_command_trains_and_evaluates(finished, corpora, tmp_path):
+    values = tiny_values(finished.home)
+    del values["data"]["validation_fraction"]
+    path = write_config(tmp_path / "run.yaml", values)
+    given = json.dumps(
+        [{"path": str(corpora / "one"), "weight": 3}, {"path": str(corpora / "two"), "weight": 1}]
+    )
+    run_dir = tmp_path / "run"
+    result = command("train.py", path, "--run_dir", run_dir, "--data.sources", given)
+    assert result.code == 0, result.err
+    assert f"data.sources {corpora / 'one'} is read " in result.out
+    evaluated = command("eval.py", run_dir)
+    assert evaluated.code == 0, evaluated.err
+    found = json.loads((run_dir / "eval.json").read_text())
+    last = [json.loads(row) for row in (run_dir / "metrics.jsonl").read_text().splitlines()][-1]
+    assert found["loss"] == pytest.approx(last["validation_loss"], rel=1e-5)
+
+
+def test_a_stopped_run_goes_on_bit_for_bit_where_the_corpora_have_moved(
+    finished, corpora, trained, tmp_path, capsys
+):
+    def fail():
+        raise RuntimeError("power cut")
+
+    config = tiny_config(
+        finished.home, tmp_path / "run", **sources(corpora / "one", corpora / "two")
+    )
+    with call_at(6, fail), pytest.raises(RuntimeError, match="power cut"):
+        loop.train(config)
+    for name in ("one", "two"):
+        shutil.copytree(corpora / name, tmp_path / "moved" / name)
+    moved = sources(tmp_path / "moved" / "one", tmp_path / "moved" / "two")
+    config = tiny_config(finished.home, tmp_path / "run", **moved)
+    assert loop.train(config).step == STEPS
+    assert f"data.sources[0].path: {corpora / 'one'} -> {tmp_path / 'moved' / 'one'}" in (
+        capsys.readouterr().out
+    )
+    assert_same_run(config, trained)
+
+
+def test_another_seed_reads_in_another_order(finished, corpora, trained, tmp_path):
+    given = sources(corpora / "one", corpora / "two")
+    config = tiny_config(finished.home, tmp_path / "run", seed=1, **given)
+    loop.train(config)
+    assert losses(config) != losses(trained)
+
+
+def train_refused(config, *parts):
+    path = Path(config.run_dir).parent / "refused.yaml"
+    write_config(path, config.model_dump(mode="json"))
+    assert_refused(command("train.py", path), *parts)
+
+
+def test_other_text_does_not_resume(finished, corpora, trained, tmp_path):
+    shutil.copytree(trained.run_dir, tmp_path / "run")
+    swapped = sources(corpora / "two", corpora / "one")
+    config = tiny_config(finished.home, tmp_path / "run", training={"steps": 9}, **swapped)
+    train_refused(config, "the training text or its tokenizer has changed", "text.json")
+
+
+def test_other_weights_do_not_resume(finished, corpora, trained, tmp_path):
+    shutil.copytree(trained.run_dir, tmp_path / "run")
+    weighted = sources(corpora / "one", corpora / "two", weight=1)
+    config = tiny_config(finished.home, tmp_path / "run", **weighted)
+    train_refused(config, "data.sources[0].weight: None -> 1.0; data.sources[1].weight")
+
+
+def test_what_cannot_work_is_refused_in_a_line(finished, corpora, tmp_path):
+    def refused(*parts, **sections):
+        train_refused(tiny_config(finished.home, tmp_path / "run", **sections), *parts)
+        assert not (tmp_path / "run").exists()
+
+    refused("nothing is no prepared corpus", **sources(corpora / "nothing"))
+    refused(
+        "strange was prepared with another tokenizer",
+        **sources(corpora / "one", corpora / "strange"),
+    )
+    refused("would be read ", "epochs are 0.25", **sources(corpora / "one", epochs=0.25))
+    refused("set model.vocab_size to", model={"vocab_size": 260}, **sources(corpora / "one"))
+    other = corpora / "strange" / "tokenizer.json"
+    refused(
+        "was prepared with another tokenizer",
+        tokenizer={"path": str(other)},
+        **sources(corpora / "one"),
+    )
+    with pytest.raises(ValueError, match=r"sources\[1\] has no weight, but others have"):
+        tiny_config(
+            finished.home,
+            tmp_path / "run",
+            data={"sources": [{"path": "a", "weight": 1}, {"path": "b"}]},
+        )
+    with pytest.raises(ValueError, match=r"validation_source is for data.source"):
+        tiny_config(
+            finished.home,
+            tmp_path / "run",
+            data={"validation_source": "a", "sources": [{"path": "a"}]},
+        )
+
+
+def test_a_shard_that_vanishes_stops_the_run_with_its_checkpoint_intact(
+    finished, corpora, tmp_path, monkeypatch
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(corpora / "one", copy)
+    config = tiny_config(
+        finished.home,
+        tmp_path / "run",
+        data={"prefetch": 0, **sources(copy)["data"]},
+        training={"steps": 40},
+    )
+    # Shards are opened when they are first read; without the cache that is every time.
+    monkeypatch.setattr("plt_jax.data.prepared.OPEN_SHARDS", 0)
+
+    def vanish():
+        for shard in open_prepared(copy).manifest.shards:
+            (copy / shard.name).unlink()
+
+    with call_at(6, vanish):
+        path = write_config(tmp_path / "run.yaml", config.model_dump(mode="json"))
+        assert_refused(command("train.py", path), "the shard ", "is missing; bring it back")
+    shutil.rmtree(copy)
+    shutil.copytree(corpora / "one", copy)
+    assert loop.train(config).step == 40
