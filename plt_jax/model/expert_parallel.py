@@ -192,8 +192,7 @@ def exchange_experts(
     back_P = inverse(order_P)
     rows_PD = permute(pair_rows(x_MD, P), order_P, back_P)
     counts_SX = jax.lax.all_gather(count_experts(expert_P, experts), axes)
-    # CPUs have no ragged transfers.
-    trip = Trip(counts_SX, P, axes, ragged=traced_platform() != "cpu")
+    trip = Trip(counts_SX, P, axes, ragged=_have_ragged_transfers())
 
     def one_round(turn: int | jax.Array) -> tuple[jax.Array, jax.Array]:
         chunks = trip.chunks(turn)
@@ -205,6 +204,14 @@ def exchange_experts(
     start = jax.lax.axis_index(axes) * held
     sizes_X = jax.lax.dynamic_update_slice(jnp.zeros(experts, jnp.int32), sizes_X, (start,))
     return permute(out_PD, back_P, order_P), sizes_X
+
+
+def _have_ragged_transfers() -> bool:
+    """Whether the devices that the program is traced for do: CPUs do not, nor slices of v5e above
+    4x4, whose links XLA calls "limited ICI routing"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    kind = "" if mesh.abstract_device is None else mesh.abstract_device.device_kind
+    return traced_platform() != "cpu" and not (kind == "TPU v5 lite" and mesh.size > 16)
 
 
 def _add_rounds(one_round: Callable, needed: jax.Array, most: int):

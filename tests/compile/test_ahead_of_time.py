@@ -129,6 +129,18 @@ def test_experts_exchange_rows_by_ragged_all_to_alls(compiled):
     assert bytes_of(estimate, "ragged-all-to-all", ["expert"]) == pytest.approx(rows, rel=0.2)
 
 
+def test_experts_exchange_rows_on_slices_without_ragged_transfers(compiled):
+    moe = {"model.moe.experts": 8, "model.moe.experts_per_token": 2, "model.moe.expert_width": 256}
+    mesh = {"mesh.data": 8, "mesh.expert": 4}
+    estimate, _ = compiled(
+        "plt_moe_1b_7b", "--topology", "v5e:4x8", settings={**SMALL, **moe, **mesh}
+    )
+    # As above, of an eighth of the tokens, with room for half as much again.
+    rows = 2 * 512 * 2 * (32 * 512 // 32) * 2 * 2 * 4 * 3 * 1.5
+    assert bytes_of(estimate, "all-to-all", ["expert"]) == pytest.approx(rows, rel=0.2)
+    assert bytes_of(estimate, "ragged-all-to-all", ["expert"]) == 0
+
+
 @pytest.mark.parametrize(
     ("config", "topology", "settings"),
     [
