@@ -1,6 +1,7 @@
 """Training batches that resume exactly on any number of processes, and evaluation batches."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -227,3 +228,27 @@ def test_a_source_is_not_read_more_often_than_it_may_be(make_config):
     message = r"^a would be read 2.2 times in 11 steps, but its epochs are 2; lower"
     with pytest.raises(InputError, match=message):
         training_dataset(make_config(training={"steps": 11}), two_sources(*settings))
+
+
+class Endless:
+    """A stream of 10^13 tokens, in documents of a thousand."""
+
+    def __len__(self) -> int:
+        return 10**13
+
+    def read(self, begin: int, length: int):
+        places = np.arange(begin, begin + length)
+        return (places % 50_000).astype(np.uint16), places // 1000
+
+
+def test_no_order_is_laid_out_in_memory(make_config):
+    tracemalloc.start()
+    sources = [Source("a", Endless()), Source("b", Endless())]
+    iterator = iter(training_dataset(make_config(), sources))
+    state = iterator.get_state()
+    batches = [next(iterator) for _ in range(5)]
+    iterator.set_state(state)
+    assert np.array_equal(next(iterator)["tokens"], batches[0]["tokens"])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**22  # an order of its examples alone would take terabytes
