@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = os.environ.get("PLT_TEST_CACHE") or str(REPOSITORY / ".jax_cache")
@@ -14,6 +15,8 @@ CACHE = os.environ.get("PLT_TEST_CACHE") or str(REPOSITORY / ".jax_cache")
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
+settings.register_profile("plt_jax", deadline=None)  # no test fails for how long it takes
+settings.load_profile("plt_jax")
 
 
 @pytest.fixture(scope="session")

@@ -260,7 +260,7 @@ RUNS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=RUNS)
 def test_what_is_written_is_read_back_the_same(tmp_path_factory, values):
     config = RunConfig.model_validate(values)

@@ -51,7 +51,7 @@ def test_a_few_queries(heads, kv_heads, queries, dtype):
     np.testing.assert_allclose(out.astype(jnp.float32), plain(q, k, v, mask), atol=tolerance)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(
     chunk=st.integers(1, 9),
     capacity=st.integers(9, 17),
@@ -71,7 +71,7 @@ def test_blocks_are_the_whole(chunk, capacity, query_block, key_block, start):
     np.testing.assert_allclose(out, plain(q, k, v, mask), atol=1e-5)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @given(
     chunk=st.sampled_from([1, 4, 12]),
     window=st.sampled_from([1, 3, 8]),

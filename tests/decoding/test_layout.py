@@ -15,7 +15,7 @@ from plt_jax.decoding.layout import few_experts, linear, many_experts
 from tests.models import compiled
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     rows=st.sampled_from([(1,), (1, 1), (2,), (3, 1), (2, 3), (1, 4), (17,)]),
     outputs=st.integers(1, 9),

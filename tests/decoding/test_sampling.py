@@ -14,7 +14,7 @@ from plt_jax.decoding.sampling import restrict, sample
 from tests.models import compiled
 
 V = 8
-quickly = settings(max_examples=15, deadline=None, derandomize=True)
+quickly = settings(max_examples=15, derandomize=True)
 
 # Logits without ties, in any order; some are far from the others.
 distinct_logits = st.lists(st.integers(-40, 40), min_size=V, max_size=V, unique=True).map(
@@ -68,7 +68,7 @@ def test_top_k_keeps_k(logits, k):
     assert kept(logits, Sampling(1.0, top_k=k)) == most_likely(logits, k)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(distinct_logits, st.floats(0.01, 0.99))
 def test_top_p_keeps_the_fewest_that_reach_p(logits, p):
     assume_clear(logits, p)

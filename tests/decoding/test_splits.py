@@ -142,7 +142,7 @@ def meaningful(config: ModelConfig, cache: Cache):
 
 
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=10, derandomize=True)
 @given(operations)
 @example([STEP] * CAPACITY)
 @example([(24, 24, 24)])
@@ -177,7 +177,7 @@ def test_a_cache_is_not_modified(case):
     jax.tree.map(np.testing.assert_array_equal, before, kept)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=5, derandomize=True)
 @given(
     operations,
     st.sampled_from(["plt", "loop_kv_share_window"]),

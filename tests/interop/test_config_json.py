@@ -70,7 +70,7 @@ def test_shipped_configs_are_the_published_shapes(name, values):
     assert read_config(values) == shipped.model_copy(update=runtime)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(exportable_configs())
 def test_what_is_written_is_read_back(config):
     values = write_config(config, "float32", {"eos_token_id": [1, 2]})

@@ -63,7 +63,7 @@ def test_what_is_as_it_is_and_what_is_flattened():
     assert hidden.shape == (D, N) and hidden.tensor_shape == (N, D)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data(), exportable_configs())
 def test_parts_are_parts_of_the_whole(data, config):
     """Any box of a parameter can be read by itself, and no more than its rows are."""

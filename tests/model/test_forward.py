@@ -109,7 +109,7 @@ def test_explicit_positions_are_ropes_alone(segment_ids):
 
 
 @pytest.mark.parametrize("scheme", ["plt", "clp", "loop_kv_share_window"])
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @given(seed=st.integers(0, 1000), share=st.sampled_from([0.05, 0.3, 0.9]))
 def test_any_packing(scheme, seed, share):
     """Documents that begin anywhere; `share` is how often."""

@@ -61,7 +61,7 @@ def groupings(draw):
     return draw(st.sampled_from([rows, max(1, sum(sizes))])), sizes
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(groupings(), st.booleans(), st.integers(0, 99))
 def test_blocks_are_the_product_of_each_group(grouping, outputs_first, seed):
     rows, sizes = grouping

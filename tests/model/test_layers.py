@@ -73,7 +73,7 @@ def test_cross_entropy():
         np.testing.assert_allclose(loss[index], expected[index] - chosen, atol=1e-6)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=15, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 5)), min_size=12, max_size=12))
 def test_documents_are_runs_of_equal_ids(runs):
     ids = np.array([name for name, length in runs for _ in range(length)][:12])
