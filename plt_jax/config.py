@@ -390,6 +390,21 @@ class TrainingConfig(Section):
         return self
 
 
+class GuardConfig(Section):
+    """Steps that are out of order. One whose loss or gradient is not finite changes nothing."""
+
+    spike_deviations: PositiveFloat | None = None
+    """A step whose loss or gradient norm lies this many standard deviations (robustly estimated)
+    above the median of the window changes nothing either; null for no such limit."""
+    window: Annotated[int, Field(ge=8)] = 128
+    """Steps that a spike is measured against; before there are so many, nothing is one."""
+    patience: PositiveInt = 10
+    """Steps skipped in a row after which training goes back to the newest checkpoint, and on with
+    the data behind that which led there."""
+    rollbacks: NonNegativeInt = 3
+    """Times that it does so before it stops with an error."""
+
+
 class MeshConfig(Section):
     """Device mesh: axis sizes, of which one may be -1 (all remaining devices)."""
 
@@ -488,6 +503,8 @@ class RunConfig(Section):
     """Optimizer and learning-rate schedule."""
     training: TrainingConfig = TrainingConfig()
     """The training loop."""
+    guard: GuardConfig = GuardConfig()
+    """Steps that are out of order."""
     mesh: MeshConfig = MeshConfig()
     """Device mesh."""
     processes: ProcessesConfig = ProcessesConfig()

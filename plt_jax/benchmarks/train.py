@@ -33,6 +33,7 @@ from plt_jax.errors import InputError
 from plt_jax.files import write_text
 from plt_jax.model.attention import choose_backend
 from plt_jax.sharding import make_mesh, use_mesh
+from plt_jax.training.guard import Limits
 from plt_jax.training.step import (
     Batch,
     abstract_batch,
@@ -128,18 +129,18 @@ class Run(NamedTuple):
         print(f"compiling {case.label} ...", flush=True)
         with use_mesh(mesh):
             lowered = jit_train_step(config, mesh).lower(
-                abstract_state(config, mesh), abstract_batch(config, mesh)
+                abstract_state(config, mesh), abstract_batch(config, mesh), Limits()
             )
         return cls(case, config, mesh, lowered.compile(), random_batch(config, mesh))
 
     def time_steps(self, steps: int) -> float:
         """Seconds of a step, from a fresh state, the first not counted."""
         state = init_state(self.config, self.mesh)
-        state, metrics = self.step(state, self.batch)
+        state, metrics = self.step(state, self.batch, Limits())
         jax.block_until_ready(metrics)
         start = time.perf_counter()
         for _ in range(steps):
-            state, metrics = self.step(state, self.batch)
+            state, metrics = self.step(state, self.batch, Limits())
         jax.block_until_ready((state, metrics))
         taken = (time.perf_counter() - start) / steps
         if not np.isfinite(metrics["loss"]):

@@ -115,7 +115,12 @@ def train_step(config: RunConfig, mesh: Mesh) -> Step:
     Raises:
       InputError: sizes do not divide over the mesh.
     """
-    from plt_jax.training.step import abstract_batch, abstract_state, jit_train_step
+    from plt_jax.training.step import (
+        abstract_batch,
+        abstract_limits,
+        abstract_state,
+        jit_train_step,
+    )
 
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     parts = {
@@ -123,7 +128,8 @@ def train_step(config: RunConfig, mesh: Mesh) -> Step:
         "optimizer state": (state.step, state.opt_state),
         "batch": batch,
     }
-    return Step(jit_train_step(config, mesh), (state, batch), parts)
+    arguments = (state, batch, abstract_limits(mesh))
+    return Step(jit_train_step(config, mesh), arguments, parts)
 
 
 def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,8 @@ class MetricsWriter:
         Args:
           first_layer: how many layers come before those that values by loop and layer are of.
         """
-        self._first_layer = first_layer
-        self._path = directory / METRICS
-        kept = [row for row in read_metrics(directory) if row["step"] <= resumed_step]
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
-        )
+        self._directory, self._first_layer = directory, first_layer
+        self._open(resumed_step)
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -40,8 +35,11 @@ class MetricsWriter:
         self._tensorboard.close()
 
     def write(self, step: int, **values: float | list[list[float]]) -> None:
-        """Writes one row; a value may be one of each loop and layer, as a list of lists."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Writes one row; a value may be one of each loop and layer, as a list of lists.
+
+        Numbers that are not finite are null there: JSON has no others.
+        """
+        self._file.write(json.dumps({"step": step, **_finite(values)}, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in values.items():
             if not isinstance(value, list):
@@ -52,6 +50,29 @@ class MetricsWriter:
                 tag = f"{name}/loop_{loop + 1}/layer_{layer + 1}"
                 self._tensorboard.add_scalar(tag, one, step)
 
+    def go_back(self, step: int) -> None:
+        """Drops what was written after a step, from which training goes on anew."""
+        self.__exit__()
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        path = self._directory / METRICS
+        kept = [row for row in read_metrics(self._directory) if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            str(self._directory / "tensorboard"), purge_step=step + 1 if step else None
+        )
+
+
+def _finite(value: Any) -> Any:
+    """Nested values with None for numbers that are not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return value if math.isfinite(value) else None
+
 
 class NoMetrics(contextlib.nullcontext):
     """Takes what MetricsWriter does, and writes nothing."""
@@ -61,6 +82,9 @@ class NoMetrics(contextlib.nullcontext):
 
     def write(self, step: int, **values: float | list[list[float]]) -> None:
         """Writes nothing."""
+
+    def go_back(self, step: int) -> None:
+        """Drops nothing."""
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
@@ -80,7 +104,7 @@ def plot_losses(directory: Path) -> None:
     from matplotlib.figure import Figure  # slow to import, and needed once a run
 
     rows = read_metrics(directory)
-    training = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    training = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     validation = [row for row in rows if "validation_loss" in row]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

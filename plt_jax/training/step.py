@@ -23,6 +23,7 @@ from plt_jax.model.moe import (
 )
 from plt_jax.model.transformer import Transformer, abstract_params
 from plt_jax.sharding import BatchLayout, abstract_arrays, batch_layout, use_mesh
+from plt_jax.training.guard import Limits
 from plt_jax.training.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, jax.Array]
@@ -74,6 +75,13 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding)
         for name, dtype in {**dtypes, "weights": jnp.float32}.items()
     }
+
+
+def abstract_limits(mesh: Mesh) -> Limits:
+    """Shapes, dtypes and shardings of a step's limits."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    return Limits(scalar, scalar)
 
 
 def init_state(config: RunConfig, mesh: Mesh) -> TrainState:
@@ -198,17 +206,18 @@ def balance_routers(config: ModelConfig, params: Any, router: RouterStatistics) 
 
 
 def jit_train_step(config: RunConfig, mesh: Mesh) -> Callable:
-    """`(state, batch) -> (state, metrics)`, jitted for the mesh; the state is donated.
+    """`(state, batch, limits) -> (state, metrics)`, jitted for the mesh; the state is donated.
 
     To be called, or lowered for devices that are not here, under `use_mesh(mesh)`. A batch is as
     `abstract_batch` says. Metrics are float32, the same on all devices: the scalars `loss` in nats
-    per target, `gradient_norm` before clipping, `learning_rate`; with experts also
-    `experts_per_step` (see there) and those of `router_metrics`.
+    per target, `gradient_norm` before clipping, `learning_rate`, and `skipped`, 1 where the loss or
+    the norm was not finite or above its limit, so that parameters and optimizer stayed as they
+    were; with experts also `experts_per_step` (see there) and those of `router_metrics`.
     """
     optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
     schedule = make_schedule(config.optimizer, config.training.steps)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, batch: Batch, limits: Limits) -> tuple[TrainState, Metrics]:
         means, grads = accumulate_gradients(config, state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         router = means.pop("router", None)
@@ -217,29 +226,41 @@ def jit_train_step(config: RunConfig, mesh: Mesh) -> Callable:
             "gradient_norm": optax.global_norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
+        loss, norm = metrics["loss"], metrics["gradient_norm"]
+        sound = (loss <= limits.loss) & (norm <= limits.gradient_norm) & jnp.isfinite(loss + norm)
+        metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
         params = optax.apply_updates(state.params, updates)
         if router is not None:
             metrics |= router_metrics(router)
             params = balance_routers(config.model, params, router)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(sound, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
+        )
         return TrainState(state.step + 1, params, opt_state), metrics
 
+    everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return jax.jit(
         train_step,
-        in_shardings=(shardings, training_layout(config, mesh).sharding),
-        out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),
+        in_shardings=(shardings, training_layout(config, mesh).sharding, everywhere),
+        out_shardings=(shardings, everywhere),
         donate_argnums=0,
     )
 
 
 def make_train_step(
     config: RunConfig, mesh: Mesh
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`step(state, batch) -> (state, metrics)`: `jit_train_step`, called under its mesh."""
+) -> Callable[[TrainState, Batch, Limits], tuple[TrainState, Metrics]]:
+    """`step(state, batch, limits=Limits()) -> (state, metrics)`: `jit_train_step`, called under its
+    mesh."""
     jitted = jit_train_step(config, mesh)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, batch: Batch, limits: Limits = Limits()
+    ) -> tuple[TrainState, Metrics]:
         with use_mesh(mesh):
-            return jitted(state, batch)
+            return jitted(state, batch, limits)
 
     return step

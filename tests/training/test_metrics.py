@@ -52,6 +52,28 @@ def test_values_by_loop_and_layer_are_scalars_of_their_own_in_tensorboard(tmp_pa
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 4.0, "load": values}]
 
 
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    with MetricsWriter(tmp_path, 0) as metrics:
+        metrics.write(1, loss=float("nan"), load=[[0.5, float("inf")]])
+        metrics.write(2, loss=2.0)
+    assert json_rows(tmp_path / "metrics.jsonl") == [
+        {"step": 1, "loss": None, "load": [[0.5, None]]},
+        {"step": 2, "loss": 2.0},
+    ]
+    plot_losses(tmp_path)
+    assert (tmp_path / "loss.png").stat().st_size > 1000
+
+
+def test_going_back_drops_what_came_after(tmp_path):
+    with MetricsWriter(tmp_path, 0) as metrics:
+        for step in range(1, 6):
+            metrics.write(step, loss=1.0 * step)
+        metrics.go_back(3)
+        assert steps(tmp_path) == [1, 2, 3]
+        metrics.write(4, loss=9.0)
+        assert [row["loss"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 9.0]
+
+
 def test_rows_are_there_at_once(tmp_path):
     with MetricsWriter(tmp_path, 0) as metrics:
         metrics.write(1, loss=2.0)

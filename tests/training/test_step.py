@@ -10,6 +10,7 @@ from plt_jax import Transformer
 from plt_jax.config import RunConfig
 from plt_jax.sharding import make_mesh
 from plt_jax.training import step as module
+from plt_jax.training.guard import Limits
 from plt_jax.training.step import init_state, make_train_step
 from tests.models import random_params, small_config
 
@@ -197,3 +198,33 @@ def test_the_seed_decides_the_start():
     assert not np.array_equal(one.params["head"], other.params["head"])
     assert int(one.step) == 0
     assert {leaf.dtype for leaf in jax.tree.leaves(one.params)} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "limits"),
+    [
+        ({"weights": np.nan}, Limits()),
+        ({"weights": np.inf}, Limits()),
+        ({}, Limits(loss=np.float32(1.0))),
+        ({}, Limits(gradient_norm=np.float32(1e-3))),
+    ],
+    ids=["not a number", "infinite", "loss", "gradient"],
+)
+def test_a_step_out_of_order_changes_nothing_but_the_count(spoil, limits):
+    config = make_config(**LEARNING)
+    mesh = make_mesh(config.mesh)
+    step, state = make_train_step(config, mesh), init_state(config, mesh)
+    state, values = step(state, make_batch(0))
+    assert values["skipped"] == 0
+    before = jax.tree.map(np.asarray, state)
+    bad = make_batch(1)
+    state, values = step(
+        state, bad | {k: np.full_like(bad[k], v) for k, v in spoil.items()}, limits
+    )
+    assert values["skipped"] == 1
+    assert int(state.step) == 2
+    close((state.params, state.opt_state), (before.params, before.opt_state), rtol=0, atol=0)
+    state, values = step(state, bad)
+    assert values["skipped"] == 0
+    undisturbed, _ = take_steps(config, [make_batch(0), bad])
+    close(state.params, undisturbed.params, rtol=0, atol=0)
