@@ -172,6 +172,33 @@ def agree(values: dict[str, str], timeout: int) -> None:
                 raise InputError(f"the {name} here is not that of process 0; give all the same")
 
 
+def gather(key: str, text: str, timeout: int) -> list[str]:
+    """In the first process a text from every one, in their order; in the others nothing.
+
+    Unlike the rest it may be called from any thread, and so in any order: all must give the same
+    key, `WHAT/NUMBER`, which is used once.
+
+    Raises:
+      MissingProcessError: one did not come within `timeout` seconds.
+    """
+    if alone():
+        return [text]
+    folder = f"plt_jax/{key}"
+    _client().key_value_set(f"{folder}/{jax.process_index()}", text)
+    texts = []
+    for index in range(jax.process_count() if first() else 0):
+        try:
+            texts.append(_client().blocking_key_value_get(f"{folder}/{index}", timeout * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            raise MissingProcessError(
+                f"{_name(index)} did not give its {key.split('/')[0]} for {timeout} s; look at its "
+                "output, or raise processes.timeout"
+            ) from error
+    if first():
+        _client().key_value_delete(folder)
+    return texts
+
+
 def any_process(flag: bool) -> bool:
     """Whether a flag is set in any process; all must ask."""
     if alone():

@@ -33,7 +33,7 @@ def main(spec: dict) -> None:
 
 
 def _keep_stdout_for_python() -> None:
-    """Gloo's threads write to file descriptor 1, whole lines or not: from here on that is stderr."""
+    """Gloo's threads write to file descriptor 1, whole lines or not: from here that is stderr."""
     sys.stdout = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
