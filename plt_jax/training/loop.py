@@ -37,6 +37,7 @@ from plt_jax.training.start import (
     start_params,
 )
 from plt_jax.training.step import TrainState, abstract_state, make_train_step, training_layout
+from plt_jax.training.stopping import StopTogether
 
 SAMPLE_TOKENS = 120
 CACHES = {"cache_dir": ""}
@@ -76,9 +77,8 @@ def train(config: RunConfig) -> Outcome:
     """Trains until `training.steps`, from the newest checkpoint of the run directory if it has one
     (see `choose_checkpoint`).
 
-    SIGTERM and SIGINT (Ctrl-C) end the run after the step under way, with its state saved; the same
-    command resumes it, bit for bit. Of several processes one signalled is enough, and they end at
-    the next step that is logged.
+    SIGTERM and SIGINT (Ctrl-C) end the run after the steps under way, with its state saved; the
+    same command resumes it, bit for bit. Of several processes one signalled is enough.
 
     Raises:
       InputError: text, tokenizer, mesh or run directory do not fit the configuration, in any
@@ -104,7 +104,7 @@ def train(config: RunConfig) -> Outcome:
         check_shared(directory)
     describe(config, checked)
     with (
-        StopRequest() as stop,
+        StopRequest() as request,
         Checkpoints(directory / CHECKPOINTS, config.checkpoint, patience) as saved,
     ):
         run = Run(config, directory, checked, saved)
@@ -118,6 +118,7 @@ def train(config: RunConfig) -> Outcome:
             print(f"finished: {directory} is at step {start} of {config.training.steps}")
             return Outcome(start, stopped=False)
         with (
+            StopTogether(lambda: request.requested, start, patience) as stop,
             open_metrics(run, start) as metrics,
             ProgressReport(start, config.training.steps) as report,
         ):
@@ -191,17 +192,20 @@ def train_steps(
     batches: Iterator,
     metrics: MetricsWriter,
     report: ProgressReport,
-    stop: StopRequest,
+    stop: StopTogether,
 ) -> tuple[TrainState, Speedometer]:
     """Steps up to the last one, or until a stop is requested; evaluates and saves on the way."""
     training = run.config.training
     train_step = make_train_step(run.config, run.checked.mesh)
     speed = Speedometer(training.batch_size * run.config.sequence_length)
-    step, stopping = int(state.step), False
+    step, stopping, before = int(state.step), False, None
     report.say("compiling the train step ...")
     while step < training.steps and not stopping:
         state, values = train_step(state, run.checked.layout.place(next(batches)))
         step += 1
+        # One step waits while another is computed: more would only delay a stop.
+        jax.block_until_ready(before)
+        before = values
         last = step == training.steps
         if not speed.started:
             jax.block_until_ready(values)
@@ -215,10 +219,7 @@ def train_steps(
                 evaluation = run.checked.evaluate(state.params, run.checked.data.validation, limit)
             validation_loss = evaluation.score.loss
             log_evaluation(step, evaluation, metrics, report)
-        # Asked once: the step that is saved is the step it stops at. Several processes agree where
-        # they wait for the device anyway, since each may be steps ahead of it.
-        if processes.alone() or step % training.log_every == 0:
-            stopping = processes.any_process(stop.requested)
+        stopping = stop.after(step)  # asked once: the step that is saved is the step it stops at
         if step % training.checkpoint_every == 0 or last or stopping:
             require_finite(step, values, run.config.model.moe.dense_layers)
             with speed.paused():

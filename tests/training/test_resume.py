@@ -202,7 +202,7 @@ def test_a_second_signal_while_saving_leaves_no_broken_checkpoint(finished, tmp_
         [sys.executable, "-c", SIGNALLED_TWICE, path, name],
         **{"env": environment(), "capture_output": True, "timeout": 300},
     )
-    assert f"{name}: saving after this step" in ended.stdout.decode()
+    assert f"{name}: saving after the steps under way" in ended.stdout.decode()
     assert ended.returncode not in (0, 3), ended.stderr.decode()
     # The first acts at once and ends all; of the second Python waits for the thread that saves.
     assert steps_of(config) == {"SIGTERM": [4], "SIGINT": [4, 6]}[name]
