@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, CliSettingsSource
 
 from plt_jax.config import RunConfig
 from plt_jax.config_file import load_config
-from plt_jax.errors import InputError, MissingProcessError
+from plt_jax.errors import FailedError, InputError, MissingProcessError
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
 
@@ -61,7 +61,8 @@ def parse_run_config(parser: CommandParser, arguments: Sequence[str] | None = No
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's main function and exits; bad input becomes one line and exit code 2."""
+    """Runs a command's main function and exits; bad input becomes one line and exit code 2,
+    and what failed around the program one line and exit code 1."""
     try:
         code = main()
     except InputError as error:
@@ -69,4 +70,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         if isinstance(error, MissingProcessError):
             os._exit(EXIT_BAD_INPUT)  # JAX would wait for that process at an ordinary exit, too
         sys.exit(EXIT_BAD_INPUT)
+    except FailedError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_FAILED)
     sys.exit(EXIT_DONE if code is None else code)

@@ -471,6 +471,19 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept."""
     keep_best: NonNegativeInt = 1
     """Checkpoints of lowest validation loss kept besides."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that this divides are kept for ever; null for none."""
+    verify: bool = True
+    """Check a checkpoint's files against their checksums before they are read."""
+    skip_damaged: bool = False
+    """Resume from the newest checkpoint that is not damaged, moving damaged ones aside; otherwise
+    a damaged newest one is refused. Needs verify."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> CheckpointConfig:
+        if self.skip_damaged and not self.verify:
+            raise ValueError("skip_damaged needs verify, which finds damage; set verify to true")
+        return self
 
 
 class EvaluationConfig(Section):

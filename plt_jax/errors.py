@@ -1,4 +1,4 @@
-"""The one error that users meet for bad input."""
+"""The errors that users meet: of bad input, and of what failed around the program."""
 
 
 class InputError(ValueError):
@@ -14,3 +14,13 @@ class InputError(ValueError):
 
 class MissingProcessError(InputError):
     """Of several processes that train together, some did not come to where all must meet."""
+
+
+class FailedError(RuntimeError):
+    """Something outside the program failed, such as a disk: says what and why, in one line.
+
+    Commands print it and exit with code 1.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.splitlines()))

@@ -172,6 +172,59 @@ def agree(values: dict[str, str], timeout: int) -> None:
                 raise InputError(f"the {name} here is not that of process 0; give all the same")
 
 
+def publish(key: str, text: str) -> None:
+    """Tells all processes a text, under a key; of several the last counts. From any thread.
+
+    Raises:
+      MissingProcessError: the first process, which keeps it, is gone.
+    """
+    try:
+        _client().key_value_set(f"plt_jax/{key}", text, allow_overwrite=True)
+    except jax.errors.JaxRuntimeError as error:
+        raise _first_lost(error) from error
+
+
+def look_up(key: str) -> str | None:
+    """The text that some process has published under a key; None if there is none yet.
+
+    Raises:
+      MissingProcessError: the first process, which keeps it, is gone.
+    """
+    try:
+        return _client().key_value_try_get(f"plt_jax/{key}")
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise _first_lost(error) from error
+
+
+def gather(key: str, text: str, timeout: int) -> list[str]:
+    """In the first process a text from every one, in their order; in the others nothing.
+
+    Unlike the rest it may be called from any thread, and so in any order: all must give the same
+    key, `WHAT/NUMBER`, which is used once.
+
+    Raises:
+      MissingProcessError: one did not come within `timeout` seconds.
+    """
+    if alone():
+        return [text]
+    folder = f"plt_jax/{key}"
+    _client().key_value_set(f"{folder}/{jax.process_index()}", text)
+    texts = []
+    for index in range(jax.process_count() if first() else 0):
+        try:
+            texts.append(_client().blocking_key_value_get(f"{folder}/{index}", timeout * 1000))
+        except jax.errors.JaxRuntimeError as error:
+            raise MissingProcessError(
+                f"{_name(index)} did not give its {key.split('/')[0]} for {timeout} s; look at its "
+                "output, or raise processes.timeout"
+            ) from error
+    if first():
+        _client().key_value_delete(folder)
+    return texts
+
+
 def any_process(flag: bool) -> bool:
     """Whether a flag is set in any process; all must ask."""
     if alone():
@@ -274,6 +327,10 @@ _numbers = itertools.count()
 
 def _client():
     return distributed.global_state.client
+
+
+def _first_lost(error: Exception) -> MissingProcessError:
+    return MissingProcessError(f"process 0 was lost: {' '.join(str(error).split())[:300]}")
 
 
 def _name(index: int) -> str:

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
-from plt_jax.checkpoint import can_resume, load_params, save_params
+from plt_jax.checkpoint.store import can_resume, load_params, refuse_damaged, save_params
 from plt_jax.config import MeshConfig, RunConfig, Section
 from plt_jax.config_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import check_size, load_tokenizer
@@ -112,18 +112,22 @@ def find_checkpoint(path: str | Path) -> Found:
     return Found(directory, load_resolved(directory / CONFIG), step)
 
 
-def read_params(found: Found, mesh: Mesh | None = None) -> Any:
-    """A checkpoint's parameters, as `Transformer.init` gives them, unboxed; dtypes as stored.
+def read_params(found: Found, mesh: Mesh | None = None, dtype: str | None = None) -> Any:
+    """A checkpoint's parameters, as `Transformer.init` gives them, unboxed.
 
     Args:
       mesh: where they go, by the rules of sharding.py; default one device.
+      dtype: what they are read into; default as they were stored.
 
     Raises:
-      InputError: they cannot be read, or are another configuration's.
+      InputError: they are damaged, cannot be read, or are another configuration's.
     """
+    if found.config.checkpoint.verify:
+        refuse_damaged(found.directory / CHECKPOINTS, found.step, ["params"])
     boxed = abstract_params(found.config.model)
     abstract = abstract_arrays(boxed, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
-    return load_params(found.directory / CHECKPOINTS, found.step, abstract, as_stored=True)
+    directory = found.directory / CHECKPOINTS
+    return load_params(directory, found.step, abstract, as_stored=True, dtype=dtype)
 
 
 def create_run(
@@ -169,9 +173,9 @@ def check_directory(config: RunConfig) -> list[str]:
             )
         return []
     steps = list_steps(directory / CHECKPOINTS)
-    if steps and not can_resume(directory / CHECKPOINTS, steps[-1]):
+    if steps and not any(can_resume(directory / CHECKPOINTS, step) for step in steps):
         raise InputError(
-            f"--run_dir {directory} holds a converted model, with no optimizer's state to resume; "
+            f"--run_dir {directory} holds parameters alone, with no optimizer's state to resume; "
             f"train from it in another: --start_from {directory} --run_dir ANOTHER"
         )
     differing = differing_values(load_resolved(directory / CONFIG), config)

@@ -86,7 +86,12 @@ def test_a_run_without_a_checkpoint_is_refused(copy):
 
 def test_a_damaged_checkpoint_is_refused(copy):
     shutil.rmtree(copy / CHECKPOINTS / str(STEPS) / "params")
-    refuses(copy, f"cannot read the checkpoint {copy / CHECKPOINTS / str(STEPS)}")
+    checkpoints = copy / CHECKPOINTS
+    damaged = f"the checkpoint {checkpoints / str(STEPS)} is damaged: params/"
+    refuses(copy, damaged, f"give the one before it, {checkpoints / '4'}")
+    assert open_trained(checkpoints / "4").step == 4
+    shutil.rmtree(checkpoints / "4" / "params")
+    refuses(checkpoints / "4", "the checkpoint", "4 is damaged: params/")
 
 
 def test_a_damaged_run_is_refused(copy):

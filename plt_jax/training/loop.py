@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from plt_jax import processes
-from plt_jax.checkpoint import Checkpoints, load_params
+from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.config import ProcessesConfig, RunConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.load import Data, load_data
@@ -23,20 +23,21 @@ from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
 from plt_jax.model.attention import choose_backend
 from plt_jax.model.grouped import choose_form
-from plt_jax.run import check_directory, check_text, find_checkpoint, write_directory
-from plt_jax.run_files import CHECKPOINTS, CONFIG, list_steps
+from plt_jax.run import check_directory, check_text, write_directory
+from plt_jax.run_files import CHECKPOINTS, CONFIG
 from plt_jax.sharding import BatchLayout, make_mesh, use_mesh
 from plt_jax.training.metrics import MetricsWriter, NoMetrics, plot_losses
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
 from plt_jax.training.signals import StopRequest
-from plt_jax.training.step import (
-    TrainState,
-    abstract_state,
-    init_state,
-    make_train_step,
-    start_state,
-    training_layout,
+from plt_jax.training.start import (
+    check_start,
+    choose_checkpoint,
+    set_aside_damaged,
+    start_or_resume,
+    start_params,
 )
+from plt_jax.training.step import TrainState, abstract_state, make_train_step, training_layout
+from plt_jax.training.stopping import StopTogether
 
 SAMPLE_TOKENS = 120
 CACHES = {"cache_dir": ""}
@@ -73,16 +74,17 @@ class Run(NamedTuple):
 
 
 def train(config: RunConfig) -> Outcome:
-    """Trains until `training.steps`, from the newest checkpoint of the run directory if it has one.
+    """Trains until `training.steps`, from the newest checkpoint of the run directory if it has one
+    (see `choose_checkpoint`).
 
-    SIGTERM and SIGINT (Ctrl-C) end the run after the step under way, with its state saved; the same
-    command resumes it, bit for bit. Of several processes one signalled is enough, and they end at
-    the next step that is logged.
+    SIGTERM and SIGINT (Ctrl-C) end the run after the steps under way, with its state saved; the
+    same command resumes it, bit for bit. Of several processes one signalled is enough.
 
     Raises:
       InputError: text, tokenizer, mesh or run directory do not fit the configuration, in any
         process, or some process does not come; nothing in the run directory is changed then.
       FloatingPointError: the loss or gradient is no longer finite.
+      FailedError: a checkpoint could not be saved.
     """
     processes.start(config.processes)
     patience = config.processes.timeout
@@ -90,24 +92,33 @@ def train(config: RunConfig) -> Outcome:
     with processes.together("the configuration is checked", patience):
         checked = check(config)
     processes.agree(what_all_share(config, checked.data), patience)
+    with processes.together("the checkpoint to go on from is checked", patience):
+        resumed = choose_checkpoint(config)
     with processes.together("the run directory is made", patience):
         params = start_params(config, checked.abstract)
         if processes.first():
+            set_aside_damaged(config, resumed)
             write_directory(config, checked.data.tokenizer, checked.data.fingerprint)
     directory = Path(config.run_dir)
     with processes.together("the run directory is seen", patience):
         check_shared(directory)
     describe(config, checked)
-    with StopRequest() as stop, Checkpoints(directory / CHECKPOINTS, config.checkpoint) as saved:
+    with (
+        StopRequest() as request,
+        Checkpoints(directory / CHECKPOINTS, config.checkpoint, patience) as saved,
+    ):
         run = Run(config, directory, checked, saved)
         batches = iter(checked.data.training)
-        state = start_or_resume(run, checked.abstract, batches, params)
+        state = start_or_resume(
+            config, checked.mesh, checked.abstract, saved, resumed, batches, params
+        )
         del params  # the step takes their place
         start = int(state.step)
         if start >= config.training.steps:
             print(f"finished: {directory} is at step {start} of {config.training.steps}")
             return Outcome(start, stopped=False)
         with (
+            StopTogether(lambda: request.requested, start, patience) as stop,
             open_metrics(run, start) as metrics,
             ProgressReport(start, config.training.steps) as report,
         ):
@@ -167,18 +178,6 @@ def open_metrics(run: Run, step: int) -> MetricsWriter | NoMetrics:
     return MetricsWriter(run.directory, step, run.config.model.moe.dense_layers)
 
 
-def check_start(config: RunConfig) -> None:
-    """Raises InputError where `start_from` leads to no checkpoint, or to one of unknown tokens."""
-    if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
-        return
-    find_checkpoint(config.start_from)
-    if config.tokenizer.path is None:
-        raise InputError(
-            f"start_from {config.start_from} has no tokenizer, so its embeddings' text is not "
-            "known; give its tokenizer.json as tokenizer.path"
-        )
-
-
 def check_kernels(config: RunConfig, mesh: Mesh) -> None:
     """Raises InputError where the mesh's devices cannot run what the model names."""
     with use_mesh(mesh):
@@ -187,52 +186,26 @@ def check_kernels(config: RunConfig, mesh: Mesh) -> None:
             choose_form(config.model.moe)
 
 
-def start_params(config: RunConfig, abstract: TrainState) -> Any | None:
-    """The parameters that a fresh run starts from; None if it draws its own, or resumes.
-
-    Raises:
-      InputError: they have other shapes.
-    """
-    if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
-        return None
-    directory, _, step = find_checkpoint(config.start_from)
-    print(f"starting from {directory}, step {step}", flush=True)
-    return load_params(directory / CHECKPOINTS, step, abstract.params)
-
-
-def start_or_resume(
-    run: Run, abstract: TrainState, batches: Iterator, params: Any | None
-) -> TrainState:
-    """A fresh state, or the newest checkpoint's with the batches set to go on behind it."""
-    step = run.checkpoints.latest_step
-    if step is None and params is None:
-        return init_state(run.config, run.checked.mesh)
-    if step is None:
-        return start_state(run.config, run.checked.mesh, params)
-    print(f"resuming at step {step} of {run.config.training.steps}", flush=True)
-    optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
-    params, optimizer, data = run.checkpoints.restore(abstract.params, optimizer)
-    batches.set_state(data)
-    return TrainState(optimizer["step"], params, optimizer["opt_state"])
-
-
 def train_steps(
     run: Run,
     state: TrainState,
     batches: Iterator,
     metrics: MetricsWriter,
     report: ProgressReport,
-    stop: StopRequest,
+    stop: StopTogether,
 ) -> tuple[TrainState, Speedometer]:
     """Steps up to the last one, or until a stop is requested; evaluates and saves on the way."""
     training = run.config.training
     train_step = make_train_step(run.config, run.checked.mesh)
     speed = Speedometer(training.batch_size * run.config.sequence_length)
-    step, stopping = int(state.step), False
+    step, stopping, before = int(state.step), False, None
     report.say("compiling the train step ...")
     while step < training.steps and not stopping:
         state, values = train_step(state, run.checked.layout.place(next(batches)))
         step += 1
+        # One step waits while another is computed: more would only delay a stop.
+        jax.block_until_ready(before)
+        before = values
         last = step == training.steps
         if not speed.started:
             jax.block_until_ready(values)
@@ -246,10 +219,7 @@ def train_steps(
                 evaluation = run.checked.evaluate(state.params, run.checked.data.validation, limit)
             validation_loss = evaluation.score.loss
             log_evaluation(step, evaluation, metrics, report)
-        # Asked once: the step that is saved is the step it stops at. Several processes agree where
-        # they wait for the device anyway, since each may be steps ahead of it.
-        if processes.alone() or step % training.log_every == 0:
-            stopping = processes.any_process(stop.requested)
+        stopping = stop.after(step)  # asked once: the step that is saved is the step it stops at
         if step % training.checkpoint_every == 0 or last or stopping:
             require_finite(step, values, run.config.model.moe.dense_layers)
             with speed.paused():

@@ -25,4 +25,4 @@ class StopRequest:
         self.requested = True
         for other, handler in self._before.items():
             signal.signal(other, handler)
-        print(f"{signal.Signals(number).name}: saving after this step ...", flush=True)
+        print(f"{signal.Signals(number).name}: saving after the steps under way ...", flush=True)

@@ -1,7 +1,7 @@
 """One of several processes that train a run: `python -m tests.distributed.process_worker SPEC`.
 
 SPEC is JSON: `home` and `run_dir`, `sections` of the run's configuration, and `stop_at`, the step
-after which this process, if it is the one named by `stopped`, signals itself. Prints what the run
+at which this process, if it is the one named by `stopped`, signals itself. Prints what the run
 prints, then how it ends to stderr, as JSON.
 """
 
@@ -10,8 +10,10 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
+from plt_jax import processes
 from plt_jax.errors import InputError
 from plt_jax.training.loop import train
 from tests.training.runs import call_at, tiny_config
@@ -22,7 +24,7 @@ def main(spec: dict) -> None:
     config = tiny_config(Path(spec["home"]), Path(spec["run_dir"]), **spec["sections"])
     signalled = contextlib.nullcontext()
     if spec.get("stopped") == (config.processes.index or 0):
-        signalled = call_at(spec["stop_at"], lambda: os.kill(os.getpid(), signal.SIGTERM))
+        signalled = call_at(spec["stop_at"], lambda: stop(config.processes.count or 1))
     try:
         with signalled:
             outcome = train(config)
@@ -30,6 +32,15 @@ def main(spec: dict) -> None:
         print(json.dumps({"error": str(error)}), file=sys.stderr, flush=True)
         return
     print(json.dumps(outcome._asdict()), file=sys.stderr, flush=True)
+
+
+def stop(count: int) -> None:
+    """Signals this process, and goes on when all have told the others how far they are."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    until = time.monotonic() + 60
+    for index in range(count if count > 1 else 0):
+        while processes.look_up(f"stop/0/step/{index}") is None and time.monotonic() < until:
+            time.sleep(0.05)
 
 
 def _keep_stdout_for_python() -> None:

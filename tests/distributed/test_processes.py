@@ -8,10 +8,13 @@ import time
 
 import pytest
 
+from plt_jax.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from plt_jax.config import ProcessesConfig
 from plt_jax.errors import InputError
 from plt_jax.processes import announced, call_roll
+from plt_jax.run_files import CHECKPOINTS
 from plt_jax.training import loop
+from tests.checkpoint.damage import files_of, flip_bit
 from tests.training.runs import (
     REPOSITORY,
     environment,
@@ -35,7 +38,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def run_together(count: int, home, run_dir, mesh, *, broken=(), **spec) -> list[dict]:
+def run_together(
+    count: int, home, run_dir, mesh, *, broken=(), checkpoint=None, **spec
+) -> list[dict]:
     """Trains in processes of four devices each, and returns what each ended with.
 
     Args:
@@ -47,6 +52,7 @@ def run_together(count: int, home, run_dir, mesh, *, broken=(), **spec) -> list[
         if count > 1:
             processes |= {"coordinator": f"localhost:{port}", "count": count, "index": index}
         sections = {"training": TRAINING, "mesh": mesh, "processes": processes}
+        sections["checkpoint"] = checkpoint or {}
         if broken and index == count - 1:
             sections |= broken
         spec |= {"home": str(home), "run_dir": str(run_dir), "sections": sections}
@@ -99,14 +105,31 @@ def test_two_processes_train_and_one_goes_on(home, alone, mesh, tmp_path):
 
 
 def test_one_process_trains_and_two_go_on(home, alone, tmp_path):
+    """Not from the newest checkpoint, which is damaged where the second of them checks it."""
     (first,) = run_together(1, home, tmp_path / "run", {"data": 4}, stopped=0, stop_at=STOP)
     assert first["step"] == STOP
+    newest = tmp_path / "run" / CHECKPOINTS / str(STOP)
+    sizes = {name: file.size for name, file in read_manifest(newest).files.items()}
+    name = sorted(sizes, key=lambda name: (-sizes[name], name))[1]
+    flip_bit(newest / name)
+    before = snapshot(tmp_path)
     ended = run_together(2, home, tmp_path / "run", MESH)
+    damaged = f"the checkpoint {newest} is damaged: {name} has another checksum"
+    assert ended[1]["error"].startswith(damaged)
+    assert ended[0]["error"].startswith("process 1 of 2 (host ") and damaged in ended[0]["error"]
+    assert snapshot(tmp_path) == before
+    ended = run_together(2, home, tmp_path / "run", MESH, checkpoint={"skip_damaged": True})
     assert [result["step"] for result in ended] == [STEPS, STEPS]
-    assert f"resuming at step {STOP}" in ended[0]["out"]
+    assert f"skipping: {damaged}" in ended[0]["out"]
+    assert "resuming at step 10 of" in ended[0]["out"]
     assert "a sample:" in ended[0]["out"]
     config = tiny_config(home, tmp_path / "run", training=TRAINING)
     assert losses(config) == pytest.approx(losses(alone), rel=1e-5)
+    # Both have taken checksums of what they wrote.
+    last = tmp_path / "run" / CHECKPOINTS / str(STEPS)
+    assert sorted([*read_manifest(last).files, MANIFEST]) == files_of(last)
+    assert any("process_1" in name for name in files_of(last))
+    assert find_damage(last) == []
 
 
 def test_what_one_process_refuses_stops_all_before_anything_is_written(home, tmp_path):

@@ -149,7 +149,7 @@ def test_a_signal_stops_the_run_and_the_same_command_resumes_it(trained, tmp_pat
     out, err = process.communicate(timeout=300)
     assert process.returncode == 3, err
     (step,) = list_steps(tmp_path / "run" / "checkpoints")
-    assert "SIGTERM: saving after this step ..." in out
+    assert "SIGTERM: saving after the steps under way ..." in out
     assert f"stopped at step {step}, saved; run the same command to go on" in out
     result = command(*words, "--training.steps", step + 2)
     assert result.code == 0, result

@@ -187,7 +187,7 @@ def assert_training_refused(home, words, *parts):
 
 def test_training_in_the_folder_of_an_import_is_refused(training, start, tmp_path):
     words = [*training[:2], "--run_dir", start]
-    parts = [f"--run_dir {start}", "converted model", f"--start_from {start}"]
+    parts = [f"--run_dir {start}", "holds parameters alone", f"--start_from {start}"]
     assert_training_refused(tmp_path, words, *parts)
     assert_training_refused(tmp_path, [*words, "--start_from", start], *parts)
 

@@ -10,7 +10,7 @@ import pytest
 
 import plt_jax.run
 from plt_jax import InputError, save_huggingface
-from plt_jax.checkpoint import save_params
+from plt_jax.checkpoint.store import save_params
 from tests.interop.damage import (
     CONVERT,
     MODEL,

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import yaml
 
-from plt_jax.checkpoint import Checkpoints
+from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.config import RunConfig
 from plt_jax.config_file import merge
 from plt_jax.run_files import CHECKPOINTS, list_steps
@@ -128,9 +128,10 @@ def saved_state(config: RunConfig) -> Saved:
     directory = Path(config.run_dir) / CHECKPOINTS
     with Checkpoints(directory, config.checkpoint) as saved:
         optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
-        params, optimizer, data = saved.restore(abstract.params, optimizer)
+        step = list_steps(directory)[-1]
+        params, optimizer, data = saved.restore(step, abstract.params, optimizer)
     state = jax.tree.map(np.asarray, (params, optimizer))
-    return Saved(list_steps(directory)[-1], *state, data)
+    return Saved(step, *state, data)
 
 
 def assert_same_run(one: RunConfig, other: RunConfig) -> None:

@@ -179,6 +179,33 @@ def test_nothing_is_written_for_a_run_that_cannot_start(finished, tmp_path, sect
     assert not (tmp_path / "run").exists()
 
 
+def test_at_most_one_step_waits_while_another_is_computed(finished, tmp_path, monkeypatch):
+    """Else a stop would wait for all that have been begun since the last logged step."""
+    make, wait, begun, waited = loop.make_train_step, jax.block_until_ready, [], []
+
+    def recording_maker(config, mesh):
+        step = make(config, mesh)
+
+        def recorded(state, batch):
+            state, values = step(state, batch)
+            begun.append(values)
+            assert len(waited) >= len(begun) - 2
+            return state, values
+
+        return recorded
+
+    def recording_wait(values):
+        waited.extend(index for index, other in enumerate(begun) if other is values)
+        return wait(values)
+
+    monkeypatch.setattr(loop, "make_train_step", recording_maker)
+    monkeypatch.setattr(jax, "block_until_ready", recording_wait)
+    training = {"log_every": STEPS, "evaluate_every": STEPS, "checkpoint_every": STEPS}
+    loop.train(tiny_config(finished.home, tmp_path / "run", training=training))
+    assert len(begun) == STEPS
+    assert sorted(set(waited)) == list(range(STEPS - 1))
+
+
 def test_checkpoints_that_are_kept(finished, tmp_path):
     config = tiny_config(
         finished.home,

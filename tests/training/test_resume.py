@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.data.load import load_data
 from plt_jax.run import open_trained
 from plt_jax.run_files import CHECKPOINTS, METRICS, TOKENIZER, list_steps
 from plt_jax.training import loop
+from tests.checkpoint.damage import forget_checksums
 from tests.training.runs import (
     STEPS,
     assert_same_run,
@@ -101,6 +103,7 @@ def test_a_failed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
     with call_at(6, fail), pytest.raises(RuntimeError, match="power cut"):
         loop.train(config)
     assert steps_of(config) == [4]
+    assert find_damage(tmp_path / "run" / CHECKPOINTS / "4") == []
     assert list(losses(config)) == [1, 2, 3, 4, 5, 6]
     loop.train(config)
     assert_same_run(config, finished.config)
@@ -165,6 +168,46 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path):
     shutil.copytree(directory / "4", directory / "8.orbax-checkpoint-tmp")
     (directory / "8.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
     assert steps_of(config) == [4]
+    loop.train(config)
+    assert_same_run(config, finished.config)
+
+
+SIGNALLED_TWICE = """
+import os, signal, sys
+from plt_jax.checkpoint import store
+from plt_jax.cli import run_command
+from plt_jax.config_file import load_config
+from plt_jax.training import loop
+from tests.training.runs import call_at
+
+number, take = signal.Signals[sys.argv[2]], store.take_checksums
+
+def take_and_signal(checkpoint, names):
+    taken = take(checkpoint, names)
+    if checkpoint.name.startswith("6."):
+        os.kill(os.getpid(), number)  # the second, while the step that the first saves is written
+    return taken
+
+store.take_checksums = take_and_signal
+with call_at(6, lambda: os.kill(os.getpid(), number)):
+    run_command(lambda: loop.train(load_config(sys.argv[1])) and 0)
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_while_saving_leaves_no_broken_checkpoint(finished, tmp_path, name):
+    config = tiny_config(finished.home, tmp_path / "run")
+    path = write_config(tmp_path / "config.yaml", config.model_dump())
+    ended = subprocess.run(
+        [sys.executable, "-c", SIGNALLED_TWICE, path, name],
+        **{"env": environment(), "capture_output": True, "timeout": 300},
+    )
+    assert f"{name}: saving after the steps under way" in ended.stdout.decode()
+    assert ended.returncode not in (0, 3), ended.stderr.decode()
+    # The first acts at once and ends all; of the second Python waits for the thread that saves.
+    assert steps_of(config) == {"SIGTERM": [4], "SIGINT": [4, 6]}[name]
+    for step in steps_of(config):
+        assert find_damage(Path(config.run_dir) / CHECKPOINTS / str(step)) == []
     loop.train(config)
     assert_same_run(config, finished.config)
 
@@ -254,6 +297,7 @@ def test_the_data_state_of_earlier_versions_is_read(finished, tmp_path):
     config = tiny_config(finished.home, tmp_path / "run")
     with call_at(4, terminate):
         assert loop.train(config).stopped
+    forget_checksums(tmp_path / "run" / CHECKPOINTS / "4")
     data = tmp_path / "run" / CHECKPOINTS / "4" / "data"
     shutil.rmtree(data)
     data.mkdir()

@@ -27,7 +27,7 @@ def test_the_first_signal_asks_and_the_second_acts(received, capsys, number):
         os.kill(os.getpid(), number)
         assert stop.requested
         assert received == []
-        assert f"{number.name}: saving after this step ..." in capsys.readouterr().out
+        assert f"{number.name}: saving after the steps under way ..." in capsys.readouterr().out
         os.kill(os.getpid(), number)
         assert received == [number]
 

@@ -1,16 +1,23 @@
 """Checkpoints: what is kept, and that reading gives back exactly what was saved."""
 
+import contextlib
+
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from orbax.checkpoint import v1 as ocp
 
-from plt_jax.checkpoint import Checkpoints, load_params
+from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.store import Checkpoints, load_params, refuse_damaged
 from plt_jax.config import CheckpointConfig
-from plt_jax.errors import InputError
+from plt_jax.errors import FailedError, InputError
 from plt_jax.run_files import list_steps
+from tests.checkpoint.damage import files_of, flip_bit, save_steps
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -77,7 +84,6 @@ def test_the_best_is_remembered_over_a_restart(tmp_path):
     config = CheckpointConfig(keep=1, keep_best=1)
     save_losses(tmp_path, config, [1.0, 2.0])
     with Checkpoints(tmp_path, config) as checkpoints:
-        assert checkpoints.latest_step == 2
         checkpoints.save(3, {"x": jnp.ones(3)}, {"y": jnp.ones(2)}, batches(), 3.0)
     assert list_steps(tmp_path) == [1, 3]
 
@@ -88,14 +94,12 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
     for _ in range(4):
         next(data)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        assert checkpoints.latest_step is None
         checkpoints.save(5, params, optimizer, data, 1.5)
     expected = [next(data) for _ in range(3)]
     assert expected[0] == 4
     again = batches()
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        assert checkpoints.latest_step == 5
-        *restored, state = checkpoints.restore(abstract(params), abstract(optimizer))
+        *restored, state = checkpoints.restore(5, abstract(params), abstract(optimizer))
         again.set_state(state)
     assert_same(tuple(restored), (params, optimizer))
     assert [next(again) for _ in range(3)] == expected
@@ -108,7 +112,7 @@ def test_the_newest_is_restored(tmp_path):
             checkpoints.save(step, params, make_optimizer_state(params), batches())
     optimizer = abstract(make_optimizer_state(params))
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
-        restored, _, _ = checkpoints.restore(abstract(params), optimizer)
+        restored, _, _ = checkpoints.restore(10, abstract(params), optimizer)
     assert_same(restored, make_params(10))
 
 
@@ -137,7 +141,7 @@ def test_a_half_written_checkpoint_is_ignored(tmp_path):
     (tmp_path / "2").rename(tmp_path / "2.orbax-checkpoint-tmp")
     assert list_steps(tmp_path) == [1]
     with Checkpoints(tmp_path, CheckpointConfig(keep=5)) as checkpoints:
-        assert checkpoints.latest_step == 1
+        assert not (tmp_path / "2.orbax-checkpoint-tmp").exists()
         checkpoints.save(2, {"x": jnp.full(3, 7)}, {"y": jnp.ones(2)}, batches(), 1.0)
     assert list_steps(tmp_path) == [1, 2]
     assert_same(load_params(tmp_path, 2, {"x": abstract(jnp.full(3, 7))}), {"x": jnp.full(3, 7)})
@@ -148,6 +152,86 @@ def test_steps_are_sorted_as_numbers(tmp_path):
         (tmp_path / name).mkdir()
     assert list_steps(tmp_path) == [9, 10, 100]
     assert list_steps(tmp_path / "none") == []
+
+
+def test_multiples_are_kept(tmp_path):
+    config = CheckpointConfig(keep=1, keep_best=0, keep_every=3)
+    save_losses(tmp_path, config, [1.0] * 8)
+    assert list_steps(tmp_path) == [3, 6, 8]
+
+
+def test_a_save_of_a_step_that_is_there_fails_and_leaves_it(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    with pytest.raises(FailedError, match=r"cannot save the checkpoint .*2: "):
+        save_steps(tmp_path, 2)
+    assert list_steps(tmp_path) == [1, 2]
+    assert find_damage(tmp_path / "2") == []
+
+
+def save_as_earlier(directory, losses):
+    """Saves as the versions did that left checkpoints' names and metrics to orbax."""
+    with ocp.training.Checkpointer(directory) as checkpointer:
+        for step, loss in enumerate(losses, start=1):
+            params = make_params(step)
+            trees = {"params": params, "optimizer": make_optimizer_state(params)}
+            metrics = {"validation_loss": loss}
+            data = {"data": {"next_index": step}}
+            checkpointer.save_checkpointables(step, trees | data, metrics=metrics, force=True)
+
+
+def test_checkpoints_of_earlier_versions_are_read_and_their_losses_remembered(tmp_path, capsys):
+    save_as_earlier(tmp_path, [1.0, 2.0])
+    params, optimizer = make_params(2), make_optimizer_state(make_params(2))
+    refuse_damaged(tmp_path, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"the checkpoint {tmp_path / '2'} has no checksums")
+    with Checkpoints(tmp_path, CheckpointConfig(keep=1, keep_best=1)) as checkpoints:
+        *restored, data = checkpoints.restore(2, abstract(params), abstract(optimizer))
+        checkpoints.save(3, params, optimizer, {"next_index": 3}, 3.0)
+    assert_same(tuple(restored), (params, optimizer))
+    assert data == {"next_index": 2}
+    assert list_steps(tmp_path) == [1, 3]
+
+
+@settings(max_examples=40, deadline=None)
+@given(which=st.integers(0, 10**6), position=st.integers(0, 10**6), remove=st.booleans())
+def test_what_nobody_verified_is_read_or_refused_in_one_line(saved, which, position, remove):
+    """Orbax's own errors are many."""
+    directory, params, optimizer = saved
+    name = files_of(directory / "5")[which % len(files_of(directory / "5"))]
+    path = directory / "5" / name
+    before = path.read_bytes()
+    try:
+        if remove or not before:
+            path.unlink()
+        else:
+            flip_bit(path, position, position % 8)
+        with (
+            contextlib.suppress(InputError),
+            Checkpoints(directory, CheckpointConfig()) as checkpoints,
+        ):
+            checkpoints.restore(5, abstract(params), abstract(optimizer))
+        with contextlib.suppress(InputError):
+            load_params(directory, 5, abstract(params))
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("saved")
+    params = make_params()
+    optimizer = make_optimizer_state(params)
+    with Checkpoints(directory, CheckpointConfig()) as checkpoints:
+        checkpoints.save(5, params, optimizer, {"next_index": 5})
+    return directory, params, optimizer
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_parameters_are_read_into_another_dtype(saved, dtype):
+    directory, params, _ = saved
+    read = load_params(directory, 5, abstract(params), dtype=dtype)
+    assert_same(read, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
 
 
 @pytest.mark.parametrize(

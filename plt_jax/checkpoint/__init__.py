@@ -1,0 +1,1 @@
+"""Checkpoints on disk: written, checked, kept or removed, and read."""

@@ -1,0 +1,221 @@
+"""The manifest of a checkpoint: its files with their sizes and checksums, and how they are checked.
+
+It is the last file written before a checkpoint takes its name, so that every checkpoint has one but
+those of earlier versions, which had none. CRC-32 finds every damage of up to 32 bits in a row, and
+of any other all but one in four billion; it is the fastest checksum of the standard library. It is
+no protection against anybody who changes files on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+import zlib
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MANIFEST = "manifest.json"
+MARK = {"manifest": MANIFEST}
+"""What orbax's metadata of a checkpoint with a manifest say, by which one is missed."""
+METADATA = "_CHECKPOINT_METADATA"
+"""Orbax's file in which they are."""
+OWN = "crc32_of_the_rest"
+CHUNK_BYTES = 1 << 22
+THREADS = min(4, os.cpu_count() or 1)
+
+
+class File(NamedTuple):
+    """One file of a checkpoint."""
+
+    size: int
+    """Bytes."""
+    crc32: int
+
+
+class Manifest(NamedTuple):
+    """What a checkpoint consists of."""
+
+    saved: float
+    """When, in seconds since 1970."""
+    validation_loss: float | None
+    """Nats per token, if it was evaluated."""
+    files: dict[str, File]
+    """By path in the checkpoint, with slashes."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all the files."""
+        return sum(file.size for file in self.files.values())
+
+
+class DamagedError(ValueError):
+    """A manifest is not as it was written; says how."""
+
+
+def own_files(checkpoint: Path, index: int) -> list[str]:
+    """The files of a checkpoint that process `index` has written, so that it reads back no others.
+
+    Orbax names files by the process that writes them; the first wrote all that have no such name.
+    """
+    return [name for name in _list_files(checkpoint) if _writer(name) == index]
+
+
+def take_checksums(checkpoint: Path, names: Iterable[str]) -> dict[str, File]:
+    """Reads files and returns their sizes and checksums, by name.
+
+    Raises:
+      OSError: one cannot be read.
+    """
+    names = list(names)
+    with ThreadPoolExecutor(THREADS) as pool:  # reading and zlib leave Python to others
+        return dict(zip(names, pool.map(lambda name: _read(checkpoint / name), names), strict=True))
+
+
+def write_manifest(
+    checkpoint: Path, files: dict[str, File], validation_loss: float | None = None
+) -> None:
+    """Writes a checkpoint's manifest, and waits until it is on the disk.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    manifest = Manifest(time.time(), validation_loss, files)
+    with (checkpoint / MANIFEST).open("w", encoding="utf-8") as file:
+        file.write(_dump(manifest._asdict()))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(checkpoint: Path) -> Manifest | None:
+    """A checkpoint's manifest; None where an earlier version wrote the checkpoint without one.
+
+    Raises:
+      DamagedError: it is missing where there was one, or is not as it was written.
+    """
+    try:
+        text = (checkpoint / MANIFEST).read_bytes().decode()
+        fields = json.loads(text)
+        fields.pop(OWN)
+        if _dump(fields) != text:
+            raise DamagedError(f"{MANIFEST} has another checksum")
+    except FileNotFoundError as error:
+        if _marked(checkpoint):
+            raise DamagedError(f"{MANIFEST} is missing") from error
+        return None
+    except OSError as error:
+        raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from error
+    except DamagedError:
+        raise
+    except (ValueError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{MANIFEST} is not as it was written") from error
+    files = {name: File(*values) for name, values in fields["files"].items()}
+    return Manifest(**fields | {"files": files})
+
+
+def validation_loss(checkpoint: Path) -> float | None:
+    """The loss that a checkpoint was saved with, in nats per token; None if none can be read."""
+    try:
+        manifest = read_manifest(checkpoint)
+        if manifest is not None:
+            return manifest.validation_loss
+        # Earlier versions left it to orbax.
+        metrics = (checkpoint / "metrics" / "metrics").read_text(encoding="utf-8")
+        return json.loads(metrics)["validation_loss"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def has_checksums(checkpoint: Path) -> bool:
+    """Whether there is anything to check a checkpoint against, be it damaged."""
+    try:
+        return read_manifest(checkpoint) is not None
+    except DamagedError:
+        return True
+
+
+def find_damage(
+    checkpoint: Path,
+    inside: Collection[str] | None = None,
+    *,
+    index: int = 0,
+    count: int = 1,
+    contents: bool = True,
+) -> list[str]:
+    """What is wrong with the files of a checkpoint, one text each; empty where nothing is found, as
+    where an earlier version took no checksums.
+
+    Args:
+      inside: the folders of it that are about to be read; default all. Its own files always are.
+      index, count: checks this part of the files, so that `count` processes share the reading.
+      contents: read the files; otherwise only their sizes are looked at.
+    """
+    try:
+        manifest = read_manifest(checkpoint)
+    except DamagedError as error:
+        return [str(error)]
+    if manifest is None:
+        return []
+    files = {
+        name: file
+        for name, file in manifest.files.items()
+        if inside is None or "/" not in name or name.split("/")[0] in inside
+    }
+    # The largest first, so that the parts come out alike.
+    names = sorted(files, key=lambda name: (-files[name].size, name))[index::count]
+
+    def compare(name: str) -> str:
+        return _compare(checkpoint / name, name, files[name], contents)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return sorted(filter(None, pool.map(compare, names)))
+
+
+def _compare(path: Path, name: str, expected: File, contents: bool) -> str:
+    """What is wrong with one file; "" if nothing is."""
+    try:
+        size = path.stat().st_size
+        if size != expected.size:
+            return f"{name} has {size:,} bytes instead of {expected.size:,}"
+        if contents and _read(path) != expected:
+            return f"{name} has another checksum"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} cannot be read: {error.strerror}"
+    return ""
+
+
+def _read(path: Path) -> File:
+    size, crc, buffer = 0, 0, memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            size, crc = size + count, zlib.crc32(buffer[:count], crc)
+    return File(size, crc)
+
+
+def _list_files(checkpoint: Path) -> list[str]:
+    paths = (path for path in checkpoint.rglob("*") if path.is_file())
+    return sorted(path.relative_to(checkpoint).as_posix() for path in paths)
+
+
+def _writer(name: str) -> int:
+    named = re.search(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)", name)
+    return int(named[1]) if named else 0
+
+
+def _marked(checkpoint: Path) -> bool:
+    try:
+        metadata = json.loads((checkpoint / METADATA).read_bytes())
+        return metadata["custom_metadata"] == MARK
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _dump(fields: dict[str, Any]) -> str:
+    """The text of a manifest, with the checksum of the rest of it; of the same fields the same."""
+    crc = zlib.crc32(json.dumps(fields).encode())
+    return json.dumps({**fields, OWN: crc}, indent=1) + "\n"
