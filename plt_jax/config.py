@@ -377,6 +377,9 @@ class TrainingConfig(Section):
     """Steps between evaluations on held-out text; the last step is always evaluated."""
     checkpoint_every: PositiveInt = 200
     """Steps between checkpoints; the last step is always saved."""
+    hang_after: PositiveFloat | None = 600.0
+    """Seconds in one phase of training (waiting for data, computing a step, saving, ...) after
+    which a line says which it is; null for never."""
     sample_prompt: str = ""
     """Prompt of the sample printed at the end."""
 

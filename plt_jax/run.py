@@ -31,6 +31,8 @@ MAY_CHANGE = (
     "start_from",  # has been read
     "tokenizer.path",  # what it holds is compared
     "checkpoint.",
+    "guard.patience",
+    "guard.rollbacks",
     "evaluation.",
     "mesh.",
     "processes.",
@@ -43,6 +45,7 @@ MAY_CHANGE = (
     "training.log_every",
     "training.evaluate_every",
     "training.checkpoint_every",
+    "training.hang_after",
     "training.sample_prompt",
 )
 

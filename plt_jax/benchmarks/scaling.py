@@ -60,8 +60,9 @@ MESHES: dict[str, dict[str, dict[str, int]]] = {
 """Axis sizes by configuration and topology; data takes the other devices. Google Cloud calls the
 v5p ones v5p-128 and v5p-512, after their cores."""
 
-LOOPS = {"moe_2.5b_60b": (1,)}
-"""Of configurations without loops; the others are compiled with 1, 2 and 3."""
+LOOPS = {"plt_moe_1.7b_40b": (1, 2), "moe_2.5b_60b": (1,)}
+"""Of the mixtures that the paper compares with one another (Table 4), as it trains them, and the
+looped one without its second loop; the others are compiled with 1, 2 and 3."""
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 

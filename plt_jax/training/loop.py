@@ -24,14 +24,19 @@ from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
 from plt_jax.model.attention import choose_backend
 from plt_jax.model.grouped import choose_form
 from plt_jax.run import check_directory, check_text, write_directory
-from plt_jax.run_files import CHECKPOINTS, CONFIG
+from plt_jax.run_files import CHECKPOINTS, CONFIG, list_steps
 from plt_jax.sharding import BatchLayout, make_mesh, use_mesh
+from plt_jax.training.guard import Guard
 from plt_jax.training.metrics import MetricsWriter, NoMetrics, plot_losses
+from plt_jax.training.phases import COMPILING, DATA, EVALUATION, SAVING, STEPS, Phases
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
 from plt_jax.training.signals import StopRequest
 from plt_jax.training.start import (
+    GUARD,
+    Start,
     check_start,
     choose_checkpoint,
+    restore,
     set_aside_damaged,
     start_or_resume,
     start_params,
@@ -73,6 +78,21 @@ class Run(NamedTuple):
     checkpoints: Checkpoints
 
 
+class Reporting(NamedTuple):
+    """Where a run says how it is doing."""
+
+    metrics: MetricsWriter | NoMetrics
+    report: ProgressReport
+    speed: Speedometer
+    phases: Phases
+
+    def go_back(self, step: int, to: int) -> None:
+        """Drops what was written after the step that training goes back to, and says so there."""
+        self.metrics.go_back(to)
+        self.metrics.write(to, rolled_back_from=step)
+        self.speed.start(to)
+
+
 def train(config: RunConfig) -> Outcome:
     """Trains until `training.steps`, from the newest checkpoint of the run directory if it has one
     (see `choose_checkpoint`).
@@ -83,10 +103,15 @@ def train(config: RunConfig) -> Outcome:
     Raises:
       InputError: text, tokenizer, mesh or run directory do not fit the configuration, in any
         process, or some process does not come; nothing in the run directory is changed then.
-      FloatingPointError: the loss or gradient is no longer finite.
+      FloatingPointError: too many steps in a row were out of order (see GuardConfig).
       FailedError: a checkpoint could not be saved.
     """
     processes.start(config.processes)
+    with Phases(config.training.hang_after) as phases:
+        return _train(config, phases)
+
+
+def _train(config: RunConfig, phases: Phases) -> Outcome:
     patience = config.processes.timeout
     # Everything is checked before anything is written.
     with processes.together("the configuration is checked", patience):
@@ -109,20 +134,22 @@ def train(config: RunConfig) -> Outcome:
     ):
         run = Run(config, directory, checked, saved)
         batches = iter(checked.data.training)
-        state = start_or_resume(
+        start = start_or_resume(
             config, checked.mesh, checked.abstract, saved, resumed, batches, params
         )
         del params  # the step takes their place
-        start = int(state.step)
-        if start >= config.training.steps:
-            print(f"finished: {directory} is at step {start} of {config.training.steps}")
-            return Outcome(start, stopped=False)
+        first = int(start.state.step)
+        if first >= config.training.steps:
+            print(f"finished: {directory} is at step {first} of {config.training.steps}")
+            return Outcome(first, stopped=False)
+        speed = Speedometer(config.training.batch_size * config.sequence_length)
         with (
-            StopTogether(lambda: request.requested, start, patience) as stop,
-            open_metrics(run, start) as metrics,
-            ProgressReport(start, config.training.steps) as report,
+            StopTogether(lambda: request.requested, first, patience) as stop,
+            open_metrics(run, first) as metrics,
+            ProgressReport(first, config.training.steps) as report,
         ):
-            state, speed = train_steps(run, state, batches, metrics, report, stop)
+            tell = Reporting(metrics, report, speed, phases)
+            state = train_steps(run, start, batches, tell, stop)
     step = int(state.step)
     if processes.first():
         plot_losses(directory)
@@ -131,7 +158,7 @@ def train(config: RunConfig) -> Outcome:
         return Outcome(step, stopped=True)
     print_sample(run, state.params)
     print(
-        f"done: {config.training.steps - start} steps, median {speed.median():,.0f} tokens/s, "
+        f"done: {config.training.steps - first} steps, median {speed.median():,.0f} tokens/s, "
         f"peak memory {peak_memory() / 2**30:.2f} GiB; the run is in {directory}"
     )
     return Outcome(step, stopped=False)
@@ -187,104 +214,142 @@ def check_kernels(config: RunConfig, mesh: Mesh) -> None:
 
 
 def train_steps(
-    run: Run,
-    state: TrainState,
-    batches: Iterator,
-    metrics: MetricsWriter,
-    report: ProgressReport,
-    stop: StopTogether,
-) -> tuple[TrainState, Speedometer]:
+    run: Run, start: Start, batches: Iterator, tell: Reporting, stop: StopTogether
+) -> TrainState:
     """Steps up to the last one, or until a stop is requested; evaluates and saves on the way."""
     training = run.config.training
     train_step = make_train_step(run.config, run.checked.mesh)
-    speed = Speedometer(training.batch_size * run.config.sequence_length)
-    step, stopping, before = int(state.step), False, None
-    report.say("compiling the train step ...")
+    state, guard = start
+    step, stopping, rollbacks, before = int(state.step), False, 0, None
+    tell.report.say("compiling the train step ...")
     while step < training.steps and not stopping:
-        state, values = train_step(state, run.checked.layout.place(next(batches)))
-        step += 1
-        # One step waits while another is computed: more would only delay a stop.
-        jax.block_until_ready(before)
+        with tell.phases.phase(DATA):
+            batch = run.checked.layout.place(next(batches))
+        with tell.phases.phase(STEPS if tell.speed.started else COMPILING):
+            state, values = train_step(state, batch, guard.limits())
+            step += 1
+            # One step waits while another is computed: more would only delay a stop.
+            jax.block_until_ready(before if tell.speed.started else values)
         before = values
+        if not tell.speed.started:
+            tell.speed.start(step)
+        guard.observe(values)
+        if guard.lost():
+            rollbacks += 1
+            state, guard = go_back(run, step, values, rollbacks)
+            tell.go_back(step, int(state.step))
+            step = int(state.step)
+            continue
         last = step == training.steps
-        if not speed.started:
-            jax.block_until_ready(values)
-            speed.start(step)
         if step % training.log_every == 0 or last:
-            log_step(run, step, values, speed, metrics, report)
+            log_step(run, step, values, guard, tell)
         validation_loss = None
         if step % training.evaluate_every == 0 or last:
-            with speed.paused():
+            with tell.speed.paused(), tell.phases.phase(EVALUATION):
                 limit = None if last else run.config.evaluation.sequences
                 evaluation = run.checked.evaluate(state.params, run.checked.data.validation, limit)
             validation_loss = evaluation.score.loss
-            log_evaluation(step, evaluation, metrics, report)
+            log_evaluation(step, evaluation, tell)
         stopping = stop.after(step)  # asked once: the step that is saved is the step it stops at
-        if step % training.checkpoint_every == 0 or last or stopping:
-            require_finite(step, values, run.config.model.moe.dense_layers)
-            with speed.paused():
+        # The newest checkpoint is what is gone back to: not one of a step that was out of order.
+        due = step % training.checkpoint_every == 0 and not values["skipped"]
+        if due or last or stopping:
+            with tell.speed.paused(), tell.phases.phase(SAVING):
                 optimizer = {"step": state.step, "opt_state": state.opt_state}
-                run.checkpoints.save(
-                    step, state.params, optimizer, batches.get_state(), validation_loss
-                )
-    return state, speed
+                data = batches.get_state() | {GUARD: guard.state()}
+                run.checkpoints.save(step, state.params, optimizer, data, validation_loss)
+        tell.phases.reached(step)
+    return state
 
 
-def log_step(
-    run: Run,
-    step: int,
-    values: dict[str, jax.Array],
-    speed: Speedometer,
-    metrics: MetricsWriter,
-    report: ProgressReport,
-) -> None:
-    """Writes a step's metrics and reports it; waits for the step to be computed."""
-    require_finite(step, values, run.config.model.moe.dense_layers)
-    numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
-    loss, tokens_per_second = numbers["loss"], speed.mark(step)
-    metrics.write(step, **numbers, tokens_per_second=tokens_per_second)
-    counts = run.checked.data.counts
-    predicted = counts["training_tokens"] - counts["training_documents"]  # all but each bos
-    bits_per_byte = score(loss * predicted, predicted, counts["training_bytes"]).bits_per_byte
-    report.advance(step, loss, bits_per_byte, tokens_per_second)
+def go_back(run: Run, step: int, values: dict[str, jax.Array], times: int) -> Start:
+    """The newest checkpoint's state, where too many steps in a row were skipped.
+
+    The batches stay where they are, so that training goes on behind those that led there.
+
+    Args:
+      values: metrics of the last of those steps.
+      times: how often it is done, this time included.
+
+    Raises:
+      FloatingPointError: it was done too often already, or there is no checkpoint.
+    """
+    guard = run.config.guard
+    problem = what_is_wrong(values, run.config.model.moe.dense_layers)
+    with processes.together("the last checkpoint is complete", run.config.processes.timeout):
+        run.checkpoints.wait()
+    steps = list_steps(run.directory / CHECKPOINTS)
+    if times > guard.rollbacks or not steps:
+        done = "there is no checkpoint to go back to"
+        if steps:
+            done = f"it went back {times - 1} times (guard.rollbacks)"
+        raise FloatingPointError(
+            f"{problem} at step {step}, as in the {guard.patience} steps before (guard.patience), "
+            f"and {done}; lower optimizer.learning_rate or look at the data, and run again to "
+            "resume from the last checkpoint"
+        )
+    print(
+        f"going back from step {step} to {steps[-1]}, and on with the data behind: {problem}",
+        flush=True,
+    )
+    return restore(run.config, run.checked.abstract, run.checkpoints, steps[-1])[0]
 
 
-def require_finite(step: int, values: dict[str, jax.Array], first_layer: int = 0) -> None:
-    """Raises FloatingPointError if a step's loss or gradient is not finite: nothing can follow.
-
-    Names the first router, if any, whose logits are not.
+def what_is_wrong(values: dict[str, jax.Array], first_layer: int = 0) -> str:
+    """Why a step was skipped; names the first router, if any, whose logits are not finite.
 
     Args:
       first_layer: how many layers come before those with routers.
     """
+    broken = np.argwhere(~np.isfinite(values.get("router_z_by_loop", 0.0)))
+    where = ""
+    if broken.size:
+        loop, layer = broken[0] + 1
+        where = f" (the first router to fail is that of layer {first_layer + layer} in loop {loop})"
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(values[name]):
-            broken = np.argwhere(~np.isfinite(values.get("router_z_by_loop", 0.0)))
-            where = ""
-            if broken.size:
-                loop, layer = broken[0] + 1
-                where = (
-                    f"; the first router to fail is that of layer {first_layer + layer} in "
-                    f"loop {loop}"
-                )
-            raise FloatingPointError(
-                f"the {name} is {float(values[name])} at step {step}{where}; lower "
-                "optimizer.learning_rate, and run again to resume from the last checkpoint"
-            )
+            return f"the {name} is {float(values[name])}{where}"
+    return (
+        f"the loss {float(values['loss']):.4g} or the gradient_norm "
+        f"{float(values['gradient_norm']):.4g} is above its limit (guard.spike_deviations)"
+    )
 
 
-def log_evaluation(
-    step: int, evaluation: Evaluation, metrics: MetricsWriter, report: ProgressReport
+def log_step(
+    run: Run, step: int, values: dict[str, jax.Array], guard: Guard, tell: Reporting
 ) -> None:
+    """Writes a step's metrics and reports it; waits for the step to be computed."""
+    numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
+    numbers["skipped"] = guard.take_skipped()
+    if numbers["skipped"]:
+        tell.report.say(
+            f"step {step}: {numbers['skipped']} of the steps since the last line changed nothing, "
+            "their loss or gradient not finite or above its limit"
+        )
+    loss, tokens_per_second = numbers["loss"], tell.speed.mark(step)
+    seconds = tell.phases.seconds()
+    tell.metrics.write(
+        step,
+        **numbers,
+        tokens_per_second=tokens_per_second,
+        goodput=seconds.get(STEPS, 0.0) / sum(seconds.values()),
+    )
+    counts = run.checked.data.counts
+    predicted = counts["training_tokens"] - counts["training_documents"]  # all but each bos
+    bits_per_byte = score(loss * predicted, predicted, counts["training_bytes"]).bits_per_byte
+    tell.report.advance(step, loss, bits_per_byte, tokens_per_second)
+
+
+def log_evaluation(step: int, evaluation: Evaluation, tell: Reporting) -> None:
     """Writes and reports an evaluation."""
     score = evaluation.score
-    metrics.write(
+    tell.metrics.write(
         step,
         validation_loss=score.loss,
         bits_per_byte=score.bits_per_byte,
         validation_tokens=evaluation.tokens,
     )
-    report.say(
+    tell.report.say(
         f"step {step}: held-out loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte "
         f"({evaluation.tokens:,} tokens)"
     )

@@ -43,12 +43,15 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             if not isinstance(value, list):
-                self._tensorboard.add_scalar(name, value, step)
+                self._draw(name, value, step)
                 continue
             for (loop, layer), one in np.ndenumerate(value):
                 layer += self._first_layer
-                tag = f"{name}/loop_{loop + 1}/layer_{layer + 1}"
-                self._tensorboard.add_scalar(tag, one, step)
+                self._draw(f"{name}/loop_{loop + 1}/layer_{layer + 1}", one, step)
+
+    def _draw(self, tag: str, value: float, step: int) -> None:
+        if math.isfinite(value):  # TensorBoard would warn, and show nothing
+            self._tensorboard.add_scalar(tag, value, step)
 
     def go_back(self, step: int) -> None:
         """Drops what was written after a step, from which training goes on anew."""

@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -23,8 +23,11 @@ from plt_jax.config import RunConfig
 from plt_jax.errors import InputError
 from plt_jax.run import find_checkpoint
 from plt_jax.run_files import CHECKPOINTS, list_steps
+from plt_jax.training.guard import Guard
 from plt_jax.training.step import TrainState, init_state, start_state
 
+GUARD = "guard"
+"""Where the guard's state lies among that of the data."""
 _numbers = itertools.count()
 """Of the times that processes tell the first what damage they found."""
 
@@ -96,6 +99,14 @@ def set_aside_damaged(config: RunConfig, step: int | None) -> None:
             print(f"moved aside: {moved}; delete it when you have looked at it", flush=True)
 
 
+class Start(NamedTuple):
+    """What training goes on from, beside its data."""
+
+    state: TrainState
+    guard: Guard
+    """Knows the steps before."""
+
+
 def start_or_resume(
     config: RunConfig,
     mesh: Mesh,
@@ -104,7 +115,7 @@ def start_or_resume(
     step: int | None,
     batches: Iterator,
     params: Any | None,
-) -> TrainState:
+) -> Start:
     """A fresh state, or a checkpoint's with the batches set to go on behind it.
 
     Args:
@@ -115,11 +126,24 @@ def start_or_resume(
       InputError: the checkpoint cannot be read.
     """
     if step is None and params is None:
-        return init_state(config, mesh)
+        return Start(init_state(config, mesh), Guard(config.guard))
     if step is None:
-        return start_state(config, mesh, params)
+        return Start(start_state(config, mesh, params), Guard(config.guard))
     print(f"resuming at step {step} of {config.training.steps}", flush=True)
+    start, data = restore(config, abstract, saved, step)
+    batches.set_state(data)
+    return start
+
+
+def restore(
+    config: RunConfig, abstract: TrainState, saved: Checkpoints, step: int
+) -> tuple[Start, dict[str, Any]]:
+    """What a checkpoint holds, and the state that its batches had.
+
+    Raises:
+      InputError: it cannot be read.
+    """
     optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
     params, optimizer, data = saved.restore(step, abstract.params, optimizer)
-    batches.set_state(data)
-    return TrainState(optimizer["step"], params, optimizer["opt_state"])
+    guard = Guard(config.guard, data.pop(GUARD, None))  # earlier versions saved none
+    return Start(TrainState(optimizer["step"], params, optimizer["opt_state"]), guard), data

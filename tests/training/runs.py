@@ -152,7 +152,8 @@ def assert_same_run(one: RunConfig, other: RunConfig) -> None:
 def numbers(config: RunConfig) -> list[dict[str, float]]:
     """The rows of metrics.jsonl without speeds, which no two runs share."""
     rows = read_metrics(Path(config.run_dir))
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    speeds = {"tokens_per_second", "goodput"}
+    return [{name: row[name] for name in row.keys() - speeds} for row in rows]
 
 
 def losses(config: RunConfig) -> dict[int, float]:

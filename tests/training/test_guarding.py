@@ -1,0 +1,176 @@
+"""Runs whose data makes steps go out of order: they skip, go back, or stop, and lose nothing."""
+
+import contextlib
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+from plt_jax.data import pipeline
+from plt_jax.run import open_trained
+from plt_jax.run_files import CHECKPOINTS, METRICS, list_steps
+from plt_jax.training import loop
+from tests.training.runs import (
+    STEPS,
+    assert_same_run,
+    call_at,
+    json_rows,
+    numbers,
+    tiny_config,
+)
+
+BATCH = 4
+PATIENT = {"patience": 2}
+NOTICED = 4
+"""Steps from the first of a bad window to going back: the patience and the guard's lag."""
+
+
+@contextlib.contextmanager
+def bad_data(*batches: int, value: float = np.nan):
+    """Spoils batches of the data, counted from 0, wherever a run is when it reads them."""
+    read = pipeline._Rows.__getitem__
+
+    def spoil(rows, index):
+        example = read(rows, index)
+        if index // BATCH in batches:
+            example = example | {"weights": np.full_like(example["weights"], value)}
+        return example
+
+    with mock.patch.object(pipeline._Rows, "__getitem__", spoil):
+        yield
+
+
+def rows_of(config) -> list[dict]:
+    return json_rows(Path(config.run_dir) / METRICS)
+
+
+def steps_of(config) -> list[int]:
+    return list_steps(Path(config.run_dir) / CHECKPOINTS)
+
+
+def finite_params(config) -> bool:
+    params = open_trained(config.run_dir).params
+    return all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_bad_batch_is_skipped_and_counted(finished, tmp_path, capsys, value):
+    config = tiny_config(finished.home, tmp_path / "run")
+    with bad_data(2, value=value):
+        assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+    rows = [row for row in rows_of(config) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
+    assert rows[2]["loss"] is None
+    undisturbed = numbers(finished.config)
+    assert numbers(config)[:2] == undisturbed[:2]
+    assert numbers(config)[3]["loss"] != undisturbed[3]["loss"]  # one update less came before
+    assert finite_params(config)
+    assert "step 3: 1 of the steps since the last line changed nothing" in capsys.readouterr().out
+
+
+def test_steps_between_lines_are_counted_too(finished, tmp_path):
+    config = tiny_config(finished.home, tmp_path / "run", training={"log_every": 4})
+    with bad_data(1, 5, 6):
+        loop.train(config)
+    assert [row["skipped"] for row in rows_of(config) if "loss" in row] == [1, 2]
+
+
+def test_a_stretch_of_bad_data_is_gone_back_from_and_passed_over(finished, tmp_path, capsys):
+    config = tiny_config(finished.home, tmp_path / "run", guard=PATIENT)
+    with bad_data(5, 6, 7, 8):
+        assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+    out = capsys.readouterr().out
+    step = 5 + NOTICED
+    # The run would have ended at step 8, before it could go back, had it not been longer.
+    assert "going back" not in out
+    config = tiny_config(finished.home, tmp_path / "longer", guard=PATIENT, training={"steps": 12})
+    with bad_data(5, 6, 7, 8):
+        assert loop.train(config) == loop.Outcome(12, stopped=False)
+    out = capsys.readouterr().out
+    assert f"going back from step {step} to 4, and on with the data behind: the loss is nan" in out
+    rows = rows_of(config)
+    assert {"step": 4, "rolled_back_from": step} in rows
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
+    assert not any(row["skipped"] for row in rows if "loss" in row)
+    assert finite_params(config)
+
+
+def test_what_follows_is_the_same_however_often_it_is_killed(finished, tmp_path):
+    sections = {"guard": PATIENT, "training": {"steps": 14}}
+    whole = tiny_config(finished.home, tmp_path / "whole", **sections)
+    broken = tiny_config(finished.home, tmp_path / "broken", **sections)
+
+    def fail():
+        raise RuntimeError("power cut")
+
+    with bad_data(5, 6, 7, 8, 11):
+        loop.train(whole)
+        for at in (6, 7, 9):
+            with call_at(at, fail), pytest.raises(RuntimeError, match="power cut"):
+                loop.train(broken)
+        loop.train(broken)
+    assert_same_run(broken, whole)
+
+
+def test_data_that_stays_bad_stops_the_run_with_its_checkpoints_intact(finished, tmp_path):
+    sections = {"guard": PATIENT | {"rollbacks": 1}, "training": {"steps": 30}}
+    config = tiny_config(finished.home, tmp_path / "run", **sections)
+    message = (
+        r"the loss is nan at step 8, as in the 2 steps before \(guard.patience\), and it went back "
+        r"1 times \(guard.rollbacks\); lower optimizer.learning_rate or look at the data"
+    )
+    with bad_data(*range(5, 40)), pytest.raises(FloatingPointError, match=message):
+        loop.train(config)
+    assert steps_of(config) == [4]
+    assert finite_params(config)
+    # With the data mended, as if nothing had been.
+    loop.train(config)
+    other = tiny_config(finished.home, tmp_path / "other", **sections)
+    loop.train(other)
+    assert [row for row in numbers(config) if "rolled_back_from" not in row] == numbers(other)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(finished, tmp_path):
+    config = tiny_config(finished.home, tmp_path / "run", guard=PATIENT)
+    message = "there is no checkpoint to go back to"
+    with bad_data(*range(40)), pytest.raises(FloatingPointError, match=message):
+        loop.train(config)
+    assert steps_of(config) == []
+
+
+def test_no_checkpoint_is_made_of_a_step_out_of_order(finished, tmp_path):
+    config = tiny_config(
+        finished.home,
+        tmp_path / "run",
+        training={"checkpoint_every": 2, "log_every": 8},
+        checkpoint={"keep": 10},
+    )
+    with bad_data(3):
+        loop.train(config)
+    assert steps_of(config) == [2, 6, 8]
+
+
+def test_a_spike_is_skipped_too(finished, tmp_path, capsys):
+    """One of the loss: the same weights on targets that no text has."""
+    read = pipeline._Rows.__getitem__
+
+    def spoil(rows, index):
+        example = read(rows, index)
+        if index // BATCH == 25:
+            example = example | {"targets": np.full_like(example["targets"], 269)}
+        return example
+
+    config = tiny_config(
+        finished.home,
+        tmp_path / "run",
+        guard={"spike_deviations": 8.0, "window": 8},
+        training={"steps": 30, "evaluate_every": 30, "checkpoint_every": 30},
+    )
+    with mock.patch.object(pipeline._Rows, "__getitem__", spoil):
+        loop.train(config)
+    skipped = [row["step"] for row in rows_of(config) if row.get("skipped")]
+    assert skipped == [26]
+    assert rows_of(config)[25]["loss"] is not None
