@@ -94,8 +94,8 @@ def prepare(
     """
     files = find_files(inputs)
     units = group_pieces(split_files(files, options.shard_bytes), options.shard_bytes)
+    made_from = _made_from(files, options)
     with _only_one(out), _writable(out):
-        made_from = _made_from(files, options)
         _check_same(out, made_from, tokenizer)
         (out / PARTS).mkdir(exist_ok=True)
         _remove_unfinished(out)
@@ -132,12 +132,13 @@ def make_shards(unit: Unit, out: Path, tokenizer: Tokenizer, options: Options) -
     """Writes a unit's shards, and then the file that says that it is done."""
     writers: dict[Split, ShardWriter] = {}
     text_bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
-    broken, empty = [], 0
+    broken, empty = 0, 0
 
     def report(problem: str) -> None:
+        nonlocal broken
         if not options.skip_broken:
             raise InputError(f"{problem}; mend it, or leave such out with --skip_broken")
-        broken.append(problem)
+        broken += 1
 
     def documents() -> Iterator[tuple[Split, str]]:
         nonlocal empty
@@ -161,7 +162,7 @@ def make_shards(unit: Unit, out: Path, tokenizer: Tokenizer, options: Options) -
         for split in SPLITS
         if split in writers
     )
-    done = Done(shards=shards, empty_documents=empty, broken_documents=len(broken))
+    done = Done(shards=shards, empty_documents=empty, broken_documents=broken)
     write_text(_done_path(out, unit), done.model_dump_json())
     return done
 
@@ -296,11 +297,11 @@ def _find_done(out: Path, unit: Unit) -> Done | None:
     path = _done_path(out, unit)
     if not path.exists():
         return None
-    done = Done.model_validate_json(path.read_text(encoding="utf-8"))
     try:
+        done = Done.model_validate_json(path.read_text(encoding="utf-8"))
         for shard in done.shards:
             check_shard_size(out, shard)
-    except InputError:
+    except ValueError:  # an InputError, or that the file itself is damaged
         return None
     return done
 
