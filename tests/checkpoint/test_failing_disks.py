@@ -126,6 +126,33 @@ def test_a_save_that_ends_at_any_point_leaves_the_last_one(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
+def test_what_cannot_be_removed_is_named_and_the_new_one_is_there(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    save_steps(tmp_path, 1)
+    monkeypatch.setattr(store.shutil, "rmtree", fail)
+    with pytest.raises(FailedError) as failed:
+        save_steps(tmp_path, 2, config=CheckpointConfig(keep=1, keep_best=0))
+    message = f"cannot remove the checkpoint {tmp_path / '1'}: Operation not permitted"
+    assert str(failed.value) == message
+    assert list_steps(tmp_path) == [2]
+    assert find_damage(tmp_path / "2") == []
+
+
+def test_a_folder_that_another_machine_has_renamed_and_this_one_does_not_see(tmp_path, monkeypatch):
+    """Else what this process wrote would have no checksums."""
+    listed = []
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name != "2.unfinished")
+    monkeypatch.setattr(store, "own_files", listed.append)
+    with (
+        pytest.raises(FailedError, match=r"2\.unfinished does not appear on this machine"),
+        Checkpoints(tmp_path, CheckpointConfig(), patience=0) as checkpoints,
+    ):
+        save(checkpoints, 2, {"x": jnp.ones(3)})
+    assert listed == []
+
+
 def test_only_leftovers_are_removed(tmp_path):
     save_steps(tmp_path, 1)
     kept = ["1", "2.damaged", "notes", "best.unfinished", "3.txt"]
