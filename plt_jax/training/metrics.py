@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from plt_jax.errors import FailedError
 from plt_jax.files import write_text
 from plt_jax.run_files import METRICS
+
+EVENTS = "tensorboard"
 
 
 class MetricsWriter:
@@ -29,20 +32,34 @@ class MetricsWriter:
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
-            str(directory / "tensorboard"), purge_step=resumed_step + 1 if resumed_step else None
+            str(directory / EVENTS),
+            max_queue=10_000,  # more than one row's values, so that no row waits for the disk
+            purge_step=resumed_step + 1 if resumed_step else None,
         )
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        with contextlib.suppress(OSError):  # `write` has said so
+            self._file.close()
+        if self._events_are_written():
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
 
     def write(self, step: int, **values: float | list[list[float]]) -> None:
-        """Writes one row; a value may be one of each loop and layer, as a list of lists."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        """Writes one row; a value may be one of each loop and layer, as a list of lists.
+
+        Raises:
+          FailedError: it cannot be written, as on a full disk.
+        """
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise FailedError(f"cannot write {self._path}: {error.strerror}") from error
+        if not self._events_are_written():
+            raise FailedError(f"cannot write {self._path.with_name(EVENTS)}: see the error above")
         for name, value in values.items():
             if not isinstance(value, list):
                 self._tensorboard.add_scalar(name, value, step)
@@ -51,6 +68,10 @@ class MetricsWriter:
                 layer += self._first_layer
                 tag = f"{name}/loop_{loop + 1}/layer_{layer + 1}"
                 self._tensorboard.add_scalar(tag, one, step)
+
+    def _events_are_written(self) -> bool:
+        # Once tensorboardX's thread has died of an error, giving it more waits for ever.
+        return self._tensorboard.file_writer.event_writer._worker.is_alive()
 
 
 class NoMetrics(contextlib.nullcontext):

@@ -1,8 +1,6 @@
 """Saves that fail or are cut off: said in one line, and the last good checkpoint is still there."""
 
-import contextlib
 import errno
-import subprocess
 from pathlib import Path
 
 import jax
@@ -17,6 +15,7 @@ from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError
 from plt_jax.run_files import list_steps
 from tests.checkpoint.damage import save_steps
+from tests.disks import read_only, small_disk
 
 LARGE = {"x": jnp.asarray(np.random.default_rng(0).random(1 << 19), jnp.float32)}
 """Two megabytes that do not compress."""
@@ -24,27 +23,10 @@ LARGE = {"x": jnp.asarray(np.random.default_rng(0).random(1 << 19), jnp.float32)
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of one megabyte that can be made read-only, with a checkpoint of step 1."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"this machine mounts no file system for tests: {error}")
-    try:
+    """A file system of one megabyte with a checkpoint of step 1."""
+    with small_disk(tmp_path / "disk") as folder:
         save_steps(folder, 1)
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@contextlib.contextmanager
-def read_only(folder):
-    for how in ("ro", "rw"):
-        subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
-        if how == "ro":
-            yield
 
 
 def assert_first_is_sound(directory):
