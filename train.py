@@ -6,7 +6,8 @@ from plt_jax.cli import EXIT_DONE, EXIT_STOPPED, CommandParser, parse_run_config
 def main() -> int:
     parser = CommandParser(
         description="Train a Parallel Loop Transformer from a config, or resume its run.",
-        epilog="Exit codes: 0 done, 2 bad input, 3 stopped by a signal with the state saved.",
+        epilog="Exit codes: 0 done, 1 failed (a checkpoint cannot be saved, say), 2 bad input, "
+        "3 stopped by a signal with the state saved.",
     )
     config = parse_run_config(parser)
     from plt_jax.training.loop import train  # after parsing, so that --help and refusals are quick

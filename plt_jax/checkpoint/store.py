@@ -41,8 +41,8 @@ from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError, InputError
 from plt_jax.run_files import list_steps
 
-# Orbax reports every save and restore in several lines; and every failure with
-# its stack; what users need to know, we print.
+# Orbax reports every save and restore in several lines, and failures with their stack; what users
+# need to know, we print.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
@@ -125,13 +125,15 @@ class Checkpoints:
         """Waits until a save under way is complete.
 
         Raises:
-          FailedError: it did not succeed; says why, and what the last complete checkpoint is.
+          FailedError: it did not succeed, or what is no longer kept cannot be removed; says why.
         """
         if self._saving is None:
             return
         (final, future), self._saving = self._saving, None
         try:
             future.result()
+        except FailedError:
+            raise
         except FAILURES as error:
             raise self._failed(final, error) from error
 
@@ -280,7 +282,7 @@ def load_params(
     """
     path = (Path(directory) / str(step)).absolute()
     try:
-        stored = ocp.checkpointables_metadata(path).metadata["params"]
+        stored = ocp.metadata(path, "params").metadata
         differing = differing_shapes(stored, abstract)
         if dtype is not None:
             abstract = jax.tree.map(lambda to: to.update(dtype=np.dtype(dtype)), abstract)
@@ -328,14 +330,27 @@ def _reason(error: Exception) -> str:
 
 
 def _wait_for(folder: Path, patience: int) -> None:
-    """Waits until this machine sees a folder that another has renamed; NFS may be late to."""
+    """Waits until this machine sees a folder that another has renamed; NFS may be late to.
+
+    Raises:
+      TimeoutError: it does not come.
+    """
     deadline = time.monotonic() + patience
-    while not folder.is_dir() and time.monotonic() < deadline:
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{folder} does not appear on this machine")
         time.sleep(0.1)
 
 
 def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint so that an interruption leaves none that looks complete."""
+    """Removes a checkpoint so that an interruption leaves none that looks complete.
+
+    Raises:
+      FailedError: it cannot be removed.
+    """
     doomed = checkpoint.with_name(checkpoint.name + DELETED)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    try:
+        checkpoint.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        raise FailedError(f"cannot remove the checkpoint {checkpoint}: {_reason(error)}") from error

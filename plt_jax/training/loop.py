@@ -19,7 +19,7 @@ from plt_jax.data.cache import fingerprint
 from plt_jax.data.load import Data, load_data
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import begin, stream_text
-from plt_jax.errors import InputError
+from plt_jax.errors import FailedError, InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
 from plt_jax.model.attention import choose_backend
 from plt_jax.model.grouped import choose_form
@@ -103,8 +103,8 @@ def train(config: RunConfig) -> Outcome:
     Raises:
       InputError: text, tokenizer, mesh or run directory do not fit the configuration, in any
         process, or some process does not come; nothing in the run directory is changed then.
-      FloatingPointError: too many steps in a row were out of order (see GuardConfig).
-      FailedError: a checkpoint could not be saved.
+      FailedError: a checkpoint could not be saved, or too many steps in a row were out of order
+        (see GuardConfig).
     """
     processes.start(config.processes)
     with Phases(config.training.hang_after) as phases:
@@ -272,7 +272,7 @@ def go_back(run: Run, step: int, values: dict[str, jax.Array], times: int) -> St
       times: how often it is done, this time included.
 
     Raises:
-      FloatingPointError: it was done too often already, or there is no checkpoint.
+      FailedError: it was done too often already, or there is no checkpoint.
     """
     guard = run.config.guard
     problem = what_is_wrong(values, run.config.model.moe.dense_layers)
@@ -283,7 +283,7 @@ def go_back(run: Run, step: int, values: dict[str, jax.Array], times: int) -> St
         done = "there is no checkpoint to go back to"
         if steps:
             done = f"it went back {times - 1} times (guard.rollbacks)"
-        raise FloatingPointError(
+        raise FailedError(
             f"{problem} at step {step}, as in the {guard.patience} steps before (guard.patience), "
             f"and {done}; lower optimizer.learning_rate or look at the data, and run again to "
             "resume from the last checkpoint"

@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from tensorboardX import SummaryWriter
 
+from plt_jax.errors import FailedError
 from plt_jax.files import write_text
 from plt_jax.run_files import METRICS
+
+EVENTS = "tensorboard"
 
 
 class MetricsWriter:
@@ -25,22 +28,35 @@ class MetricsWriter:
           first_layer: how many layers come before those that values by loop and layer are of.
         """
         self._directory, self._first_layer = directory, first_layer
+        self._path = directory / METRICS
         self._open(resumed_step)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        with contextlib.suppress(OSError):  # `write` has said so
+            self._file.close()
+        if self._events_are_written():
+            with contextlib.suppress(OSError):
+                self._tensorboard.close()
 
     def write(self, step: int, **values: float | list[list[float]]) -> None:
         """Writes one row; a value may be one of each loop and layer, as a list of lists.
 
         Numbers that are not finite are null there: JSON has no others.
+
+        Raises:
+          FailedError: it cannot be written, as on a full disk.
         """
-        self._file.write(json.dumps({"step": step, **_finite(values)}, allow_nan=False) + "\n")
-        self._file.flush()
+        row = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        try:
+            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise FailedError(f"cannot write {self._path}: {error.strerror}") from error
+        if not self._events_are_written():
+            raise FailedError(f"cannot write {self._path.with_name(EVENTS)}: see the error above")
         for name, value in values.items():
             if not isinstance(value, list):
                 self._draw(name, value, step)
@@ -49,29 +65,32 @@ class MetricsWriter:
                 layer += self._first_layer
                 self._draw(f"{name}/loop_{loop + 1}/layer_{layer + 1}", one, step)
 
-    def _draw(self, tag: str, value: float, step: int) -> None:
-        if math.isfinite(value):  # TensorBoard would warn, and show nothing
-            self._tensorboard.add_scalar(tag, value, step)
-
     def go_back(self, step: int) -> None:
         """Drops what was written after a step, from which training goes on anew."""
         self.__exit__()
         self._open(step)
 
     def _open(self, step: int) -> None:
-        path = self._directory / METRICS
         kept = [row for row in read_metrics(self._directory) if row["step"] <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self._file = path.open("a", encoding="utf-8")
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = SummaryWriter(
-            str(self._directory / "tensorboard"), purge_step=step + 1 if step else None
+            str(self._directory / EVENTS),
+            max_queue=10_000,  # more than one row's values, so that no row waits for the disk
+            purge_step=step + 1 if step else None,
         )
+
+    def _draw(self, tag: str, value: float, step: int) -> None:
+        if math.isfinite(value):  # TensorBoard would warn, and show nothing
+            self._tensorboard.add_scalar(tag, value, step)
+
+    def _events_are_written(self) -> bool:
+        # Once tensorboardX's thread has died of an error, giving it more waits for ever.
+        return self._tensorboard.file_writer.event_writer._worker.is_alive()
 
 
 def _finite(value: Any) -> Any:
     """Nested values with None for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return value if math.isfinite(value) else None

@@ -1,8 +1,6 @@
 """Saves that fail or are cut off: said in one line, and the last good checkpoint is still there."""
 
-import contextlib
 import errno
-import subprocess
 from pathlib import Path
 
 import jax
@@ -17,6 +15,7 @@ from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError
 from plt_jax.run_files import list_steps
 from tests.checkpoint.damage import save_steps
+from tests.disks import read_only, small_disk
 
 LARGE = {"x": jnp.asarray(np.random.default_rng(0).random(1 << 19), jnp.float32)}
 """Two megabytes that do not compress."""
@@ -24,27 +23,10 @@ LARGE = {"x": jnp.asarray(np.random.default_rng(0).random(1 << 19), jnp.float32)
 
 @pytest.fixture
 def disk(tmp_path):
-    """A file system of one megabyte that can be made read-only, with a checkpoint of step 1."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"this machine mounts no file system for tests: {error}")
-    try:
+    """A file system of one megabyte with a checkpoint of step 1."""
+    with small_disk(tmp_path / "disk") as folder:
         save_steps(folder, 1)
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@contextlib.contextmanager
-def read_only(folder):
-    for how in ("ro", "rw"):
-        subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
-        if how == "ro":
-            yield
 
 
 def assert_first_is_sound(directory):
@@ -124,6 +106,33 @@ def test_a_save_that_ends_at_any_point_leaves_the_last_one(
     assert len(list(tmp_path.iterdir())) == 2
     save_steps(tmp_path, 2, config=CheckpointConfig())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_what_cannot_be_removed_is_named_and_the_new_one_is_there(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    save_steps(tmp_path, 1)
+    monkeypatch.setattr(store.shutil, "rmtree", fail)
+    with pytest.raises(FailedError) as failed:
+        save_steps(tmp_path, 2, config=CheckpointConfig(keep=1, keep_best=0))
+    message = f"cannot remove the checkpoint {tmp_path / '1'}: Operation not permitted"
+    assert str(failed.value) == message
+    assert list_steps(tmp_path) == [2]
+    assert find_damage(tmp_path / "2") == []
+
+
+def test_a_folder_that_another_machine_has_renamed_and_this_one_does_not_see(tmp_path, monkeypatch):
+    """Else what this process wrote would have no checksums."""
+    listed = []
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name != "2.unfinished")
+    monkeypatch.setattr(store, "own_files", listed.append)
+    with (
+        pytest.raises(FailedError, match=r"2\.unfinished does not appear on this machine"),
+        Checkpoints(tmp_path, CheckpointConfig(), patience=0) as checkpoints,
+    ):
+        save(checkpoints, 2, {"x": jnp.ones(3)})
+    assert listed == []
 
 
 def test_only_leftovers_are_removed(tmp_path):

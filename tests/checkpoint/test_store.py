@@ -227,6 +227,16 @@ def saved(tmp_path_factory):
     return directory, params, optimizer
 
 
+def test_parameters_are_read_where_the_optimizer_is_damaged(tmp_path):
+    save_steps(tmp_path, 5)
+    (tmp_path / "5" / "optimizer" / "_METADATA").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        refuse_damaged(tmp_path, 5)
+    refuse_damaged(tmp_path, 5, ["params"])
+    read = load_params(tmp_path, 5, {"x": abstract(jnp.zeros(3))})
+    assert np.array_equal(read["x"], [5, 5, 5])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_parameters_are_read_into_another_dtype(saved, dtype):
     directory, params, _ = saved

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from plt_jax.data import pipeline
+from plt_jax.errors import FailedError
 from plt_jax.run import open_trained
 from plt_jax.run_files import CHECKPOINTS, METRICS, list_steps
 from plt_jax.training import loop
@@ -122,7 +123,7 @@ def test_data_that_stays_bad_stops_the_run_with_its_checkpoints_intact(finished,
         r"the loss is nan at step 8, as in the 2 steps before \(guard.patience\), and it went back "
         r"1 times \(guard.rollbacks\); lower optimizer.learning_rate or look at the data"
     )
-    with bad_data(*range(5, 40)), pytest.raises(FloatingPointError, match=message):
+    with bad_data(*range(5, 40)), pytest.raises(FailedError, match=message):
         loop.train(config)
     assert steps_of(config) == [4]
     assert finite_params(config)
@@ -136,7 +137,7 @@ def test_data_that_stays_bad_stops_the_run_with_its_checkpoints_intact(finished,
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(finished, tmp_path):
     config = tiny_config(finished.home, tmp_path / "run", guard=PATIENT)
     message = "there is no checkpoint to go back to"
-    with bad_data(*range(40)), pytest.raises(FloatingPointError, match=message):
+    with bad_data(*range(40)), pytest.raises(FailedError, match=message):
         loop.train(config)
     assert steps_of(config) == []
 

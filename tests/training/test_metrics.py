@@ -1,12 +1,15 @@
 """metrics.jsonl, TensorBoard events, and the picture of the losses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from tensorboardX import SummaryWriter
 
 from plt_jax.training.metrics import MetricsWriter, plot_losses, read_metrics
-from tests.training.runs import json_rows
+from tests.disks import small_disk
+from tests.training.runs import environment, json_rows
 
 
 @pytest.fixture
@@ -122,3 +125,45 @@ def test_any_rows_make_a_picture(tmp_path, rows, recwarn):
     plot_losses(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     assert not [str(warning.message) for warning in recwarn if "legend" in str(warning.message)]
+
+
+FILLED = """
+import sys, time
+from pathlib import Path
+from plt_jax.errors import FailedError
+from plt_jax.training.metrics import MetricsWriter
+
+directory = Path(sys.argv[1])
+with MetricsWriter(directory, 0) as metrics:
+    metrics.write(1, loss=2.0)
+    try:
+        with (directory / "fill").open("wb", buffering=0) as file:
+            while file.write(b"x" * 4096):
+                pass
+    except OSError:
+        pass
+    try:
+        for step in range(2, 100_000):
+            metrics.write(step, loss=2.0)
+    except FailedError as error:
+        print(error)
+"""
+
+
+@pytest.fixture
+def disk(tmp_path):
+    with small_disk(tmp_path / "disk") as folder:
+        yield folder
+
+
+def test_a_full_disk_ends_the_writing_and_does_not_hang(disk):
+    """What tensorboardX writes to is a queue, which nobody empties once its thread has died."""
+    done = subprocess.run(
+        [sys.executable, "-c", FILLED, disk], env=environment(), capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    lines = done.stdout.decode().splitlines()
+    assert lines[-1] in (
+        f"cannot write {disk / 'metrics.jsonl'}: No space left on device",
+        f"cannot write {disk / 'tensorboard'}: see the error above",
+    )
