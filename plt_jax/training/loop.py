@@ -105,6 +105,7 @@ def train(config: RunConfig) -> Outcome:
     describe(config, checked)
     with (
         StopRequest() as request,
+        StopTogether(lambda: request.requested, resumed or 0, patience) as stop,
         Checkpoints(directory / CHECKPOINTS, config.checkpoint, patience) as saved,
     ):
         run = Run(config, directory, checked, saved)
@@ -118,7 +119,6 @@ def train(config: RunConfig) -> Outcome:
             print(f"finished: {directory} is at step {start} of {config.training.steps}")
             return Outcome(start, stopped=False)
         with (
-            StopTogether(lambda: request.requested, start, patience) as stop,
             open_metrics(run, start) as metrics,
             ProgressReport(start, config.training.steps) as report,
         ):
