@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from pydantic_settings import BaseSettings, CliSettingsSource
 
+from plt_jax import processes
 from plt_jax.config import RunConfig
 from plt_jax.config_file import load_config
 from plt_jax.errors import FailedError, InputError, MissingProcessError
@@ -72,5 +73,7 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(EXIT_BAD_INPUT)
     except FailedError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        if not processes.alone():
+            os._exit(EXIT_FAILED)  # the others end too, and JAX would wait for them
         sys.exit(EXIT_FAILED)
     sys.exit(EXIT_DONE if code is None else code)

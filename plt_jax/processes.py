@@ -198,6 +198,19 @@ def look_up(key: str) -> str | None:
         raise _first_lost(error) from error
 
 
+def look_up_all(folder: str) -> dict[str, str]:
+    """What processes have published under keys `folder/NAME`, by name.
+
+    Raises:
+      MissingProcessError: the first process, which keeps it, is gone.
+    """
+    try:
+        entries = _client().key_value_dir_get(f"plt_jax/{folder}/")
+    except jax.errors.JaxRuntimeError as error:
+        raise _first_lost(error) from error
+    return {key.split("/")[-1]: text for key, text in entries}
+
+
 def gather(key: str, text: str, timeout: int) -> list[str]:
     """In the first process a text from every one, in their order; in the others nothing.
 

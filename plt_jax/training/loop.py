@@ -130,6 +130,7 @@ def _train(config: RunConfig, phases: Phases) -> Outcome:
     describe(config, checked)
     with (
         StopRequest() as request,
+        StopTogether(lambda: request.requested, resumed or 0, patience) as stop,
         Checkpoints(directory / CHECKPOINTS, config.checkpoint, patience) as saved,
     ):
         run = Run(config, directory, checked, saved)
@@ -144,7 +145,6 @@ def _train(config: RunConfig, phases: Phases) -> Outcome:
             return Outcome(first, stopped=False)
         speed = Speedometer(config.training.batch_size * config.sequence_length)
         with (
-            StopTogether(lambda: request.requested, first, patience) as stop,
             open_metrics(run, first) as metrics,
             ProgressReport(first, config.training.steps) as report,
         ):

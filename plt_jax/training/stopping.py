@@ -1,4 +1,4 @@
-"""How several processes, of which one was told to stop, stop after the same step.
+"""How several processes, of which one was told to stop or has failed, end together.
 
 Each may be a step ahead of another, and must not go beyond the step at which the others end: their
 devices would wait for it for ever. Asking the devices after every step would cost as much as a
@@ -6,17 +6,25 @@ small step. So a thread of each process looks once a second, in the store throug
 processes find one another, whether any of them was told to stop. If so it tells the others which
 step its own process has reached, and the process waits with its next step until all have told.
 The threads wait for no device, so all of them answer.
+
+A process that fails says so there too: the others, whose devices would wait for it until JAX
+aborts them, end with its message.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import os
+import sys
 import threading
+import time
 from collections.abc import Callable
 
 import jax
 
 from plt_jax import processes
+from plt_jax.cli import EXIT_FAILED
 from plt_jax.errors import MissingProcessError
 
 POLL_SECONDS = 1.0
@@ -25,7 +33,8 @@ _numbers = itertools.count()
 
 
 class StopTogether:
-    """Decides after every step whether the run stops there; use as a context manager."""
+    """Decides after every step whether the run stops there; a context manager around all that
+    processes do together."""
 
     def __init__(
         self,
@@ -58,10 +67,14 @@ class StopTogether:
             self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
         self._closed.set()
-        if self._count > 1:
-            self._thread.join()
+        if self._count == 1:
+            return
+        self._thread.join()
+        if isinstance(error, Exception) and not isinstance(error, MissingProcessError):
+            processes.publish(f"{self._key}/failed/{self._index}", f"{error}")
+            time.sleep(2 * POLL_SECONDS)  # until the others have seen it: the first keeps it
 
     def after(self, step: int) -> bool:
         """Whether the run ends with this step; of several processes all are told the same.
@@ -82,6 +95,7 @@ class StopTogether:
         notice = f"{self._key}/notice"
         try:
             while not self._closed.wait(POLL_SECONDS):
+                self._end_with_others()
                 if self._requested():
                     processes.publish(notice, "")
                 if processes.look_up(notice) is not None:
@@ -94,6 +108,16 @@ class StopTogether:
         with self._condition:
             self._last, self._agreeing = last, False
             self._condition.notify_all()
+        with contextlib.suppress(MissingProcessError):
+            while not self._closed.wait(POLL_SECONDS):
+                self._end_with_others()
+
+    def _end_with_others(self) -> None:
+        """Ends this process where another has failed."""
+        for index, message in processes.look_up_all(f"{self._key}/failed").items():
+            line = " ".join(message.split())
+            print(f"error: process {index} of {self._count}: {line}", file=sys.stderr, flush=True)
+            os._exit(EXIT_FAILED)  # the main thread may be waiting for the device
 
     def _agree(self) -> int | None:
         """The step to end with: no process has begun the one behind it. None if the run is over."""

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax import processes
-from plt_jax.errors import MissingProcessError
+from plt_jax.errors import FailedError, MissingProcessError
 from plt_jax.training import stopping
 from plt_jax.training.stopping import StopTogether
 
@@ -19,6 +19,12 @@ def store(monkeypatch):
     published = {}
     monkeypatch.setattr(processes, "publish", published.__setitem__)
     monkeypatch.setattr(processes, "look_up", published.get)
+
+    def look_up_all(folder):
+        names = [key for key in list(published) if key.startswith(f"{folder}/")]
+        return {key.split("/")[-1]: published[key] for key in names}
+
+    monkeypatch.setattr(processes, "look_up_all", look_up_all)
     monkeypatch.setattr(stopping, "POLL_SECONDS", 0.002)
     return published
 
@@ -122,3 +128,31 @@ def test_a_process_that_ends_answers_those_that_still_run(store):
             time.sleep(0.001)
         assert not stop.after(8)  # the other is at 8, and neither can be told before 9
         assert stop.after(9)
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_where_one_fails_the_others_end_with_its_message(store, monkeypatch, capsys, told):
+    """Whether or not they have agreed on where to stop."""
+    ended = threading.Event()
+
+    def end(code):
+        assert code == 1
+        ended.set()
+        raise MissingProcessError("this process would be gone")
+
+    monkeypatch.setattr(stopping.os, "_exit", end)
+    failing = StopTogether(lambda: told, 0, 30, index=1, count=2)
+
+    def fail():
+        with failing:
+            while told and len(store) < 3:  # the notice and two steps
+                time.sleep(0.001)
+            raise FailedError("cannot save\nthe checkpoint")
+
+    other = StopTogether(lambda: False, 0, 30, index=0, count=2)
+    other._key = failing._key
+    with other:
+        with pytest.raises(FailedError):
+            fail()
+        assert ended.wait(timeout=30)
+    assert capsys.readouterr().err == "error: process 1 of 2: cannot save the checkpoint\n"
