@@ -195,6 +195,14 @@ def router_metrics(router: RouterStatistics) -> Metrics:
     }
 
 
+def norms(name: str, tree: Any) -> Metrics:
+    """The norm of every leaf, over all layers of a stack, as `NAME/layers.q` and so on."""
+    return {
+        f"{name}/{jax.tree_util.keystr(path, simple=True, separator='.')}": optax.global_norm(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def balance_routers(config: ModelConfig, params: Any, router: RouterStatistics) -> Any:
     """Parameters whose router biases, if there are any, have moved towards an even load."""
     layers = params["layers"]
@@ -212,7 +220,8 @@ def jit_train_step(config: RunConfig, mesh: Mesh) -> Callable:
     `abstract_batch` says. Metrics are float32, the same on all devices: the scalars `loss` in nats
     per target, `gradient_norm` before clipping, `learning_rate`, and `skipped`, 1 where the loss or
     the norm was not finite or above its limit, so that parameters and optimizer stayed as they
-    were; with experts also `experts_per_step` (see there) and those of `router_metrics`.
+    were; `norms` of gradients and updates; with experts also `experts_per_step` (see there) and
+    those of `router_metrics`.
     """
     optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)
     schedule = make_schedule(config.optimizer, config.training.steps)
@@ -226,6 +235,7 @@ def jit_train_step(config: RunConfig, mesh: Mesh) -> Callable:
             "gradient_norm": optax.global_norm(grads),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
+        metrics |= norms("gradient_norm", grads) | norms("update_norm", updates)
         loss, norm = metrics["loss"], metrics["gradient_norm"]
         sound = (loss <= limits.loss) & (norm <= limits.gradient_norm) & jnp.isfinite(loss + norm)
         metrics["skipped"] = 1.0 - sound.astype(jnp.float32)

@@ -33,10 +33,13 @@ def test_metrics_have_a_row_a_step_and_one_an_evaluation(finished):
     assert [row["step"] for row in validation] == [4, STEPS]
     assert len(rows) == len(training) + len(validation)
     for row in training:
-        assert set(row) == {
+        assert {name for name in row if "/" not in name} == {
             *("step", "loss", "gradient_norm", "learning_rate", "skipped"),
             *("tokens_per_second", "goodput"),
         }
+        parts = [value for name, value in row.items() if name.startswith("gradient_norm/")]
+        assert np.linalg.norm(parts) == pytest.approx(row["gradient_norm"], rel=1e-5)
+        assert row["update_norm/layers.q"] > 0
         assert np.isfinite(list(row.values())).all()
     for row in validation:
         assert set(row) == {"step", "validation_loss", "bits_per_byte", "validation_tokens"}
