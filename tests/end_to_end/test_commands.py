@@ -46,8 +46,8 @@ def trained(tmp_path_factory):
 def test_train_leaves_a_run_directory(trained):
     directory, result = trained
     assert {path.name for path in directory.iterdir()} == {
-        *["config.yaml", "tokenizer.json", "checkpoints", "metrics.jsonl", "tensorboard"],
-        "loss.png",
+        *["config.yaml", "tokenizer.json", "text.json", "checkpoints", "metrics.jsonl"],
+        *["tensorboard", "loss.png"],
     }
     rows = json_rows(directory / "metrics.jsonl")
     assert all({"step", "loss", "tokens_per_second"} <= set(row) for row in rows if "loss" in row)
