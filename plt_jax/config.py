@@ -275,7 +275,8 @@ class SourceConfig(Section):
     """Share of the training examples, relative to the other sources' (all or none have one);
     default: its number of examples, times epochs if given."""
     epochs: PositiveFloat | None = None
-    """Times that it may be read at most: a run that would read more is refused. Null: no limit."""
+    """Times that it may be read at most: a run that would read more is refused (what a rollback
+    passes over does not count). Null: no limit."""
 
 
 class DataConfig(Section):
@@ -403,9 +404,18 @@ class GuardConfig(Section):
     """Steps that a spike is measured against; before there are so many, nothing is one."""
     patience: PositiveInt = 10
     """Steps skipped in a row after which training goes back to the newest checkpoint, and on with
-    the data behind that which led there."""
+    the data behind that which led there; at most the window."""
     rollbacks: NonNegativeInt = 3
-    """Times that it does so before it stops with an error."""
+    """Times that one start of a run does so before it stops with an error."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> GuardConfig:
+        if self.patience > self.window:
+            raise ValueError(
+                f"patience {self.patience} is above window {self.window}; lower the one or raise "
+                "the other"
+            )
+        return self
 
 
 class MeshConfig(Section):

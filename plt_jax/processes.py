@@ -238,6 +238,23 @@ def gather(key: str, text: str, timeout: int) -> list[str]:
     return texts
 
 
+def told_by_first(text: str, timeout: int) -> str:
+    """The first process's text, in all of them.
+
+    Raises:
+      MissingProcessError: it did not say it within `timeout` seconds.
+    """
+    if alone():
+        return text
+    key = f"plt_jax/told/{next(_numbers)}"
+    if first():
+        _client().key_value_set(key, text)
+    try:
+        return _client().blocking_key_value_get(key, timeout * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        raise _first_lost(error) from error
+
+
 def any_process(flag: bool) -> bool:
     """Whether a flag is set in any process; all must ask."""
     if alone():

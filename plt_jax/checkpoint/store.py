@@ -147,6 +147,8 @@ class Checkpoints:
           InputError: they cannot be read.
         """
         path = self._directory / str(step)
+        if not processes.alone():
+            _wait_for(path, self._patience)
         wanted = {"params": params, "optimizer": optimizer, "data": None}
         # Earlier versions kept the data's state as one process's own.
         earlier = path / "data" / "process_0-of-1.json"

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 from plt_jax.cli import EXIT_STOPPED, CommandParser, run_command
 from plt_jax.data.documents import find_files, read_piece, split_files
 from plt_jax.data.prepared import TOKENIZER, Manifest
-from plt_jax.data.preparing import Advance, Done, Options, Unit, prepare
+from plt_jax.data.preparing import Advance, Done, Options, Unit, prepare, split_of
 from plt_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from plt_jax.errors import InputError
 
@@ -81,6 +81,7 @@ def main() -> int | None:
         arguments.validation_fraction,
         arguments.shard_mib * 2**20,
         arguments.skip_broken,
+        arguments.vocab_size,
     )
     tokenizer = choose_tokenizer(arguments.inputs, out, arguments, options)
     try:
@@ -118,6 +119,9 @@ def sample(inputs, options: Options) -> Iterator[str]:
     for piece in pieces[::step]:
         left = max(SAMPLE_BYTES // len(pieces[::step]), SAMPLE_PIECE_BYTES)
         for text in read_piece(piece, options.text_field, lambda problem: None):
+            # The vocabulary must not know what is held out.
+            if split_of(text.encode("utf-8"), options.validation_fraction) != "training":
+                continue
             yield text[:left]
             left -= len(text)
             if left <= 0:

@@ -47,6 +47,8 @@ class Options(NamedTuple):
     """Of text files, as they are on disk, that a shard is made from, about."""
     skip_broken: bool = False
     """Leave out, and count, documents that cannot be read, instead of stopping."""
+    vocab_size: int | None = None
+    """That the tokenizer was trained to, if it was trained for this corpus."""
 
 
 class Unit(NamedTuple):
@@ -92,7 +94,8 @@ def prepare(
       InputError: something cannot be read or written, `out` is another corpus, or a document is
         broken. What is finished stays, and the same call goes on from it.
     """
-    files = find_files(inputs)
+    inside = out.absolute()
+    files = [path for path in find_files(inputs) if inside not in path.absolute().parents]
     units = group_pieces(split_files(files, options.shard_bytes), options.shard_bytes)
     made_from = _made_from(files, options)
     with _only_one(out), _writable(out):
@@ -274,7 +277,8 @@ def _check_same(out: Path, made_from: dict[str, Any], tokenizer: Tokenizer) -> N
     """Raises InputError where `out` holds something else than this corpus, finished or not."""
     plan = out / PARTS / PLAN
     if not plan.exists():
-        if set(os.listdir(out)) - {LOCK, PARTS, TOKENIZER}:
+        unfinished = {LOCK, PARTS, TOKENIZER, f"{TOKENIZER}.tmp"}
+        if set(os.listdir(out)) - unfinished:
             raise InputError(f"--out {out} is not empty, and no prepared corpus; choose another")
         return
     earlier = json.loads(plan.read_text(encoding="utf-8"))
@@ -347,10 +351,12 @@ def _only_one(out: Path) -> Iterator[None]:
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise InputError(
                 f"--out {out} is being made by another process; wait for it"
             ) from error
+        except OSError:
+            pass  # some file systems have no locks
         yield
     finally:
         os.close(lock)

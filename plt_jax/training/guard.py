@@ -75,6 +75,17 @@ class Guard:
         self._unreported.clear()
         return skipped
 
+    def last(self) -> Seen:
+        """The newest of the steps by which `lost` decides."""
+        return self._known[-1]
+
+    def forget_skipped(self) -> None:
+        """Begins to count anew, where training goes back to a time when steps were skipped."""
+        for seen in (self._known, self._newest):
+            kept = [one for one in seen if not one.skipped]
+            seen.clear()
+            seen.extend(kept)
+
     def state(self) -> list[list[float | None]]:
         """All that there is to know, as JSON; numbers that are not finite become None."""
         return [
@@ -91,3 +102,23 @@ class Guard:
         median = np.median(values)
         deviation = 1.4826 * np.median(np.abs(values - median))
         return np.float32(median + self._config.spike_deviations * deviation)
+
+
+def what_is_wrong(values: dict[str, jax.Array], first_layer: int = 0) -> str:
+    """Why a step was skipped; names the first router, if any, whose logits are not finite.
+
+    Args:
+      first_layer: how many layers come before those with routers.
+    """
+    broken = np.argwhere(~np.isfinite(values.get("router_z_by_loop", 0.0)))
+    where = ""
+    if broken.size:
+        loop, layer = broken[0] + 1
+        where = f" (the first router to fail is that of layer {first_layer + layer} in loop {loop})"
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(values[name]):
+            return f"the {name} is {float(values[name])}{where}"
+    return (
+        f"the loss {float(values['loss']):.4g} or the gradient_norm "
+        f"{float(values['gradient_norm']):.4g} is above its limit (guard.spike_deviations)"
+    )

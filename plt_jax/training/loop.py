@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from plt_jax import processes
-from plt_jax.checkpoint.store import Checkpoints
+from plt_jax.checkpoint.store import Checkpoints, refuse_damaged
 from plt_jax.config import ProcessesConfig, RunConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.load import Data, load_data
@@ -26,7 +25,7 @@ from plt_jax.model.grouped import choose_form
 from plt_jax.run import check_directory, check_text, write_directory
 from plt_jax.run_files import CHECKPOINTS, CONFIG, list_steps
 from plt_jax.sharding import BatchLayout, make_mesh, use_mesh
-from plt_jax.training.guard import Guard
+from plt_jax.training.guard import LAG, Guard, what_is_wrong
 from plt_jax.training.metrics import MetricsWriter, NoMetrics, plot_losses
 from plt_jax.training.phases import COMPILING, DATA, EVALUATION, SAVING, STEPS, Phases
 from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
@@ -220,14 +219,15 @@ def train_steps(
     training = run.config.training
     train_step = make_train_step(run.config, run.checked.mesh)
     state, guard = start
-    step, stopping, rollbacks, before = int(state.step), False, 0, None
+    step, stopping, due, rollbacks, before = int(state.step), False, False, 0, None
+    turn = step  # counts on where steps go back, so that processes can agree on a last one
     tell.report.say("compiling the train step ...")
     while step < training.steps and not stopping:
         with tell.phases.phase(DATA):
             batch = run.checked.layout.place(next(batches))
         with tell.phases.phase(STEPS if tell.speed.started else COMPILING):
             state, values = train_step(state, batch, guard.limits())
-            step += 1
+            step, turn = step + 1, turn + 1
             # One step waits while another is computed: more would only delay a stop.
             jax.block_until_ready(before if tell.speed.started else values)
         before = values
@@ -235,8 +235,9 @@ def train_steps(
             tell.speed.start(step)
         guard.observe(values)
         if guard.lost():
-            rollbacks += 1
-            state, guard = go_back(run, step, values, rollbacks)
+            rollbacks, due = rollbacks + 1, False
+            state = None  # where one fits, two may not
+            state, guard = go_back(run, step, values, guard, rollbacks)
             tell.go_back(step, int(state.step))
             step = int(state.step)
             continue
@@ -250,10 +251,12 @@ def train_steps(
                 evaluation = run.checked.evaluate(state.params, run.checked.data.validation, limit)
             validation_loss = evaluation.score.loss
             log_evaluation(step, evaluation, tell)
-        stopping = stop.after(step)  # asked once: the step that is saved is the step it stops at
-        # The newest checkpoint is what is gone back to: not one of a step that was out of order.
-        due = step % training.checkpoint_every == 0 and not values["skipped"]
-        if due or last or stopping:
+        stopping = stop.after(turn)  # asked once: the step that is saved is the step it stops at
+        due |= step % training.checkpoint_every == 0
+        # The newest checkpoint is what is gone back to: not, if it can wait, one of a step that was
+        # out of order.
+        if (due and not values["skipped"]) or last or stopping:
+            due = False
             with tell.speed.paused(), tell.phases.phase(SAVING):
                 optimizer = {"step": state.step, "opt_state": state.opt_state}
                 data = batches.get_state() | {GUARD: guard.state()}
@@ -262,57 +265,47 @@ def train_steps(
     return state
 
 
-def go_back(run: Run, step: int, values: dict[str, jax.Array], times: int) -> Start:
+def go_back(run: Run, step: int, values: dict[str, jax.Array], lost: Guard, times: int) -> Start:
     """The newest checkpoint's state, where too many steps in a row were skipped.
 
     The batches stay where they are, so that training goes on behind those that led there.
 
     Args:
-      values: metrics of the last of those steps.
+      values: metrics of the newest step.
+      lost: the guard that says so.
       times: how often it is done, this time included.
 
     Raises:
       FailedError: it was done too often already, or there is no checkpoint.
     """
-    guard = run.config.guard
-    problem = what_is_wrong(values, run.config.model.moe.dense_layers)
-    with processes.together("the last checkpoint is complete", run.config.processes.timeout):
-        run.checkpoints.wait()
-    steps = list_steps(run.directory / CHECKPOINTS)
-    if times > guard.rollbacks or not steps:
+    config, patience = run.config.guard, run.config.processes.timeout
+    seen = lost.last()._asdict()
+    problem = what_is_wrong(values | seen, run.config.model.moe.dense_layers)
+    run.checkpoints.wait()
+    processes.barrier("the last checkpoint is complete", patience)
+    # As the first process sees the folder: others may see it later.
+    steps = json.loads(
+        processes.told_by_first(json.dumps(list_steps(run.directory / CHECKPOINTS)), patience)
+    )
+    if times > config.rollbacks or not steps:
         done = "there is no checkpoint to go back to"
         if steps:
             done = f"it went back {times - 1} times (guard.rollbacks)"
         raise FailedError(
-            f"{problem} at step {step}, as in the {guard.patience} steps before (guard.patience), "
-            f"and {done}; lower optimizer.learning_rate or look at the data, and run again to "
-            "resume from the last checkpoint"
+            f"{problem} at step {step - LAG}, the last of {config.patience} in a row that were "
+            f"skipped (guard.patience), and {done}; look at the data, raise guard.rollbacks, or "
+            f"train on in another run, with a lower learning rate and --start_from {run.directory}"
         )
+    if run.config.checkpoint.verify:
+        with processes.together("the checkpoint to go back to is checked", patience):
+            refuse_damaged(run.directory / CHECKPOINTS, steps[-1])
     print(
         f"going back from step {step} to {steps[-1]}, and on with the data behind: {problem}",
         flush=True,
     )
-    return restore(run.config, run.checked.abstract, run.checkpoints, steps[-1])[0]
-
-
-def what_is_wrong(values: dict[str, jax.Array], first_layer: int = 0) -> str:
-    """Why a step was skipped; names the first router, if any, whose logits are not finite.
-
-    Args:
-      first_layer: how many layers come before those with routers.
-    """
-    broken = np.argwhere(~np.isfinite(values.get("router_z_by_loop", 0.0)))
-    where = ""
-    if broken.size:
-        loop, layer = broken[0] + 1
-        where = f" (the first router to fail is that of layer {first_layer + layer} in loop {loop})"
-    for name in ("loss", "gradient_norm"):
-        if not math.isfinite(values[name]):
-            return f"the {name} is {float(values[name])}{where}"
-    return (
-        f"the loss {float(values['loss']):.4g} or the gradient_norm "
-        f"{float(values['gradient_norm']):.4g} is above its limit (guard.spike_deviations)"
-    )
+    start, _ = restore(run.config, run.checked.abstract, run.checkpoints, steps[-1])
+    start.guard.forget_skipped()
+    return start
 
 
 def log_step(

@@ -79,6 +79,9 @@ class StopTogether:
     def after(self, step: int) -> bool:
         """Whether the run ends with this step; of several processes all are told the same.
 
+        Args:
+          step: counted on where a run goes back to an earlier one.
+
         Raises:
           MissingProcessError: one was told to stop, and another does not answer.
         """

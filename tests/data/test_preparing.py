@@ -192,6 +192,24 @@ def test_a_folder_of_something_else_is_left_alone(lines, tokenizer, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "letter.txt"]
 
 
+def test_a_corpus_below_its_own_inputs_is_none_of_them(texts, tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    first = make(tmp_path, tmp_path / "made", tokenizer)
+    assert make(tmp_path, tmp_path / "made", tokenizer) == first
+
+
+def test_killed_before_its_plan_it_begins_again(lines, tokenizer, corpus, tmp_path):
+    (tmp_path / "tokenizer.json.tmp").write_text("half")
+    make(lines, tmp_path, tokenizer)
+    assert same_corpus(tmp_path, corpus)
+
+
+def test_another_vocabulary_does_not_go_on(lines, tmp_path):
+    words = [lines, "--out", tmp_path / "made", "--vocab_size"]
+    assert run(*words, 300).code == 0
+    assert_refused(run(*words, 290), "other vocab_size (300 there, 290 here)")
+
+
 def test_two_do_not_make_one_corpus_at_once(lines, tokenizer, tmp_path):
     def start_another(unit, done):
         with pytest.raises(InputError, match="is being made by another process"):

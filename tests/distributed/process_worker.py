@@ -1,8 +1,8 @@
 """One of several processes that train a run: `python -m tests.distributed.process_worker SPEC`.
 
 SPEC is JSON: `home` and `run_dir`, `sections` of the run's configuration, and `stop_at`, the step
-at which this process, if it is the one named by `stopped`, signals itself. Prints what the run
-prints, then how it ends to stderr, as JSON.
+at which this process, if it is the one named by `stopped`, signals itself, and `bad`, batches
+to spoil. Prints what the run prints, then how it ends to stderr, as JSON.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from plt_jax import processes
 from plt_jax.errors import InputError
 from plt_jax.training.loop import train
 from tests.training.runs import call_at, tiny_config
+from tests.training.test_guarding import bad_data
 
 
 def main(spec: dict) -> None:
@@ -26,7 +27,7 @@ def main(spec: dict) -> None:
     if spec.get("stopped") == (config.processes.index or 0):
         signalled = call_at(spec["stop_at"], lambda: stop(config.processes.count or 1))
     try:
-        with signalled:
+        with signalled, bad_data(*spec.get("bad", ())):
             outcome = train(config)
     except InputError as error:
         print(json.dumps({"error": str(error)}), file=sys.stderr, flush=True)

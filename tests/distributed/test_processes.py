@@ -24,6 +24,7 @@ from tests.training.runs import (
     snapshot,
     tiny_config,
 )
+from tests.training.test_guarding import bad_data
 
 STOP, STEPS = 20, 24
 TRAINING = {"steps": STEPS, "batch_size": 8, "evaluate_every": 10, "checkpoint_every": 10}
@@ -39,7 +40,7 @@ def free_port() -> int:
 
 
 def run_together(
-    count: int, home, run_dir, mesh, *, broken=(), checkpoint=None, **spec
+    count: int, home, run_dir, mesh, *, broken=(), checkpoint=None, guard=None, **spec
 ) -> list[dict]:
     """Trains in processes of four devices each, and returns what each ended with.
 
@@ -52,7 +53,7 @@ def run_together(
         if count > 1:
             processes |= {"coordinator": f"localhost:{port}", "count": count, "index": index}
         sections = {"training": TRAINING, "mesh": mesh, "processes": processes}
-        sections["checkpoint"] = checkpoint or {}
+        sections |= {"checkpoint": checkpoint or {}, "guard": guard or {}}
         if broken and index == count - 1:
             sections |= broken
         spec |= {"home": str(home), "run_dir": str(run_dir), "sections": sections}
@@ -130,6 +131,18 @@ def test_one_process_trains_and_two_go_on(home, alone, tmp_path):
     assert sorted([*read_manifest(last).files, MANIFEST]) == files_of(last)
     assert any("process_1" in name for name in files_of(last))
     assert find_damage(last) == []
+
+
+def test_processes_go_back_together(home, tmp_path):
+    bad, guard = [11, 12, 13], {"patience": 2}
+    ended = run_together(2, home, tmp_path / "two", MESH, bad=bad, guard=guard)
+    assert [result["step"] for result in ended] == [STEPS, STEPS]
+    assert "going back from step 15 to 10" in ended[0]["out"]
+    config = tiny_config(home, tmp_path / "one", training=TRAINING, guard=guard)
+    with bad_data(*bad):
+        assert loop.train(config).step == STEPS
+    two = tiny_config(home, tmp_path / "two", training=TRAINING)
+    assert losses(two) == pytest.approx(losses(config), rel=1e-5)
 
 
 def test_what_one_process_refuses_stops_all_before_anything_is_written(home, tmp_path):

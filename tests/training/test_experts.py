@@ -10,6 +10,7 @@ from plt_jax.model.moe import experts_per_step
 from plt_jax.run import check_directory, open_trained
 from plt_jax.sharding import make_mesh
 from plt_jax.training import loop
+from plt_jax.training.guard import what_is_wrong
 from plt_jax.training.metrics import read_metrics
 from plt_jax.training.step import init_state, make_train_step
 from tests.models import small_config
@@ -130,9 +131,9 @@ def test_a_run_with_experts_logs_and_opens_and_may_change_its_products(finished,
 def test_a_router_that_fails_is_named():
     broken = np.array([[1.0, 2.0], [3.0, np.nan]])
     values = {"loss": np.float32("nan"), "gradient_norm": np.float32(1.0)}
-    said = loop.what_is_wrong(values | {"router_z_by_loop": broken}, first_layer=1)
+    said = what_is_wrong(values | {"router_z_by_loop": broken}, first_layer=1)
     assert said == "the loss is nan (the first router to fail is that of layer 3 in loop 2)"
-    assert loop.what_is_wrong(values) == "the loss is nan"
+    assert what_is_wrong(values) == "the loss is nan"
 
 
 def test_a_step_with_a_broken_router_says_which():

@@ -26,7 +26,7 @@ def sound_steps(count: int, seed: int = 0) -> list[tuple[float, float, float]]:
 
 
 def test_without_a_threshold_there_are_no_limits():
-    guard = Guard(GuardConfig(window=8))
+    guard = Guard(GuardConfig(window=8, patience=4))
     observe(guard, *sound_steps(60))
     assert guard.limits() == Limits()
 
@@ -92,3 +92,23 @@ def test_skipped_steps_are_counted_once():
     assert guard.take_skipped() == 0
     observe(guard, (1.0, 1.0, 1.0))
     assert guard.take_skipped() == 1
+
+
+def test_going_back_counts_anew():
+    guard = Guard(WATCHFUL)
+    observe(guard, *sound_steps(30), *[(math.nan, 1.0, 1.0)] * 6)
+    assert guard.lost()
+    assert math.isnan(guard.last().loss)
+    guard.forget_skipped()
+    assert not guard.lost()
+    sound = [[float(np.float32(value)) for value in step] for step in sound_steps(30)]
+    assert guard.state() == sound[-len(guard.state()) :] != []
+    observe(guard, *[(math.nan, 1.0, 1.0)] * (3 + LAG))
+    assert not guard.lost()
+    observe(guard, (math.nan, 1.0, 1.0))
+    assert guard.lost()
+
+
+def test_a_patience_longer_than_the_window_is_refused():
+    with pytest.raises(ValueError, match="patience 20 is above window 8"):
+        GuardConfig(window=8, patience=20)

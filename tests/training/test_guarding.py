@@ -1,6 +1,8 @@
 """Runs whose data makes steps go out of order: they skip, go back, or stop, and lose nothing."""
 
 import contextlib
+import os
+import signal
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +15,7 @@ from plt_jax.errors import FailedError
 from plt_jax.run import open_trained
 from plt_jax.run_files import CHECKPOINTS, METRICS, list_steps
 from plt_jax.training import loop
+from plt_jax.training.guard import LAG
 from tests.training.runs import (
     STEPS,
     assert_same_run,
@@ -24,8 +27,8 @@ from tests.training.runs import (
 
 BATCH = 4
 PATIENT = {"patience": 2}
-NOTICED = 4
-"""Steps from the first of a bad window to going back: the patience and the guard's lag."""
+NOTICED = 2 + LAG
+"""Steps from the first of a bad stretch to going back: the patience and the guard's lag."""
 
 
 @contextlib.contextmanager
@@ -35,7 +38,7 @@ def bad_data(*batches: int, value: float = np.nan):
 
     def spoil(rows, index):
         example = read(rows, index)
-        if index // BATCH in batches:
+        if index // len(rows._rows) in batches:
             example = example | {"weights": np.full_like(example["weights"], value)}
         return example
 
@@ -120,8 +123,8 @@ def test_data_that_stays_bad_stops_the_run_with_its_checkpoints_intact(finished,
     sections = {"guard": PATIENT | {"rollbacks": 1}, "training": {"steps": 30}}
     config = tiny_config(finished.home, tmp_path / "run", **sections)
     message = (
-        r"the loss is nan at step 8, as in the 2 steps before \(guard.patience\), and it went back "
-        r"1 times \(guard.rollbacks\); lower optimizer.learning_rate or look at the data"
+        r"the loss is nan at step 6, the last of 2 in a row that were skipped \(guard.patience\), "
+        r"and it went back 1 times \(guard.rollbacks\); look at the data, raise guard.rollbacks"
     )
     with bad_data(*range(5, 40)), pytest.raises(FailedError, match=message):
         loop.train(config)
@@ -151,7 +154,32 @@ def test_no_checkpoint_is_made_of_a_step_out_of_order(finished, tmp_path):
     )
     with bad_data(3):
         loop.train(config)
-    assert steps_of(config) == [2, 6, 8]
+    assert steps_of(config) == [2, 5, 6, 8]
+
+
+@pytest.mark.parametrize("stretch", [(5, 6), (4, 5, 6, 7, 8), (6, 7), (8, 9, 10)])
+def test_a_stretch_anywhere_beside_a_checkpoint_is_gone_back_from_once(
+    finished, tmp_path, capsys, stretch
+):
+    config = tiny_config(
+        finished.home,
+        tmp_path / "run",
+        guard=PATIENT | {"rollbacks": 2},
+        training={"steps": 16},
+    )
+    with bad_data(*stretch):
+        assert loop.train(config) == loop.Outcome(16, stopped=False)
+    assert 1 <= capsys.readouterr().out.count("going back from") <= 2
+
+
+@pytest.mark.parametrize("at", [6, 7, 8])
+def test_a_run_stopped_in_a_bad_stretch_goes_on(finished, tmp_path, at):
+    config = tiny_config(finished.home, tmp_path / "run", guard=PATIENT, training={"steps": 14})
+    with bad_data(5, 6, 7):
+        with call_at(at, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+            assert loop.train(config).stopped
+        assert loop.train(config) == loop.Outcome(14, stopped=False)
+    assert finite_params(config)
 
 
 def test_a_spike_is_skipped_too(finished, tmp_path, capsys):
@@ -167,7 +195,7 @@ def test_a_spike_is_skipped_too(finished, tmp_path, capsys):
     config = tiny_config(
         finished.home,
         tmp_path / "run",
-        guard={"spike_deviations": 8.0, "window": 8},
+        guard={"spike_deviations": 8.0, "window": 8, "patience": 4},
         training={"steps": 30, "evaluate_every": 30, "checkpoint_every": 30},
     )
     with mock.patch.object(pipeline._Rows, "__getitem__", spoil):

@@ -155,4 +155,7 @@ def test_where_one_fails_the_others_end_with_its_message(store, monkeypatch, cap
         with pytest.raises(FailedError):
             fail()
         assert ended.wait(timeout=30)
-    assert capsys.readouterr().err == "error: process 1 of 2: cannot save the checkpoint\n"
+    # Said until the process ends, which this one does not.
+    assert set(capsys.readouterr().err.splitlines()) == {
+        "error: process 1 of 2: cannot save the checkpoint"
+    }
