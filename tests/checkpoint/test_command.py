@@ -102,7 +102,7 @@ def test_a_checkpoint_that_its_run_removes_meanwhile_is_left_out(run, monkeypatc
     result = command(CHECKPOINT, how, run)
     assert result.code == 0
     assert f"{run / CHECKPOINTS / '8'}: sound" in result.out or "complete" in result.out
-    assert "\n   4" not in result.out and "4:" not in result.out
+    assert "\n   4" not in result.out and f"{CHECKPOINTS}/4:" not in result.out
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
