@@ -26,6 +26,7 @@ from plt_jax.benchmarks.faults.sandbox import (
     newest_checkpoint,
 )
 from plt_jax.data.prepared import MANIFEST, open_prepared
+from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.training.metrics import read_metrics
 
 
@@ -157,6 +158,7 @@ def damaged_checkpoint(kind: str) -> Fault:
         config = case.sandbox.config(case.name, checkpoint={"keep": 3})
         process = case.sandbox.start(config)
         process.wait_for_step(case.draw.randint(12, STEPS - 3))
+        process.wait_for(lambda: len(list_steps(process.run / CHECKPOINTS)) > 1)
         process.kill()
         newest = newest_checkpoint(process.run)
         files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
