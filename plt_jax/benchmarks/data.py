@@ -22,7 +22,6 @@ import numpy as np
 
 from plt_jax.benchmarks.decode import interleave, numbers, spread
 from plt_jax.benchmarks.machine import machine
-from plt_jax.benchmarks.tables import table_of
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.compile.chips import CHIPS
 from plt_jax.config import RunConfig
@@ -35,6 +34,7 @@ from plt_jax.data.tokens import TokenizedDocuments
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
 from plt_jax.model.costs import flops_by_loop
+from plt_jax.tables import table_of
 
 MFU = 0.5
 COLUMNS = (

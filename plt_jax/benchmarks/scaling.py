@@ -17,11 +17,11 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plt_jax.benchmarks.tables import aligned
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.compile.chips import GIB, parse_topology
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
+from plt_jax.tables import aligned
 
 Row = dict[str, Any]
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from plt_jax.benchmarks.tables import aligned
 from plt_jax.checkpoint.manifest import (
     DamagedError,
     Manifest,
@@ -20,6 +19,7 @@ from plt_jax.checkpoint.retention import reasons_to_keep
 from plt_jax.config_file import load_resolved
 from plt_jax.errors import InputError
 from plt_jax.run_files import CHECKPOINTS, CONFIG, list_steps, locate
+from plt_jax.tables import aligned
 
 
 class Report(NamedTuple):

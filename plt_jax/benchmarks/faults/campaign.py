@@ -11,8 +11,8 @@ from typing import Any
 
 from plt_jax.benchmarks.faults.kinds import FAULTS, Case, Fault
 from plt_jax.benchmarks.faults.sandbox import Outcome, Sandbox
-from plt_jax.benchmarks.tables import aligned
 from plt_jax.errors import InputError
+from plt_jax.tables import aligned
 
 
 def undisturbed(sandbox: Sandbox) -> Outcome:

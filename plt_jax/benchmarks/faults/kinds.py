@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from plt_jax.benchmarks.faults.disks import fill, remount, small_disk
 from plt_jax.benchmarks.faults.sandbox import (
     PATIENCE,
     REPOSITORY,
@@ -79,37 +80,39 @@ def finish(case: Case, config: Path, *options: str) -> None:
     case.compare(config)
 
 
-def kill_at_a_random_moment(case: Case) -> str:
-    config = case.sandbox.config(case.name)
-    process = case.sandbox.start(config)
+def killed(wait: Callable[[Case, Process], str]) -> Fault:
+    """SIGKILL once `wait` returns, which says when that is."""
+
+    def fault(case: Case) -> str:
+        config = case.sandbox.config(case.name)
+        process = case.sandbox.start(config)
+        when = wait(case, process)
+        process.kill()
+        finish(case, config)
+        return f"killed {when}; went on bit for bit"
+
+    return fault
+
+
+def at_a_random_moment(case: Case, process: Process) -> str:
     step, delay = case.draw.randrange(STEPS), case.draw.random() * 0.05
     process.wait_for_step(step)
     time.sleep(delay)
-    process.kill()
-    finish(case, config)
-    return f"killed {1000 * delay:.0f} ms after step {step}; went on bit for bit"
+    return f"{1000 * delay:.0f} ms after step {step}"
 
 
-def kill_while_starting(case: Case) -> str:
-    config = case.sandbox.config(case.name)
-    process = case.sandbox.start(config)
+def while_starting(case: Case, process: Process) -> str:
     delay = case.draw.uniform(0.5, 6)
     time.sleep(delay)
-    process.kill()
-    finish(case, config)
-    return f"killed {delay:.1f} s after its start; went on bit for bit"
+    return f"{delay:.1f} s after its start"
 
 
-def kill_during_a_save(case: Case) -> str:
-    config = case.sandbox.config(case.name)
-    process = case.sandbox.start(config)
+def during_a_save(case: Case, process: Process) -> str:
     process.wait_for_step(case.draw.randrange(STEPS - 5))
     process.wait_for_save()
     delay = case.draw.random() * 0.1
     time.sleep(delay)
-    process.kill()
-    finish(case, config)
-    return f"killed {1000 * delay:.0f} ms into a save; went on bit for bit"
+    return f"{1000 * delay:.0f} ms into a save"
 
 
 def kill_again_and_again(case: Case) -> str:
@@ -219,11 +222,11 @@ def full_disk(case: Case) -> str:
     config = case.sandbox.config(case.name)
     folder.mkdir(parents=True)
     size = case.draw.randint(260, 700)
-    with Mounted(folder, f"size={size}k") as disk:
+    with small_disk(folder, f"{size}k"):
         ended = case.sandbox.start(config).end()
         code = 2 if ended.code == 2 else 1  # by whether it was full before the first step
         error = require_line(ended, code, "No space left", alone=False)
-        disk.remount("size=64m")
+        remount(folder, "size=64m")
         finish(case, config)
     what = error.partition(": ")[2].split(str(case.sandbox.home))[0]
     return f"a disk of {size} KiB: {what}... named; given more, bit for bit"
@@ -233,17 +236,14 @@ def disk_fills_up(case: Case) -> str:
     folder = case.sandbox.home / case.name / "run"
     config = case.sandbox.config(case.name)
     folder.mkdir(parents=True)
-    with Mounted(folder, "size=64m") as disk:
+    with small_disk(folder, "64m"):
         process = case.sandbox.start(config)
         step = case.draw.randint(3, STEPS - 6)
         process.wait_for_step(step)
-        (folder / "filler").write_bytes(bytes(2 * 2**20))
-        disk.remount("size=2m")  # refused where more is in use: then what is free is filled
         fill(folder / "filler")
         ended = process.end()
         require_line(ended, 1, "No space left", alone=False)
         (folder / "filler").unlink()
-        disk.remount("size=64m")
         finish(case, config)
     return f"the disk full after step {step}: named, exit code 1; emptied, bit for bit"
 
@@ -252,13 +252,13 @@ def read_only_disk(case: Case) -> str:
     folder = case.sandbox.home / case.name / "run"
     config = case.sandbox.config(case.name)
     folder.mkdir(parents=True)
-    with Mounted(folder, "size=64m") as disk:
+    with small_disk(folder, "64m"):
         process = case.sandbox.start(config)
         process.wait_for_step(case.draw.randint(1, STEPS - 6))
         process.kill()
-        disk.remount("ro")
+        remount(folder, "ro")
         require_line(case.sandbox.start(config).end(), 2, "Read-only file system")
-        disk.remount("rw")
+        remount(folder, "rw")
         finish(case, config)
     return "read-only when resuming: named; writable again, bit for bit"
 
@@ -371,44 +371,10 @@ def kill_preparation(case: Case) -> str:
     return f"killed {1000 * delay:.0f} ms after {units} finished shards; went on to the same corpus"
 
 
-class Mounted:
-    """A small file system in memory, mounted on a folder; needs root."""
-
-    def __init__(self, folder: Path, options: str):
-        self._folder = folder
-        _mount("-t", "tmpfs", "-o", options, "tmpfs", str(folder))
-
-    def __enter__(self) -> Mounted:
-        return self
-
-    def __exit__(self, *_) -> None:
-        subprocess.run(["umount", "-l", str(self._folder)], check=True)
-
-    def remount(self, options: str) -> None:
-        """Changes its options, if it can."""
-        subprocess.run(
-            ["mount", "-o", f"remount,{options}", str(self._folder)], capture_output=True
-        )
-
-
-def _mount(*words: str) -> None:
-    subprocess.run(["mount", *words], check=True)
-
-
-def fill(path: Path) -> None:
-    """Takes all the room that is left."""
-    try:
-        with path.open("ab", buffering=0) as file:
-            while file.write(bytes(4096)):
-                pass
-    except OSError:
-        return
-
-
 FAULTS: dict[str, tuple[Fault, int]] = {
-    "SIGKILL at a random moment": (kill_at_a_random_moment, 8),
-    "SIGKILL while starting": (kill_while_starting, 3),
-    "SIGKILL during a save": (kill_during_a_save, 6),
+    "SIGKILL at a random moment": (killed(at_a_random_moment), 8),
+    "SIGKILL while starting": (killed(while_starting), 3),
+    "SIGKILL during a save": (killed(during_a_save), 6),
     "SIGKILL four times": (kill_again_and_again, 2),
     "SIGTERM or SIGINT": (terminate, 5),
     "SIGTERM twice": (terminate_twice, 2),
