@@ -204,6 +204,22 @@ def test_killed_before_its_plan_it_begins_again(lines, tokenizer, corpus, tmp_pa
     assert same_corpus(tmp_path, corpus)
 
 
+def test_the_vocabulary_knows_nothing_of_what_is_held_out(tmp_path):
+    """A word that only documents held out have is no token."""
+    texts = []
+    for word, split in (("quokka", "validation"), ("wombat", "training")):
+        every = (f"{word} {number} " * 9 for number in range(40))
+        texts += [text for text in every if split_of(text.encode(), 0.5) == split]
+    assert 10 < sum("quokka" in text for text in texts) < len(texts) - 10
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["--vocab_size", 300, "--validation_fraction", 0.5]
+    assert run(source, "--out", tmp_path / "made", *words).code == 0
+    vocabulary = open_prepared(tmp_path / "made").tokenizer.get_vocab()
+    assert any("wombat" in token for token in vocabulary)
+    assert not any("quokka" in token for token in vocabulary)
+
+
 def test_another_vocabulary_does_not_go_on(lines, tmp_path):
     words = [lines, "--out", tmp_path / "made", "--vocab_size"]
     assert run(*words, 300).code == 0

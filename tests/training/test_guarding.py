@@ -182,24 +182,39 @@ def test_a_run_stopped_in_a_bad_stretch_goes_on(finished, tmp_path, at):
     assert finite_params(config)
 
 
-def test_a_spike_is_skipped_too(finished, tmp_path, capsys):
-    """One of the loss: the same weights on targets that no text has."""
+@contextlib.contextmanager
+def a_spike_at(batch: int):
+    """The same weights on targets that no text has."""
     read = pipeline._Rows.__getitem__
 
     def spoil(rows, index):
         example = read(rows, index)
-        if index // BATCH == 25:
+        if index // len(rows._rows) == batch:
             example = example | {"targets": np.full_like(example["targets"], 269)}
         return example
 
-    config = tiny_config(
-        finished.home,
-        tmp_path / "run",
-        guard={"spike_deviations": 8.0, "window": 8, "patience": 4},
-        training={"steps": 30, "evaluate_every": 30, "checkpoint_every": 30},
-    )
     with mock.patch.object(pipeline._Rows, "__getitem__", spoil):
-        loop.train(config)
-    skipped = [row["step"] for row in rows_of(config) if row.get("skipped")]
-    assert skipped == [26]
-    assert rows_of(config)[25]["loss"] is not None
+        yield
+
+
+def test_a_spike_is_skipped_also_where_the_run_was_killed_before(finished, tmp_path):
+    sections = {
+        "guard": {"spike_deviations": 8.0, "window": 8, "patience": 4},
+        "training": {"steps": 30, "evaluate_every": 30, "checkpoint_every": 5},
+    }
+    whole = tiny_config(finished.home, tmp_path / "whole", **sections)
+    broken = tiny_config(finished.home, tmp_path / "broken", **sections)
+
+    def fail():
+        raise RuntimeError("power cut")
+
+    with a_spike_at(25):
+        loop.train(whole)
+        with call_at(23, fail), pytest.raises(RuntimeError, match="power cut"):
+            loop.train(broken)
+        assert steps_of(broken)[-1] == 20  # fewer steps before the spike than the window has
+        loop.train(broken)
+    skipped = [row for row in rows_of(whole) if row.get("skipped")]
+    assert [row["step"] for row in skipped] == [26]
+    assert skipped[0]["loss"] is not None
+    assert_same_run(broken, whole)
