@@ -383,9 +383,22 @@ class TrainingConfig(Section):
     which a line says which it is; null for never."""
     sample_prompt: str = ""
     """Prompt of the sample printed at the end."""
+    profile_from: PositiveInt | None = None
+    """Step that a traced window begins with (its trace is among the run's TensorBoard events); null
+    for none."""
+    profile_steps: PositiveInt = 3
+    """Steps in that window."""
+    wandb_project: Annotated[str, Field(min_length=1)] | None = None
+    """Weights & Biases project that metrics go to besides (pip install 'plt_jax[wandb]'); null for
+    none."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> TrainingConfig:
+        if self.profile_from is not None and self.profile_from > self.steps:
+            raise ValueError(
+                f"profile_from {self.profile_from} is behind the last step, {self.steps} (steps); "
+                "lower it"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by accumulate {self.accumulate}; "

@@ -47,6 +47,9 @@ MAY_CHANGE = (
     "training.checkpoint_every",
     "training.hang_after",
     "training.sample_prompt",
+    "training.profile_from",
+    "training.profile_steps",
+    "training.wandb_project",
 )
 
 

@@ -30,7 +30,8 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
 
     Returns:
       dict: "logits" [B, T, V]; "hidden_loops", a list of L arrays [B, T, D], what each loop hands
-      on; "raw_loops", a list of L arrays [B, T, D], the last layer's output before any norm.
+      on; "raw_loops", a list of L arrays [B, T, D], the last layer's output before any norm;
+      "gate_means", of each loop and layer in turn, [B] over positions and heads, or None.
     """
     loop = settings.loop
     if loop.scheme not in SCHEMES or (loop.scheme == "no_loop" and loop.count != 1):
@@ -47,7 +48,7 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
         embedded = params["embedding"][tokens]
         x = embedded  # loop 1 reads the embedding, unscaled
         first_kv = [None] * settings.layers  # per layer, (k, v) of loop 1
-        hidden_loops, raw_loops = [], []
+        hidden_loops, raw_loops, gate_means = [], [], []
         for index in range(loop.count):
             if index > 0 and loop.scheme in SHIFTED_SCHEMES:
                 carried = shift(hidden_loops[index - 1], document)
@@ -58,9 +59,10 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
                 layer = layer_arrays(params, j)
                 if "router_bias" in layer:
                     layer["router_bias"] = layer["router_bias"][index]
-                x, own_kv = decoder_layer(
+                x, own_kv, gates = decoder_layer(
                     settings, layer, x, first_kv[j], causal, windowed, rotation
                 )
+                gate_means.append(None if gates is None else jnp.mean(gates, axis=(1, 2)))
                 if index == 0:
                     first_kv[j] = own_kv
             raw_loops.append(x)
@@ -70,7 +72,12 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
 
         head = params["embedding"].T if settings.tied_embeddings else params["head"]
         logits = hidden_loops[-1] @ head
-    return {"logits": logits, "hidden_loops": hidden_loops, "raw_loops": raw_loops}
+    return {
+        "logits": logits,
+        "hidden_loops": hidden_loops,
+        "raw_loops": raw_loops,
+        "gate_means": gate_means,
+    }
 
 
 def layer_arrays(params, j):
@@ -121,7 +128,8 @@ def shift(hidden, document):
 
 
 def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
-    """Layer input [B, T, D] -> its output [B, T, D] and its own (k, v), each [B, T, K, H].
+    """Layer input [B, T, D] -> its output [B, T, D], its own (k, v), each [B, T, K, H], and its
+    gates [B, T, N], if it has them.
 
     first_kv is None in loop 1, else this layer's (k, v) from loop 1.
     """
@@ -137,13 +145,15 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
         q, k = rms_norm(q, layer["q_norm"], epsilon), rms_norm(k, layer["k_norm"], epsilon)
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
 
+    g = None
     if first_kv is None or scheme in ("vanilla_loop", "clp"):
         attended = attention(q, k, v, causal)
     elif scheme == "clp_kv_share":
         attended = attention(q, *first_kv, causal)
     else:  # WINDOWED_SCHEMES
-        g = gate(settings, layer, q, x)[..., None]  # [B, T, N, 1]
-        attended = g * attention(q, *first_kv, causal) + (1 - g) * attention(q, k, v, windowed)
+        g = gate(settings, layer, q, x)
+        near, far = attention(q, k, v, windowed), attention(q, *first_kv, causal)
+        attended = g[..., None] * far + (1 - g[..., None]) * near
     x = x + jnp.einsum("btnh,nhd->btd", attended, layer["o"])
     if settings.output_bias:
         x = x + layer["o_bias"]
@@ -155,7 +165,7 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
         update = swiglu(normed, layer["ffn_gate"], layer["ffn_up"], layer["ffn_down"])
     if settings.ffn_output_norm:
         update = rms_norm(update, layer["ffn_output_norm"], epsilon)
-    return x + update, (k, v)
+    return x + update, (k, v), g
 
 
 def attention(q, k, v, mask):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
 from plt_jax.model.attention import (
@@ -43,6 +44,8 @@ class LayerOutputs(NamedTuple):
     """[B, K, T, H] each, the keys rotated."""
     router: RouterStatistics | None
     """None in dense layers."""
+    gate_B: jax.Array | None
+    """Each sequence's mean gate over heads and positions, float32; None in loops without gates."""
 
 
 class Products(NamedTuple):
@@ -165,21 +168,24 @@ class Block(nn.Module):
         weights = declare(self, block_parameters(self.config, self.mixture))
         loop = self.config.loop
         made: KeysValues = ()
+        gate_B = None
 
         def attend(q, k, v, gate_BNT):
-            nonlocal made
+            nonlocal made, gate_B
             made = (k, v)
             keys, values = made if shared is None else shared
             everything = sequence_attention(self.config, q, keys, values, context.documents_BT)
             if shared is None or loop.later_attention == "shared":
                 return everything
             local = sequence_attention(self.config, q, k, v, context.documents_BT, loop.window)
+            # Not over the batch, which lies on several devices: a layer is not to wait for them.
+            gate_B = jnp.mean(gate_BNT, axis=(1, 2))
             return blend(gate_BNT, everything, local)
 
         weights = of_loops(weights, context.loop)
         x_BTD, router = apply_block(self.config, weights, x_BTD, context.rotation, attend)
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))
-        return x_BTD, LayerOutputs(made, router)
+        return x_BTD, LayerOutputs(made, router, gate_B)
 
 
 def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> nn.Module:

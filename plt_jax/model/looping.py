@@ -29,6 +29,11 @@ class LoopStates(NamedTuple):
     raw output."""
     router: RouterStatistics | None
     """The routers' statistics [L, J, ...], of the J layers with experts; None in dense models."""
+    rms_LBT: jax.Array
+    """The root mean square of each position's raw output, float32."""
+    gate_LJB: jax.Array | None
+    """Mean gates of the loops behind the first, [L-1, J, B], over heads and positions, for all J
+    layers; None in schemes without gates, and where there is one loop."""
 
 
 class LoopedModel(Protocol):
@@ -75,15 +80,22 @@ def run_loops(
     def hand_on(model, raw_BTD):
         return model.normalize(raw_BTD) if loop.normalize_between_loops else raw_BTD
 
+    def states_of(model, raw_BTD, outputs):
+        rms_BT = jnp.sqrt(jnp.mean(jnp.square(raw_BTD.astype(jnp.float32)), axis=-1))
+        gates = [made.gate_B for made in outputs.values() if made.gate_B is not None]
+        gate_JB = jnp.concatenate(gates) if gates else None
+        router = outputs["layers"].router
+        return LoopStates(raw_BTD, hand_on(model, raw_BTD), router, rms_BT, gate_JB)
+
     def later_loop(model, previous_BTD, index):
         if loop.shifted:
             previous_BTD = hand_to_next(previous_BTD, context.documents_BT)
         x_BTD = loop_input(loop, embeddings_BTD, previous_BTD)
         raw_BTD, outputs = model.layers(x_BTD, context._replace(loop=index), shared)
-        handed_BTD = hand_on(model, raw_BTD)
-        return handed_BTD, LoopStates(raw_BTD, handed_BTD, outputs["layers"].router)
+        states = states_of(model, raw_BTD, outputs)
+        return states.handed_LBTD, states
 
-    first = LoopStates(raw_BTD, hand_on(model, raw_BTD), outputs["layers"].router)
+    first = states_of(model, raw_BTD, outputs)
     states = jax.tree.map(lambda x: x[None], first)
     if loop.count > 1:
         later_loops = nn.scan(
@@ -93,7 +105,9 @@ def run_loops(
             length=loop.count - 1,
         )
         _, later = later_loops(model, first.handed_LBTD, jnp.arange(1, loop.count))
+        gate_LJB, later = later.gate_LJB, later._replace(gate_LJB=None)
         states = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), states, later)
+        states = states._replace(gate_LJB=gate_LJB)
     if not loop.normalize_between_loops:  # the last loop's output is normalised all the same
         last_BTD = model.normalize(states.raw_LBTD[-1])
         states = states._replace(handed_LBTD=states.handed_LBTD.at[-1].set(last_BTD))

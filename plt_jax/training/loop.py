@@ -19,16 +19,17 @@ from plt_jax.data.load import Data, load_data
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import begin, stream_text
 from plt_jax.errors import FailedError, InputError
-from plt_jax.evaluation.perplexity import Evaluation, make_evaluate, score
+from plt_jax.evaluation.perplexity import Evaluation, make_evaluate
 from plt_jax.model.attention import choose_backend
 from plt_jax.model.grouped import choose_form
 from plt_jax.run import check_directory, check_text, write_directory
 from plt_jax.run_files import CHECKPOINTS, CONFIG, list_steps
 from plt_jax.sharding import BatchLayout, make_mesh, use_mesh
 from plt_jax.training.guard import LAG, Guard, what_is_wrong
-from plt_jax.training.metrics import MetricsWriter, NoMetrics, plot_losses
+from plt_jax.training.journal import Journal
+from plt_jax.training.metrics import plot_losses
 from plt_jax.training.phases import COMPILING, DATA, EVALUATION, SAVING, STEPS, Phases
-from plt_jax.training.progress import ProgressReport, Speedometer, peak_memory
+from plt_jax.training.progress import peak_memory
 from plt_jax.training.signals import StopRequest
 from plt_jax.training.start import (
     GUARD,
@@ -42,6 +43,7 @@ from plt_jax.training.start import (
 )
 from plt_jax.training.step import TrainState, abstract_state, make_train_step, training_layout
 from plt_jax.training.stopping import StopTogether
+from plt_jax.training.trackers import check_wandb
 
 SAMPLE_TOKENS = 120
 CACHES = {"cache_dir": ""}
@@ -75,21 +77,6 @@ class Run(NamedTuple):
     directory: Path
     checked: Checked
     checkpoints: Checkpoints
-
-
-class Reporting(NamedTuple):
-    """Where a run says how it is doing."""
-
-    metrics: MetricsWriter | NoMetrics
-    report: ProgressReport
-    speed: Speedometer
-    phases: Phases
-
-    def go_back(self, step: int, to: int) -> None:
-        """Drops what was written after the step that training goes back to, and says so there."""
-        self.metrics.go_back(to)
-        self.metrics.write(to, rolled_back_from=step)
-        self.speed.start(to)
 
 
 def train(config: RunConfig) -> Outcome:
@@ -142,13 +129,8 @@ def _train(config: RunConfig, phases: Phases) -> Outcome:
         if first >= config.training.steps:
             print(f"finished: {directory} is at step {first} of {config.training.steps}")
             return Outcome(first, stopped=False)
-        speed = Speedometer(config.training.batch_size * config.sequence_length)
-        with (
-            open_metrics(run, first) as metrics,
-            ProgressReport(first, config.training.steps) as report,
-        ):
-            tell = Reporting(metrics, report, speed, phases)
-            state = train_steps(run, start, batches, tell, stop)
+        with Journal(config, checked.mesh, checked.data.counts, first, phases) as journal:
+            state = train_steps(run, start, batches, journal, stop)
     step = int(state.step)
     if processes.first():
         plot_losses(directory)
@@ -156,8 +138,9 @@ def _train(config: RunConfig, phases: Phases) -> Outcome:
         print(f"stopped at step {step}, saved; run the same command to go on")
         return Outcome(step, stopped=True)
     print_sample(run, state.params)
+    speed = journal.speed.median()
     print(
-        f"done: {config.training.steps - first} steps, median {speed.median():,.0f} tokens/s, "
+        f"done: {config.training.steps - first} steps, median {speed:,.0f} tokens/s, "
         f"peak memory {peak_memory() / 2**30:.2f} GiB; the run is in {directory}"
     )
     return Outcome(step, stopped=False)
@@ -171,6 +154,7 @@ def check(config: RunConfig) -> Checked:
     layout = training_layout(config, mesh)
     abstract = abstract_state(config, mesh)
     check_kernels(config, mesh)
+    check_wandb(config.training.wandb_project)
     data = load_data(config, layout.rows)
     check_text(config, data.tokenizer, data.fingerprint)
     check_sample_prompt(config, data.tokenizer)
@@ -197,13 +181,6 @@ def check_shared(directory: Path) -> None:
         )
 
 
-def open_metrics(run: Run, step: int) -> MetricsWriter | NoMetrics:
-    """Where this process writes numbers: the first does so for all."""
-    if not processes.first():
-        return NoMetrics()
-    return MetricsWriter(run.directory, step, run.config.model.moe.dense_layers)
-
-
 def check_kernels(config: RunConfig, mesh: Mesh) -> None:
     """Raises InputError where the mesh's devices cannot run what the model names."""
     with use_mesh(mesh):
@@ -213,7 +190,7 @@ def check_kernels(config: RunConfig, mesh: Mesh) -> None:
 
 
 def train_steps(
-    run: Run, start: Start, batches: Iterator, tell: Reporting, stop: StopTogether
+    run: Run, start: Start, batches: Iterator, journal: Journal, stop: StopTogether
 ) -> TrainState:
     """Steps up to the last one, or until a stop is requested; evaluates and saves on the way."""
     training = run.config.training
@@ -221,47 +198,49 @@ def train_steps(
     state, guard = start
     step, stopping, due, rollbacks, before = int(state.step), False, False, 0, None
     turn = step  # counts on where steps go back, so that processes can agree on a last one
-    tell.report.say("compiling the train step ...")
+    journal.say("compiling the train step ...")
     while step < training.steps and not stopping:
-        with tell.phases.phase(DATA):
+        with journal.phases.phase(DATA):
             batch = run.checked.layout.place(next(batches))
-        with tell.phases.phase(STEPS if tell.speed.started else COMPILING):
-            state, values = train_step(state, batch, guard.limits())
+        with journal.phases.phase(STEPS if journal.speed.started else COMPILING):
+            with journal.profile.step(step + 1):
+                state, values = train_step(state, batch, guard.limits())
             step, turn = step + 1, turn + 1
             # One step waits while another is computed: more would only delay a stop.
-            jax.block_until_ready(before if tell.speed.started else values)
+            jax.block_until_ready(before if journal.speed.started else values)
         before = values
-        if not tell.speed.started:
-            tell.speed.start(step)
+        if not journal.speed.started:
+            journal.speed.start(step)
+        journal.end_profile(step, values)
         guard.observe(values)
         if guard.lost():
             rollbacks, due = rollbacks + 1, False
             state = None  # where one fits, two may not
             state, guard = go_back(run, step, values, guard, rollbacks)
-            tell.go_back(step, int(state.step))
+            journal.go_back(step, int(state.step))
             step = int(state.step)
             continue
         last = step == training.steps
         if step % training.log_every == 0 or last:
-            log_step(run, step, values, guard, tell)
+            journal.log_step(step, values, guard)
         validation_loss = None
         if step % training.evaluate_every == 0 or last:
-            with tell.speed.paused(), tell.phases.phase(EVALUATION):
+            with journal.aside(EVALUATION):
                 limit = None if last else run.config.evaluation.sequences
                 evaluation = run.checked.evaluate(state.params, run.checked.data.validation, limit)
             validation_loss = evaluation.score.loss
-            log_evaluation(step, evaluation, tell)
+            journal.log_evaluation(step, evaluation)
         stopping = stop.after(turn)  # asked once: the step that is saved is the step it stops at
         due |= step % training.checkpoint_every == 0
         # The newest checkpoint is what is gone back to: not, if it can wait, one of a step that was
         # out of order.
         if (due and not values["skipped"]) or last or stopping:
             due = False
-            with tell.speed.paused(), tell.phases.phase(SAVING):
+            with journal.aside(SAVING):
                 optimizer = {"step": state.step, "opt_state": state.opt_state}
                 data = batches.get_state() | {GUARD: guard.state()}
                 run.checkpoints.save(step, state.params, optimizer, data, validation_loss)
-        tell.phases.reached(step)
+        journal.phases.reached(step)
     return state
 
 
@@ -306,46 +285,6 @@ def go_back(run: Run, step: int, values: dict[str, jax.Array], lost: Guard, time
     start, _ = restore(run.config, run.checked.abstract, run.checkpoints, steps[-1])
     start.guard.forget_skipped()
     return start
-
-
-def log_step(
-    run: Run, step: int, values: dict[str, jax.Array], guard: Guard, tell: Reporting
-) -> None:
-    """Writes a step's metrics and reports it; waits for the step to be computed."""
-    numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
-    numbers["skipped"] = guard.take_skipped()
-    if numbers["skipped"]:
-        tell.report.say(
-            f"step {step}: {numbers['skipped']} of the steps since the last line changed nothing, "
-            "their loss or gradient not finite or above its limit"
-        )
-    loss, tokens_per_second = numbers["loss"], tell.speed.mark(step)
-    seconds = tell.phases.seconds()
-    tell.metrics.write(
-        step,
-        **numbers,
-        tokens_per_second=tokens_per_second,
-        goodput=seconds.get(STEPS, 0.0) / sum(seconds.values()),
-    )
-    counts = run.checked.data.counts
-    predicted = counts["training_tokens"] - counts["training_documents"]  # all but each bos
-    bits_per_byte = score(loss * predicted, predicted, counts["training_bytes"]).bits_per_byte
-    tell.report.advance(step, loss, bits_per_byte, tokens_per_second)
-
-
-def log_evaluation(step: int, evaluation: Evaluation, tell: Reporting) -> None:
-    """Writes and reports an evaluation."""
-    score = evaluation.score
-    tell.metrics.write(
-        step,
-        validation_loss=score.loss,
-        bits_per_byte=score.bits_per_byte,
-        validation_tokens=evaluation.tokens,
-    )
-    tell.report.say(
-        f"step {step}: held-out loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte "
-        f"({evaluation.tokens:,} tokens)"
-    )
 
 
 def describe(config: RunConfig, checked: Checked) -> None:

@@ -1,92 +1,99 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the picture of the losses."""
+"""The numbers of a run: metrics.jsonl, trackers that draw them, and the picture of the losses."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
 from plt_jax.errors import FailedError
 from plt_jax.files import write_text
 from plt_jax.run_files import METRICS
+from plt_jax.training.trackers import Tracker
 
-EVENTS = "tensorboard"
+Values = float | list[float] | list[list[float]]
+"""A number, or one of each loop, or one of each loop and layer."""
 
 
 class MetricsWriter:
-    """Appends rows of numbers to metrics.jsonl and to TensorBoard."""
+    """Appends rows of numbers to metrics.jsonl and hands them to trackers."""
 
-    def __init__(self, directory: Path, resumed_step: int, first_layer: int = 0):
-        """Opens both, dropping what an earlier start wrote after the step that this one resumes.
+    def __init__(
+        self,
+        directory: Path,
+        resumed_step: int,
+        trackers: Sequence[Tracker] = (),
+        firsts: Mapping[str, tuple[int, ...]] | None = None,
+    ):
+        """Opens the file, dropping what an earlier start wrote after the step that this resumes.
 
         Args:
-          first_layer: how many layers come before those that values by loop and layer are of.
+          trackers: closed with this.
+          firsts: by name, the numbers of the first loop, and of the first layer, that values by
+            loop and layer are of, where that is not 1.
         """
-        self._directory, self._first_layer = directory, first_layer
-        self._path = directory / METRICS
+        self._directory, self._path = directory, directory / METRICS
+        self._trackers, self._firsts = trackers, firsts or {}
         self._open(resumed_step)
 
     def __enter__(self) -> MetricsWriter:
         return self
 
-    def __exit__(self, *_) -> None:
-        with contextlib.suppress(OSError):  # `write` has said so
-            self._file.close()
-        if self._events_are_written():
-            with contextlib.suppress(OSError):
-                self._tensorboard.close()
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        self._close()
+        for tracker in self._trackers:
+            tracker.close(failed=kind is not None)
 
-    def write(self, step: int, **values: float | list[list[float]]) -> None:
-        """Writes one row; a value may be one of each loop and layer, as a list of lists.
+    def write(self, step: int, **values: Values) -> None:
+        """Writes one row, with the time in seconds since 1970.
 
         Numbers that are not finite are null there: JSON has no others.
 
         Raises:
           FailedError: it cannot be written, as on a full disk.
         """
-        row = {"step": step} | {name: _finite(value) for name, value in values.items()}
+        row = {"step": step, "time": round(time.time(), 3)}
+        row |= {name: _finite(value) for name, value in values.items()}
         try:
             self._file.write(json.dumps(row, allow_nan=False) + "\n")
             self._file.flush()
         except OSError as error:
             raise FailedError(f"cannot write {self._path}: {error.strerror}") from error
-        if not self._events_are_written():
-            raise FailedError(f"cannot write {self._path.with_name(EVENTS)}: see the error above")
-        for name, value in values.items():
-            if not isinstance(value, list):
-                self._draw(name, value, step)
-                continue
-            for (loop, layer), one in np.ndenumerate(value):
-                layer += self._first_layer
-                self._draw(f"{name}/loop_{loop + 1}/layer_{layer + 1}", one, step)
+        scalars = dict(self._scalars(values))
+        for tracker in self._trackers:
+            tracker.draw(step, scalars)
 
     def go_back(self, step: int) -> None:
         """Drops what was written after a step, from which training goes on anew."""
-        self.__exit__()
+        self._close()
         self._open(step)
+        for tracker in self._trackers:
+            tracker.go_back(step)
 
     def _open(self, step: int) -> None:
         kept = [row for row in read_metrics(self._directory) if row["step"] <= step]
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
-            str(self._directory / EVENTS),
-            max_queue=10_000,  # more than one row's values, so that no row waits for the disk
-            purge_step=step + 1 if step else None,
-        )
 
-    def _draw(self, tag: str, value: float, step: int) -> None:
-        if math.isfinite(value):  # TensorBoard would warn, and show nothing
-            self._tensorboard.add_scalar(tag, value, step)
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):  # `write` has said so
+            self._file.close()
 
-    def _events_are_written(self) -> bool:
-        # Once tensorboardX's thread has died of an error, giving it more waits for ever.
-        return self._tensorboard.file_writer.event_writer._worker.is_alive()
+    def _scalars(self, values: Mapping[str, Values]) -> Iterator[tuple[str, float]]:
+        """The finite numbers, those of loops and layers as NAME/loop_2/layer_1."""
+        for name, value in values.items():
+            firsts = self._firsts.get(name, (1, 1))
+            for index, one in np.ndenumerate(value):
+                places = zip(("loop", "layer"), firsts, index, strict=False)
+                tag = "/".join([name, *(f"{axis}_{first + at}" for axis, first, at in places)])
+                if math.isfinite(one):  # drawn, others would be warned of, and not seen
+                    yield tag, float(one)
 
 
 def _finite(value: Any) -> Any:
@@ -102,7 +109,7 @@ class NoMetrics(contextlib.nullcontext):
     def __enter__(self) -> NoMetrics:
         return self
 
-    def write(self, step: int, **values: float | list[list[float]]) -> None:
+    def write(self, step: int, **values: Values) -> None:
         """Writes nothing."""
 
     def go_back(self, step: int) -> None:
@@ -119,6 +126,16 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
+
+
+def without_times(row: dict[str, Any]) -> dict[str, Any]:
+    """What two runs of the same configuration share of a row: all but times and speeds."""
+    times = {"time", "tokens_per_second", "model_tflops_per_second", "mfu", "goodput"}
+    return {
+        name: value
+        for name, value in row.items()
+        if name not in times and not name.startswith("seconds/")
+    }
 
 
 def plot_losses(directory: Path) -> None:

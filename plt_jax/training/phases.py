@@ -8,14 +8,24 @@ import threading
 import time
 from collections.abc import Iterator
 
-STEPS, DATA, EVALUATION, SAVING, COMPILING, STARTING = (
-    "computing steps",
-    "waiting for data",
-    "evaluating",
+STEPS, DATA, EVALUATION, SAVING, COMPILING, PROFILING, STARTING = (
+    "steps",
+    "data",
+    "evaluation",
     "saving",
     "compiling",
-    "starting or ending",
+    "profiling",
+    "starting",
 )
+_DOING = {
+    STEPS: "computing steps",
+    DATA: "waiting for data",
+    EVALUATION: "evaluating",
+    SAVING: "saving",
+    COMPILING: "compiling",
+    PROFILING: "writing the profile",
+    STARTING: "starting or ending",
+}
 
 
 class Phases:
@@ -87,7 +97,7 @@ class Phases:
                 if not self._ended and now - max(self._since, said) >= self._hang_after:
                     said = now
                     print(
-                        f"{self._phase} has taken {now - self._since:.0f} s, after step "
+                        f"{_DOING[self._phase]} has taken {now - self._since:.0f} s, after step "
                         f"{self._step}, and goes on",
                         file=sys.stderr,
                         flush=True,

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import ModelConfig, RunConfig
+from plt_jax.model.looping import LoopStates
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.moe import (
     RouterStatistics,
@@ -128,16 +129,19 @@ def batch_loss(
 ) -> tuple[jax.Array, Metrics]:
     """The loss to minimise, summed in nats over the batch's targets, and sums to report."""
 
-    def forward(model: Transformer) -> tuple[jax.Array, RouterStatistics | None]:
+    def forward(model: Transformer) -> tuple[jax.Array, LoopStates]:
         states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
-        return model.logits(states.handed_LBTD[-1]), states.router
+        return model.logits(states.handed_LBTD[-1]), states
 
-    logits_BTV, router = Transformer(config).apply({"params": params}, method=forward)
+    logits_BTV, states = Transformer(config).apply({"params": params}, method=forward)
     nll_BT, log_z_BT = cross_entropy(logits_BTV, batch["targets"])
     weights_BT, targets = batch["weights"], jnp.sum(batch["weights"])
     nll = jnp.sum(nll_BT * weights_BT)
     loss = nll + z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT)
-    sums = {"loss": nll}
+    sums = {"loss": nll, "hidden_norm_by_loop": jnp.sum(states.rms_LBT * weights_BT, axis=(1, 2))}
+    if states.gate_LJB is not None:
+        sums["gate_by_loop"] = jnp.sum(states.gate_LJB * jnp.sum(weights_BT, axis=1), axis=-1)
+    router = states.router
     if router is not None:
         loss += targets * auxiliary_loss(config.moe, router)
         sums["experts_per_step"] = targets * jnp.mean(
@@ -195,6 +199,18 @@ def router_metrics(router: RouterStatistics) -> Metrics:
     }
 
 
+def first_loop_and_layer(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Which loop and layer, counted from 1, metrics by loop and layer begin with."""
+    experts = 1, config.moe.dense_layers + 1
+    return {
+        "gate_by_loop": (2, 1),
+        "expert_load_entropy_by_loop": experts,
+        "expert_max_load_by_loop": experts,
+        "expert_dropped_by_loop": experts,
+        "router_z_by_loop": experts,
+    }
+
+
 def norms(name: str, tree: Any) -> Metrics:
     """The norm of every leaf, over all layers of a stack, as `NAME/layers.q` and so on."""
     return {
@@ -220,7 +236,9 @@ def jit_train_step(config: RunConfig, mesh: Mesh) -> Callable:
     `abstract_batch` says. Metrics are float32, the same on all devices: the scalars `loss` in nats
     per target, `gradient_norm` before clipping, `learning_rate`, and `skipped`, 1 where the loss or
     the norm was not finite or above its limit, so that parameters and optimizer stayed as they
-    were; `norms` of gradients and updates; with experts also `experts_per_step` (see there) and
+    were; `norms` of gradients and updates; for each loop, [L], `hidden_norm_by_loop`, the root mean
+    square of its states; for each loop with gates and layer, [L-1, J], `gate_by_loop`, the mean
+    weight of attention to loop 1 in G-SWA; with experts also `experts_per_step` (see there) and
     those of `router_metrics`.
     """
     optimizer = make_optimizer(config.optimizer, config.model, config.training.steps)

@@ -77,6 +77,13 @@ def check_against_reference(config: ModelConfig, tokens, segment_ids, positions=
     expected = reference.forward(reference_settings(config), params, tokens, segment_ids, positions)
     assert largest_difference(states.raw_LBTD, expected["raw_loops"]) < TOLERANCE
     assert largest_difference(states.handed_LBTD, expected["hidden_loops"]) < TOLERANCE
+    rms = np.sqrt(np.mean(np.square(expected["raw_loops"]), axis=-1))
+    assert largest_difference(states.rms_LBT, rms) < TOLERANCE
+    gates = [mean for mean in expected["gate_means"] if mean is not None]
+    assert (states.gate_LJB is None) == (not gates)
+    if gates:
+        gates_LJB = np.reshape(gates, (config.loop.count - 1, config.layers, -1))
+        assert largest_difference(states.gate_LJB, gates_LJB) < TOLERANCE
     assert largest_difference(logits, expected["logits"]) < TOLERANCE
 
 

@@ -25,7 +25,8 @@ from plt_jax.config_file import merge
 from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.sharding import make_mesh
 from plt_jax.training import loop
-from plt_jax.training.metrics import read_metrics
+from plt_jax.training.journal import Journal
+from plt_jax.training.metrics import read_metrics, without_times
 from plt_jax.training.step import abstract_state
 from tests.conftest import CACHE
 
@@ -150,10 +151,8 @@ def assert_same_run(one: RunConfig, other: RunConfig) -> None:
 
 
 def numbers(config: RunConfig) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl without speeds, which no two runs share."""
-    rows = read_metrics(Path(config.run_dir))
-    speeds = {"tokens_per_second", "goodput"}
-    return [{name: row[name] for name in row.keys() - speeds} for row in rows]
+    """The rows of metrics.jsonl without times and speeds, which no two runs share."""
+    return [without_times(row) for row in read_metrics(Path(config.run_dir))]
 
 
 def losses(config: RunConfig) -> dict[int, float]:
@@ -163,14 +162,14 @@ def losses(config: RunConfig) -> dict[int, float]:
 
 def call_at(step: int, action) -> Any:
     """Patches training so that `action` is called when a step has just been logged."""
-    log_step = loop.log_step
+    log_step = Journal.log_step
 
-    def log_and_act(run, at, *others):
-        log_step(run, at, *others)
+    def log_and_act(journal, at, *others):
+        log_step(journal, at, *others)
         if at == step:
             action()
 
-    return mock.patch.object(loop, "log_step", log_and_act)
+    return mock.patch.object(Journal, "log_step", log_and_act)
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

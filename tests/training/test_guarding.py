@@ -13,14 +13,13 @@ import pytest
 from plt_jax.data import pipeline
 from plt_jax.errors import FailedError
 from plt_jax.run import open_trained
-from plt_jax.run_files import CHECKPOINTS, METRICS, list_steps
+from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.training import loop
 from plt_jax.training.guard import LAG
 from tests.training.runs import (
     STEPS,
     assert_same_run,
     call_at,
-    json_rows,
     numbers,
     tiny_config,
 )
@@ -46,10 +45,6 @@ def bad_data(*batches: int, value: float = np.nan):
         yield
 
 
-def rows_of(config) -> list[dict]:
-    return json_rows(Path(config.run_dir) / METRICS)
-
-
 def steps_of(config) -> list[int]:
     return list_steps(Path(config.run_dir) / CHECKPOINTS)
 
@@ -64,7 +59,7 @@ def test_a_bad_batch_is_skipped_and_counted(finished, tmp_path, capsys, value):
     config = tiny_config(finished.home, tmp_path / "run")
     with bad_data(2, value=value):
         assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
-    rows = [row for row in rows_of(config) if "loss" in row]
+    rows = [row for row in numbers(config) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
     assert rows[2]["loss"] is None
@@ -79,7 +74,7 @@ def test_steps_between_lines_are_counted_too(finished, tmp_path):
     config = tiny_config(finished.home, tmp_path / "run", training={"log_every": 4})
     with bad_data(1, 5, 6):
         loop.train(config)
-    assert [row["skipped"] for row in rows_of(config) if "loss" in row] == [1, 2]
+    assert [row["skipped"] for row in numbers(config) if "loss" in row] == [1, 2]
 
 
 def test_a_stretch_of_bad_data_is_gone_back_from_and_passed_over(finished, tmp_path, capsys):
@@ -95,7 +90,7 @@ def test_a_stretch_of_bad_data_is_gone_back_from_and_passed_over(finished, tmp_p
         assert loop.train(config) == loop.Outcome(12, stopped=False)
     out = capsys.readouterr().out
     assert f"going back from step {step} to 4, and on with the data behind: the loss is nan" in out
-    rows = rows_of(config)
+    rows = numbers(config)
     assert {"step": 4, "rolled_back_from": step} in rows
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
     assert not any(row["skipped"] for row in rows if "loss" in row)
@@ -214,7 +209,7 @@ def test_a_spike_is_skipped_also_where_the_run_was_killed_before(finished, tmp_p
             loop.train(broken)
         assert steps_of(broken)[-1] == 20  # fewer steps before the spike than the window has
         loop.train(broken)
-    skipped = [row for row in rows_of(whole) if row.get("skipped")]
+    skipped = [row for row in numbers(whole) if row.get("skipped")]
     assert [row["step"] for row in skipped] == [26]
     assert skipped[0]["loss"] is not None
     assert_same_run(broken, whole)

@@ -34,15 +34,23 @@ def test_metrics_have_a_row_a_step_and_one_an_evaluation(finished):
     assert len(rows) == len(training) + len(validation)
     for row in training:
         assert {name for name in row if "/" not in name} == {
-            *("step", "loss", "gradient_norm", "learning_rate", "skipped"),
-            *("tokens_per_second", "goodput"),
+            *("step", "time", "loss", "gradient_norm", "learning_rate", "skipped"),
+            *("hidden_norm_by_loop", "gate_by_loop"),
+            *("tokens_per_second", "model_tflops_per_second", "goodput"),
         }
         parts = [value for name, value in row.items() if name.startswith("gradient_norm/")]
         assert np.linalg.norm(parts) == pytest.approx(row["gradient_norm"], rel=1e-5)
         assert row["update_norm/layers.q"] > 0
-        assert np.isfinite(list(row.values())).all()
+        hidden, gates = np.array(row["hidden_norm_by_loop"]), np.array(row["gate_by_loop"])
+        assert hidden.shape == (2,) and (hidden > 0).all()
+        assert gates.shape == (1, 2) and ((gates > 0) & (gates < 1)).all()
+        assert np.isfinite([one for one in row.values() if not isinstance(one, list)]).all()
+        spent = {name: value for name, value in row.items() if name.startswith("seconds/")}
+        share = spent.get("seconds/steps", 0.0) / sum(spent.values())
+        assert row["goodput"] == pytest.approx(share, abs=0.02)
     for row in validation:
-        assert set(row) == {"step", "validation_loss", "bits_per_byte", "validation_tokens"}
+        names = {"step", "time", "validation_loss", "bits_per_byte", "validation_tokens"}
+        assert set(row) == names
     # The last evaluation reads all held-out text, the others evaluation.sequences.
     assert validation[0]["validation_tokens"] <= 2 * 16 < validation[1]["validation_tokens"]
     assert training[-1]["tokens_per_second"] > 0
@@ -64,6 +72,12 @@ def test_the_events_hold_the_same_numbers(finished):
         data = data[16 + length :]
     for row in json_rows(finished.directory / METRICS):
         step = row.pop("step")
+        del row["time"]
+        if "loss" in row:
+            ((first, second),) = row.pop("gate_by_loop")
+            row |= {"gate_by_loop/loop_2/layer_1": first, "gate_by_loop/loop_2/layer_2": second}
+            one, two = row.pop("hidden_norm_by_loop")
+            row |= {"hidden_norm_by_loop/loop_1": one, "hidden_norm_by_loop/loop_2": two}
         for name, value in row.items():
             assert found.pop((name, step)) == pytest.approx(value, rel=1e-6)
     assert not found

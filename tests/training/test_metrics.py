@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
-from tensorboardX import SummaryWriter
 
-from plt_jax.training.metrics import MetricsWriter, plot_losses, read_metrics
+from plt_jax.training.metrics import MetricsWriter, plot_losses, read_metrics, without_times
+from plt_jax.training.trackers import TensorBoard
 from tests.disks import small_disk
 from tests.training.runs import environment, json_rows
 
@@ -17,7 +18,8 @@ def write(tmp_path):
     """Writes rows in one start of a run that resumes at a step."""
 
     def write(resumed_step, *steps, loss=0.5):
-        with MetricsWriter(tmp_path, resumed_step) as metrics:
+        events = TensorBoard(tmp_path, resumed_step)
+        with MetricsWriter(tmp_path, resumed_step, [events]) as metrics:
             for step in steps:
                 metrics.write(step, loss=loss, tokens_per_second=7.0)
 
@@ -29,37 +31,70 @@ def steps(directory) -> list[int]:
 
 
 def test_rows_are_json_objects_one_a_line(tmp_path, write):
+    began = time.time()
     write(0, 1, 2)
-    assert json_rows(tmp_path / "metrics.jsonl") == [
+    rows = json_rows(tmp_path / "metrics.jsonl")
+    for row in rows:
+        assert began - 1 <= row.pop("time") <= time.time() + 1
+    assert rows == [
         {"step": 1, "loss": 0.5, "tokens_per_second": 7.0},
         {"step": 2, "loss": 0.5, "tokens_per_second": 7.0},
     ]
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_values_by_loop_and_layer_are_scalars_of_their_own_in_tensorboard(tmp_path, monkeypatch):
-    written = {}
-    monkeypatch.setattr(
-        SummaryWriter, "add_scalar", lambda _, tag, value, step: written.update({tag: value})
-    )
-    values = [[0.5, 0.25], [1.0, 2.0]]
-    with MetricsWriter(tmp_path, 0, first_layer=3) as metrics:
-        metrics.write(1, loss=4.0, load=values)
-    assert written == {
-        "loss": 4.0,
-        "load/loop_1/layer_4": 0.5,
-        "load/loop_1/layer_5": 0.25,
-        "load/loop_2/layer_4": 1.0,
-        "load/loop_2/layer_5": 2.0,
+class Drawn:
+    """A tracker that keeps what it is given."""
+
+    def __init__(self):
+        self.scalars, self.ended = {}, []
+
+    def draw(self, step, scalars):
+        self.scalars |= {(name, step): value for name, value in scalars.items()}
+
+    def go_back(self, step):
+        self.ended.append(f"back to {step}")
+
+    def close(self, failed):
+        self.ended.append("failed" if failed else "closed")
+
+
+def test_values_by_loop_and_layer_are_scalars_of_their_own(tmp_path):
+    load, drawn = [[0.5, 0.25], [1.0, 2.0]], Drawn()
+    with MetricsWriter(tmp_path, 0, [drawn], {"load": (1, 4), "gate": (2, 1)}) as metrics:
+        metrics.write(1, loss=4.0, load=load, gate=[[0.75]], norm=[3.0, 5.0])
+    assert drawn.scalars == {
+        ("loss", 1): 4.0,
+        ("load/loop_1/layer_4", 1): 0.5,
+        ("load/loop_1/layer_5", 1): 0.25,
+        ("load/loop_2/layer_4", 1): 1.0,
+        ("load/loop_2/layer_5", 1): 2.0,
+        ("gate/loop_2/layer_1", 1): 0.75,
+        ("norm/loop_1", 1): 3.0,
+        ("norm/loop_2", 1): 5.0,
     }
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 4.0, "load": values}]
+    (row,) = read_metrics(tmp_path)
+    del row["time"]
+    assert row == {"step": 1, "loss": 4.0, "load": load, "gate": [[0.75]], "norm": [3.0, 5.0]}
+
+
+def test_trackers_go_back_and_learn_how_a_run_ends(tmp_path):
+    drawn, other = Drawn(), Drawn()
+    with MetricsWriter(tmp_path, 0, [drawn]) as metrics:
+        metrics.go_back(3)
+    assert drawn.ended == ["back to 3", "closed"]
+    with pytest.raises(OSError, match="gone"), MetricsWriter(tmp_path, 0, [other]):
+        raise OSError("gone")
+    assert other.ended == ["failed"]
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    with MetricsWriter(tmp_path, 0) as metrics:
+    drawn = Drawn()
+    with MetricsWriter(tmp_path, 0, [drawn]) as metrics:
         metrics.write(1, loss=float("nan"), load=[[0.5, float("inf")]])
         metrics.write(2, loss=2.0)
-    assert json_rows(tmp_path / "metrics.jsonl") == [
+    assert drawn.scalars == {("load/loop_1/layer_1", 1): 0.5, ("loss", 2): 2.0}
+    assert [without_times(row) for row in json_rows(tmp_path / "metrics.jsonl")] == [
         {"step": 1, "loss": None, "load": [[0.5, None]]},
         {"step": 2, "loss": 2.0},
     ]
@@ -107,7 +142,7 @@ def test_a_last_line_that_was_cut_short_is_dropped(tmp_path, write, cut):
 
 def test_there_may_be_no_rows(tmp_path):
     assert read_metrics(tmp_path) == []
-    MetricsWriter(tmp_path, 0).__exit__()
+    MetricsWriter(tmp_path, 0).__exit__(None, None, None)
     assert read_metrics(tmp_path) == []
 
 
@@ -132,9 +167,10 @@ import sys, time
 from pathlib import Path
 from plt_jax.errors import FailedError
 from plt_jax.training.metrics import MetricsWriter
+from plt_jax.training.trackers import TensorBoard
 
 directory = Path(sys.argv[1])
-with MetricsWriter(directory, 0) as metrics:
+with MetricsWriter(directory, 0, [TensorBoard(directory, 0)]) as metrics:
     metrics.write(1, loss=2.0)
     try:
         with (directory / "fill").open("wb", buffering=0) as file:

@@ -12,7 +12,8 @@ from plt_jax.sharding import make_mesh
 from plt_jax.training import step as module
 from plt_jax.training.guard import Limits
 from plt_jax.training.step import init_state, make_train_step
-from tests.models import random_params, small_config
+from tests import reference
+from tests.models import random_params, reference_settings, small_config
 
 MODEL = small_config(window=3, layers=1)
 
@@ -128,6 +129,21 @@ def test_a_batch_without_targets_changes_nothing_and_is_finite():
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
 
 
+def test_states_and_gates_are_means_over_targets():
+    params, batch = random_params(MODEL), make_batch()
+    _, sums = batch_loss(MODEL, params, batch, 0.0)
+    settings = reference_settings(MODEL)
+    expected = reference.forward(settings, params, batch["tokens"], batch["segment_ids"])
+    weights = batch["weights"]
+    for found, raw in zip(sums["hidden_norm_by_loop"], expected["raw_loops"], strict=True):
+        rms = np.sqrt(np.mean(np.square(raw), axis=-1))
+        assert float(found) == pytest.approx(float((rms * weights).sum()), rel=1e-5)
+    (gates,) = [mean for mean in expected["gate_means"] if mean is not None]
+    assert sums["gate_by_loop"].shape == (1, 1)
+    expected = float((gates * weights.sum(1)).sum())
+    assert float(sums["gate_by_loop"][0, 0]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_accumulation_gives_the_whole_batchs_gradient():
     params, batch = random_params(MODEL), make_batch()
     totals = [batch["weights"][start::2].sum() for start in range(2)]
@@ -142,7 +158,13 @@ def take_steps(config: RunConfig, batches):
     step, state, metrics = make_train_step(config, mesh), init_state(config, mesh), []
     for batch in batches:
         state, values = step(state, batch)
-        metrics.append({name: float(value) for name, value in values.items()})
+        metrics.append(
+            {
+                "/".join([name, *map(str, index)]): float(one)
+                for name, value in values.items()
+                for index, one in np.ndenumerate(value)
+            }
+        )
     return state, metrics
 
 

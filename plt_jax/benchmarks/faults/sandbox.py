@@ -23,13 +23,12 @@ from plt_jax.data.preparing import Options, prepare
 from plt_jax.data.tokenizer import train_tokenizer
 from plt_jax.run import open_trained
 from plt_jax.run_files import CHECKPOINTS, list_steps
-from plt_jax.training.metrics import read_metrics
+from plt_jax.training.metrics import read_metrics, without_times
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 STEPS, CHECKPOINT_EVERY = 40, 5
 PATIENCE = 180
 """Seconds that anything may take before the campaign gives up on it."""
-SPEEDS = {"tokens_per_second", "goodput"}
 
 SENTENCE = "the state of our union is strong and the work of peace goes on"
 
@@ -65,7 +64,7 @@ class Outcome(NamedTuple):
     """What a run has come to."""
 
     rows: list[dict[str, Any]]
-    """Of metrics.jsonl, but for speeds."""
+    """Of metrics.jsonl, but for times and speeds."""
     parameters: str
     """A hash of the last checkpoint's."""
 
@@ -117,10 +116,7 @@ class Sandbox:
     def outcome(self, config: Path) -> Outcome:
         """What a finished run has come to."""
         directory = config.parent / "run"
-        rows = [
-            {name: value for name, value in row.items() if name not in SPEEDS}
-            for row in read_metrics(directory)
-        ]
+        rows = [without_times(row) for row in read_metrics(directory)]
         leaves, _ = jax.tree.flatten(open_trained(directory).params)
         digest = hashlib.sha256()
         for leaf in leaves:

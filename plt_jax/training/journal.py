@@ -1,0 +1,139 @@
+"""What a run tells of its steps while it trains: rows of metrics, lines or a bar, and a profile."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from plt_jax import processes
+from plt_jax.compile.arithmetic import train_flops
+from plt_jax.compile.chips import peak_flops
+from plt_jax.config import RunConfig
+from plt_jax.evaluation.perplexity import Evaluation, score
+from plt_jax.training.guard import Guard
+from plt_jax.training.metrics import MetricsWriter, NoMetrics
+from plt_jax.training.phases import PROFILING, STEPS, Phases
+from plt_jax.training.profiling import ProfileWindow
+from plt_jax.training.progress import ProgressReport, Speedometer
+from plt_jax.training.step import first_loop_and_layer
+from plt_jax.training.trackers import EVENTS, TensorBoard, WeightsAndBiases
+
+
+class Journal:
+    """Of one start of a run; use as a context manager."""
+
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, counts: dict[str, int], step: int, phases: Phases
+    ):
+        """
+        Args:
+          counts: of the training text, for bits per byte; see `Data`.
+          step: that this start goes on from.
+        """
+        training, directory = config.training, Path(config.run_dir)
+        self.phases = phases
+        self.speed = Speedometer(training.batch_size * config.sequence_length)
+        self._config, self._mesh, self._counts, self._step = config, mesh, counts, step
+        self._progress = ProgressReport(step, training.steps)
+        first = training.profile_from if processes.first() else None
+        self.profile = ProfileWindow(directory / EVENTS, first, training.profile_steps, self.say)
+        self._metrics: MetricsWriter | NoMetrics = NoMetrics()
+        self._open = ExitStack()
+
+    def __enter__(self) -> Journal:
+        with ExitStack() as opened:
+            self._metrics = opened.enter_context(open_metrics(self._config, self._step))
+            opened.enter_context(self._progress)
+            opened.enter_context(self.profile)
+            self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._open.__exit__(*error)
+
+    def say(self, text: str) -> None:
+        """Prints a line."""
+        self._progress.say(text)
+
+    def aside(self, phase: str) -> AbstractContextManager[None]:
+        """Around what is no training step: a phase whose time is not of the steps' speed."""
+        stack = ExitStack()
+        stack.enter_context(self.speed.paused())
+        stack.enter_context(self.phases.phase(phase))
+        return stack
+
+    def end_profile(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Ends the profiler's window where it ends with this step."""
+        if self.profile.ends_with(step):
+            with self.aside(PROFILING):
+                self.profile.end(values)
+
+    def go_back(self, step: int, to: int) -> None:
+        """Drops what was written after the step that training goes back to, and says so there."""
+        self._metrics.go_back(to)
+        self._metrics.write(to, rolled_back_from=step)
+        self.speed.start(to)
+
+    def log_step(self, step: int, values: dict[str, jax.Array], guard: Guard) -> None:
+        """Writes a step's metrics and reports it; waits for the step to be computed."""
+        numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
+        numbers["skipped"] = guard.take_skipped()
+        if numbers["skipped"]:
+            self.say(
+                f"step {step}: {numbers['skipped']} of the steps since the last line changed "
+                "nothing, their loss or gradient not finite or above its limit"
+            )
+        loss, tokens_per_second = numbers["loss"], self.speed.mark(step)
+        seconds = self.phases.seconds()
+        self._metrics.write(
+            step,
+            **numbers,
+            tokens_per_second=tokens_per_second,
+            **arithmetic(self._config, self._mesh, tokens_per_second),
+            goodput=seconds.get(STEPS, 0.0) / sum(seconds.values()),
+            **{f"seconds/{phase}": round(spent, 3) for phase, spent in seconds.items()},
+        )
+        counts = self._counts
+        predicted = counts["training_tokens"] - counts["training_documents"]  # all but each bos
+        bits_per_byte = score(loss * predicted, predicted, counts["training_bytes"]).bits_per_byte
+        self._progress.advance(step, loss, bits_per_byte, tokens_per_second)
+
+    def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
+        """Writes and reports an evaluation."""
+        score = evaluation.score
+        self._metrics.write(
+            step,
+            validation_loss=score.loss,
+            bits_per_byte=score.bits_per_byte,
+            validation_tokens=evaluation.tokens,
+        )
+        self.say(
+            f"step {step}: held-out loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte "
+            f"({evaluation.tokens:,} tokens)"
+        )
+
+
+def arithmetic(config: RunConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
+    """`model_tflops_per_second`, of the model's own arithmetic in all loops and on all devices, and
+    `mfu`, its share of what they could do at most, where that is known (compile/chips.py)."""
+    tokens = config.training.batch_size * config.sequence_length
+    done = train_flops(config).model / tokens * tokens_per_second
+    made = {"model_tflops_per_second": done / 1e12}
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    if peak is not None:
+        made["mfu"] = done / (peak * mesh.size)
+    return made
+
+
+def open_metrics(config: RunConfig, step: int) -> MetricsWriter | NoMetrics:
+    """Where this process writes numbers: the first does so for all."""
+    if not processes.first():
+        return NoMetrics()
+    directory, project = Path(config.run_dir), config.training.wandb_project
+    trackers = [TensorBoard(directory, step)]
+    if project is not None:
+        trackers.append(WeightsAndBiases(directory, project, config.model_dump(mode="json")))
+    return MetricsWriter(directory, step, trackers, first_loop_and_layer(config.model))

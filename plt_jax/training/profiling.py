@@ -1,0 +1,70 @@
+"""A window of steps that is traced, for TensorBoard's Profile page, Perfetto or XProf."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+FAILURES = (OSError, RuntimeError)
+"""What JAX's profiler raises where another is running already, or its files cannot be written."""
+
+
+class ProfileWindow:
+    """Traces a run's steps from `first` on; use as a context manager, which ends a window that a
+    stop has cut short.
+
+    What goes wrong is said, and ends no run.
+    """
+
+    def __init__(self, directory: Path, first: int | None, steps: int, say: Callable[[str], None]):
+        """
+        Args:
+          directory: where the trace goes, under plugins/profile.
+          first: None for no window.
+          say: prints a line.
+        """
+        self._directory, self._first, self._steps, self._say = directory, first, steps, say
+        self._tracing = False
+
+    def __enter__(self) -> ProfileWindow:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._tracing:
+            self._end()
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the call of one step, which the trace then names."""
+        if number == self._first:
+            self._begin()
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
+            yield
+
+    def ends_with(self, number: int) -> bool:
+        """Whether a step is the last of the window that is being traced."""
+        return self._tracing and number >= self._first + self._steps - 1
+
+    def end(self, values: Any) -> None:
+        """Ends the window once the arrays of its last step are computed."""
+        jax.block_until_ready(values)
+        self._end()
+
+    def _begin(self) -> None:
+        try:
+            jax.profiler.start_trace(self._directory)
+            self._tracing = True
+        except FAILURES as error:
+            self._say(f"no profile: {error}")
+
+    def _end(self) -> None:
+        self._tracing = False
+        try:
+            jax.profiler.stop_trace()
+            self._say(f"the profile is in {self._directory}; TensorBoard shows it")
+        except FAILURES as error:
+            self._say(f"no profile: {error}")
