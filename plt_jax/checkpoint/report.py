@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +70,14 @@ def list_checkpoints(path: str | Path) -> str:
     """
     directory, steps = find_steps(path)
     folder = directory / CHECKPOINTS
+    others = sorted(entry.name for entry in folder.iterdir() if not entry.name.isdigit())
+    notes = [f"not a checkpoint: {folder / name}" for name in others]
+    return "\n".join([aligned(tabulate(directory, steps), left=0), *notes])
+
+
+def tabulate(directory: Path, steps: Sequence[int]) -> list[list[str]]:
+    """The cells of a table of checkpoints in a run directory, line by line below their titles."""
+    folder = directory / CHECKPOINTS
     every = {step: validation_loss(folder / str(step)) for step in list_steps(folder)}
     reasons = reasons_to_keep(every, load_resolved(directory / CONFIG).checkpoint)
     rows = [["step", "size", "saved", "validation loss", "kept as", "files"]]
@@ -86,9 +94,7 @@ def list_checkpoints(path: str | Path) -> str:
                     describe_files(folder / str(step)),
                 ]
             )
-    others = sorted(entry.name for entry in folder.iterdir() if not entry.name.isdigit())
-    notes = [f"not a checkpoint: {folder / name}" for name in others]
-    return "\n".join([aligned(rows, left=0), *notes])
+    return rows
 
 
 def find_steps(path: str | Path) -> tuple[Path, list[int]]:
