@@ -58,8 +58,15 @@ class Journal:
         """Prints a line."""
         self._progress.say(text)
 
-    def aside(self, phase: str) -> AbstractContextManager[None]:
-        """Around what is no training step: a phase whose time is not of the steps' speed."""
+    def settle(self, values: dict[str, jax.Array]) -> None:
+        """Waits for a step, in the time of steps: what reads its arrays next would wait in its
+        own."""
+        with self.phases.phase(STEPS):
+            jax.block_until_ready(values)
+
+    def aside(self, phase: str, values: dict[str, jax.Array]) -> AbstractContextManager[None]:
+        """Around what follows a step and is none: a phase whose time is not of the steps' speed."""
+        self.settle(values)
         stack = ExitStack()
         stack.enter_context(self.speed.paused())
         stack.enter_context(self.phases.phase(phase))
@@ -68,8 +75,8 @@ class Journal:
     def end_profile(self, step: int, values: dict[str, jax.Array]) -> None:
         """Ends the profiler's window where it ends with this step."""
         if self.profile.ends_with(step):
-            with self.aside(PROFILING):
-                self.profile.end(values)
+            with self.aside(PROFILING, values):
+                self.profile.end()
 
     def go_back(self, step: int, to: int) -> None:
         """Drops what was written after the step that training goes back to, and says so there."""
@@ -79,6 +86,7 @@ class Journal:
 
     def log_step(self, step: int, values: dict[str, jax.Array], guard: Guard) -> None:
         """Writes a step's metrics and reports it; waits for the step to be computed."""
+        self.settle(values)
         numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
         numbers["skipped"] = guard.take_skipped()
         if numbers["skipped"]:

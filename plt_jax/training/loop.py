@@ -225,7 +225,7 @@ def train_steps(
             journal.log_step(step, values, guard)
         validation_loss = None
         if step % training.evaluate_every == 0 or last:
-            with journal.aside(EVALUATION):
+            with journal.aside(EVALUATION, values):
                 limit = None if last else run.config.evaluation.sequences
                 evaluation = run.checked.evaluate(state.params, run.checked.data.validation, limit)
             validation_loss = evaluation.score.loss
@@ -234,9 +234,11 @@ def train_steps(
         due |= step % training.checkpoint_every == 0
         # The newest checkpoint is what is gone back to: not, if it can wait, one of a step that was
         # out of order.
+        if due:
+            journal.settle(values)
         if (due and not values["skipped"]) or last or stopping:
             due = False
-            with journal.aside(SAVING):
+            with journal.aside(SAVING, values):
                 optimizer = {"step": state.step, "opt_state": state.opt_state}
                 data = batches.get_state() | {GUARD: guard.state()}
                 run.checkpoints.save(step, state.params, optimizer, data, validation_loss)

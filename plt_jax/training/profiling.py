@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -35,7 +34,7 @@ class ProfileWindow:
 
     def __exit__(self, *_) -> None:
         if self._tracing:
-            self._end()
+            self.end()
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
@@ -49,22 +48,18 @@ class ProfileWindow:
         """Whether a step is the last of the window that is being traced."""
         return self._tracing and number >= self._first + self._steps - 1
 
-    def end(self, values: Any) -> None:
-        """Ends the window once the arrays of its last step are computed."""
-        jax.block_until_ready(values)
-        self._end()
+    def end(self) -> None:
+        """Ends the window; its last step must be computed."""
+        self._tracing = False
+        try:
+            jax.profiler.stop_trace()
+            self._say(f"the profile is in {self._directory}; TensorBoard shows it")
+        except FAILURES as error:
+            self._say(f"no profile: {error}")
 
     def _begin(self) -> None:
         try:
             jax.profiler.start_trace(self._directory)
             self._tracing = True
-        except FAILURES as error:
-            self._say(f"no profile: {error}")
-
-    def _end(self) -> None:
-        self._tracing = False
-        try:
-            jax.profiler.stop_trace()
-            self._say(f"the profile is in {self._directory}; TensorBoard shows it")
         except FAILURES as error:
             self._say(f"no profile: {error}")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from plt_jax.config import RunConfig
-from plt_jax.training.report import compose, heading, key_numbers, write_report
-from plt_jax.training.report_numbers import (
+from plt_jax.training.report.__main__ import compose, heading, key_numbers, write_report
+from plt_jax.training.report.numbers import (
     BETWEEN,
     UNDONE,
     Series,
@@ -23,7 +23,7 @@ from plt_jax.training.report_numbers import (
     thin,
     what_stands_out,
 )
-from plt_jax.training.report_plots import draw_sections
+from plt_jax.training.report.plots import draw_sections
 from tests.training.runs import STEPS, assert_refused, command
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules")  # and run as a command

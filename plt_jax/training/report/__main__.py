@@ -20,14 +20,14 @@ from plt_jax.errors import InputError
 from plt_jax.files import write_text
 from plt_jax.model.costs import count_parameters
 from plt_jax.run_files import CHECKPOINTS, list_steps, locate
-from plt_jax.training.report_numbers import (
+from plt_jax.training.report.numbers import (
     History,
     Summary,
     read_history,
     summarize,
     what_stands_out,
 )
-from plt_jax.training.report_plots import Section, draw_sections
+from plt_jax.training.report.plots import Section, draw_sections
 
 REPORT = "report.html"
 

@@ -35,6 +35,7 @@ PHASES = {
     EVALUATION: "evaluating",
     "saving": "saving",
     "compiling": "compiling",
+    "profiling": "writing a profile",
     "starting": "starting, and all else",
     UNDONE: "steps undone by rollbacks",
     BETWEEN: "between starts, with steps lost",

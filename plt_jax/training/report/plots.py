@@ -1,6 +1,6 @@
 """The figures of a run's report, as sections with SVG; what has no data is left out.
 
-Arrays have the axes of `report_numbers`.
+Arrays have the axes of numbers.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from plt_jax.training.report_numbers import (
+from plt_jax.training.report.numbers import (
     CLOCK,
     PHASES,
     History,

@@ -1,0 +1,1 @@
+"""One page on a training run: `python -m plt_jax.training.report RUN`."""
