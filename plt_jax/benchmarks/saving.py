@@ -61,6 +61,8 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if arguments.rounds < 1:
         raise InputError(f"--rounds is {arguments.rounds}; it must be at least 1")
+    if arguments.folder is not None and not os.path.isdir(arguments.folder):
+        raise InputError(f"--folder {arguments.folder} does not exist; make it on that disk")
     loop = config.model.loop
     run = Run.compiled(Case(loop.scheme, loop.count), config, make_mesh(config.mesh))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,12 +91,28 @@ def train(config: RunConfig) -> Outcome:
     Raises:
       InputError: text, tokenizer, mesh or run directory do not fit the configuration, in any
         process, or some process does not come; nothing in the run directory is changed then.
-      FailedError: a checkpoint could not be saved, or too many steps in a row were out of order
-        (see GuardConfig).
+      FailedError: a checkpoint could not be saved, too many steps in a row were out of order (see
+        GuardConfig), or a device's memory does not suffice.
     """
     processes.start(config.processes)
-    with Phases(config.training.hang_after) as phases:
+    with Phases(config.training.hang_after) as phases, naming_what_memory_needs():
         return _train(config, phases)
+
+
+@contextlib.contextmanager
+def naming_what_memory_needs() -> Iterator[None]:
+    """Raises FailedError with what may help where a device runs out of memory."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        wanted = re.search(r"allocate ([\d.]+ ?[KMGT]?i?B?)", str(error))
+        more = f", which {wanted[1]} more do not fit into" if wanted else ""
+        raise FailedError(
+            f"out of a device's memory{more}; raise training.accumulate, set model.remat to full, "
+            "or spread the run over more devices (mesh.fsdp, mesh.tensor)"
+        ) from error
 
 
 def _train(config: RunConfig, phases: Phases) -> Outcome:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from plt_jax.config_file import load_config
-from plt_jax.errors import InputError
+from plt_jax.errors import FailedError, InputError
 from plt_jax.run_files import CHECKPOINTS, CONFIG, METRICS, list_steps
 from plt_jax.training import loop
 from tests.training.runs import STEPS, json_rows, saved_state, tiny_config
@@ -222,3 +222,38 @@ def test_waiting_for_a_step_is_time_of_steps(finished, tmp_path, monkeypatch):
     *_, row = [row for row in json_rows(tmp_path / "run" / METRICS) if "loss" in row]
     # All steps but the first, which is compiling; half, since the machine may have sped up.
     assert row["seconds/steps"] > (STEPS - 1) * taken[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("said", "named"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 62.02GiB with allocator "
+            "GPU_0_bfc on device 0. [executable_name='jit_train_step']",
+            "out of a device's memory, which 62.02GiB more do not fit into; raise training.acc",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 2.50G. "
+            "That was not possible.",
+            "out of a device's memory, which 2.50G more do not fit into; raise training.accumulate",
+        ),
+        ("RESOURCE_EXHAUSTED: too much", "out of a device's memory; raise training.accumulate"),
+    ],
+)
+def test_a_device_without_the_memory_is_named(finished, tmp_path, monkeypatch, said, named):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: fail)
+    with pytest.raises(FailedError) as failure:
+        loop.train(tiny_config(finished.home, tmp_path / "run"))
+    assert str(failure.value).startswith(named)
+
+
+def test_other_failures_of_devices_are_shown_as_they_are(finished, tmp_path, monkeypatch):
+    def fail(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: a kernel is broken")
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel is broken"):
+        loop.train(tiny_config(finished.home, tmp_path / "run"))

@@ -26,6 +26,7 @@ from plt_jax.benchmarks.faults.sandbox import (
     damage,
     newest_checkpoint,
 )
+from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.data.prepared import MANIFEST, open_prepared
 from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.training.metrics import read_metrics
@@ -263,6 +264,33 @@ def read_only_disk(case: Case) -> str:
     return "read-only when resuming: named; writable again, bit for bit"
 
 
+SLOW = """
+import time
+from plt_jax.checkpoint import store
+take = store.take_checksums
+def slowly(*arguments):
+    time.sleep({seconds})
+    return take(*arguments)
+store.take_checksums = slowly
+"""
+
+
+def slow_disk(case: Case) -> str:
+    """Every save takes seconds more, many times as long as the steps between two."""
+    config, seconds = case.sandbox.config(case.name), case.draw.uniform(1.5, 3.0)
+    script = SLOW.format(seconds=seconds)
+    process = case.sandbox.start(config, "--training.hang_after", "0.5", script=script)
+    process.wait_for_step(case.draw.randint(11, STEPS - 6))
+    before = process.said().count("saving has taken")
+    named = process.wait_for(lambda: process.said().count("saving has taken") > before)
+    ended = process.kill()
+    require(named, f"it is not named: {ended.error[-300:]}")
+    newest = newest_checkpoint(process.run)
+    require(newest is not None and not find_damage(newest), "the last checkpoint is not intact")
+    finish(case, config)
+    return f"each save takes {seconds:.1f} s more: named; killed, bit for bit"
+
+
 SPOIL = """
 import numpy as np
 from plt_jax.data import pipeline
@@ -388,6 +416,7 @@ FAULTS: dict[str, tuple[Fault, int]] = {
     "disk too small": (full_disk, 2),
     "disk fills up": (disk_fills_up, 2),
     "disk read-only": (read_only_disk, 1),
+    "disk slow": (slow_disk, 2),
     "a bad batch": (bad_batches(1), 2),
     "a stretch of bad batches": (bad_batches(7), 2),
     "other number of processes": (other_processes, 3),

@@ -172,7 +172,11 @@ class Process:
     def end(self) -> Ended:
         """Waits for the end."""
         code = self._process.wait(PATIENCE)
-        return Ended(code, self._errors.read_text(encoding="utf-8", errors="replace").strip())
+        return Ended(code, self.said().strip())
+
+    def said(self) -> str:
+        """What it wrote to stderr so far."""
+        return self._errors.read_text(encoding="utf-8", errors="replace")
 
 
 def last_step(run: Path) -> int:
