@@ -304,3 +304,12 @@ def test_the_data_state_of_earlier_versions_is_read(finished, tmp_path):
     (data / "process_0-of-1.json").write_text('{"next_index": 4}', encoding="utf-8")
     assert loop.train(config).step == STEPS
     assert losses(config) == losses(finished.config)
+
+
+def test_a_seed_gives_the_same_run_again_and_another_seed_another(finished, tmp_path):
+    again = tiny_config(finished.home, tmp_path / "again")
+    loop.train(again)
+    assert_same_run(again, finished.config)
+    other = tiny_config(finished.home, tmp_path / "other", seed=1)
+    loop.train(other)
+    assert all(loss != losses(finished.config)[step] for step, loss in losses(other).items())
