@@ -1,0 +1,142 @@
+"""How likely a model holds given tokens: sequences of any lengths, batched by length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from plt_jax.config import ModelConfig
+from plt_jax.errors import InputError
+from plt_jax.model.loss import cross_entropy
+from plt_jax.model.transformer import Transformer
+from plt_jax.sharding import batch_layout, use_mesh
+
+SHORTEST = 32
+"""Sequences are padded to at least so many tokens."""
+LOGITS = 2**28
+"""Numbers in the largest array of logits: of more, positions take turns."""
+
+
+class Scored(NamedTuple):
+    """Tokens, of which those from `first` on are scored, each given all before it."""
+
+    tokens: Sequence[int]
+    first: int
+
+
+class Likelihood(NamedTuple):
+    """Of a sequence's scored tokens."""
+
+    log_probability: float
+    """Their sum, in nats."""
+    greedy: bool
+    """Whether each is the one that the model holds likeliest where it stands."""
+
+
+def likelihoods(
+    config: ModelConfig,
+    params: Any,
+    mesh: Mesh,
+    sequences: Sequence[Scored],
+    batch_size: int,
+    done: Callable[[int], None] = lambda count: None,
+) -> list[Likelihood]:
+    """The likelihoods of sequences, in their order; the longest are computed first.
+
+    Rows share programs and batches by their lengths, which changes nothing: no position sees those
+    behind it, and rows do not see one another.
+
+    Args:
+      params: as `Transformer.init` gives them, over the mesh.
+      batch_size: rows on all devices of the mesh together.
+      done: is told how many sequences each batch was.
+
+    Raises:
+      InputError: a sequence is longer than the context, or scores its first token, which nothing
+        is before; or the batch size does not divide over the mesh.
+    """
+    for tokens, first in sequences:
+        if len(tokens) > config.max_length + 1:  # nothing is predicted from the last
+            raise InputError(
+                f"{len(tokens)} tokens are more than a context of {config.max_length} "
+                "(model.max_length) and one behind it"
+            )
+        if not 0 < first <= len(tokens):
+            raise InputError(f"cannot score from token {first} of {len(tokens)}: 1 is the earliest")
+    found: list[Likelihood | None] = [None] * len(sequences)
+    with use_mesh(mesh):
+        for length, indices in _batches(config, sequences, batch_size):
+            rows = [sequences[index] for index in indices]
+            layout = batch_layout(mesh, ("batch_size", batch_size), ("tokens", length))
+            batch = layout.place(_padded(rows, batch_size, length))
+            nll_BT, greedy_BT = jax.device_get(_score(config, params, **batch))
+            for index, (tokens, first), nll_T, greedy_T in zip(
+                indices, rows, nll_BT, greedy_BT, strict=False
+            ):
+                scored = slice(first - 1, len(tokens) - 1)
+                total = float(np.sum(nll_T[scored], dtype=np.float64))
+                found[index] = Likelihood(-total, bool(np.all(greedy_T[scored])))
+            done(len(rows))
+    return found
+
+
+def _batches(
+    config: ModelConfig, sequences: Sequence[Scored], batch_size: int
+) -> Iterator[tuple[int, list[int]]]:
+    """The length of each batch, and which sequences are in it."""
+    order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].tokens))
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        longest = len(sequences[indices[0]].tokens) - 1
+        yield padded_length(longest, config.max_length), indices
+
+
+def padded_length(length: int, most: int) -> int:
+    """The length that sequences of this one are padded to: four to each doubling, so that few
+    programs are compiled, and at most `most`."""
+    if length <= SHORTEST:
+        return min(SHORTEST, most)
+    step = 1 << max((length - 1).bit_length() - 3, 0)
+    return min(-(-length // step) * step, most)
+
+
+def _padded(rows: Sequence[Scored], batch_size: int, length: int) -> dict[str, np.ndarray]:
+    tokens_BS = np.zeros((batch_size, length + 1), np.int32)
+    for row, (tokens, _) in zip(tokens_BS, rows, strict=False):
+        row[: len(tokens)] = tokens
+    return {"tokens_BT": tokens_BS[:, :-1], "targets_BT": tokens_BS[:, 1:]}
+
+
+@partial(jax.jit, static_argnums=0)
+def _score(
+    config: ModelConfig, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Each target's negative log-likelihood, float32, and whether it is the likeliest, [B, T]."""
+    B, T = tokens_BT.shape
+    turns = 1
+    while B * T // turns * config.vocab_size > LOGITS and T % (2 * turns) == 0:
+        turns *= 2
+
+    def scores(model: Transformer) -> tuple[jax.Array, jax.Array]:
+        states_BTD = model.loop_states(tokens_BT).handed_LBTD[-1]
+
+        def of_positions(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            states, targets = part
+            logits = model.logits(states)
+            nll, _ = cross_entropy(logits, targets)
+            return nll, jnp.argmax(logits, axis=-1) == targets
+
+        parts = [
+            jnp.moveaxis(x.reshape(B, turns, T // turns, *x.shape[2:]), 1, 0)
+            for x in (states_BTD, targets_BT)
+        ]
+        return jax.lax.map(of_positions, tuple(parts))
+
+    found = Transformer(config).apply({"params": params}, method=scores)
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, T) for x in found)

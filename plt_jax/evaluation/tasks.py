@@ -1,0 +1,134 @@
+"""Tasks of the lm-evaluation-harness on a trained model: what eval.py --tasks runs and writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plt_jax.errors import InputError
+from plt_jax.files import write_text
+
+TASKS = "tasks.json"
+
+SUITES = {
+    "paper_moe": (
+        "mmlu",
+        "ceval-valid",
+        "agieval",
+        "mmlu_pro",
+        "bbh",
+        "drop",
+        "mbpp",
+        "humaneval",
+        "hendrycks_math",
+        "gsm8k",
+    ),
+    "paper_dense": (
+        "mmlu",
+        "hellaswag",
+        "arc_challenge",
+        "arc_easy",
+        "piqa",
+        "winogrande",
+        "commonsense_qa",
+    ),
+}
+"""The PLT paper's suites, of its mixtures and of its open dense models, as the harness calls their
+tasks. Its numbers of examples in the prompt are not stated; the tasks' own are taken."""
+
+
+class TaskReport(NamedTuple):
+    """What tasks came to, and where it was written."""
+
+    results: dict[str, Any]
+    """As the harness gives them, of the checkpoint `step`."""
+    path: Path
+
+    def table(self) -> str:
+        """The harness's own tables, of tasks and of groups of them."""
+        from lm_eval.utils import make_table
+
+        tables = [make_table(self.results)]
+        if self.results.get("groups"):
+            tables.append(make_table(self.results, "groups"))
+        return "\n".join(tables)
+
+
+def evaluate_tasks(
+    path: str,
+    tasks: Sequence[str],
+    limit: int | None = None,
+    shots: int | None = None,
+    include_path: str | None = None,
+    batch_size: int | None = None,
+    run_code: bool = False,
+) -> TaskReport:
+    """Runs tasks on a run or checkpoint; writes tasks.json in the run directory.
+
+    Nothing is fetched but what a task's own configuration asks for.
+
+    Args:
+      limit: examples of each task; None for all.
+      shots: examples in the prompt; None for each task's own number.
+      include_path: a folder of further tasks.
+      batch_size: see `HarnessModel`.
+      run_code: whether tasks that run what the model writes (humaneval, mbpp) may.
+
+    Raises:
+      InputError: the package is not there, no task is called so, or its data is not there; or as
+        `HarnessModel`.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise InputError(
+            "--tasks needs a package that is not installed: pip install 'plt_jax[lm_eval]'"
+        )
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit is {limit}; it must be at least 1")
+    if shots is not None and shots < 0:
+        raise InputError(f"--num-fewshot is {shots}; it must be at least 0")
+    if include_path is not None and not os.path.isdir(include_path):
+        raise InputError(f"--include-path {include_path} is no folder")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from datasets.exceptions import DatasetsError
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    from plt_jax.evaluation.harness import HarnessModel
+
+    manager = TaskManager(include_path=include_path)
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            raise InputError(
+                f"no task is called {name}; lm_eval ls tasks lists the harness's, --include-path "
+                "adds a folder"
+            )
+    if run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    model = HarnessModel(path, batch_size)
+    try:
+        results = simple_evaluate(
+            model,
+            tasks=manager.match_tasks(tasks),
+            limit=limit,
+            num_fewshot=shots,
+            task_manager=manager,
+            log_samples=False,
+            confirm_run_unsafe_code=run_code,
+        )
+    except (OSError, DatasetsError) as error:  # so are errors of connections
+        raise InputError(
+            f"the data of a task is not there ({', '.join(tasks)}): {_first_line(error)}"
+        ) from error
+    results = {"step": model.step, **results}
+    target = model.directory / TASKS
+    write_text(target, json.dumps(results, indent=2, default=str) + "\n")
+    return TaskReport(results, target)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,243 @@
+"""The lm-evaluation-harness on a trained run: each request against a direct computation, and tasks
+on real text as a user runs them."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import plt_jax
+from plt_jax.decoding.text import begin
+from plt_jax.errors import InputError
+from plt_jax.run import open_trained
+from tests.training.runs import assert_refused, command
+
+pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'plt_jax[lm_eval]')")
+
+from plt_jax.evaluation.harness import HarnessModel, read_settings
+
+PAIRS = [
+    ("the state of our", " union"),
+    ("", "peace goes on"),
+    ("the work of peace ", "goes on and on and on"),
+    ("is strong and the work of peace goes on and the state", " of"),
+    ("union", ""),
+]
+
+
+def requests(*arguments):
+    """As the harness hands them over."""
+    return [SimpleNamespace(args=one) for one in arguments]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The session's run, and what direct computations need of it."""
+    from tests.training.runs import finished_run
+
+    finished = finished_run(tmp_path_factory.getbasetemp())
+    return open_trained(finished.directory)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return HarnessModel(str(run.directory), batch_size=3)
+
+
+def log_probabilities(run, tokens):
+    """Of each token but the first, given all before it, float64."""
+    config = run.config.model
+    inputs = np.array([tokens[:-1]], np.int32)
+    logits = plt_jax.Transformer(config).apply({"params": run.params}, inputs)[0]
+    log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
+    return log_p[np.arange(len(tokens) - 1), tokens[1:]], log_p.argmax(-1) == tokens[1:]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_loglikelihoods_are_the_models(run, batch_size):
+    model = HarnessModel(str(run.directory), batch_size=str(batch_size))
+    answers = model.loglikelihood(requests(*PAIRS[:-1]), disable_tqdm=True)
+    for (context, continuation), (found, greedy) in zip(PAIRS, answers, strict=False):
+        whole = begin(run.tokenizer, context + continuation)
+        count = len(whole) - len(begin(run.tokenizer, context.rstrip()))
+        # The context holds 16; what is before it is cut off.
+        log_p, likeliest = log_probabilities(run, whole[-17:])
+        assert found == pytest.approx(log_p[-count:].sum(), abs=1e-4)
+        assert greedy == likeliest[-count:].all()
+
+
+def test_rolling_scores_each_token_once_with_the_begin_token_before(run, model):
+    texts = ["the state of our union is strong and the work of peace goes on" * 2, "peace"]
+    found = model.loglikelihood_rolling(requests(*((text,) for text in texts)), disable_tqdm=True)
+    for text, total in zip(texts, found, strict=True):
+        tokens = run.tokenizer.encode(text, add_special_tokens=False).ids
+        whole, done, expected = begin(run.tokenizer, text), 0, 0.0
+        while done < len(tokens):  # whole contexts, the last one reaching back for its own
+            end = min(done + 16, len(tokens))
+            start = max(end - 16, 0)
+            log_p, _ = log_probabilities(run, whole[start : end + 1])
+            expected += log_p[-(end - done) :].sum()
+            done = end
+        assert total == pytest.approx(expected, abs=1e-3)
+
+
+def generated(run, context, count):
+    """By `generate`, one prompt alone."""
+    prompt = begin(run.tokenizer, context)[-(16 - count) :]
+    weights = plt_jax.prepare_for_decode(run.config.model, run.params)
+    (tokens,) = plt_jax.generate(run.config.model, weights, [prompt], count)
+    return run.tokenizer.decode(tokens.tolist())
+
+
+def test_generation_is_greedy_and_ends_before_its_stops(run, model):
+    contexts = ["the state of", "union", "the work of peace goes on and the state of our union is"]
+    settings = {"until": [], "max_gen_toks": 8}
+    found = model.generate_until(
+        requests(*((context, settings) for context in contexts)), disable_tqdm=True
+    )
+    assert found == [generated(run, context, 8) for context in contexts]
+    text = next(text for text in found if len(text) > 3)
+    stop = text[2:4]
+    again = model.generate_until(
+        requests(*((context, settings | {"until": [stop, "\0"]}) for context in contexts)),
+        disable_tqdm=True,
+    )
+    assert again == [text.split(stop)[0] for text in found]
+
+
+def test_draws_depend_on_the_seed_and_not_on_the_batch(run):
+    asked = requests(
+        *((text, {"do_sample": True, "temperature": 1.0, "max_gen_toks": 6}) for text in "abcde")
+    )
+    one, other, seeded = (
+        HarnessModel(str(run.directory), batch_size=size, seed=seed).generate_until(
+            asked, disable_tqdm=True
+        )
+        for size, seed in ((5, 1), (2, 1), (5, 2))
+    )
+    assert one == other != seeded
+
+
+@pytest.mark.parametrize(
+    ("given", "until", "temperature", "most"),
+    [
+        ({}, [], 0.0, 256),
+        ({"until": "\n", "max_gen_toks": 7}, ["\n"], 0.0, 7),
+        ({"until": ["a"], "temperature": 0.7, "top_p": 0.9, "top_k": 5}, ["a"], 0.7, 256),
+        ({"do_sample": False, "temperature": 0.7}, [], 0.0, 256),
+    ],
+)
+def test_settings_of_generations(given, until, temperature, most):
+    stops, sampling, count = read_settings(given, 9)
+    assert (stops, sampling.temperature, count) == (until, temperature, most)
+    assert sampling.stop_tokens == (9,)
+
+
+def test_a_setting_that_is_not_known_is_refused():
+    with pytest.raises(InputError, match="generation setting num_beams is not known"):
+        read_settings({"num_beams": 4}, 9)
+
+
+@pytest.mark.parametrize("size", ["many", "0", "-1"])
+def test_a_batch_size_that_is_none_is_refused(run, size):
+    with pytest.raises(InputError, match=f"batch_size is {size}; it must be"):
+        HarnessModel(str(run.directory), batch_size=size)
+
+
+CHOICES = """
+task: choices
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{start}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - {{metric: acc}}
+"""
+ROWS = [
+    {"start": "the state of our", "choices": [" union", " zebra"], "label": 0},
+    {"start": "the work of", "choices": [" nothing", " peace"], "label": 1},
+    {"start": "peace goes", "choices": [" on", " off", " up"], "label": 2},
+]
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the run, to write tasks.json in."""
+    return shutil.copytree(run.directory, tmp_path / "copy")
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with one task."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "choices.yaml").write_text(CHOICES.format(data=data))
+    return folder
+
+
+def test_a_local_task_as_its_user_runs_it(run, copy, tasks, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = command("eval.py", copy, "--tasks", "choices", "--include-path", tasks)
+    assert result.code == 0, result.err
+    written = json.loads((copy / "tasks.json").read_text())
+    right = 0
+    for row in ROWS:
+        scores = []
+        for choice in row["choices"]:
+            whole = begin(run.tokenizer, row["start"] + choice)
+            count = len(whole) - len(begin(run.tokenizer, row["start"]))
+            scores.append(log_probabilities(run, whole[-17:])[0][-count:].sum())
+        right += np.argmax(scores) == row["label"]
+    assert written["results"]["choices"]["acc,none"] == pytest.approx(right / 3)
+    assert written["step"] == run.step
+    assert "|choices|" in result.out and result.out.endswith(f"{copy / 'tasks.json'}\n")
+
+
+def test_the_harness_itself_knows_the_model(copy, tasks, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["run", "--model", "plt_jax", "--model_args", f"path={copy}", "--tasks", "choices"]
+    result = command("plt_jax.lm_eval", *words, "--include_path", tasks)
+    assert result.code == 0, result.err
+    assert "|choices|" in result.out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "nosuch"], "no task is called nosuch; lm_eval ls tasks lists"),
+        (["--suite", "nosuch"], "no suite is called nosuch; there are paper_moe, paper_dense"),
+        (["--limit", "3"], "--limit is for --tasks and --suite"),
+        (["--tasks", "choices", "--text", "x"], "--text is not for --tasks and --suite"),
+        (["--tasks", "choices", "--limit", "0"], "--limit is 0; it must be at least 1"),
+        (["--tasks", "choices", "--num-fewshot", "-1"], "--num-fewshot is -1"),
+        (["--tasks", "choices", "--include-path", "/no/where"], "--include-path /no/where is no"),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_line(copy, words, message):
+    assert_refused(command("eval.py", copy, *words), message)
+    assert not (copy / "tasks.json").exists()
+
+
+def test_a_task_whose_data_is_not_there_is_one_line(copy, tasks, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tasks / "rows.jsonl").unlink()
+    result = command("eval.py", copy, "--tasks", "choices", "--include-path", tasks)
+    assert_refused(result, "the data of a task is not there (choices): ")
+
+
+def test_a_tokenizer_of_more_tokens_than_the_model_is_one_line(copy, tasks):
+    tokenizer = json.loads((copy / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(
+        tokenizer["added_tokens"][0] | {"id": 270, "content": "<one more>"}
+    )
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = command("eval.py", copy, "--tasks", "choices", "--include-path", tasks)
+    assert_refused(result, "271 tokens")
