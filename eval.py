@@ -19,6 +19,13 @@ def main() -> None:
         help="a text file, or a folder of .txt files, to evaluate on instead of the run's held-out "
         "documents",
     )
+    parser.add_argument(
+        "--loops",
+        action="store_true",
+        help="what each loop does to states, attention and predictions, instead of the scores; "
+        "writes loops.json and a page, loops.html",
+    )
+    parser.add_argument("--sequences", type=int, help="of --loops, evenly spaced; default 16")
     parser.add_argument("--batch_size", type=int, help="sequences per batch instead of the run's")
     tasks = parser.add_argument_group("tasks", "pip install 'plt_jax[lm_eval]'")
     tasks.add_argument("--tasks", help="names of the harness's tasks or groups, as a,b")
@@ -32,15 +39,17 @@ def main() -> None:
         help="let tasks run the code that the model writes (humaneval, mbpp)",
     )
     arguments = parser.parse_args()
-    report = run_text(arguments) if named_tasks(arguments) is None else run_tasks(arguments)
+    if named_tasks(arguments) is not None:
+        report = run_tasks(arguments)
+    else:
+        report = run_loops(arguments) if arguments.loops else run_text(arguments)
     print(report.table())
     print(f"written to {report.path}")
 
 
 def run_text(arguments: Namespace):
-    for name in ("limit", "num_fewshot", "include_path"):
-        if getattr(arguments, name) is not None:
-            raise InputError(f"--{name.replace('_', '-')} is for --tasks and --suite")
+    refuse(arguments, "--tasks and --suite", "limit", "num_fewshot", "include_path")
+    refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.report import evaluate_trained
 
     report = evaluate_trained(arguments.path, arguments.text, arguments.batch_size)
@@ -48,9 +57,18 @@ def run_text(arguments: Namespace):
     return report
 
 
+def run_loops(arguments: Namespace):
+    refuse(arguments, "--tasks and --suite", "limit", "num_fewshot", "include_path")
+    refuse(arguments, "scores", "batch_size")
+    from plt_jax.evaluation.loops import SEQUENCES, evaluate_loops
+
+    sequences = SEQUENCES if arguments.sequences is None else arguments.sequences
+    return evaluate_loops(arguments.path, arguments.text, sequences)
+
+
 def run_tasks(arguments: Namespace):
-    if arguments.text is not None:
-        raise InputError("--text is not for --tasks and --suite; evaluate on text in another call")
+    refuse(arguments, "scores and --loops", "text")
+    refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.tasks import evaluate_tasks
 
     return evaluate_tasks(
@@ -62,6 +80,14 @@ def run_tasks(arguments: Namespace):
         batch_size=arguments.batch_size,
         run_code=arguments.run_code,
     )
+
+
+def refuse(arguments: Namespace, use: str, *names: str) -> None:
+    """Raises InputError where one of these options is given, which are for another use."""
+    for name in names:
+        if getattr(arguments, name) is not None:
+            option = name if name == "batch_size" else name.replace("_", "-")
+            raise InputError(f"--{option} is for {use}")
 
 
 def named_tasks(arguments: Namespace) -> list[str] | None:

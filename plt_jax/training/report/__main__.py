@@ -19,6 +19,7 @@ from plt_jax.config_file import dump_config
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
 from plt_jax.model.costs import count_parameters
+from plt_jax.page import compose_page, section_html, table_html
 from plt_jax.run_files import CHECKPOINTS, list_steps, locate
 from plt_jax.training.report.numbers import (
     History,
@@ -27,27 +28,9 @@ from plt_jax.training.report.numbers import (
     summarize,
     what_stands_out,
 )
-from plt_jax.training.report.plots import Section, draw_sections
+from plt_jax.training.report.plots import draw_sections
 
 REPORT = "report.html"
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
-       max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin: 2.2rem 0 0.3rem; font-size: 1.2rem; }
-p { margin: 0.3rem 0; max-width: 52rem; }
-dl { display: flex; flex-wrap: wrap; gap: 0.6rem; margin: 1.2rem 0; }
-dl div { border: 1px solid #ccc; border-radius: 4px; padding: 0.4rem 0.8rem; }
-dt { font-size: 0.8rem; color: #555; }
-dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; }
-dd small { font-size: 0.8rem; color: #555; }
-figure { margin: 0.5rem 0; } svg { max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #ddd; padding: 0.2rem 1.2rem 0.2rem 0; text-align: left; }
-pre { font-size: 0.8rem; white-space: pre-wrap; } footer { margin-top: 2rem; color: #555; }
-@media print { body { margin: 0; max-width: none; font-size: 11px; }
-               section { break-inside: avoid; } details { display: none; } }
-"""
 
 
 def main() -> None:
@@ -140,53 +123,34 @@ def compose(name: str, history: History, checkpoints: Sequence[Sequence[str]]) -
     Raises:
       InputError: the values of a name are not numbers, or not of one shape.
     """
-    title, summary = html.escape(name), summarize(history)
+    summary = summarize(history)
     tiles = (
         f"<div><dt>{html.escape(term)}</dt><dd>{html.escape(value)} "
         f"<small>{html.escape(note)}</small></dd></div>"
         for term, value, note in key_numbers(history.config, summary)
     )
     told = [f"<li>{html.escape(sentence)}</li>" for sentence in what_stands_out(history, summary)]
-    return "\n".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width">',
-            f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>",
-            *(f"<p>{html.escape(line)}</p>" for line in heading(history)),
-            f"<dl>{''.join(tiles)}</dl>",
-            "<section><h2>What stands out</h2>",
-            f"<ul>{''.join(told)}</ul>" if told else "<p>Nothing.</p>",
-            "</section>",
-            _checkpoints(checkpoints),
-            *(_section(section) for section in draw_sections(history)),
-            "<details><summary>The whole configuration</summary>",
-            f"<pre>{html.escape(dump_config(history.config))}</pre></details>",
-            f"<footer>drawn {html.escape(_moment(time.time()))}</footer>\n</body>\n</html>\n",
-        ]
-    )
-
-
-def _section(section: Section) -> str:
-    title = html.escape(section.title)
-    svg = section.svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
-    return (
-        f"<section><h2>{title}</h2>\n<p>{html.escape(section.text)}</p>\n"
-        f"<figure>{svg}</figure></section>"
-    )
+    parts = [
+        f"<dl>{''.join(tiles)}</dl>",
+        "<section><h2>What stands out</h2>",
+        f"<ul>{''.join(told)}</ul>" if told else "<p>Nothing.</p>",
+        "</section>",
+        _checkpoints(checkpoints),
+        *map(section_html, draw_sections(history)),
+        "<details><summary>The whole configuration</summary>",
+        f"<pre>{html.escape(dump_config(history.config))}</pre></details>",
+        f"<footer>drawn {html.escape(_moment(time.time()))}</footer>",
+    ]
+    return compose_page(name, heading(history), parts)
 
 
 def _checkpoints(rows: Sequence[Sequence[str]]) -> str:
     if len(rows) == 1:
         return "<section><h2>Checkpoints</h2><p>None is saved yet.</p></section>"
-    titles, *lines = (
-        "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-        for tag, cells in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)
-    )
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
     return (
         "<section><h2>Checkpoints</h2>\n<p>Files are looked at, not read: "
         "<code>python -m plt_jax.checkpoint verify</code> reads them.</p>\n"
-        f"<table><tr>{titles}</tr>{body}</table></section>"
+        f"{table_html(rows)}</section>"
     )
 
 

@@ -5,13 +5,10 @@ Arrays have the axes of numbers.py.
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Sequence
+from functools import partial
 from itertools import cycle
-from typing import NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
@@ -19,6 +16,18 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
+from plt_jax.page import (
+    BLUE,
+    GREEN,
+    GREY,
+    LINES,
+    ORANGE,
+    PINK,
+    WIDTH,
+    Drawn,
+    Section,
+    draw_all,
+)
 from plt_jax.training.report.numbers import (
     CLOCK,
     PHASES,
@@ -34,52 +43,10 @@ from plt_jax.training.report.numbers import (
     thin,
 )
 
-# Told apart also by those who see no red or no green (Okabe and Ito).
-BLUE, ORANGE, GREEN, PINK, SKY, GREY = (
-    *["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#6B6B6B"],
-)
-LINES = [(color, dash) for dash in ("-", "--", ":") for color in (BLUE, ORANGE, GREEN, PINK, SKY)]
-"""Colours and dashes of lines that are told apart, such as those of loops."""
-STYLE = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6,
-    "lines.linewidth": 1.3,
-    "legend.frameon": False,
-    "svg.fonttype": "none",  # text that can be found and read aloud
-    "svg.hashsalt": "report",  # the same page for the same run
-    "text.parse_math": False,  # names may hold a $
-}
-WIDTH = 9.6
-"""Inches."""
-DPI = 110
-"""Of maps, which are pictures in the drawing: of their cells would be too many."""
 TIMES_OF_MEDIAN = 10.0
 """How far above and below its median a norm's colour reaches."""
 FEW, MANY = 12, 100
 """Rows below which a curve has no smoothed one beside it; above which its points have no dots."""
-
-
-class Section(NamedTuple):
-    """A part of the page."""
-
-    title: str
-    text: str
-    """What the figure shows, and what would be a bad sign."""
-    svg: str
-
-
-class Drawn(NamedTuple):
-    """A figure before it is written out."""
-
-    title: str
-    text: str
-    figure: Figure
 
 
 def draw_sections(history: History) -> list[Section]:
@@ -88,22 +55,7 @@ def draw_sections(history: History) -> list[Section]:
     Raises:
       InputError: a name's values are not numbers, or not of one shape.
     """
-    with matplotlib.rc_context(STYLE):
-        return [
-            Section(drawn.title, drawn.text, to_svg(drawn.figure))
-            for draw in DRAWINGS
-            if (drawn := draw(history)) is not None
-        ]
-
-
-def to_svg(figure: Figure) -> str:
-    """A figure as an SVG element that may stand beside others in a page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
-    text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # Names of groups are the same in every figure, and nothing refers to them.
-    return re.sub(r'<g id="[^"]*"', "<g", text)
+    return draw_all(partial(draw, history) for draw in DRAWINGS)
 
 
 def draw_losses(history: History) -> Drawn | None:

@@ -1,0 +1,350 @@
+"""What each loop of a trained model does: LoopCoder-v2's diagnostics on held-out text.
+
+A forward pass of its own, one sequence at a time and with every attention map explicit, made of the
+model's own layers (`apply_block`); loop_measures.py says what is measured.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plt_jax.config import ModelConfig
+from plt_jax.data.corpus import read_documents
+from plt_jax.data.load import examples_from_text, validation_examples
+from plt_jax.data.packing import PackedExamples
+from plt_jax.errors import InputError
+from plt_jax.evaluation import loop_measures as measures
+from plt_jax.evaluation.loops_page import loops_page
+from plt_jax.files import write_text
+from plt_jax.model.attention import blend
+from plt_jax.model.block import apply_block, stacks_of
+from plt_jax.model.layers import embed, logits_from, rms_norm, rope_rotation
+from plt_jax.model.looping import hand_to_next, loop_input
+from plt_jax.model.moe import of_loops
+from plt_jax.model.transformer import number_documents, positions_in_documents
+from plt_jax.run import open_trained
+from plt_jax.tables import aligned
+
+LOOPS, PAGE = "loops.json", "loops.html"
+SEQUENCES = 16
+LONGEST = 512
+"""Positions of a sequence that are looked at: a map of attention grows with their square."""
+
+Values = dict[str, jax.Array]
+
+
+class LoopReport(NamedTuple):
+    """What was found, and where it was written."""
+
+    numbers: dict[str, Any]
+    """`by_loop`, a row per loop, and `by_layer`, per name a list [loops][layers]."""
+    path: Path
+
+    def table(self) -> str:
+        """A line per measure, a column per loop."""
+        return aligned(self.cells())
+
+    def cells(self) -> list[list[str]]:
+        """The same in cells, below the loops' numbers."""
+        rows = self.numbers["by_loop"]
+        used = [measure for measure in MEASURES if any(measure[0] in row for row in rows)]
+        return [
+            ["", *(f"loop {row['loop']}" for row in rows)],
+            *(
+                [title, *(form.format(row[name]) if name in row else "" for row in rows)]
+                for name, title, form in used
+            ),
+        ]
+
+
+MEASURES = (
+    ("loss", "loss", "{:.4f}"),
+    ("step_size", "step size", "{:.2f}"),
+    ("cosine", "cosine", "{:.3f}"),
+    ("fixed_point_gap", "fixed-point gap", "{:.2f}"),
+    ("effective_rank", "effective rank", "{:.1f}"),
+    ("offset_cost", "offset cost", "{:.2f}"),
+    ("output_shift", "output shift", "{:.4f}"),
+    ("entropy", "entropy", "{:.3f}"),
+    ("true_rank", "rank of truth", "{:.1f}"),
+    ("gate", "gate", "{:.3f}"),
+    ("attention_entropy", "attention entropy", "{:.3f}"),
+    ("attention_change", "attention change", "{:.4f}"),
+    ("head_rank", "rank of heads", "{:.2f}"),
+    ("head_cosine", "cosine of heads", "{:.3f}"),
+)
+BY_LAYER = ("gate", "attention_entropy", "attention_change", "head_rank", "head_cosine")
+
+
+def evaluate_loops(path: str, text: str | None = None, sequences: int = SEQUENCES) -> LoopReport:
+    """Measures the loops of a run or checkpoint on held-out or other text; writes loops.json, and
+    a page that draws it, loops.html.
+
+    Args:
+      sequences: how many, evenly spaced over the text.
+
+    Raises:
+      InputError: no such checkpoint or text, or no sequence to look at.
+    """
+    if sequences < 1:
+        raise InputError(f"--sequences is {sequences}; it must be at least 1")
+    trained = open_trained(path)
+    config = trained.config
+    if text is None:
+        examples = validation_examples(config, trained.tokenizer)
+    else:
+        examples = examples_from_text(
+            read_documents(text), trained.tokenizer, config.sequence_length, config.data.cache_dir
+        )
+    found = measure_examples(config.model, trained.params, examples, sequences)
+    numbers = {
+        "step": trained.step,
+        "text": text or f"held out from {config.data.source}",
+        "scheme": config.model.loop.scheme,
+        "positions": min(config.sequence_length, LONGEST),
+        **found,
+    }
+    report = LoopReport(numbers, trained.directory / PAGE)
+    write_text(trained.directory / LOOPS, json.dumps(numbers, indent=2) + "\n")
+    write_text(report.path, loops_page(trained.directory.name, numbers, report.cells()))
+    return report
+
+
+def measure_examples(
+    config: ModelConfig, params: Any, examples: PackedExamples, sequences: int
+) -> dict[str, Any]:
+    """`by_loop`, `by_layer`, `most_shifting_loop` (r*, the argmax over r >= 2 of the output shift)
+    and `tokens`, means over the targets of evenly spaced examples."""
+    chosen = np.unique(np.linspace(0, len(examples) - 1, min(sequences, len(examples))).astype(int))
+    sums: dict[str, np.ndarray] = {}
+    total = 0.0
+    for index in chosen.tolist():
+        example = {name: value[:LONGEST] for name, value in examples[index].items()}
+        tokens = float(example["weights"].sum())
+        if not tokens:
+            continue
+        values = jax.device_get(measure(config, params, example))
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + tokens * np.asarray(value, np.float64)
+        total += tokens
+    if not total:
+        raise InputError("the text holds no token to predict; give a longer one (--text)")
+    means = {name: value / total for name, value in sums.items()}
+    return arranged(config, means) | {"tokens": int(total), "sequences": len(chosen)}
+
+
+def arranged(config: ModelConfig, means: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Means by loop [L] or by loop and layer [L, J] as rows; what a loop does not have is nan
+    there, and left out."""
+    rows = []
+    for index in range(config.loop.count):
+        row: dict[str, Any] = {"loop": index + 1}
+        for name, value in means.items():
+            one = float(np.mean(value[index]))
+            if np.isfinite(one):
+                row[name] = one
+        rows.append(row)
+    by_layer = {
+        name: [[float(one) for one in layer] for layer in means[name] if np.isfinite(layer).all()]
+        for name in BY_LAYER
+    }
+    shifts = [row.get("output_shift", -1.0) for row in rows]
+    most = int(np.argmax(shifts)) + 1 if len(rows) > 1 else None
+    return {
+        "by_loop": rows,
+        "by_layer": {name: values for name, values in by_layer.items() if values},
+        "most_shifting_loop": most,
+    }
+
+
+@partial(jax.jit, static_argnums=0)
+def measure(config: ModelConfig, params: Any, example: Values) -> Values:
+    """The diagnostics of one example [T], means over its targets: by loop [L], or [L, J]."""
+    tokens_1T, targets_T = example["tokens"][None], example["targets"]
+    documents_1T = number_documents(example["segment_ids"][None])
+    counted_T = example["weights"] > 0
+    # Positions behind one of their own document.
+    behind_T = jnp.pad(documents_1T[0, 1:] == documents_1T[0, :-1], (1, 0)) & counted_T
+    loop, passes = config.loop, config.loop.count
+    # One loop more than the model has, for what it would do to the last state.
+    extra = 0 if loop.scheme == "no_loop" else 1
+    states_RTD, maps = run_loops(config, params, tokens_1T, documents_1T, passes + extra)
+
+    def mean(value_T: jax.Array, where_T: jax.Array = counted_T) -> jax.Array:
+        return jnp.sum(jnp.where(where_T, value_T, 0.0)) / jnp.maximum(jnp.sum(where_T), 1)
+
+    def by_loop(of_loop) -> jax.Array:
+        return jnp.stack([of_loop(r) for r in range(1, passes + 1)])
+
+    nothing = jnp.float32(jnp.nan)
+    logs = [log_p_of(config, params, states_RTD[r]) for r in range(1, passes + 1)]
+    values = {
+        "loss": by_loop(lambda r: -mean(chosen(logs[r - 1], targets_T))),
+        "step_size": by_loop(lambda r: mean(measures.distance(states_RTD[r], states_RTD[r - 1]))),
+        "cosine": by_loop(
+            lambda r: (
+                mean(measures.turn(*(states_RTD[r - back] for back in range(3))))
+                if r > 1
+                else nothing
+            )
+        ),
+        "fixed_point_gap": by_loop(
+            lambda r: (
+                mean(measures.distance(states_RTD[r], states_RTD[r + 1])) if extra else nothing
+            )
+        ),
+        "effective_rank": by_loop(lambda r: measures.rank_of_states(states_RTD[r], counted_T)),
+        "offset_cost": by_loop(
+            lambda r: mean(measures.offset_cost(states_RTD[r - 1]), behind_T) if r > 1 else nothing
+        ),
+        "output_shift": by_loop(
+            lambda r: mean(measures.output_shift(logs[r - 1], logs[r - 2])) if r > 1 else nothing
+        ),
+        "entropy": by_loop(lambda r: mean(measures.entropy(logs[r - 1]))),
+        "true_rank": by_loop(lambda r: mean(measures.rank_of_truth(logs[r - 1], targets_T))),
+    }
+    for name, value_RJT in maps.items():
+        values[name] = jax.vmap(jax.vmap(mean))(value_RJT[:passes])
+    return values
+
+
+def chosen(log_p_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(log_p_TV, targets_T[:, None], axis=-1)[:, 0]
+
+
+def log_p_of(config: ModelConfig, params: Any, raw_TD: jax.Array) -> jax.Array:
+    """The readout of a loop's state: log-probabilities [T, V]."""
+    normed_TD = rms_norm(raw_TD, params["final_norm"], config.norm_epsilon)
+    normed_TD = normed_TD.astype(jnp.dtype(config.dtype))
+    logits_1TV = logits_from(normed_TD[None], params["embedding"], params.get("head"))
+    return jax.nn.log_softmax(logits_1TV[0])
+
+
+def run_loops(
+    config: ModelConfig, params: Any, tokens_1T: jax.Array, documents_1T: jax.Array, passes: int
+) -> tuple[jax.Array, Values]:
+    """The states h(0) (embeddings), h(1), ..., each loop's raw output, float32 [R+1, T, D]; and by
+    loop, layer and position, [R, J, T], what attention does there, nan where a loop has none."""
+    loop = config.loop
+    rotation = rope_rotation(config, positions_in_documents(documents_1T))
+    embeddings_1TD = embed(tokens_1T, params["embedding"], jnp.dtype(config.dtype))
+    states = [embeddings_1TD]
+    x_1TD, first, before_JNTS, maps = embeddings_1TD, None, None, []
+    for index in range(passes):
+        if index > 0:
+            previous = states[-1]
+            if loop.normalize_between_loops:
+                previous = rms_norm(previous, params["final_norm"], config.norm_epsilon)
+            if loop.shifted:
+                previous = hand_to_next(previous, documents_1T)
+            x_1TD = loop_input(loop, embeddings_1TD, previous)
+        x_1TD, made, before_JNTS, seen = run_stack(
+            config, params, index, x_1TD, rotation, documents_1T, first, before_JNTS
+        )
+        first = made if first is None else first
+        states.append(x_1TD)
+        maps.append(seen)
+    together = {name: jnp.stack([one[name] for one in maps]) for name in maps[0]}
+    return jnp.stack(states)[:, 0].astype(jnp.float32), together
+
+
+def run_stack(
+    config: ModelConfig,
+    params: Any,
+    index: int,
+    x_1TD: jax.Array,
+    rotation: Any,
+    documents_1T: jax.Array,
+    first: list | None,
+    before_JNTS: jax.Array | None,
+) -> tuple[jax.Array, list, jax.Array, Values]:
+    """All layers of loop `index` (0 for the first): the output; each stack's keys and values; the
+    attention of all layers; and what it does, by layer and position [J, T].
+
+    Args:
+      first: of loop 1, for those that read them.
+      before_JNTS: the attention of the loop before.
+    """
+    made, attentions, seen, done = [], [], [], 0
+    for number, (name, stack) in enumerate(stacks_of(config).items()):
+        layers = slice(done, done + stack.layers)
+        done += stack.layers
+        scanned = (
+            params[name],
+            None if first is None else first[number],
+            None if before_JNTS is None else before_JNTS[layers],
+        )
+        step = partial(run_layer, config, index, rotation, documents_1T)
+        x_1TD, (kept, attention, values) = jax.lax.scan(step, x_1TD, scanned)
+        made.append(kept)
+        attentions.append(attention)
+        seen.append(values)
+    joined = {name: jnp.concatenate([one[name] for one in seen]) for name in seen[0]}
+    return x_1TD, made, jnp.concatenate(attentions), joined
+
+
+def run_layer(
+    config: ModelConfig,
+    index: int,
+    rotation: Any,
+    documents_1T: jax.Array,
+    x_1TD: jax.Array,
+    scanned: tuple[Any, Any, jax.Array | None],
+) -> tuple[jax.Array, tuple[Any, jax.Array, Values]]:
+    """One layer: its output; its keys and values, its attention [N, T, S] (of both branches
+    together, by their gates), and what that does, [T]."""
+    declared, shared, before_NTS = scanned
+    loop, T = config.loop, documents_1T.shape[1]
+    place = jnp.arange(T)
+    causal_TS = (place[:, None] >= place) & (documents_1T[0][:, None] == documents_1T[0])
+    near_TS = causal_TS & (place[:, None] - place < loop.window)
+    kept, attention_NTS = None, None
+    gate_T = jnp.full(T, jnp.nan)
+
+    def attend(q, k, v, gate_1NT):
+        nonlocal kept, attention_NTS, gate_T
+        kept = k, v
+        keys, values = kept if index == 0 or loop.later_attention == "own" else shared
+        attention_NTS, out = explicit(q, keys, values, causal_TS)
+        if index == 0 or loop.later_attention != "gated":
+            return out
+        local_NTS, local = explicit(q, k, v, near_TS)
+        gate_NT1 = gate_1NT[0, :, :, None]
+        attention_NTS = gate_NT1 * attention_NTS + (1 - gate_NT1) * local_NTS
+        gate_T = jnp.mean(gate_1NT[0], axis=0)
+        return blend(gate_1NT, out, local)
+
+    # Beyond the loops that it was trained with, a router has the last one's biases.
+    weights = of_loops(declared, min(index, loop.count - 1))
+    x_1TD, _ = apply_block(config, weights, x_1TD, rotation, attend)
+    rank_T, cosine_T = measures.head_diversity(attention_NTS)
+    values = {
+        "gate": gate_T,
+        "attention_entropy": measures.attention_entropy(attention_NTS),
+        "attention_change": jnp.full(T, jnp.nan)
+        if before_NTS is None
+        else measures.attention_change(attention_NTS, before_NTS),
+        "head_rank": rank_T,
+        "head_cosine": cosine_T,
+    }
+    return x_1TD, (kept, attention_NTS, values)
+
+
+def explicit(
+    q_1NTH: jax.Array, k_1KSH: jax.Array, v_1KSH: jax.Array, mask_TS: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Attention as a map [N, T, S], float32, and the heads' outputs [1, N, T, H]."""
+    groups = q_1NTH.shape[1] // k_1KSH.shape[1]
+    k_NSH, v_NSH = (jnp.repeat(x[0], groups, axis=0) for x in (k_1KSH, v_1KSH))
+    logits_NTS = jnp.einsum("NTH,NSH->NTS", q_1NTH[0], k_NSH, preferred_element_type=jnp.float32)
+    logits_NTS = jnp.where(mask_TS, logits_NTS / np.sqrt(q_1NTH.shape[-1]), -jnp.inf)
+    attention_NTS = jax.nn.softmax(logits_NTS, axis=-1)
+    out_NTH = jnp.einsum("NTS,NSH->NTH", attention_NTS.astype(v_NSH.dtype), v_NSH)
+    return attention_NTS, out_NTH[None]

@@ -1,0 +1,141 @@
+"""The diagnostics of loops: their forward pass is the model's, and what eval.py --loops writes."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plt_jax import Transformer
+from plt_jax.config import ModelConfig
+from plt_jax.evaluation.loops import measure, run_loops
+from plt_jax.evaluation.perplexity import losses_by_loop
+from plt_jax.model.transformer import number_documents
+from tests.models import random_params, random_tokens, small_config
+from tests.training.runs import assert_refused, command
+
+SCHEMES = [
+    ("no_loop", 1),
+    ("vanilla_loop", 2),
+    ("clp", 2),
+    ("clp_kv_share", 3),
+    ("plt", 2),
+    ("plt", 3),
+    ("loop_kv_share_window", 2),
+]
+SEGMENTS = jnp.array([[1] * 5 + [2] * 9 + [3] * 2 + [0] * 2])
+T = SEGMENTS.shape[1]
+
+
+def example_of(config):
+    tokens = random_tokens(config, 1, T + 1)[0]
+    same = jnp.pad(SEGMENTS[0, 1:] == SEGMENTS[0, :-1], (0, 1)) & (SEGMENTS[0] > 0)
+    return {
+        "tokens": tokens[:-1],
+        "targets": tokens[1:],
+        "segment_ids": SEGMENTS[0],
+        "weights": same.astype(jnp.float32),
+    }
+
+
+def model_states(config, params, tokens):
+    return Transformer(config).apply(
+        {"params": params}, tokens, SEGMENTS, method=Transformer.loop_states
+    )
+
+
+@pytest.mark.parametrize(("scheme", "count"), SCHEMES)
+def test_the_states_and_gates_are_the_models(scheme, count):
+    config = small_config(scheme, count)
+    params, example = random_params(config), example_of(config)
+    tokens, documents = example["tokens"][None], number_documents(SEGMENTS)
+    states, maps = jax.jit(run_loops, static_argnums=(0, 4))(
+        config, params, tokens, documents, count
+    )
+    expected = model_states(config, params, tokens)
+    np.testing.assert_allclose(states[1:], expected.raw_LBTD[:, 0], atol=2e-5)
+    if expected.gate_LJB is not None:
+        means = maps["gate"][1:].mean(-1)
+        np.testing.assert_allclose(means, expected.gate_LJB[..., 0], atol=1e-5)
+    entropy = np.asarray(maps["attention_entropy"])
+    assert entropy.shape == (count, config.layers, T)
+    # The first position of a document sees itself alone, whatever the scheme.
+    np.testing.assert_allclose(entropy[:, :, [0, 5, 14]], 0.0, atol=1e-5)
+
+
+def test_experts_and_leading_dense_layers():
+    config = small_config(
+        "plt",
+        layers=3,
+        moe={"experts": 4, "expert_width": 8, "dense_layers": 1, "bias_update_rate": 0.1},
+    )
+    params, example = random_params(config), example_of(config)
+    tokens, documents = example["tokens"][None], number_documents(SEGMENTS)
+    states, maps = run_loops(config, params, tokens, documents, 3)  # one more than it has
+    expected = model_states(config, params, tokens)
+    np.testing.assert_allclose(states[1:3], expected.raw_LBTD[:, 0], atol=2e-5)
+    assert maps["head_rank"].shape == (3, 3, T)
+
+
+def test_what_is_measured_of_a_model():
+    config = small_config("plt", 2)
+    params, example = random_params(config), example_of(config)
+    values = jax.device_get(measure(config, params, example))
+    batch = jax.tree.map(lambda x: x[None], example)
+    losses = losses_by_loop(config, params, batch) / example["weights"].sum()
+    np.testing.assert_allclose(values["loss"], losses, atol=1e-5)
+    # The gap behind the last loop is the step of one more.
+    more = ModelConfig(**config.model_dump() | {"loop": config.loop.model_dump() | {"count": 3}})
+    states = model_states(more, params, batch["tokens"]).raw_LBTD[:, 0]
+    counted = np.asarray(example["weights"]) > 0
+    steps = np.linalg.norm(np.diff(np.asarray(states), axis=0), axis=-1)[:, counted].mean(-1)
+    np.testing.assert_allclose(values["fixed_point_gap"], steps, atol=1e-4)
+    np.testing.assert_allclose(values["step_size"][1], steps[0], atol=1e-4)
+    first = np.asarray(states[0])
+    behind = np.flatnonzero(counted[1:] & (np.diff(np.asarray(SEGMENTS[0])) == 0)) + 1
+    offset = np.linalg.norm(first[behind] - first[behind - 1], axis=-1).mean()
+    assert values["offset_cost"][1] == pytest.approx(offset, rel=1e-4)
+    for name in ("cosine", "offset_cost", "output_shift"):
+        assert np.isnan(values[name][0]) and np.isfinite(values[name][1])
+    assert -1 <= values["cosine"][1] <= 1 and values["effective_rank"].min() >= 1
+    assert (
+        np.isnan(values["gate"][0]).all()
+        and ((values["gate"][1] > 0) & (values["gate"][1] < 1)).all()
+    )
+
+
+@pytest.fixture
+def copy(finished, tmp_path):
+    return shutil.copytree(finished.directory, tmp_path / "copy")
+
+
+def test_eval_writes_the_numbers_and_a_page(copy):
+    result = command("eval.py", copy, "--loops", "--sequences", "3")
+    assert result.code == 0 and result.err == ""
+    numbers = json.loads((copy / "loops.json").read_text())
+    assert [row["loop"] for row in numbers["by_loop"]] == [1, 2]
+    assert numbers["most_shifting_loop"] == 2 and numbers["sequences"] == 3
+    assert np.shape(numbers["by_layer"]["gate"]) == (1, 2)
+    assert np.shape(numbers["by_layer"]["attention_entropy"]) == (2, 2)
+    lines = {line[:17].strip(): line[17:].split() for line in result.out.splitlines()[:-1]}
+    assert float(lines["loss"][1]) == pytest.approx(numbers["by_loop"][1]["loss"], abs=1e-4)
+    page = (copy / "loops.html").read_text()
+    assert page.count("<svg") == 5 and "fixed-point gap" in page
+    assert result.out.splitlines()[-1] == f"written to {copy / 'loops.html'}"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--loops", "--sequences", "0"], "--sequences is 0; it must be at least 1"),
+        (["--sequences", "3"], "--sequences is for --loops"),
+        (["--loops", "--batch_size", "2"], "--batch_size is for scores"),
+        (["--loops", "--limit", "2"], "--limit is for --tasks and --suite"),
+        (["--loops", "--text", "/no/where"], "/no/where"),
+    ],
+)
+def test_what_is_asked_wrongly_is_one_line(copy, words, message):
+    assert_refused(command("eval.py", copy, *words), message)
+    assert not (copy / "loops.json").exists()
