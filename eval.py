@@ -6,6 +6,9 @@ from argparse import Namespace
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.errors import InputError
 
+OF_TASKS = ("limit", "num_fewshot", "include_path")
+"""Options that are for tasks alone, which the harness spells with hyphens."""
+
 
 def main() -> None:
     parser = CommandParser(
@@ -26,6 +29,10 @@ def main() -> None:
         "writes loops.json and a page, loops.html",
     )
     parser.add_argument("--sequences", type=int, help="of --loops, evenly spaced; default 16")
+    parser.add_argument(
+        "--at_loops",
+        help="numbers of loops, as 1,2,3, with which the model is evaluated besides its own",
+    )
     parser.add_argument("--batch_size", type=int, help="sequences per batch instead of the run's")
     tasks = parser.add_argument_group("tasks", "pip install 'plt_jax[lm_eval]'")
     tasks.add_argument("--tasks", help="names of the harness's tasks or groups, as a,b")
@@ -48,18 +55,20 @@ def main() -> None:
 
 
 def run_text(arguments: Namespace):
-    refuse(arguments, "--tasks and --suite", "limit", "num_fewshot", "include_path")
+    refuse(arguments, "--tasks and --suite", *OF_TASKS)
     refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.report import evaluate_trained
 
-    report = evaluate_trained(arguments.path, arguments.text, arguments.batch_size)
+    report = evaluate_trained(
+        arguments.path, arguments.text, arguments.batch_size, numbers_of(arguments.at_loops)
+    )
     print(json.dumps(report.numbers, indent=2))
     return report
 
 
 def run_loops(arguments: Namespace):
-    refuse(arguments, "--tasks and --suite", "limit", "num_fewshot", "include_path")
-    refuse(arguments, "scores", "batch_size")
+    refuse(arguments, "--tasks and --suite", *OF_TASKS)
+    refuse(arguments, "scores", "batch_size", "at_loops")
     from plt_jax.evaluation.loops import SEQUENCES, evaluate_loops
 
     sequences = SEQUENCES if arguments.sequences is None else arguments.sequences
@@ -68,6 +77,7 @@ def run_loops(arguments: Namespace):
 
 def run_tasks(arguments: Namespace):
     refuse(arguments, "scores and --loops", "text")
+    refuse(arguments, "scores", "at_loops")
     refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.tasks import evaluate_tasks
 
@@ -86,8 +96,16 @@ def refuse(arguments: Namespace, use: str, *names: str) -> None:
     """Raises InputError where one of these options is given, which are for another use."""
     for name in names:
         if getattr(arguments, name) is not None:
-            option = name if name == "batch_size" else name.replace("_", "-")
+            option = name.replace("_", "-") if name in OF_TASKS else name
             raise InputError(f"--{option} is for {use}")
+
+
+def numbers_of(text: str | None) -> list[int]:
+    """The numbers of --at_loops."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise InputError(f"--at_loops is {text}; give numbers, as 1,2,3") from error
 
 
 def named_tasks(arguments: Namespace) -> list[str] | None:

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--cache_dtype", choices=DTYPES, help="of keys and values; default the compute dtype"
     )
+    parser.add_argument("--loops", type=int, help="default as many as it was trained with")
     arguments = parser.parse_args()
     import jax
 
@@ -40,7 +41,7 @@ def main() -> None:
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     sampling.check()
-    trained = open_trained(arguments.path)
+    trained = open_trained(arguments.path, loops=arguments.loops)
     pieces = stream_text(
         trained.config.model,
         trained.params,

@@ -20,6 +20,7 @@ from plt_jax.config_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import check_size, load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import copy_file, new_folder, write_text
+from plt_jax.model.looping import with_loops
 from plt_jax.model.transformer import abstract_params
 from plt_jax.run_files import CHECKPOINTS, CONFIG, HUGGINGFACE, TEXT, TOKENIZER, list_steps, locate
 from plt_jax.sharding import abstract_arrays, make_mesh
@@ -74,15 +75,17 @@ class Trained(NamedTuple):
     """See `read_params`."""
 
 
-def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
+def open_trained(path: str | Path, mesh: Mesh | None = None, loops: int | None = None) -> Trained:
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
 
     Args:
       mesh: where the parameters go, by the rules of sharding.py; default one device. It need not be
         the one that they were trained on.
+      loops: that the model runs; default as many as it was trained with.
 
     Raises:
-      InputError: the path is neither, holds no checkpoint, or has no tokenizer.
+      InputError: the path is neither, holds no checkpoint, or has no tokenizer; or the scheme
+        cannot run so many loops.
     """
     found = find_checkpoint(path)
     directory, config, step = found
@@ -97,6 +100,8 @@ def open_trained(path: str | Path, mesh: Mesh | None = None) -> Trained:
     # What the training machine's devices ran need not be here.
     moe = config.model.moe.model_copy(update={"grouped_product": "auto"})
     model = config.model.model_copy(update={"attention": "auto", "moe": moe})
+    if loops is not None:
+        model, params = with_loops(model, params, loops)
     return Trained(directory, config.model_copy(update={"model": model}), tokenizer, step, params)
 
 

@@ -7,13 +7,14 @@ added to the embeddings again. Every loop is parallel over positions; loops run 
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from plt_jax.config import LoopConfig
+from plt_jax.config import LoopConfig, ModelConfig
+from plt_jax.errors import InputError
 from plt_jax.model.block import Context, KeysValues, LayerOutputs
 from plt_jax.model.context_parallel import shift_right
 from plt_jax.model.moe import RouterStatistics
@@ -62,6 +63,28 @@ def loop_input(loop: LoopConfig, embeddings_BTD: jax.Array, previous_BTD: jax.Ar
         return previous_BTD
     mixed = loop.embedding_scale * embeddings_BTD + loop.hidden_scale * previous_BTD
     return mixed.astype(embeddings_BTD.dtype)
+
+
+def with_loops(config: ModelConfig, params: Any, count: int) -> tuple[ModelConfig, Any]:
+    """A model that runs `count` loops, more or fewer than it was trained with, by its parameters.
+
+    All loops share their weights; of what each has of its own, the biases of routers, further loops
+    have those of the last.
+
+    Raises:
+      InputError: the scheme runs one loop only, or count is below 1.
+    """
+    if count < 1 or (config.loop.scheme == "no_loop" and count != 1):
+        raise InputError(
+            f"{config.loop.scheme} cannot run {count} loops; give "
+            + ("1" if config.loop.scheme == "no_loop" else "1 or more")
+        )
+    loop = config.loop.model_copy(update={"count": count})
+    layers = params["layers"]
+    if "router_bias" in layers:
+        own = jnp.minimum(jnp.arange(count), config.loop.count - 1)
+        layers = layers | {"router_bias": layers["router_bias"][:, own]}
+    return config.model_copy(update={"loop": loop}), params | {"layers": layers}
 
 
 def run_loops(

@@ -142,3 +142,27 @@ def test_help(capsys):
     assert result.code == 0
     for word in ("path", "--text", "--batch_size", "bits per byte"):
         assert word in result.out
+
+
+def test_other_numbers_of_loops_stand_in_the_table(copy):
+    result = command("eval.py", copy, "--at_loops", "1,2,3")
+    assert result.code == 0 and result.err == ""
+    written = json.loads((copy / "eval.json").read_text())
+    one, two, three = written["at_loops"]
+    assert [row["loops"] for row in (one, two, three)] == [1, 2, 3]
+    # Its own number; and one loop is what the head reads out on loop 1.
+    assert two["loss"] == pytest.approx(written["loss"], rel=1e-6)
+    assert one["loss"] == pytest.approx(written["by_loop"][0]["loss"], rel=1e-6)
+    assert three["loss"] != two["loss"] and np.isfinite(three["loss"])
+    assert "with as many loops:" in result.out
+
+
+@pytest.mark.parametrize(
+    ("loops", "message"),
+    [
+        ("1,two", "--at_loops is 1,two; give numbers, as 1,2,3"),
+        ("0", "plt cannot run 0 loops; give 1 or more"),
+    ],
+)
+def test_numbers_of_loops_that_are_none_are_refused(copy, loops, message):
+    assert_refused(command("eval.py", copy, "--at_loops", loops), message)

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax import ModelConfig, Transformer
+from plt_jax.errors import InputError
+from plt_jax.model.looping import with_loops
 from plt_jax.model.loss import cross_entropy
 from tests import reference
 from tests.models import (
@@ -253,3 +255,28 @@ def test_bfloat16_is_near_float32(scheme):
     assert states.raw_LBTD.dtype == states.handed_LBTD.dtype == jnp.bfloat16
     error = np.sqrt(np.mean((np.asarray(logits) - expected) ** 2)) / np.std(expected)
     assert 1e-4 < error < 0.05
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_model_runs_with_other_numbers_of_loops(count):
+    moe = {"experts": 3, "expert_width": 5, "bias_update_rate": 0.1}
+    trained, wanted = (small_config("plt", loops, moe=moe) for loops in (2, count))
+    params = random_params(trained)
+    bias_JLX = jnp.arange(12.0).reshape(2, 2, 3)
+    params = params | {"layers": params["layers"] | {"router_bias": bias_JLX}}
+    config, own = with_loops(trained, params, count)
+    assert config == wanted
+    own_JLX = own["layers"]["router_bias"]
+    assert own_JLX.shape == (2, count, 3)
+    np.testing.assert_array_equal(own_JLX[:, -1], bias_JLX[:, min(count, 2) - 1])
+    tokens = random_tokens(config, B, T)
+    _, states = forward_with_states(config)(own, tokens, None, None)
+    _, before = forward_with_states(trained)(params, tokens, None, None)
+    np.testing.assert_array_equal(states.raw_LBTD[0], before.raw_LBTD[0])
+
+
+def test_one_loop_only_stays_one():
+    config = small_config("no_loop", 1)
+    assert with_loops(config, random_params(config), 1)[0] == config
+    with pytest.raises(InputError, match="no_loop cannot run 2 loops; give 1"):
+        with_loops(config, random_params(config), 2)
