@@ -11,7 +11,7 @@ import pydantic
 import yaml
 
 from plt_jax.config import RunConfig
-from plt_jax.errors import InputError
+from plt_jax.errors import InputError, naming
 from plt_jax.run_files import CHECKPOINTS, CONFIG, TOKENIZER, list_steps, locate
 
 
@@ -78,7 +78,8 @@ def _validate(path: Path, values: Mapping[str, Any]) -> RunConfig:
 def _inherited(start_from: str, run_dir: Path) -> dict[str, Any]:
     """What a run takes over from the one that it starts from, or from itself when it resumes."""
     resumes = list_steps(run_dir / CHECKPOINTS)
-    directory = run_dir.absolute() if resumes else locate(start_from).directory
+    with naming("start_from"):
+        directory = run_dir.absolute() if resumes else locate(start_from).directory
     config = load_resolved(directory / CONFIG)
     inherited = {
         "model": config.model.model_dump(),

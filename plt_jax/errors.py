@@ -1,5 +1,10 @@
 """The errors that users meet: of bad input, and of what failed around the program."""
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """Input that cannot work: says what is wrong and what would be right, in one line.
@@ -10,6 +15,19 @@ class InputError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.splitlines()))  # names that it quotes may hold breaks
+
+
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Puts the configuration's field in front of the refusals of a block that does not know it.
+
+    Raises:
+      InputError: the block's, as `field: message`.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{field}: {error}") from error
 
 
 class MissingProcessError(InputError):

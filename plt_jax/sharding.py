@@ -93,9 +93,10 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
     free = next((name for name, size in sizes.items() if size == -1), None)
     if free is not None:
         if devices % fixed:
+            axes = " x ".join(f"mesh.{name} {size}" for name, size in sizes.items() if size > 1)
             raise InputError(
-                f"mesh: {devices} devices do not divide by the fixed axes' product {fixed}, "
-                f"so mesh.{free} = -1 has no size; change the other axes"
+                f"{devices} devices do not divide by {axes} = {fixed}, so mesh.{free} = -1 has no "
+                "size; change the other axes"
             )
         sizes[free] = devices // fixed
     elif fixed != devices:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plt_jax.config import DataConfig
-from plt_jax.errors import InputError
+from plt_jax.errors import InputError, naming
 
 
 class Corpus(NamedTuple):
@@ -28,15 +28,17 @@ def load_corpus(config: DataConfig) -> Corpus:
     Raises:
       InputError: a source is refused by `read_documents`, or is too short to hold anything out.
     """
-    documents = read_documents(config.source)
+    with naming("data.source"):
+        documents = read_documents(config.source)
     if config.validation_source is not None:
-        return Corpus(documents, read_documents(config.validation_source))
+        with naming("data.validation_source"):
+            return Corpus(documents, read_documents(config.validation_source))
     if len(documents) == 1:
         training, validation = _split_end(documents[0], config.validation_fraction)
         if not (training.strip() and validation.strip()):
             raise InputError(
-                f"the text {config.source} is too short to hold out a part for validation; "
-                "give more text, or a data.validation_source"
+                f"the text {config.source} (data.source) is too short to hold out a part for "
+                "validation; give more text, or a data.validation_source"
             )
         return Corpus([training], [validation])
     held_out = _evenly_spaced(len(documents), config.validation_fraction)

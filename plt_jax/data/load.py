@@ -14,9 +14,9 @@ from plt_jax.data.packing import PackedExamples
 from plt_jax.data.pipeline import Source, epochs_read, training_dataset
 from plt_jax.data.prepared import SPLITS, Prepared, open_prepared
 from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
-from plt_jax.data.tokenizer import check_size, load_tokenizer, token_bytes, tokenizer_for
+from plt_jax.data.tokenizer import check_size, named_tokenizer, token_bytes, tokenizer_for
 from plt_jax.data.tokens import TokenizedDocuments, tokenize
-from plt_jax.errors import InputError
+from plt_jax.errors import InputError, naming
 
 
 class Data(NamedTuple):
@@ -101,7 +101,8 @@ def open_sources(config: RunConfig) -> list[Prepared]:
     Raises:
       InputError: one cannot be used, or they were made with different tokenizers.
     """
-    corpora = [open_prepared(source.path) for source in config.data.sources]
+    with naming("data.sources"):
+        corpora = [open_prepared(source.path) for source in config.data.sources]
     check_same_tokenizer(config, corpora, corpora[0].tokenizer)
     return corpora
 
@@ -140,7 +141,12 @@ def _from_text(config: RunConfig) -> _Text:
     validation = tokenize(corpus.validation, tokenizer, config.data.cache_dir)
     return _Text(
         tokenizer,
-        [Source("the training text", DocumentStream(training, shuffle_seed=config.seed))],
+        [
+            Source(
+                f"data.source {config.data.source}",
+                DocumentStream(training, shuffle_seed=config.seed),
+            )
+        ],
         DocumentStream(validation),
         _counts("training", corpus.training, training)
         | _counts("validation", corpus.validation, validation),
@@ -152,7 +158,7 @@ def _from_prepared(config: RunConfig) -> _Text:
     corpora = open_sources(config)
     tokenizer = corpora[0].tokenizer
     if config.tokenizer.path is not None:
-        check_same_tokenizer(config, corpora, load_tokenizer(config.tokenizer.path))
+        check_same_tokenizer(config, corpora, named_tokenizer(config.tokenizer.path))
     check_size(tokenizer, config.model.vocab_size)
     sources = [
         Source(

@@ -134,9 +134,10 @@ def _mix(config: RunConfig, sources: Sequence[Source], examples: Sequence[int]) 
     for source, count in zip(sources, examples, strict=True):
         if count < training.batch_size:
             raise InputError(
-                f"{source.name} has {len(source.stream)} tokens, which is {count} examples of "
-                f"{config.sequence_length}, fewer than training.batch_size {training.batch_size}; "
-                "lower training.batch_size or data.sequence_length, or give more text"
+                f"{source.name} has {len(source.stream)} tokens to train on, which is {count} "
+                f"examples of {config.sequence_length} (data.sequence_length, by default "
+                f"model.max_length), fewer than training.batch_size {training.batch_size}; lower "
+                "either, hold out less (data.validation_fraction), or give more text"
             )
     mixture = Mixture(
         [

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import cache_folder, fingerprint, write_atomically
-from plt_jax.errors import InputError
+from plt_jax.errors import InputError, naming
 
 BOS_NAMES = ("<|bos|>", "<s>", "<|begin_of_text|>", "<|endoftext|>")
 EOS_NAMES = ("<|eos|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
@@ -39,10 +39,8 @@ def tokenizer_for(config: RunConfig, documents: Sequence[str]) -> Tokenizer:
         special token; `model.vocab_size` is too small to train one; or the cache is unwritable.
     """
     if config.tokenizer.path is not None:
-        tokenizer = load_tokenizer(config.tokenizer.path)
+        tokenizer = named_tokenizer(config.tokenizer.path)
         check_size(tokenizer, config.model.vocab_size)
-        bos_id(tokenizer)
-        eos_id(tokenizer)
         return tokenizer
     settings = (config.model.vocab_size, config.tokenizer.min_frequency)
     name = f"tokenizer-{fingerprint([repr(settings), *documents])}.json"
@@ -108,6 +106,19 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_padding()
     # Not kept in the file: text that spells a special token must stay text.
     tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def named_tokenizer(path: str) -> Tokenizer:
+    """The tokenizer at `tokenizer.path`.
+
+    Raises:
+      InputError: the file is missing or broken, or lacks a special token.
+    """
+    with naming("tokenizer.path"):
+        tokenizer = load_tokenizer(path)
+        bos_id(tokenizer)
+        eos_id(tokenizer)
     return tokenizer
 
 

@@ -20,7 +20,7 @@ from plt_jax.checkpoint.store import (
     set_aside,
 )
 from plt_jax.config import RunConfig
-from plt_jax.errors import InputError
+from plt_jax.errors import InputError, naming
 from plt_jax.run import find_checkpoint
 from plt_jax.run_files import CHECKPOINTS, list_steps
 from plt_jax.training.guard import Guard
@@ -37,14 +37,16 @@ def check_start(config: RunConfig) -> None:
     unknown tokens."""
     if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
         return
-    found = find_checkpoint(config.start_from)
+    with naming("start_from"):
+        found = find_checkpoint(config.start_from)
     if config.tokenizer.path is None:
         raise InputError(
             f"start_from {config.start_from} has no tokenizer, so its embeddings' text is not "
             "known; give its tokenizer.json as tokenizer.path"
         )
     if config.checkpoint.verify:
-        refuse_damaged(found.directory / CHECKPOINTS, found.step, ["params"])
+        with naming("start_from"):
+            refuse_damaged(found.directory / CHECKPOINTS, found.step, ["params"])
 
 
 def start_params(config: RunConfig, abstract: TrainState) -> Any | None:
@@ -55,9 +57,10 @@ def start_params(config: RunConfig, abstract: TrainState) -> Any | None:
     """
     if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
         return None
-    directory, _, step = find_checkpoint(config.start_from)
-    print(f"starting from {directory}, step {step}", flush=True)
-    return load_params(directory / CHECKPOINTS, step, abstract.params)
+    with naming("start_from"):
+        directory, _, step = find_checkpoint(config.start_from)
+        print(f"starting from {directory}, step {step}", flush=True)
+        return load_params(directory / CHECKPOINTS, step, abstract.params)
 
 
 def choose_checkpoint(config: RunConfig) -> int | None:

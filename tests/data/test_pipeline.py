@@ -134,8 +134,9 @@ def test_processes_share_the_global_batch_and_the_state(make_config, tokenized):
 def test_too_little_text_is_refused_with_its_size(make_config, tokenized):
     with pytest.raises(
         InputError,
-        match=r"161 tokens, which is 10 examples of 16, fewer than training\.batch_size 11; "
-        r"lower training\.batch_size or data\.sequence_length",
+        match=r"161 tokens to train on, which is 10 examples of 16 \(data\.sequence_length, by "
+        r"default model\.max_length\), fewer than training\.batch_size 11; lower either, hold out "
+        r"less \(data\.validation_fraction\)",
     ):
         training_dataset(make_config(training={"batch_size": 11}), as_source(tokenized))
     assert take(training_dataset(make_config(training={"batch_size": 10}), as_source(tokenized)), 1)

@@ -128,10 +128,10 @@ def test_bits_per_byte_that_are_printed_are_those_of_the_training_text(finished,
     ("sections", "message"),
     [
         ({"mesh": {"data": 64}}, "need 64 devices, but there are"),
-        ({"data": {"source": "nowhere"}}, "there is no text at 'nowhere'"),
-        ({"data": {"validation_source": "nowhere"}}, "there is no text at 'nowhere'"),
+        ({"data": {"source": "nowhere"}}, "data.source: there is no text at 'nowhere'"),
+        ({"data": {"validation_source": "nowhere"}}, "data.validation_source: there is no text"),
         ({"training": {"batch_size": 64}}, "fewer than training.batch_size 64"),
-        ({"tokenizer": {"path": "nowhere.json"}}, "cannot read the tokenizer nowhere.json"),
+        ({"tokenizer": {"path": "nowhere.json"}}, "tokenizer.path: cannot read the tokenizer"),
         ({"model": {"vocab_size": 100}}, "model.vocab_size 100 cannot hold all 256 bytes"),
         ({"model": {"attention": "splash"}}, "model.attention is splash, which needs a TPU"),
         (
