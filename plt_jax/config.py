@@ -11,10 +11,18 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
+# Devices compute with numbers of 32 bits: what does not fit them is refused, instead of becoming
+# 0, infinity, or an error in the middle of a run.
+LARGE, SMALL, LARGE_INT = 3.4e38, 1.2e-38, 2**31
+Number = Annotated[float, Field(ge=-LARGE, le=LARGE)]
+PositiveFloat = Annotated[float, Field(ge=SMALL, le=LARGE)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGE)]
+PositiveInt = Annotated[int, Field(gt=0, lt=LARGE_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=LARGE_INT)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-AxisSize = Annotated[int, Field(ge=-1)]
+AxisSize = Annotated[int, Field(ge=-1, lt=LARGE_INT)]
 SchemeName = Literal[
     "no_loop", "vanilla_loop", "clp", "clp_kv_share", "plt", "loop_kv_share_window"
 ]
@@ -60,9 +68,9 @@ class LoopConfig(Section):
     gate_input: Literal["query", "hidden"] = "query"
     """What the G-SWA gate reads: the rotated query (PLT, Algorithm 3) or the RMS-normed layer input
     (LoopCoder-v2)."""
-    embedding_scale: float = 1.0
+    embedding_scale: Number = 1.0
     """Scale a on the embeddings that loops > 1 read again (shifted schemes)."""
-    hidden_scale: float = 1.0
+    hidden_scale: Number = 1.0
     """Scale b on the previous loop's shifted output (shifted schemes)."""
     normalize_between_loops: bool = True
     """Apply the final norm to each loop's output before the next loop reads it."""
@@ -100,7 +108,7 @@ class RopeScalingConfig(Section):
     kind: Literal["none", "linear", "llama3"] = "none"
     """Not at all; all frequencies divided by `factor`; or, as in Llama 3.1, only those whose
     wavelength is long against `original_length`."""
-    factor: Annotated[float, Field(ge=1.0)] = 1.0
+    factor: Annotated[float, Field(ge=1.0, le=LARGE)] = 1.0
     """What low frequencies are divided by."""
     low_frequency_factor: PositiveFloat = 1.0
     """Wavelengths above original_length / this are divided in full (llama3)."""
@@ -413,7 +421,7 @@ class GuardConfig(Section):
     spike_deviations: PositiveFloat | None = None
     """A step whose loss or gradient norm lies this many standard deviations (robustly estimated)
     above the median of the window changes nothing either; null for no such limit."""
-    window: Annotated[int, Field(ge=8)] = 128
+    window: Annotated[int, Field(ge=8, lt=LARGE_INT)] = 128
     """Steps that a spike is measured against; before there are so many, nothing is one."""
     patience: PositiveInt = 10
     """Steps skipped in a row after which training goes back to the newest checkpoint, and on with

@@ -111,6 +111,12 @@ REFUSED = {
     "mesh: {fsdp: -2}": "mesh.fsdp = -2: input should be greater than or equal to -1",
     "mesh: {fsdp: -1}": "only one axis may be -1, got {'data': -1, 'fsdp': -1, 'expert': 1, "
     "'context': 1, 'tensor': 1}",
+    "optimizer: {epsilon: 1.0e-300}": "optimizer.epsilon = 1e-300: input should be greater than or",
+    "optimizer: {weight_decay: 1.0e+300}": "optimizer.weight_decay = 1e+300: input should be less",
+    "model: {loop: {hidden_scale: -1.0e+39}}": "model.loop.hidden_scale = -1e+39: input should be",
+    "model: {loop: {window: 2147483648}}": "model.loop.window = 2147483648: input should be less",
+    "guard: {window: 9223372036854775808}": "guard.window = 9223372036854775808: input should be",
+    "mesh: {data: 2147483648}": "mesh.data = 2147483648: input should be less than 2147483648",
     "optimizer: {learning_rate: .nan}": "optimizer.learning_rate = nan: input should be a finite",
     "optimizer: {learning_rate: .inf}": "optimizer.learning_rate = inf: input should be a finite",
     "model: {loop: {hidden_scale: -.inf}}": "model.loop.hidden_scale = -inf: input should be a fin",
@@ -244,7 +250,7 @@ RUNS = st.fixed_dictionaries(
                         {
                             "scheme": st.sampled_from([n for n in SCHEMES if n != "no_loop"]),
                             "count": st.integers(1, 5),
-                            "hidden_scale": st.floats(allow_nan=False, allow_infinity=False),
+                            "hidden_scale": st.floats(-1e38, 1e38),
                         }
                     ),
                 ),

@@ -144,7 +144,7 @@ def plot_losses(directory: Path) -> None:
 
     rows = read_metrics(directory)
     training = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    validation = [row for row in rows if "validation_loss" in row]
+    validation = [row for row in rows if row.get("validation_loss") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if training:

@@ -92,7 +92,8 @@ class Phases:
         with self._changed:
             while not self._ended:
                 since = max(self._since, said)
-                self._changed.wait(max(since + self._hang_after - time.monotonic(), 0.01))
+                left = max(since + self._hang_after - time.monotonic(), 0.01)
+                self._changed.wait(min(left, threading.TIMEOUT_MAX))
                 now = time.monotonic()
                 if not self._ended and now - max(self._since, said) >= self._hang_after:
                     said = now

@@ -152,6 +152,7 @@ def test_there_may_be_no_rows(tmp_path):
         [],
         [{"step": 1, "loss": 2.0}],
         [{"step": 1, "validation_loss": 2.0, "bits_per_byte": 1.0}],
+        [{"step": 1, "validation_loss": None, "bits_per_byte": None}],
         [{"step": 1, "loss": 2.0}, {"step": 1, "validation_loss": 2.0, "bits_per_byte": 1.0}],
     ],
 )

@@ -77,6 +77,13 @@ def test_what_goes_on_is_not_said_to_hang(capfd, monkeypatch):
     assert capfd.readouterr().err == ""
 
 
+def test_more_patience_than_threads_have_is_as_good_as_endless(capfd):
+    with Phases(1e30) as phases:
+        phases.reached(1)
+        time.sleep(0.05)
+    assert capfd.readouterr().err == ""
+
+
 def test_its_thread_ends_with_it():
     before = threading.active_count()
     with Phases(1000.0):
