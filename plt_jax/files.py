@@ -13,6 +13,18 @@ from pathlib import Path
 from plt_jax.errors import InputError
 
 
+def expand(path: str | Path) -> Path:
+    """A path in which `~` or `~NAME` at the beginning has become that home folder.
+
+    Raises:
+      InputError: there is nobody of that name.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # pathlib's way to say so
+        raise InputError(f"{path} begins with the home folder of nobody; correct it") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a file as a whole, so that a kill leaves the old one or the new one.
 

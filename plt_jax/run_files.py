@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plt_jax.errors import InputError
+from plt_jax.files import expand
 
 CONFIG, TOKENIZER, TEXT, CHECKPOINTS, METRICS, HUGGINGFACE = (
     "config.yaml",
@@ -43,9 +44,13 @@ def locate(path: str | Path) -> Location:
     Raises:
       InputError: the path is none of these.
     """
-    path = Path(path).expanduser().resolve()  # the name of a folder given as . tells what it is
+    missing = f"{path} does not exist; give a run directory, or one of its checkpoints"
+    try:
+        path = expand(path).resolve()  # the name of a folder given as . tells what it is
+    except ValueError as error:  # of an impossible name
+        raise error if isinstance(error, InputError) else InputError(missing) from error
     if not os.path.exists(path):  # False, too, where the name is impossible
-        raise InputError(f"{path} does not exist; give a run directory, or one of its checkpoints")
+        raise InputError(missing)
     directory, step = path, None
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:
         directory, step = path.parent.parent, int(path.name)
@@ -65,7 +70,7 @@ def locate(path: str | Path) -> Location:
 def list_steps(directory: str | Path) -> list[int]:
     """Steps of the complete checkpoints in a folder such as RUN/checkpoints, ascending."""
     directory = Path(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # False, too, where the name is impossible
         return []
     # Orbax writes under a temporary name and renames when complete.
     return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())

@@ -50,6 +50,27 @@ def test_options_of_every_depth_and_type(parse):
     assert config.training.steps == 5
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--model.loop", "text"], "--model.loop text"),
+        (["--training", "{steps: 3}"], "--training {steps: 3}"),
+        (["--seed", "1", "--data.sources=[{"], "--data.sources [{"),
+    ],
+)
+def test_a_section_or_list_that_is_no_json_is_refused_by_its_name(parse, words, named):
+    with pytest.raises(InputError) as refusal:
+        parse(*words)
+    assert str(refusal.value).startswith(f"{named} is not valid JSON")
+
+
+def test_text_that_is_not_utf8_is_refused_by_its_field(parse):
+    with pytest.raises(InputError, match=r"training\.sample_prompt: '.*' is not UTF-8"):
+        parse("--training.sample_prompt", "caf\udce9")
+    with pytest.raises(InputError, match=r"data\.source: '.*' is not UTF-8"):
+        parse("--data.source", "caf\udce9")
+
+
 def test_the_last_of_two_equal_options_counts(parse):
     assert parse("--training.steps", "6", "--training.steps", "7").training.steps == 7
 

@@ -117,6 +117,13 @@ REFUSED = {
     "model: {loop: {window: 2147483648}}": "model.loop.window = 2147483648: input should be less",
     "guard: {window: 9223372036854775808}": "guard.window = 9223372036854775808: input should be",
     "mesh: {data: 2147483648}": "mesh.data = 2147483648: input should be less than 2147483648",
+    "model: {width: .inf}": "model.width = inf: input should be a finite number",
+    "model: {heads: .inf}": "model.heads = inf: input should be a finite number",
+    "data: {sources: [{path: a, wieght: 1}]}": "unknown field data.sources.0.wieght; did you mean "
+    "weight?",
+    r'run_dir: "a\0b"': "run_dir: 'a\\x00b' holds a NUL character, which no path does",
+    f"data: {{cache_dir: a/{'x' * 256}}}": "data.cache_dir: the name xxxxxxxxxxxxxxxxxxxx... in it "
+    "has more than 255 bytes; shorten it",
     "optimizer: {learning_rate: .nan}": "optimizer.learning_rate = nan: input should be a finite",
     "optimizer: {learning_rate: .inf}": "optimizer.learning_rate = inf: input should be a finite",
     "model: {loop: {hidden_scale: -.inf}}": "model.loop.hidden_scale = -inf: input should be a fin",
@@ -141,6 +148,18 @@ def test_a_refusal_names_the_field_the_value_and_what_would_be_right(load, text)
     assert REFUSED[text] in message
     assert "name.yaml" in message
     assert "\n" not in message
+
+
+def test_where_to_start_from_is_named_if_it_cannot_be(load):
+    for path, reason in (
+        ("~nobody-is-called-so/x", "begins with the home folder of nobody"),
+        (
+            r'"\0"',
+            "does not exist; give a run directory",
+        ),
+    ):
+        with pytest.raises(InputError, match=rf"^start_from: .*{reason}"):
+            load(f"start_from: {path}")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from plt_jax.errors import InputError
+from plt_jax.errors import InputError, naming
+from plt_jax.files import expand
 
 _FORMAT = "1"
 """Raise when the way tokenizers or tokens are made changes, so that old files are not reused."""
@@ -29,7 +30,8 @@ def cache_folder(cache_dir: str) -> Path:
     Raises:
       InputError: it cannot be made.
     """
-    folder = Path(cache_dir).expanduser()
+    with naming("data.cache_dir"):
+        folder = expand(cache_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

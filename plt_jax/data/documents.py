@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from plt_jax.errors import InputError
+from plt_jax.files import expand
 
 TEXT, JSON_LINES, PARQUET = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet",)
 COMPRESSED = (".gz", ".zst")
@@ -41,7 +42,7 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
     """
     found: list[Path] = []
     for name in inputs:
-        path = Path(name).expanduser()
+        path = expand(name)
         if not os.path.exists(path):
             raise InputError(f"there is no file or folder {path}")
         if path.is_dir():

@@ -159,7 +159,8 @@ def _from_prepared(config: RunConfig) -> _Text:
     tokenizer = corpora[0].tokenizer
     if config.tokenizer.path is not None:
         check_same_tokenizer(config, corpora, named_tokenizer(config.tokenizer.path))
-    check_size(tokenizer, config.model.vocab_size)
+    with naming("data.sources"):
+        check_size(tokenizer, config.model.vocab_size)
     sources = [
         Source(
             f"data.sources {source.path}", corpus.stream("training"), source.weight, source.epochs

@@ -31,6 +31,7 @@ from plt_jax.data.prepared import TOKENIZER, Manifest
 from plt_jax.data.preparing import Advance, Done, Options, Unit, prepare, split_of
 from plt_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from plt_jax.errors import InputError
+from plt_jax.files import expand
 
 SAMPLE_BYTES = 64 * 2**20
 """Of UTF-8 text, drawn from all files, that a tokenizer is trained on."""
@@ -75,7 +76,7 @@ def main() -> int | None:
     for name in ("shard_mib", "workers"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1")
-    out = Path(arguments.out).expanduser()
+    out = expand(arguments.out)
     options = Options(
         arguments.text_field,
         arguments.validation_fraction,

@@ -25,6 +25,7 @@ from plt_jax.data.shards import ShardReader
 from plt_jax.data.streams import JoinedStream
 from plt_jax.data.tokenizer import load_tokenizer
 from plt_jax.errors import InputError
+from plt_jax.files import expand
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 OPEN_SHARDS = 64
@@ -103,7 +104,7 @@ def open_prepared(folder: str | Path) -> Prepared:
     Raises:
       InputError: it is none, is not finished, or a file of it is missing or has another size.
     """
-    folder = Path(folder).expanduser()
+    folder = expand(folder)
     manifest = read_manifest(folder)
     for shard in manifest.shards:
         check_size(folder, shard)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import cache_folder, fingerprint, write_atomically
 from plt_jax.errors import InputError, naming
+from plt_jax.files import expand
 
 BOS_NAMES = ("<|bos|>", "<s>", "<|begin_of_text|>", "<|endoftext|>")
 EOS_NAMES = ("<|eos|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
@@ -40,7 +41,8 @@ def tokenizer_for(config: RunConfig, documents: Sequence[str]) -> Tokenizer:
     """
     if config.tokenizer.path is not None:
         tokenizer = named_tokenizer(config.tokenizer.path)
-        check_size(tokenizer, config.model.vocab_size)
+        with naming("tokenizer.path"):
+            check_size(tokenizer, config.model.vocab_size)
         return tokenizer
     settings = (config.model.vocab_size, config.tokenizer.min_frequency)
     name = f"tokenizer-{fingerprint([repr(settings), *documents])}.json"
@@ -89,7 +91,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises:
       InputError: the file cannot be read, or is no such file.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -8,16 +8,16 @@ Exit code 0: all is as it was written; 1: something is damaged or missing, each 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from plt_jax.cli import EXIT_DONE, EXIT_FAILED, CommandParser, run_command
 from plt_jax.data.prepared import find_problems
+from plt_jax.files import expand
 
 
 def main() -> int:
     parser = CommandParser(prog="python -m plt_jax.data.verify", description=__doc__)
     parser.add_argument("folder", help="of a prepared corpus")
-    folder = Path(parser.parse_args().folder).expanduser()
+    folder = expand(parser.parse_args().folder)
     problems = find_problems(folder)
     for problem in problems:
         print(problem, file=sys.stderr)

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.errors import InputError
-from plt_jax.files import new_folder
+from plt_jax.files import expand, new_folder
 from plt_jax.interop.config_json import read_config, read_json, write_config
 from plt_jax.interop.safetensors_folder import SafetensorsFolder, write_safetensors
 from plt_jax.interop.tensors import IGNORED, Piece, is_gate, pieces_of, read_part, to_tensor
@@ -98,7 +98,7 @@ def open_huggingface(path: str | Path, dtype: str | None = None) -> Source:
     """Reads and checks a checkpoint's config.json and headers; see `load_huggingface`."""
     if dtype not in (None, *DTYPES):
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    folder = Path(path).expanduser()
+    folder = expand(path)
     if not os.path.isdir(folder):  # False, too, where the name is impossible
         raise InputError(f"{folder} is not a folder; give one that holds {CONFIG} and safetensors")
     values = read_json(folder / CONFIG)
