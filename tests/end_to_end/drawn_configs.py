@@ -114,7 +114,7 @@ def fair_of_type(name: str, kind: Kind, home: Path) -> Strategy:
         most = min(least + 4, math.inf if high == math.inf else int(high) - (not high_allowed))
         return st.integers(least, int(most))
     if kind.type is float:
-        low = -2.0 if low == -math.inf else low
+        low = max(low, -2.0)
         inside = [low + (min(high, low + 4.0) - low) * part for part in (0.01, 0.3, 0.5, 0.9)]
         allowed = [low] * low_allowed + [high] * high_allowed
         edges = [edge for edge in allowed if abs(edge) < 1e6]  # larger weights only diverge
@@ -279,8 +279,8 @@ def _unfair_values(home: Path) -> dict[str, list[Any]]:
         "model.moe.dense_layers": [3, 10**30],
         "training.accumulate": [5, 10**30],
         "data.sequence_length": [33, 10**30],
-        "data.source": [str(home / "corpus" / "00.txt")],
-        "data.validation_source": [str(home / "corpus" / "00.txt")],
+        "data.source": [str(home / "short.txt")],
+        "data.validation_source": [str(home / "short.txt")],
         "start_from": [str(home / "trained"), str(home / "trained" / "checkpoints" / "2")],
         "tokenizer.path": [str(home / "unspecial.json"), str(home / "large.json")],
         "training.sample_prompt": ["peace and union " * 20],
