@@ -276,7 +276,10 @@ class ModelConfig(Section):
                 f"kv_heads must be one of {divisors(self.heads)}"
             )
         if self.head_width % 2:
-            raise ValueError(f"head_width {self.head_width} is odd; RoPE needs an even number")
+            raise ValueError(
+                f"head_width {self.head_width} is odd; RoPE needs an even number (by default "
+                "it is width / heads)"
+            )
         if self.moe.dense_layers >= self.layers:
             raise ValueError(
                 f"moe.dense_layers {self.moe.dense_layers} leaves none of the {self.layers} layers "

@@ -86,7 +86,8 @@ REFUSED = {
     "model: {heads: 6}": "heads 6 is not divisible by kv_heads 4; "
     "kv_heads must be one of [1, 2, 3, 6]",
     "model: {width: 100}": "width 100 is not divisible by heads 12; change one, or set head_width",
-    "model: {head_width: 7}": "head_width 7 is odd; RoPE needs an even number",
+    "model: {head_width: 7}": "head_width 7 is odd; RoPE needs an even number (by default it is "
+    "width / heads)",
     "model: {width: 84}": "head_width 7 is odd",
     "model: {attention: flash}": "model.attention = 'flash': input should be 'auto', 'xla', "
     "'cudnn' or 'splash'",

@@ -250,17 +250,8 @@ def unfair(name: str, kind: Kind, home: Path) -> Strategy:
 def strange_paths(home: Path) -> list[str]:
     """Names of nothing, of a file, of a folder, and of what no file can be called."""
     return [
-        *[
-            "",
-            " ",
-            "nowhere/at all",
-            "~nobody-is-called-so/x",
-            "\0",
-            "x" * 300,
-            "a\nb",
-            "/proc/nowhere",
-            "é\udcff",
-        ],
+        *["", " ", "nowhere/at all", "~nobody-is-called-so/x", "/proc/nowhere"],
+        *["\0", "x" * 300, "a\nb", "é\udcff"],
         *[str(home / name) for name in ("", "file.txt", "empty", "latin.txt", "tokenizer.json")],
     ]
 
@@ -363,7 +354,7 @@ def cases(home: Path, devices: int = 1) -> Strategy:
     def draw_case(draw) -> Case:
         names = draw(_some(sorted(kinds), draw(st.sampled_from([4, 8, 12, 20]))))
         if draw(st.booleans()):
-            names = [*{"model.loop.scheme", "model.moe.experts", *names}]
+            names = [*dict.fromkeys(("model.loop.scheme", "model.moe.experts", *names))]
         values = {name: draw(fair(name, kinds[name], home)) for name in names}
         if draw(st.integers(0, 9)):  # the other tenth may contradict itself
             values = reconciled(values, home, devices)

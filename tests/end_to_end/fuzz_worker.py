@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import gc
 import json
 import math
 import os
@@ -201,6 +202,8 @@ def main() -> None:
     if words.values is not None:
         print(run(Case(words.values, frozenset()), home))
         return
+    gc.freeze()  # tracing makes much garbage, in which what is loaded need not be looked for
+    gc.set_threshold(50_000)
     counts, failures, known = collections.Counter(), [], set()
     began = time.monotonic()
     for number, case in enumerate(drawn(home, words.cases, words.seed, jax.device_count()), 1):
