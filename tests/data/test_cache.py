@@ -25,6 +25,11 @@ def test_folder_that_cannot_be_made_is_refused(tmp_path):
         cache_folder(str(tmp_path / "file" / "cache"))
 
 
+def test_the_home_folder_of_nobody_is_refused_by_the_field():
+    with pytest.raises(InputError, match=r"data\.cache_dir: ~nobody-is-called-so begins with the"):
+        cache_folder("~nobody-is-called-so")
+
+
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "kept"
     write_atomically(path, lambda file: file.write(b"old"))

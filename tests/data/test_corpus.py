@@ -104,6 +104,13 @@ def test_missing_source_is_refused(source):
         read_documents(source)
 
 
+def test_the_home_folder_of_nobody_is_refused():
+    with pytest.raises(
+        InputError, match=r"~nobody-is-called-so/x begins with the home folder of n"
+    ):
+        read_documents("~nobody-is-called-so/x")
+
+
 def test_folder_without_text_files_is_refused(tmp_path):
     (tmp_path / "a.md").write_text("text")
     with pytest.raises(InputError, match=r"the folder .* has no \.txt files"):

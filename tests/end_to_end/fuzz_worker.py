@@ -26,6 +26,7 @@ from typing import Any
 import jax
 import yaml
 
+from plt_jax.cli import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from plt_jax.data.preparing import Options, prepare
 from plt_jax.data.tokenizer import train_tokenizer
 from plt_jax.run_files import list_steps
@@ -78,13 +79,13 @@ def _silent(*_: Any) -> Any:
 def words_of(case: Case, home: Path, folder: Path) -> list[str]:
     """Writes a case's YAML file; returns the command line that goes with it."""
     values = {"run_dir": str(folder / "run"), **base(home), **case.values}
-    # What a section is said to be lies over what is said of its fields.
-    options = {
-        name for name in case.options if not re.search("[\0]", as_word(case.values[name]))
-    } | {name for name in case.values if "\udcff" in as_word(case.values[name])}
+    # No argument can hold a NUL, and no YAML file what is not UTF-8.
+    written = {name: as_word(value) for name, value in case.values.items()}
+    options = {name for name in case.options if "\0" not in written[name]}
+    options |= {name for name in written if "\udcff" in written[name]}
     in_file = {name: value for name, value in values.items() if name not in options}
     (folder / "case.yaml").write_text(yaml.safe_dump(nested(in_file), allow_unicode=True))
-    words = [f"--{name}={as_word(case.values[name])}" for name in sorted(options)]
+    words = [f"--{name}={written[name]}" for name in sorted(options)]
     return [str(folder / "case.yaml"), *words]
 
 
@@ -108,9 +109,11 @@ def names(message: str, field: str) -> bool:
 
 def judge(case: Case, result: Result, folder: Path) -> str:
     """How a case ended: "trained", "refused", or what is wrong."""
-    if result.code == 0:
+    if result.code == EXIT_STOPPED:
+        sys.exit(EXIT_STOPPED)  # training takes the signals that are meant for the worker
+    if result.code == EXIT_DONE:
         return _judge_run(case, result, folder)
-    if result.code != 2:
+    if result.code != EXIT_BAD_INPUT:
         return f"exit code {result.code}: {result.err}"
     lines = result.err.splitlines()
     if len(lines) != 1 or not lines[0].startswith("error: "):
@@ -190,7 +193,7 @@ def smaller(case: Case, home: Path, outcome: str) -> Case:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("home", type=Path, help="folder to make corpora and runs in")
+    parser.add_argument("home", type=Path, help="new folder to make corpora and runs in")
     parser.add_argument("--cases", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after them")
