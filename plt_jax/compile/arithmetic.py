@@ -76,6 +76,6 @@ def decode_flops(model: ModelConfig, batch: int, context: int) -> StepFlops:
     by_loop = []
     for index, one in enumerate(loops):
         gated = index > 0 and model.loop.later_attention == "gated"
-        keys = context + (model.loop.window if gated else 0)
+        keys = context + (min(model.loop.window, context) if gated else 0)
         by_loop.append(batch * (one.layers + one.head + per_key * keys))
     return StepFlops(tuple(by_loop), sum(by_loop))

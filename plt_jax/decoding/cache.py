@@ -54,8 +54,8 @@ class Cache:
     values: tuple[tuple[Stored, ...], ...]
     """As keys."""
     ring_keys: tuple[jax.Array, ...]
-    """[B, L-1, K, W, H]: the last W keys of loops 2..L; position p is in slot p mod W. Empty
-    without a window."""
+    """[B, L-1, K, W, H]: the last W keys of loops 2..L, with W at most S; position p is in slot
+    p mod W. Empty without a window."""
     ring_values: tuple[jax.Array, ...]
     """As ring_keys."""
     carried: jax.Array
@@ -131,7 +131,7 @@ def _empty(config: ModelConfig, batch: int, max_length: int, dtype_name: str) ->
     loop = config.loop
     K, H = config.kv_heads, config.head_width
     rows = loop.count if loop.later_attention == "own" else 1
-    ring = (batch, loop.count - 1, K, loop.window, H)
+    ring = (batch, loop.count - 1, K, min(loop.window, max_length), H)
     windowed_layers = config.layers if loop.later_attention == "gated" and loop.count > 1 else 0
 
     def stored() -> Stored:

@@ -152,7 +152,7 @@ def _attend_chunk(
     local = attend_window(
         q_BNCH, (k_BKCH, v_BKCH), tuple(ring[:, index - 1] for ring in rings), before_B
     )
-    ring_slots_BC = ring_slots_of_chunk(loop.window, positions_BC, lengths_B, before_B)
+    ring_slots_BC = ring_slots_of_chunk(rings[0].shape[3], positions_BC, lengths_B, before_B)
     ring_keys, ring_values = (
         write_rings(ring, new[:, None], ring_slots_BC, index - 1)
         for ring, new in zip(rings, (k_BKCH, v_BKCH), strict=True)

@@ -157,15 +157,16 @@ def _attend_rows(
     if loop.later_attention == "shared" or not later:
         return everything, held
     first, rings = later[0], slice(loops[later[0]] - 1, loops[-1])
+    window = held.ring_keys.shape[3]
 
     def in_ring(ring_BRKWH: jax.Array, new_BKRH: jax.Array) -> jax.Array:
         new_BRK1H = new_BKRH[:, :, first:].swapaxes(1, 2)[:, :, :, None]
-        return write_rings(ring_BRKWH, new_BRK1H, slots_B1 % loop.window, rings.start)
+        return write_rings(ring_BRKWH, new_BRK1H, slots_B1 % window, rings.start)
 
     held = held._replace(
         ring_keys=in_ring(held.ring_keys, k_BKRH), ring_values=in_ring(held.ring_values, v_BKRH)
     )
-    ring_mask_B1W = (ring_positions(lengths_B + 1, loop.window) >= 0)[:, None]
+    ring_mask_B1W = (ring_positions(lengths_B + 1, window) >= 0)[:, None]
     seen = (held.ring_keys[:, rings], held.ring_values[:, rings])
     local = attend_own(q_BNRH[:, :, first:], *seen, ring_mask_B1W)
     blended = blend(gate_BNR[:, :, first:], everything[:, :, first:], local)

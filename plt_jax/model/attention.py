@@ -172,6 +172,8 @@ def sequence_attention(
       InputError: see `choose_backend`.
     """
     backend = choose_backend(config)
+    if window is not None:
+        window = min(window, q_BNTH.shape[2])  # padded to it where devices share a sequence
     if split_axes("length"):
         return spread_attention(backend, q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
     if backend == "splash":

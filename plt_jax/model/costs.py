@@ -104,7 +104,7 @@ class CacheBytes(NamedTuple):
     per_token: int
     """Keys and values that grow with the context."""
     windows: int
-    """Of the later loops' last W tokens, whatever the context."""
+    """Of the later loops' last W tokens, in a context of at least as many."""
 
 
 def cache_bytes(config: ModelConfig) -> CacheBytes:
@@ -114,5 +114,5 @@ def cache_bytes(config: ModelConfig) -> CacheBytes:
     own, gated = loop.later_attention == "own", loop.later_attention == "gated"
     return CacheBytes(
         per_token=position * (loop.count if own else 1),
-        windows=position * (loop.count - 1) * loop.window if gated else 0,
+        windows=position * (loop.count - 1) * min(loop.window, config.max_length) if gated else 0,
     )

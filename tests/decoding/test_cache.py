@@ -166,3 +166,8 @@ def test_writing_row_by_row_is_writing_at_once(monkeypatch, dtype):
     monkeypatch.setattr(caches, "traced_platform", lambda: "tpu")
     jax.tree.map(np.testing.assert_array_equal, caches.write(stored, new, slots), expected)
     assert not np.array_equal(jax.tree.leaves(expected)[0], jax.tree.leaves(stored)[0])
+
+
+def test_a_window_wider_than_the_cache_takes_no_more_than_the_cache():
+    cache = init_cache(small_config("plt", window=2**31 - 1), 2, 24)
+    assert {ring.shape for ring in cache.ring_keys + cache.ring_values} == {(2, 1, 2, 24, 4)}

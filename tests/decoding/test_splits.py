@@ -123,7 +123,7 @@ class Decoder:
 def meaningful(config: ModelConfig, cache: Cache):
     """The parts of a cache that later answers depend on; zero elsewhere."""
     slots = jnp.arange(CAPACITY) < cache.lengths[:, None]
-    ring = ring_positions(cache.lengths, config.loop.window) >= 0
+    ring = ring_positions(cache.lengths, min(config.loop.window, CAPACITY)) >= 0
 
     def part(tree, filled_BS):
         def masked(array):

@@ -137,7 +137,7 @@ def fair_items(section: type[Section], prefix: str, home: Path) -> Strategy:
 
 
 def fair_values(home: Path) -> dict[str, Strategy]:
-    """What more than its type is known of a field, `home` being made by `fuzz_worker.make_home`.
+    """What more than its type is known of a field, `home` being made by `fuzz_worker.make`.
 
     Sizes stay tiny, numbers whose size says nothing are large at times, paths lead somewhere.
     """
@@ -147,7 +147,7 @@ def fair_values(home: Path) -> dict[str, Strategy]:
     corpus = [str(home / "corpus"), str(home / "long.txt")]
     return {
         "run_dir": st.none(),
-        "start_from": st.none(),
+        "start_from": pick([None, str(home / "trained"), str(home / "trained/checkpoints/2")]),
         "seed": pick([0, 1, 2**31, 2**32 - 1]),
         "model.vocab_size": pick([258, 270, 300, 400]),
         "model.max_length": pick([2, 5, 8, 16, 32]),
@@ -272,7 +272,7 @@ def _unfair_values(home: Path) -> dict[str, list[Any]]:
         "data.sequence_length": [33, 10**30],
         "data.source": [str(home / "short.txt")],
         "data.validation_source": [str(home / "short.txt")],
-        "start_from": [str(home / "trained"), str(home / "trained" / "checkpoints" / "2")],
+        "start_from": [str(home / "trained" / "checkpoints" / "1")],
         "tokenizer.path": [str(home / "unspecial.json"), str(home / "large.json")],
         "training.sample_prompt": ["peace and union " * 20],
         "mesh.data": [3, 10**30],

@@ -280,3 +280,13 @@ def test_one_loop_only_stays_one():
     assert with_loops(config, random_params(config), 1)[0] == config
     with pytest.raises(InputError, match="no_loop cannot run 2 loops; give 1"):
         with_loops(config, random_params(config), 2)
+
+
+def test_a_window_wider_than_any_sequence_sees_all_of_it():
+    tokens = jnp.arange(12).reshape(1, 12)
+    params = random_params(small_config())
+    wide, just = (
+        Transformer(small_config(window=window)).apply({"params": params}, tokens)
+        for window in (2**31 - 1, 12)
+    )
+    np.testing.assert_array_equal(wide, just)
