@@ -224,8 +224,9 @@ class ModelConfig(Section):
     """Base of the rotary position embedding's frequencies."""
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
     """How those frequencies are stretched."""
-    norm_epsilon: PositiveFloat = 1e-5
-    """Added to the mean square in every RMSNorm."""
+    norm_epsilon: Annotated[float, Field(ge=1e-12, le=LARGE)] = 1e-5
+    """Added to the mean square in every RMSNorm. (Below the limit, gradients at states of zero are
+    no numbers.)"""
     tied_embeddings: bool = False
     """Use the transposed embedding as the output head."""
     qk_norm: bool = False
@@ -380,8 +381,9 @@ class OptimizerConfig(Section):
     """Decay of the gradient's running mean."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Decay of the squared gradient's running mean."""
-    epsilon: PositiveFloat = 1e-8
-    """Added to the root of the squared gradient's mean."""
+    epsilon: Annotated[float, Field(ge=1e-20, le=LARGE)] = 1e-8
+    """Added to the root of the squared gradient's mean. (Below the limit, gradients too small for
+    their squares to be other than 0 would make huge updates.)"""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay, times the learning rate, of the projections' weights; norms, gates, biases
     and embeddings have none."""

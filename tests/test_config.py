@@ -113,6 +113,8 @@ REFUSED = {
     "mesh: {fsdp: -1}": "only one axis may be -1, got {'data': -1, 'fsdp': -1, 'expert': 1, "
     "'context': 1, 'tensor': 1}",
     "optimizer: {epsilon: 1.0e-300}": "optimizer.epsilon = 1e-300: input should be greater than or",
+    "optimizer: {epsilon: 1.0e-30}": "optimizer.epsilon = 1e-30: input should be greater than or",
+    "model: {norm_epsilon: 1.0e-30}": "model.norm_epsilon = 1e-30: input should be greater than or",
     "optimizer: {weight_decay: 1.0e+300}": "optimizer.weight_decay = 1e+300: input should be less",
     "model: {loop: {hidden_scale: -1.0e+39}}": "model.loop.hidden_scale = -1e+39: input should be",
     "model: {loop: {window: 2147483648}}": "model.loop.window = 2147483648: input should be less",

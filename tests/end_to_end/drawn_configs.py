@@ -187,7 +187,7 @@ def fair_values(home: Path) -> dict[str, Strategy]:
         "tokenizer.path": pick([None, None, str(home / "tokenizer.json")]),
         "tokenizer.min_frequency": huge,
         "optimizer.learning_rate": pick([1e-30, 1e-4, 1e-2, 1.0]),
-        "optimizer.epsilon": pick([1e-30, 1e-8, 1.0]),
+        "optimizer.epsilon": pick([1e-20, 1e-8, 1.0]),
         "optimizer.clip_norm": pick([None, 1e-6, 1.0, 1e30]),
         "training.steps": pick([1, 2]),
         "training.batch_size": pick([1, 2, 3, 4, 6, 8]),
