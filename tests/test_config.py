@@ -279,7 +279,12 @@ RUNS = st.fixed_dictionaries(
             }
         ),
         "data": st.fixed_dictionaries(
-            {"source": st.text(), "sequence_length": st.one_of(st.none(), st.integers(1, 2048))}
+            {
+                "source": st.text(
+                    st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60
+                ),
+                "sequence_length": st.one_of(st.none(), st.integers(1, 2048)),
+            }
         ),
         "optimizer": st.fixed_dictionaries(
             {"learning_rate": st.floats(1e-30, 1e30), "clip_norm": st.one_of(st.none(), st.just(2))}
