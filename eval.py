@@ -7,7 +7,8 @@ from plt_jax.cli import CommandParser, run_command
 from plt_jax.errors import InputError
 
 OF_TASKS = ("limit", "num_fewshot", "include_path")
-"""Options that are for tasks alone, which the harness spells with hyphens."""
+"""Options of tasks, which the harness spells with hyphens."""
+OF_DOCUMENTS = ("corpus", "stride")
 
 
 def main() -> None:
@@ -28,6 +29,14 @@ def main() -> None:
         help="what each loop does to states, attention and predictions, instead of the scores; "
         "writes loops.json and a page, loops.html",
     )
+    parser.add_argument(
+        "--by_document",
+        action="store_true",
+        help="each document by itself, long ones in windows that overlap; writes documents.json "
+        "and documents.jsonl",
+    )
+    parser.add_argument("--corpus", help="of --by_document: a prepared corpus's held-out documents")
+    parser.add_argument("--stride", type=int, help="of --by_document: new tokens of each window")
     parser.add_argument("--sequences", type=int, help="of --loops, evenly spaced; default 16")
     parser.add_argument(
         "--at_loops",
@@ -37,7 +46,9 @@ def main() -> None:
     tasks = parser.add_argument_group("tasks", "pip install 'plt_jax[lm_eval]'")
     tasks.add_argument("--tasks", help="names of the harness's tasks or groups, as a,b")
     tasks.add_argument("--suite", help="the PLT paper's tasks: paper_moe or paper_dense")
-    tasks.add_argument("--limit", type=int, help="examples of each task; default all")
+    tasks.add_argument(
+        "--limit", type=int, help="examples of each task, or documents of --by_document"
+    )
     tasks.add_argument("--num-fewshot", type=int, help="examples in the prompt; default the task's")
     tasks.add_argument("--include-path", help="a folder of further tasks")
     tasks.add_argument(
@@ -48,14 +59,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if named_tasks(arguments) is not None:
         report = run_tasks(arguments)
+    elif arguments.loops:
+        report = run_loops(arguments)
     else:
-        report = run_loops(arguments) if arguments.loops else run_text(arguments)
+        report = run_documents(arguments) if arguments.by_document else run_text(arguments)
     print(report.table())
     print(f"written to {report.path}")
 
 
 def run_text(arguments: Namespace):
     refuse(arguments, "--tasks and --suite", *OF_TASKS)
+    refuse(arguments, "--by_document", *OF_DOCUMENTS)
     refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.report import evaluate_trained
 
@@ -66,8 +80,25 @@ def run_text(arguments: Namespace):
     return report
 
 
+def run_documents(arguments: Namespace):
+    refuse(arguments, "--tasks and --suite", "num_fewshot", "include_path")
+    refuse(arguments, "scores", "at_loops")
+    refuse(arguments, "--loops", "sequences")
+    from plt_jax.evaluation.documents import evaluate_documents
+
+    return evaluate_documents(
+        arguments.path,
+        text=arguments.text,
+        corpus=arguments.corpus,
+        stride=arguments.stride,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+    )
+
+
 def run_loops(arguments: Namespace):
     refuse(arguments, "--tasks and --suite", *OF_TASKS)
+    refuse(arguments, "--by_document", *OF_DOCUMENTS)
     refuse(arguments, "scores", "batch_size", "at_loops")
     from plt_jax.evaluation.loops import SEQUENCES, evaluate_loops
 
@@ -76,7 +107,8 @@ def run_loops(arguments: Namespace):
 
 
 def run_tasks(arguments: Namespace):
-    refuse(arguments, "scores and --loops", "text")
+    refuse(arguments, "scores, --by_document and --loops", "text")
+    refuse(arguments, "--by_document", *OF_DOCUMENTS)
     refuse(arguments, "scores", "at_loops")
     refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.tasks import evaluate_tasks

@@ -61,6 +61,32 @@ def likelihoods(
       InputError: a sequence is longer than the context, or scores its first token, which nothing
         is before; or the batch size does not divide over the mesh.
     """
+    found: list[Likelihood | None] = [None] * len(sequences)
+    compute = partial(_score, config, params)
+    for index, (nll_n, greedy_n) in in_batches(config, mesh, sequences, batch_size, compute, done):
+        total = float(np.sum(nll_n, dtype=np.float64))
+        found[index] = Likelihood(-total, bool(np.all(greedy_n)))
+    return found
+
+
+def in_batches(
+    config: ModelConfig,
+    mesh: Mesh,
+    sequences: Sequence[Scored],
+    batch_size: int,
+    compute: Callable[..., tuple[jax.Array, ...]],
+    done: Callable[[int], None] = lambda count: None,
+) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+    """Values of the scored tokens of sequences, as their numbers come, the longest first.
+
+    Args:
+      compute: `compute(tokens_BT=..., targets_BT=...)` gives arrays [B, ..., T]; of each, those of
+        a sequence's scored tokens are [..., n].
+      mesh, batch_size, done: see `likelihoods`.
+
+    Raises:
+      InputError: as `likelihoods`.
+    """
     for tokens, first in sequences:
         if len(tokens) > config.max_length + 1:  # nothing is predicted from the last
             raise InputError(
@@ -69,21 +95,16 @@ def likelihoods(
             )
         if not 0 < first <= len(tokens):
             raise InputError(f"cannot score from token {first} of {len(tokens)}: 1 is the earliest")
-    found: list[Likelihood | None] = [None] * len(sequences)
     with use_mesh(mesh):
         for length, indices in _batches(config, sequences, batch_size):
             rows = [sequences[index] for index in indices]
             layout = batch_layout(mesh, ("batch_size", batch_size), ("tokens", length))
             batch = layout.place(_padded(rows, batch_size, length))
-            nll_BT, greedy_BT = jax.device_get(_score(config, params, **batch))
-            for index, (tokens, first), nll_T, greedy_T in zip(
-                indices, rows, nll_BT, greedy_BT, strict=False
-            ):
+            arrays = jax.device_get(compute(**batch))
+            for row, (index, (tokens, first)) in enumerate(zip(indices, rows, strict=True)):
                 scored = slice(first - 1, len(tokens) - 1)
-                total = float(np.sum(nll_T[scored], dtype=np.float64))
-                found[index] = Likelihood(-total, bool(np.all(greedy_T[scored])))
+                yield index, tuple(array[row][..., scored] for array in arrays)
             done(len(rows))
-    return found
 
 
 def _batches(
@@ -118,25 +139,49 @@ def _score(
     config: ModelConfig, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Each target's negative log-likelihood, float32, and whether it is the likeliest, [B, T]."""
-    B, T = tokens_BT.shape
-    turns = 1
-    while B * T // turns * config.vocab_size > LOGITS and T % (2 * turns) == 0:
-        turns *= 2
 
     def scores(model: Transformer) -> tuple[jax.Array, jax.Array]:
-        states_BTD = model.loop_states(tokens_BT).handed_LBTD[-1]
+        states = model.loop_states(tokens_BT)
+        return in_turns(model, states.handed_LBTD[-1], targets_BT)
 
-        def of_positions(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            states, targets = part
-            logits = model.logits(states)
-            nll, _ = cross_entropy(logits, targets)
-            return nll, jnp.argmax(logits, axis=-1) == targets
+    return Transformer(config).apply({"params": params}, method=scores)
 
-        parts = [
-            jnp.moveaxis(x.reshape(B, turns, T // turns, *x.shape[2:]), 1, 0)
-            for x in (states_BTD, targets_BT)
-        ]
-        return jax.lax.map(of_positions, tuple(parts))
 
-    found = Transformer(config).apply({"params": params}, method=scores)
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, T) for x in found)
+@partial(jax.jit, static_argnums=0)
+def nll_by_loop(
+    config: ModelConfig, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array]:
+    """Each target's negative log-likelihood read out at every loop, float32 [B, L, T]."""
+
+    def scores(model: Transformer) -> jax.Array:
+        def of_loop(raw_BTD: jax.Array) -> jax.Array:
+            nll_BT, _ = in_turns(model, model.normalize(raw_BTD), targets_BT)
+            return nll_BT
+
+        return jax.lax.map(of_loop, model.loop_states(tokens_BT).raw_LBTD)
+
+    nll_LBT = Transformer(config).apply({"params": params}, method=scores)
+    return (jnp.moveaxis(nll_LBT, 0, 1),)
+
+
+def in_turns(
+    model: Transformer, normed_BTD: jax.Array, targets_BT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """As `_score`, of normed states; stretches of positions take turns where logits are many."""
+    B, T = targets_BT.shape
+    turns = 1
+    while B * T // turns * model.config.vocab_size > LOGITS and T % (2 * turns) == 0:
+        turns *= 2
+
+    def of_stretch(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        normed, targets = part
+        logits = model.logits(normed)
+        nll, _ = cross_entropy(logits, targets)
+        return nll, jnp.argmax(logits, axis=-1) == targets
+
+    parts = [
+        jnp.moveaxis(x.reshape(B, turns, T // turns, *x.shape[2:]), 1, 0)
+        for x in (normed_BTD, targets_BT)
+    ]
+    nll, greedy = jax.lax.map(of_stretch, tuple(parts))
+    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, T) for x in (nll, greedy))

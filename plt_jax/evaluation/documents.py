@@ -1,0 +1,273 @@
+"""Perplexity document by document: each by itself, long ones in windows that overlap.
+
+Unlike the packed examples of perplexity.py, a token never lacks the context that its document and
+the model's length would give it but for `length - stride` positions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from plt_jax.config import MeshConfig, ModelConfig, RunConfig
+from plt_jax.data.corpus import load_corpus, read_documents
+from plt_jax.data.load import check_same_tokenizer, held_out, open_sources
+from plt_jax.data.prepared import open_prepared
+from plt_jax.data.streams import DocumentStream, TokenStream
+from plt_jax.data.tokenizer import token_bytes
+from plt_jax.data.tokens import tokenize
+from plt_jax.errors import InputError, naming
+from plt_jax.evaluation.likelihood import Scored, in_batches, nll_by_loop
+from plt_jax.evaluation.perplexity import score
+from plt_jax.files import write_pieces, write_text
+from plt_jax.run import Trained, open_trained
+from plt_jax.sharding import make_mesh
+from plt_jax.tables import table_of
+
+DOCUMENTS, EACH = "documents.json", "documents.jsonl"
+AT_ONCE = 1024
+"""Documents that are in memory together, and batched by length."""
+READ = 2**20
+"""Tokens that are read of a corpus at once."""
+
+COLUMNS = (
+    ("tokens", "tokens", "{:,}"),
+    ("loss", "loss", "{:.4f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("bits_per_byte", "bits per byte", "{:.4f}"),
+)
+
+
+class DocumentReport(NamedTuple):
+    """What was found, and where it was written."""
+
+    numbers: dict[str, Any]
+    """Over all documents `by_loop`, and of the last loop `by_position` in the document."""
+    path: Path
+
+    def table(self) -> str:
+        """Lines by loop, and by position."""
+        loops = [row | {"label": f"loop {row['loop']}"} for row in self.numbers["by_loop"]]
+        places = [
+            row | {"label": f"position {row['first']} to {row['last']}"}
+            for row in self.numbers["by_position"]
+        ]
+        return table_of(COLUMNS, [*loops, *places])
+
+
+def evaluate_documents(
+    path: str,
+    text: str | None = None,
+    corpus: str | None = None,
+    stride: int | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+) -> DocumentReport:
+    """Evaluates a run or checkpoint document by document; writes documents.json, and a line for
+    each document in documents.jsonl.
+
+    Args:
+      text, corpus: a text file or folder, or a prepared corpus's held-out documents, instead of the
+        run's held-out documents.
+      stride: new tokens of each window but the first; default half the context.
+      limit: documents, from the first.
+      batch_size: windows on all devices together; default the run's evaluation.batch_size.
+
+    Raises:
+      InputError: no such checkpoint, text or corpus, the corpus has another tokenizer, or an
+        argument is out of its range.
+    """
+    if text is not None and corpus is not None:
+        raise InputError("--text and --corpus exclude one another; give one of them")
+    for name, value in (("--stride", stride), ("--limit", limit), ("--batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} is {value}; it must be at least 1")
+    mesh = make_mesh(MeshConfig())
+    trained = open_trained(path, mesh)
+    config = trained.config.model
+    stride = stride or max(config.max_length // 2, 1)
+    if stride > config.max_length:
+        raise InputError(
+            f"--stride is {stride}, but the context holds {config.max_length} (model.max_length); "
+            "lower it"
+        )
+    documents = islice(documents_of(stream_of(trained, text, corpus)), limit)
+    target = trained.directory / DOCUMENTS
+    sums = Sums(config.loop.count)
+    bytes_V = token_bytes(trained.tokenizer, config.vocab_size)
+    size = batch_size or trained.config.evaluation.batch_size
+    rows = measure(trained, mesh, documents, stride, size, bytes_V, sums)
+    write_pieces(trained.directory / EACH, (json.dumps(row) + "\n" for row in rows))
+    if not sums.tokens:
+        raise InputError("the text holds no token to predict; give a longer one (--text)")
+    numbers = {
+        "step": trained.step,
+        "text": corpus or text or f"held out from {named_text(trained.config)}",
+        "context": config.max_length,
+        "stride": stride,
+        **sums.to_json(),
+    }
+    write_text(target, json.dumps(numbers, indent=2) + "\n")
+    return DocumentReport(numbers, target)
+
+
+def named_text(config: RunConfig) -> str:
+    """What a run was trained on, in a few words."""
+    return ", ".join(source.path for source in config.data.sources) or config.data.source
+
+
+def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenStream:
+    """The documents to evaluate on, tokenized."""
+    config, tokenizer = trained.config, trained.tokenizer
+    if corpus is not None:
+        with naming("--corpus"):
+            prepared = open_prepared(corpus)
+            if prepared.tokenizer.to_str() != tokenizer.to_str():
+                raise InputError(
+                    f"{corpus} was prepared with another tokenizer than the run's; prepare it "
+                    "again with that (--tokenizer RUN/tokenizer.json)"
+                )
+            return held_out([prepared])
+    if text is None and config.data.sources:
+        corpora = open_sources(config)
+        check_same_tokenizer(config, corpora, tokenizer)
+        return held_out(corpora)
+    documents = load_corpus(config.data).validation if text is None else read_documents(text)
+    return DocumentStream(tokenize(documents, tokenizer, config.data.cache_dir))
+
+
+def documents_of(stream: TokenStream) -> Iterator[np.ndarray]:
+    """A stream's documents one by one, tokens [n] with bos and eos, whatever its length."""
+    pieces: list[np.ndarray] = []
+    last = None
+    for begin in range(0, len(stream), READ):
+        tokens, numbers = stream.read(begin, READ)
+        cuts = np.flatnonzero(np.diff(numbers)) + 1
+        for piece, number in zip(
+            np.split(tokens, cuts), numbers[np.concatenate([[0], cuts])], strict=True
+        ):
+            if last is not None and number != last:
+                yield np.concatenate(pieces)
+                pieces = []
+            last = number
+            pieces.append(piece)
+    if pieces:
+        yield np.concatenate(pieces)
+
+
+def windows_of(document: np.ndarray, context: int, stride: int) -> Iterator[Scored]:
+    """Windows that score every token of a document but the first once: as many as the context
+    predicts in the first window, then `stride` in each, with all before them that fits."""
+    tokens = document.tolist()
+    scored = 1
+    while scored < len(tokens):
+        end = min(context + 1 if scored == 1 else scored + stride, len(tokens))
+        start = max(end - context - 1, 0)
+        yield Scored(tokens[start:end], scored - start)
+        scored = end
+
+
+class Sums:
+    """Of all documents so far, by loop and by position."""
+
+    def __init__(self, loops: int):
+        self.nats_L = np.zeros(loops)
+        self.tokens = self.text_bytes = self.documents = 0
+        self._buckets: dict[int, np.ndarray] = {}
+        """By number: tokens, nats and bytes."""
+
+    def add(self, nll_Ln: np.ndarray, bytes_n: np.ndarray) -> None:
+        """A document's tokens behind its first."""
+        self.nats_L += nll_Ln.sum(axis=1)
+        self.tokens += nll_Ln.shape[1]
+        self.text_bytes += int(bytes_n.sum())
+        self.documents += 1
+        # Positions 1, 2 to 3, 4 to 7, ...
+        bucket_n = np.log2(np.arange(1, nll_Ln.shape[1] + 1)).astype(int)
+        for bucket in np.unique(bucket_n).tolist():
+            chosen = bucket_n == bucket
+            added = [chosen.sum(), nll_Ln[-1, chosen].sum(), bytes_n[chosen].sum()]
+            self._buckets[bucket] = self._buckets.get(bucket, np.zeros(3)) + added
+
+    def to_json(self) -> dict[str, Any]:
+        """Scores over all."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.text_bytes,
+            "by_loop": [
+                {
+                    "loop": loop,
+                    "tokens": self.tokens,
+                    **score(nats, self.tokens, self.text_bytes)._asdict(),
+                }
+                for loop, nats in enumerate(self.nats_L, start=1)
+            ],
+            "by_position": [
+                {
+                    "first": 2**bucket,
+                    "last": 2 ** (bucket + 1) - 1,
+                    "tokens": int(tokens),
+                    **score(nats, int(tokens), int(text_bytes))._asdict(),
+                }
+                for bucket, (tokens, nats, text_bytes) in sorted(self._buckets.items())
+            ],
+        }
+
+
+def measure(
+    trained: Trained,
+    mesh: Mesh,
+    documents: Iterator[np.ndarray],
+    stride: int,
+    batch_size: int,
+    bytes_V: np.ndarray,
+    sums: Sums,
+) -> Iterator[dict[str, Any]]:
+    """A row for each document, in their order; adds to the sums."""
+    config = trained.config.model
+    number = 0
+    while group := list(islice(documents, AT_ONCE)):
+        for document, nll_Ln in zip(
+            group, nll_of(config, trained.params, mesh, group, stride, batch_size), strict=True
+        ):
+            bytes_n = bytes_V[document[1:]]
+            sums.add(nll_Ln, bytes_n)
+            nats, tokens, text_bytes = float(nll_Ln[-1].sum()), len(bytes_n), int(bytes_n.sum())
+            yield {
+                "document": number,
+                "tokens": tokens,
+                "bytes": text_bytes,
+                "loss": nats / max(tokens, 1),
+                "bits_per_byte": nats / math.log(2) / max(text_bytes, 1),
+            }
+            number += 1
+
+
+def nll_of(
+    config: ModelConfig,
+    params: Any,
+    mesh: Mesh,
+    documents: list[np.ndarray],
+    stride: int,
+    batch_size: int,
+) -> list[np.ndarray]:
+    """Of each document the negative log-likelihoods of its tokens but the first, float64 [L, n]."""
+    windows = [list(windows_of(one, config.max_length, stride)) for one in documents]
+    owners = [(index, place) for index, own in enumerate(windows) for place in range(len(own))]
+    parts: list[list[Any]] = [[None] * len(own) for own in windows]
+    sequences = [windows[index][place] for index, place in owners]
+    compute = partial(nll_by_loop, config, params)
+    for which, (nll_Ln,) in in_batches(config, mesh, sequences, batch_size, compute):
+        index, place = owners[which]
+        parts[index][place] = nll_Ln.astype(np.float64)
+    nothing = np.zeros((config.loop.count, 0))
+    return [np.concatenate([nothing, *own], axis=1) for own in parts]
