@@ -427,7 +427,7 @@ class TrainingConfig(Section):
     for none."""
     profile_steps: PositiveInt = 3
     """Steps in that window."""
-    wandb_project: Annotated[str, Field(min_length=1)] | None = None
+    wandb_project: Annotated[Text, Field(min_length=1)] | None = None
     """Weights & Biases project that metrics go to besides (pip install 'plt_jax[wandb]'); null for
     none."""
 

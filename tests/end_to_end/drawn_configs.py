@@ -197,6 +197,8 @@ def fair_values(home: Path) -> dict[str, Strategy]:
         "training.checkpoint_every": often,
         "training.hang_after": pick([None, 600.0, 1e9, 1e30]),
         "training.sample_prompt": pick(["", "the", "peace é ☃"]),
+        "training.profile_from": pick([None, None, None, 2]),
+        "training.wandb_project": pick([None]),  # needs a package, and an account
         "guard.spike_deviations": pick([None, 1e-6, 3.0, 1e30]),
         "guard.window": pick([8, 128, 2**31 - 1]),
         "guard.patience": pick([1, 8, 10**6]),
