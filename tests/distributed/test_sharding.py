@@ -120,7 +120,7 @@ def test_parameters_and_moments_lie_as_the_rules_say(found, mesh):
 REFUSED = {
     "more devices": ["need 16 devices, but there are 8", "set one axis to -1"],
     "fewer devices": ["need 4 devices, but there are 8"],
-    "no size": ["8 devices do not divide by mesh.fsdp 3 = 3", "mesh.data = -1"],
+    "no size": ["8 devices do not divide by mesh.tensor 3 = 3", "mesh.data = -1"],
     "kv_heads": ["layers.k has a dimension of 2", "mesh axis tensor = 4"],
     "heads": ["has a dimension of 2", "mesh axis tensor = 4"],
     "width": ["has a dimension of 20", "mesh axis fsdp = 8"],
