@@ -5,7 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
-from tests.training.runs import REPOSITORY, environment
+from tests.training.runs import REPOSITORY, environment, simulated
 
 
 def run_worker(name: str, *words: object, optimized: bool = False) -> Any:
@@ -15,11 +15,7 @@ def run_worker(name: str, *words: object, optimized: bool = False) -> Any:
       optimized: for programs that run for longer than they compile.
     """
     flags = {
-        # One collective at a time: XLA's CPU devices wait for one another for ever where they begin
-        # several in different orders, which happens on a busy machine.
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 "
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-        "JAX_PLATFORMS": "cpu",
+        **simulated(8),
         # Compiles in two thirds of the time.
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0" if optimized else "1",
     }

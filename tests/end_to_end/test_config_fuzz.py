@@ -17,7 +17,7 @@ from pydantic import Field
 from plt_jax.config import RunConfig, Section
 from tests.end_to_end.drawn_configs import all_fields, drawn, fair, fair_of_type, kind_of, unfair
 from tests.end_to_end.fuzz_worker import names
-from tests.training.runs import CACHE, REPOSITORY, environment
+from tests.training.runs import CACHE, REPOSITORY, environment, simulated
 
 CASES = {1: 16, 8: 4}
 """Of a plain run of the tests, by devices."""
@@ -25,15 +25,12 @@ CASES = {1: 16, 8: 4}
 
 def fuzz(folder, devices: int, cases: int, seed: int) -> dict[str, Any]:
     """Runs the worker, whose lines are printed; returns its counts and failures."""
-    many = "PLT_FUZZ" in os.environ
+    many, seen = "PLT_FUZZ" in os.environ, simulated(devices)
     flags = {
-        # Other programs, which compile in half of the time; and one collective at a time: XLA's CPU
-        # devices wait for one another for ever where they begin several in different orders.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_cpu_use_fusion_emitters=false "
-        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+        **seen,
+        # Other programs, which compile in half of the time.
+        "XLA_FLAGS": seen["XLA_FLAGS"] + " --xla_cpu_use_fusion_emitters=false",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_PLATFORMS": "cpu",
         # Thousands of programs that nobody needs again.
         "JAX_COMPILATION_CACHE_DIR": str(folder / "jax") if many else CACHE,
     }

@@ -15,7 +15,7 @@ from plt_jax.evaluation import likelihood
 from plt_jax.evaluation.likelihood import SHORTEST, Scored, likelihoods, padded_length
 from plt_jax.sharding import make_mesh
 from tests.models import forward, random_params, small_config
-from tests.training.runs import environment
+from tests.training.runs import environment, simulated
 
 CONFIG = small_config(max_length=40)
 EXPERTS = small_config(max_length=40, moe={"experts": 4, "expert_width": 8})
@@ -104,7 +104,7 @@ print(max(abs(a.log_probability - b.log_probability) for a, b in zip(one, all_of
 
 
 def test_the_number_of_devices_changes_nothing():
-    variables = environment() | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    variables = environment(**simulated(8))
     done = subprocess.run(
         [sys.executable, "-c", DEVICES], env=variables, capture_output=True, text=True, timeout=300
     )

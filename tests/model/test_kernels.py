@@ -30,7 +30,7 @@ from plt_jax.model.kernels import (
 from plt_jax.model.transformer import abstract_params
 from plt_jax.sharding import abstract_arrays, batch_layout, make_mesh, use_mesh
 from tests.models import compiled, random_params, random_tokens, small_config
-from tests.training.runs import REPOSITORY, environment
+from tests.training.runs import REPOSITORY, environment, simulated
 
 B, N, K, H = 2, 4, 2, 8
 TOKENS = jnp.zeros((B, 8), jnp.int32)
@@ -115,7 +115,7 @@ def test_splash_on_a_mesh_is_the_reference():
     done = subprocess.run(
         [sys.executable, "-m", "tests.model.kernels_worker"],
         cwd=REPOSITORY,
-        env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=4", JAX_PLATFORMS="cpu"),
+        env=environment(**simulated(4)),
         capture_output=True,
         timeout=200,
     )

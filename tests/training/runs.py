@@ -155,6 +155,16 @@ def numbers(config: RunConfig) -> list[dict[str, float]]:
     return [without_times(row) for row in read_metrics(Path(config.run_dir))]
 
 
+def flat(row: dict[str, Any]) -> dict[str, float]:
+    """A row's numbers, those of loops and layers as NAME/0/2, so that rows can be compared with a
+    tolerance."""
+    return {
+        "/".join([name, *map(str, index)]): float(one)
+        for name, value in row.items()
+        for index, one in np.ndenumerate(value)
+    }
+
+
 def losses(config: RunConfig) -> dict[int, float]:
     """Training losses by step."""
     return {row["step"]: row["loss"] for row in numbers(config) if "loss" in row}
@@ -213,6 +223,19 @@ def assert_refused(result: Result, *parts: str) -> None:
     assert len(result.err.splitlines()) == 1, result.err
     for part in parts:
         assert part in result.err
+
+
+def simulated(devices: int) -> dict[str, str]:
+    """Variables of a process that sees so many CPU devices.
+
+    With one collective at a time: they wait for one another for ever where they begin several in
+    different orders, which happens on a busy machine.
+    """
+    flags = (
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    )
+    return {"XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu"}
 
 
 def environment(**variables: str) -> dict[str, str]:

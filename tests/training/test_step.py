@@ -14,6 +14,7 @@ from plt_jax.training.guard import Limits
 from plt_jax.training.step import init_state, make_train_step
 from tests import reference
 from tests.models import random_params, reference_settings, small_config
+from tests.training.runs import flat
 
 MODEL = small_config(window=3, layers=1)
 
@@ -158,13 +159,7 @@ def take_steps(config: RunConfig, batches):
     step, state, metrics = make_train_step(config, mesh), init_state(config, mesh), []
     for batch in batches:
         state, values = step(state, batch)
-        metrics.append(
-            {
-                "/".join([name, *map(str, index)]): float(one)
-                for name, value in values.items()
-                for index, one in np.ndenumerate(value)
-            }
-        )
+        metrics.append(flat(values))
     return state, metrics
 
 
