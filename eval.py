@@ -2,6 +2,8 @@
 
 import json
 from argparse import Namespace
+from collections.abc import Callable
+from typing import Any
 
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.errors import InputError
@@ -14,8 +16,8 @@ OF_DOCUMENTS = ("corpus", "stride")
 def main() -> None:
     parser = CommandParser(
         description="Loss, perplexity and bits per byte of a trained model on held-out text, for "
-        "the last loop and read out at every loop (writes eval.json in the run directory); or, "
-        "with --tasks or --suite, tasks of the lm-evaluation-harness (writes tasks.json)."
+        "the last loop and read out at every loop (writes eval.json in the run directory); or one "
+        "of --by_document, --loops, --tasks and --suite."
     )
     parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
     parser.add_argument(
@@ -23,28 +25,30 @@ def main() -> None:
         help="a text file, or a folder of .txt files, to evaluate on instead of the run's held-out "
         "documents",
     )
-    parser.add_argument(
-        "--loops",
-        action="store_true",
-        help="what each loop does to states, attention and predictions, instead of the scores; "
-        "writes loops.json and a page, loops.html",
-    )
-    parser.add_argument(
-        "--by_document",
-        action="store_true",
-        help="each document by itself, long ones in windows that overlap; writes documents.json "
-        "and documents.jsonl",
-    )
-    parser.add_argument("--corpus", help="of --by_document: a prepared corpus's held-out documents")
-    parser.add_argument("--stride", type=int, help="of --by_document: new tokens of each window")
-    parser.add_argument("--sequences", type=int, help="of --loops, evenly spaced; default 16")
+    parser.add_argument("--batch_size", type=int, help="sequences per batch instead of the run's")
     parser.add_argument(
         "--at_loops",
         help="numbers of loops, as 1,2,3, with which the model is evaluated besides its own",
     )
-    parser.add_argument("--batch_size", type=int, help="sequences per batch instead of the run's")
-    tasks = parser.add_argument_group("tasks", "pip install 'plt_jax[lm_eval]'")
-    tasks.add_argument("--tasks", help="names of the harness's tasks or groups, as a,b")
+    documents = parser.add_argument_group("each document by itself")
+    documents.add_argument(
+        "--by_document",
+        action="store_true",
+        help="long documents in windows that overlap; writes documents.json and documents.jsonl",
+    )
+    documents.add_argument("--corpus", help="a prepared corpus, of its held-out documents")
+    documents.add_argument("--stride", type=int, help="new tokens of each window; half the context")
+    loops = parser.add_argument_group("what each loop does")
+    loops.add_argument(
+        "--loops",
+        action="store_true",
+        help="to states, attention and predictions; writes loops.json and a page, loops.html",
+    )
+    loops.add_argument("--sequences", type=int, help="evenly spaced over the text; default 16")
+    tasks = parser.add_argument_group(
+        "tasks of the lm-evaluation-harness", "pip install 'plt_jax[lm_eval]'; writes tasks.json"
+    )
+    tasks.add_argument("--tasks", help="names of tasks or groups, as a,b")
     tasks.add_argument("--suite", help="the PLT paper's tasks: paper_moe or paper_dense")
     tasks.add_argument(
         "--limit", type=int, help="examples of each task, or documents of --by_document"
@@ -57,14 +61,26 @@ def main() -> None:
         help="let tasks run the code that the model writes (humaneval, mbpp)",
     )
     arguments = parser.parse_args()
-    if named_tasks(arguments) is not None:
-        report = run_tasks(arguments)
-    elif arguments.loops:
-        report = run_loops(arguments)
-    else:
-        report = run_documents(arguments) if arguments.by_document else run_text(arguments)
+    report = chosen_use(arguments)(arguments)
     print(report.table())
     print(f"written to {report.path}")
+
+
+def chosen_use(arguments: Namespace) -> Callable[[Namespace], Any]:
+    """What the model is evaluated by.
+
+    Raises:
+      InputError: by two things at once.
+    """
+    uses = {
+        "--tasks": run_tasks if named_tasks(arguments) is not None else None,
+        "--loops": run_loops if arguments.loops else None,
+        "--by_document": run_documents if arguments.by_document else None,
+    }
+    asked = {name: run for name, run in uses.items() if run is not None}
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} exclude one another; give one of them")
+    return next(iter(asked.values()), run_text)
 
 
 def run_text(arguments: Namespace):
