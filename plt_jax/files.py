@@ -42,6 +42,8 @@ def write_pieces(path: Path, pieces: Iterable[str]) -> None:
             file.writelines(pieces)
         temporary.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 
 

@@ -152,7 +152,7 @@ def test_a_directory_that_cannot_be_written_is_refused(finished, tmp_path):
         raise OSError(28, "No space left on device")
 
     words = ["train.py", finished.directory / CONFIG, "--run_dir", tmp_path / "new"]
-    with mock.patch.object(Path, "write_text", fail):
+    with mock.patch.object(Path, "replace", fail):
         assert_refused(command(*words), f"cannot write {tmp_path / 'new' / CONFIG}: No space left")
     (tmp_path / "new").rmdir()
     with mock.patch.object(Path, "mkdir", fail):

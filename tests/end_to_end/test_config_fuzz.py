@@ -19,7 +19,7 @@ from tests.end_to_end.drawn_configs import all_fields, drawn, fair, fair_of_type
 from tests.end_to_end.fuzz_worker import names
 from tests.training.runs import CACHE, REPOSITORY, environment, simulated
 
-CASES = {1: 16, 8: 4}
+CASES = {1: 12, 8: 2}
 """Of a plain run of the tests, by devices."""
 
 

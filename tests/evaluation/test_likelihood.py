@@ -44,7 +44,7 @@ def draw_sequences(seed, count, config=CONFIG):
     return sequences
 
 
-@settings(max_examples=6)
+@settings(max_examples=3)
 @given(st.integers(0, 10_000), st.sampled_from([1, 3, 4]))
 def test_batches_and_padding_change_nothing(seed, batch_size):
     sequences = draw_sequences(seed, 7)
