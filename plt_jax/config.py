@@ -7,48 +7,26 @@ only what differs from these defaults (`config_file.py` reads them); the command
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-# Devices compute with numbers of 32 bits: what does not fit them is refused, instead of becoming
-# 0, infinity, or an error in the middle of a run.
-LARGE, SMALL, LARGE_INT = 3.4e38, 1.2e-38, 2**31
-Number = Annotated[float, Field(ge=-LARGE, le=LARGE)]
-PositiveFloat = Annotated[float, Field(ge=SMALL, le=LARGE)]
-NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGE)]
-PositiveInt = Annotated[int, Field(gt=0, lt=LARGE_INT)]
-NonNegativeInt = Annotated[int, Field(ge=0, lt=LARGE_INT)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-AxisSize = Annotated[int, Field(ge=-1, lt=LARGE_INT)]
-LONGEST_NAME = 255
-"""Bytes of a file's or folder's name."""
+from plt_jax.config_types import (
+    LARGE,
+    LARGE_INT,
+    AxisSize,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Text,
+)
 
-
-def _is_text(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{text!r} is not UTF-8; write it in UTF-8, or choose another") from error
-    return text
-
-
-def _is_path(path: str) -> str:
-    if "\0" in path:
-        raise ValueError(f"{path!r} holds a NUL character, which no path does; correct it")
-    for name in path.split("/"):
-        if len(os.fsencode(name)) > LONGEST_NAME:
-            raise ValueError(
-                f"the name {name[:20]}... in it has more than {LONGEST_NAME} bytes; shorten it"
-            )
-    return path
-
-
-Text = Annotated[str, AfterValidator(_is_text)]
-PathText = Annotated[Text, AfterValidator(_is_path)]
 SchemeName = Literal[
     "no_loop", "vanilla_loop", "clp", "clp_kv_share", "plt", "loop_kv_share_window"
 ]
@@ -337,6 +315,11 @@ class DataConfig(Section):
     """Folder for trained tokenizers and tokenised corpora."""
     prefetch: NonNegativeInt = 4
     """Batches read ahead by a background thread; 0 for none."""
+
+    @property
+    def text(self) -> str:
+        """What is trained on, named."""
+        return ", ".join(source.path for source in self.sources) or self.source
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> DataConfig:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from plt_jax.config import (
     SCHEMES,
+    DataConfig,
     LoopConfig,
     ModelConfig,
     RunConfig,
@@ -301,3 +302,9 @@ def test_what_is_written_is_read_back_the_same(tmp_path_factory, values):
     path.write_text(dump_config(config), encoding="utf-8")
     assert load_config(path) == config
     assert set(yaml.safe_load(dump_config(config))) == set(RunConfig.model_fields)
+
+
+def test_what_is_trained_on_has_a_name():
+    assert DataConfig().text == "sotu"
+    sources = [{"path": "corpora/web"}, {"path": "corpora/code"}]
+    assert DataConfig(sources=sources).text == "corpora/web, corpora/code"

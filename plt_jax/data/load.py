@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import fingerprint
-from plt_jax.data.corpus import load_corpus
+from plt_jax.data.corpus import load_corpus, read_documents
 from plt_jax.data.packing import PackedExamples
 from plt_jax.data.pipeline import Source, epochs_read, training_dataset
 from plt_jax.data.prepared import SPLITS, Prepared, open_prepared
@@ -80,6 +80,18 @@ def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> PackedExampl
         check_same_tokenizer(config, corpora, tokenizer)
         return PackedExamples(held_out(corpora), config.sequence_length)
     documents = load_corpus(config.data).validation
+    return examples_from_text(documents, tokenizer, config.sequence_length, config.data.cache_dir)
+
+
+def examples_for(config: RunConfig, tokenizer: Tokenizer, text: str | None) -> PackedExamples:
+    """The examples to evaluate on: of a text file or folder, by default the run's held-out text.
+
+    Raises:
+      InputError: as `load_data`, or no such text.
+    """
+    if text is None:
+        return validation_examples(config, tokenizer)
+    documents = read_documents(text)
     return examples_from_text(documents, tokenizer, config.sequence_length, config.data.cache_dir)
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plt_jax.config import MeshConfig
-from plt_jax.data.corpus import read_documents
-from plt_jax.data.load import examples_from_text, validation_examples
+from plt_jax.data.load import examples_for
 from plt_jax.data.tokenizer import token_bytes
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import make_evaluate
@@ -71,18 +70,13 @@ def evaluate_trained(
             raise InputError(f"--batch_size is {batch_size}; it must be at least 1")
         evaluation = config.evaluation.model_copy(update={"batch_size": batch_size})
         config = config.model_copy(update={"evaluation": evaluation})
-    if text is None:
-        examples = validation_examples(config, trained.tokenizer)
-    else:
-        examples = examples_from_text(
-            read_documents(text), trained.tokenizer, config.sequence_length, config.data.cache_dir
-        )
+    examples = examples_for(config, trained.tokenizer, text)
     bytes_V = token_bytes(trained.tokenizer, config.model.vocab_size)
     others = {count: with_loops(config.model, trained.params, count) for count in at_loops}
     evaluation = make_evaluate(config, mesh, bytes_V)(trained.params, examples, None)
     numbers = {
         "step": trained.step,
-        "text": text or f"held out from {config.data.source}",
+        "text": text or f"held out from {config.data.text}",
         **evaluation.to_json(),
     }
     for count, (model, params) in others.items():

@@ -72,13 +72,12 @@ def heading(history: History) -> list[str]:
     count = count_parameters(model)
     active = f", of which {count.active:,} work on a token" if model.moe.experts else ""
     loops = "one loop" if model.loop.count == 1 else f"{model.loop.count} loops"
-    sources = ", ".join(source.path for source in config.data.sources) or config.data.source
     start = f", from {config.start_from}" if config.start_from else ""
     lines = [
         f"{model.loop.scheme}, {loops} through {model.layers} layers of width {model.width}, "
         f"{count.total:,} parameters{active}, computed in {model.dtype}",
-        f"trained on {sources}, {training.batch_size} sequences of {config.sequence_length} tokens "
-        f"per step, seed {config.seed}{start}",
+        f"trained on {config.data.text}, {training.batch_size} sequences of "
+        f"{config.sequence_length} tokens per step, seed {config.seed}{start}",
     ]
     times = [row["time"] for row in history.rows if "time" in row]
     if times:
