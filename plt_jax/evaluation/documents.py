@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from plt_jax.config import MeshConfig, ModelConfig, RunConfig
+from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.data.corpus import load_corpus, read_documents
 from plt_jax.data.load import check_same_tokenizer, held_out, open_sources
 from plt_jax.data.prepared import open_prepared
@@ -25,7 +25,7 @@ from plt_jax.data.streams import DocumentStream, TokenStream
 from plt_jax.data.tokenizer import token_bytes
 from plt_jax.data.tokens import tokenize
 from plt_jax.errors import InputError, naming
-from plt_jax.evaluation.likelihood import Scored, in_batches, nll_by_loop
+from plt_jax.evaluation.likelihood import Scored, in_batches, nll_by_loop, whole_batch
 from plt_jax.evaluation.perplexity import score
 from plt_jax.files import write_pieces, write_text
 from plt_jax.run import Trained, open_trained
@@ -79,7 +79,8 @@ def evaluate_documents(
         run's held-out documents.
       stride: new tokens of each window but the first; default half the context.
       limit: documents, from the first.
-      batch_size: windows on all devices together; default the run's evaluation.batch_size.
+      batch_size: windows on all devices together; default the run's evaluation.batch_size, raised
+        to divide over them.
 
     Raises:
       InputError: no such checkpoint, text or corpus, the corpus has another tokenizer, or an
@@ -103,25 +104,20 @@ def evaluate_documents(
     target = trained.directory / DOCUMENTS
     sums = Sums(config.loop.count)
     bytes_V = token_bytes(trained.tokenizer, config.vocab_size)
-    size = batch_size or trained.config.evaluation.batch_size
+    size = batch_size or whole_batch(trained.config.evaluation.batch_size, mesh)
     rows = measure(trained, mesh, documents, stride, size, bytes_V, sums)
     write_pieces(trained.directory / EACH, (json.dumps(row) + "\n" for row in rows))
     if not sums.tokens:
         raise InputError("the text holds no token to predict; give a longer one (--text)")
     numbers = {
         "step": trained.step,
-        "text": corpus or text or f"held out from {named_text(trained.config)}",
+        "text": corpus or text or f"held out from {trained.config.data.text}",
         "context": config.max_length,
         "stride": stride,
         **sums.to_json(),
     }
     write_text(target, json.dumps(numbers, indent=2) + "\n")
     return DocumentReport(numbers, target)
-
-
-def named_text(config: RunConfig) -> str:
-    """What a run was trained on, in a few words."""
-    return ", ".join(source.path for source in config.data.sources) or config.data.source
 
 
 def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenStream:

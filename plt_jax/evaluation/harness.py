@@ -25,7 +25,7 @@ from plt_jax.decoding.layout import prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import begin
 from plt_jax.errors import InputError
-from plt_jax.evaluation.likelihood import Scored, likelihoods
+from plt_jax.evaluation.likelihood import Scored, likelihoods, whole_batch
 from plt_jax.run import open_trained
 from plt_jax.sharding import make_mesh, use_mesh
 
@@ -41,7 +41,13 @@ class HarnessModel(TemplateLM):
     """
 
     def __init__(
-        self, path: str, batch_size: int | str | None = None, seed: int | str = 0, **_: Any
+        self,
+        path: str,
+        batch_size: int | str | None = None,
+        seed: int | str = 0,
+        max_batch_size: None = None,
+        device: str | None = None,
+        **unknown: Any,
     ):
         """
         Args:
@@ -49,11 +55,18 @@ class HarnessModel(TemplateLM):
           batch_size: sequences per batch, on all devices; default the run's evaluation.batch_size,
             raised to divide over the devices.
           seed: of the draws, where a task samples.
+          max_batch_size, device: of the harness, for other models; not read.
 
         Raises:
-          InputError: no such checkpoint, or a batch size that does not divide over the devices.
+          InputError: no such checkpoint, a batch size that does not divide over the devices, or
+            an argument that is not known.
         """
         super().__init__()
+        if unknown:
+            raise InputError(
+                f"plt_jax has no model argument {next(iter(unknown))}; it has path, batch_size and "
+                "seed"
+            )
         self._mesh = make_mesh(MeshConfig())
         self._trained = open_trained(path, self._mesh)
         self._config = self._trained.config.model
@@ -61,8 +74,8 @@ class HarnessModel(TemplateLM):
         self.tokenizer = self._trained.tokenizer
         self._weights = None
         if batch_size is None:
-            own, devices = self._trained.config.evaluation.batch_size, self._mesh.size
-            batch_size = -(-own // devices) * devices
+            own = self._trained.config.evaluation.batch_size
+            batch_size = whole_batch(own, self._mesh)
         try:
             self.batch_size = int(batch_size)
         except ValueError as error:

@@ -7,6 +7,7 @@ model's own layers (`apply_block`); loop_measures.py says what is measured.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plt_jax.config import ModelConfig
-from plt_jax.data.corpus import read_documents
-from plt_jax.data.load import examples_from_text, validation_examples
+from plt_jax.data.load import examples_for
 from plt_jax.data.packing import PackedExamples
 from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
@@ -26,7 +26,7 @@ from plt_jax.files import write_text
 from plt_jax.model.attention import blend
 from plt_jax.model.block import apply_block, stacks_of
 from plt_jax.model.layers import embed, logits_from, rms_norm, rope_rotation
-from plt_jax.model.looping import hand_to_next, loop_input
+from plt_jax.model.looping import hand_to_next, loop_input, with_loops
 from plt_jax.model.moe import of_loops
 from plt_jax.model.transformer import number_documents, positions_in_documents
 from plt_jax.run import open_trained
@@ -97,16 +97,11 @@ def evaluate_loops(path: str, text: str | None = None, sequences: int = SEQUENCE
         raise InputError(f"--sequences is {sequences}; it must be at least 1")
     trained = open_trained(path)
     config = trained.config
-    if text is None:
-        examples = validation_examples(config, trained.tokenizer)
-    else:
-        examples = examples_from_text(
-            read_documents(text), trained.tokenizer, config.sequence_length, config.data.cache_dir
-        )
+    examples = examples_for(config, trained.tokenizer, text)
     found = measure_examples(config.model, trained.params, examples, sequences)
     numbers = {
         "step": trained.step,
-        "text": text or f"held out from {config.data.source}",
+        "text": text or f"held out from {config.data.text}",
         "scheme": config.model.loop.scheme,
         "positions": min(config.sequence_length, LONGEST),
         **found,
@@ -172,41 +167,35 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
     counted_T = example["weights"] > 0
     # Positions behind one of their own document.
     behind_T = jnp.pad(documents_1T[0, 1:] == documents_1T[0, :-1], (1, 0)) & counted_T
-    loop, passes = config.loop, config.loop.count
+    passes, looped = config.loop.count, config.loop.scheme != "no_loop"
     # One loop more than the model has, for what it would do to the last state.
-    extra = 0 if loop.scheme == "no_loop" else 1
-    states_RTD, maps = run_loops(config, params, tokens_1T, documents_1T, passes + extra)
+    longer = with_loops(config, params, passes + 1) if looped else (config, params)
+    states_RTD, maps = run_loops(*longer, tokens_1T, documents_1T)
+    logs = [log_p_of(config, params, raw_TD) for raw_TD in states_RTD[1 : passes + 1]]
 
     def mean(value_T: jax.Array, where_T: jax.Array = counted_T) -> jax.Array:
         return jnp.sum(jnp.where(where_T, value_T, 0.0)) / jnp.maximum(jnp.sum(where_T), 1)
 
-    def by_loop(of_loop) -> jax.Array:
-        return jnp.stack([of_loop(r) for r in range(1, passes + 1)])
+    def by_loop(of_loop: Callable[[int], jax.Array], first: int = 1) -> jax.Array:
+        """Of each loop r; nan of those before the first."""
+        nothing = jnp.float32(jnp.nan)
+        return jnp.stack([of_loop(r) if r >= first else nothing for r in range(1, passes + 1)])
 
-    nothing = jnp.float32(jnp.nan)
-    logs = [log_p_of(config, params, states_RTD[r]) for r in range(1, passes + 1)]
+    def step(r: int) -> jax.Array:
+        return mean(measures.distance(states_RTD[r], states_RTD[r - 1]))
+
     values = {
         "loss": by_loop(lambda r: -mean(chosen(logs[r - 1], targets_T))),
-        "step_size": by_loop(lambda r: mean(measures.distance(states_RTD[r], states_RTD[r - 1]))),
+        "step_size": by_loop(step),
         "cosine": by_loop(
-            lambda r: (
-                mean(measures.turn(*(states_RTD[r - back] for back in range(3))))
-                if r > 1
-                else nothing
-            )
+            lambda r: mean(measures.turn(states_RTD[r], states_RTD[r - 1], states_RTD[r - 2])), 2
         ),
-        "fixed_point_gap": by_loop(
-            lambda r: (
-                mean(measures.distance(states_RTD[r], states_RTD[r + 1])) if extra else nothing
-            )
-        ),
+        "fixed_point_gap": by_loop(lambda r: step(r + 1), 1 if looped else passes + 1),
         "effective_rank": by_loop(lambda r: measures.rank_of_states(states_RTD[r], counted_T)),
         "offset_cost": by_loop(
-            lambda r: mean(measures.offset_cost(states_RTD[r - 1]), behind_T) if r > 1 else nothing
+            lambda r: mean(measures.offset_cost(states_RTD[r - 1]), behind_T), 2
         ),
-        "output_shift": by_loop(
-            lambda r: mean(measures.output_shift(logs[r - 1], logs[r - 2])) if r > 1 else nothing
-        ),
+        "output_shift": by_loop(lambda r: mean(measures.output_shift(logs[r - 1], logs[r - 2])), 2),
         "entropy": by_loop(lambda r: mean(measures.entropy(logs[r - 1]))),
         "true_rank": by_loop(lambda r: mean(measures.rank_of_truth(logs[r - 1], targets_T))),
     }
@@ -228,7 +217,7 @@ def log_p_of(config: ModelConfig, params: Any, raw_TD: jax.Array) -> jax.Array:
 
 
 def run_loops(
-    config: ModelConfig, params: Any, tokens_1T: jax.Array, documents_1T: jax.Array, passes: int
+    config: ModelConfig, params: Any, tokens_1T: jax.Array, documents_1T: jax.Array
 ) -> tuple[jax.Array, Values]:
     """The states h(0) (embeddings), h(1), ..., each loop's raw output, float32 [R+1, T, D]; and by
     loop, layer and position, [R, J, T], what attention does there, nan where a loop has none."""
@@ -237,7 +226,7 @@ def run_loops(
     embeddings_1TD = embed(tokens_1T, params["embedding"], jnp.dtype(config.dtype))
     states = [embeddings_1TD]
     x_1TD, first, before_JNTS, maps = embeddings_1TD, None, None, []
-    for index in range(passes):
+    for index in range(loop.count):
         if index > 0:
             previous = states[-1]
             if loop.normalize_between_loops:
@@ -321,8 +310,7 @@ def run_layer(
         gate_T = jnp.mean(gate_1NT[0], axis=0)
         return blend(gate_1NT, out, local)
 
-    # Beyond the loops that it was trained with, a router has the last one's biases.
-    weights = of_loops(declared, min(index, loop.count - 1))
+    weights = of_loops(declared, index)
     x_1TD, _ = apply_block(config, weights, x_1TD, rotation, attend)
     rank_T, cosine_T = measures.head_diversity(attention_NTS)
     values = {

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
@@ -64,13 +65,12 @@ class Journal:
         with self.phases.phase(STEPS):
             jax.block_until_ready(values)
 
-    def aside(self, phase: str, values: dict[str, jax.Array]) -> AbstractContextManager[None]:
+    @contextmanager
+    def aside(self, phase: str, values: dict[str, jax.Array]) -> Iterator[None]:
         """Around what follows a step and is none: a phase whose time is not of the steps' speed."""
         self.settle(values)
-        stack = ExitStack()
-        stack.enter_context(self.speed.paused())
-        stack.enter_context(self.phases.phase(phase))
-        return stack
+        with self.speed.paused(), self.phases.phase(phase):
+            yield
 
     def end_profile(self, step: int, values: dict[str, jax.Array]) -> None:
         """Ends the profiler's window where it ends with this step."""

@@ -100,14 +100,18 @@ def test_a_run_is_scored_document_by_document(copy):
     assert "position 4 to 7" in result.out
 
 
+def silently(*_):
+    """A progress report that reports nothing."""
+    return lambda *_: None
+
+
 def test_a_prepared_corpus_is_scored_on_its_held_out_documents(copy, tmp_path):
     trained = open_trained(copy)
     texts = load_corpus(trained.config.data).training
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = Options(validation_fraction=0.5)
-    silent = lambda *_: lambda *_: None  # noqa: E731
-    manifest = prepare([str(source)], tmp_path / "corpus", trained.tokenizer, options, 1, silent)
+    manifest = prepare([str(source)], tmp_path / "corpus", trained.tokenizer, options, 1, silently)
     held_out = sum(shard.documents for shard in manifest.shards if shard.split == "validation")
     words = ["--by_document", "--corpus", tmp_path / "corpus"]
     result = command("eval.py", copy, *words)

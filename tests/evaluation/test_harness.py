@@ -147,6 +147,11 @@ def test_a_batch_size_that_is_none_is_refused(run, size):
         HarnessModel(str(run.directory), batch_size=size)
 
 
+def test_a_model_argument_that_is_not_known_is_refused(run):
+    with pytest.raises(InputError, match="no model argument pth; it has path"):
+        HarnessModel(str(run.directory), pth="x")
+
+
 CHOICES = """
 task: choices
 dataset_path: json

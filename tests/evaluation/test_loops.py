@@ -12,6 +12,7 @@ from plt_jax import Transformer
 from plt_jax.config import ModelConfig
 from plt_jax.evaluation.loops import measure, run_loops
 from plt_jax.evaluation.perplexity import losses_by_loop
+from plt_jax.model.looping import with_loops
 from plt_jax.model.transformer import number_documents
 from tests.models import random_params, random_tokens, small_config
 from tests.training.runs import assert_refused, command
@@ -51,9 +52,7 @@ def test_the_states_and_gates_are_the_models(scheme, count):
     config = small_config(scheme, count)
     params, example = random_params(config), example_of(config)
     tokens, documents = example["tokens"][None], number_documents(SEGMENTS)
-    states, maps = jax.jit(run_loops, static_argnums=(0, 4))(
-        config, params, tokens, documents, count
-    )
+    states, maps = jax.jit(run_loops, static_argnums=0)(config, params, tokens, documents)
     expected = model_states(config, params, tokens)
     np.testing.assert_allclose(states[1:], expected.raw_LBTD[:, 0], atol=2e-5)
     if expected.gate_LJB is not None:
@@ -73,7 +72,7 @@ def test_experts_and_leading_dense_layers():
     )
     params, example = random_params(config), example_of(config)
     tokens, documents = example["tokens"][None], number_documents(SEGMENTS)
-    states, maps = run_loops(config, params, tokens, documents, 3)  # one more than it has
+    states, maps = run_loops(*with_loops(config, params, 3), tokens, documents)
     expected = model_states(config, params, tokens)
     np.testing.assert_allclose(states[1:3], expected.raw_LBTD[:, 0], atol=2e-5)
     assert maps["head_rank"].shape == (3, 3, T)

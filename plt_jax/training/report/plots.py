@@ -266,12 +266,7 @@ def draw_hidden_norms(history: History) -> Drawn | None:
 
 
 def draw_expert_loads(history: History) -> Drawn | None:
-    shown = {
-        title: one
-        for name, title in EXPERT_LINES.items()
-        if (one := series(history.rows, name)) is not None
-        and (name != "expert_dropped" or np.nanmax(one.values_R) > 0)
-    }
+    shown = _of_experts(history.rows, EXPERT_LINES, dimensions=1)
     if not shown:
         return None
     experts = history.config.model.moe.experts
@@ -300,13 +295,7 @@ EXPERT_LINES = {
 
 
 def draw_experts_by_loop(history: History) -> Drawn | None:
-    shown = {
-        title: one
-        for name, title in EXPERT_MAPS.items()
-        if (one := series(history.sampled, name)) is not None
-        and one.values_R.ndim == 3
-        and (name != "expert_dropped_by_loop" or np.nanmax(one.values_R) > 0)
-    }
+    shown = _of_experts(history.sampled, EXPERT_MAPS, dimensions=3)
     if not shown:
         return None
     experts = history.config.model.moe
@@ -340,6 +329,18 @@ EXPERT_MAPS = {
     "router_z_by_loop": "squared log-normaliser",
     "expert_dropped_by_loop": "share dropped",
 }
+
+
+def _of_experts(rows: Sequence[Row], titles: dict[str, str], dimensions: int) -> dict[str, Series]:
+    """Series of names that rows have, by title; without dropped choices where there are none."""
+    found = {name: series(rows, name) for name in titles}
+    return {
+        titles[name]: one
+        for name, one in found.items()
+        if one is not None
+        and one.values_R.ndim == dimensions
+        and not (name.startswith("expert_dropped") and np.nanmax(one.values_R) == 0)
+    }
 
 
 def draw_speed(history: History) -> Drawn | None:
