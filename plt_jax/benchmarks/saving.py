@@ -125,6 +125,8 @@ class Measured:
             "rows": rows_of(alone, self.bytes),
             "steps_a_round": steps,
             "step_seconds": step,
+            "steps_with_a_save": with_save,
+            "steps_without": without,
             "save_costs": spread("seconds", cost),
             "checkpoint_every": every,
             "share_of_step_time": statistics.median(cost) / (every * step),

@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from plt_jax.benchmarks import saving
@@ -30,7 +31,11 @@ def test_what_writes_and_reads_stands_beside_the_disk(config, tmp_path, capsys):
     assert blocked["seconds_min"] < whole["seconds_max"]
     disk = rows["disk written"]["seconds"]
     assert whole["of_disk"] == pytest.approx(disk / whole["seconds"])
+    both = zip(report["steps_with_a_save"], report["steps_without"], strict=True)
     cost = report["save_costs"]["seconds"]
+    assert cost == pytest.approx(np.median([one - other for one, other in both]))
+    step = np.median(report["steps_without"]) / report["steps_a_round"]
+    assert report["step_seconds"] == pytest.approx(step)
     interval = report["checkpoint_every"] * report["step_seconds"]
     assert report["share_of_step_time"] == pytest.approx(cost / interval)
     assert report["checkpoint_every"] == 4 and report["steps_a_round"] >= 1

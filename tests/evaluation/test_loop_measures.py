@@ -49,6 +49,14 @@ def test_states_along_all_axes_have_as_many_ranks():
     close(measures.rank_of_states(axes, jnp.arange(T) < 3), 3, atol=1e-3)
 
 
+def test_of_states_along_two_axes_the_rank_is_between():
+    # Three along one axis, one along another: singular values in the ratio of the roots.
+    states = jnp.eye(T, D)[jnp.array([0, 0, 0, 1, 2, 3])]
+    p = np.sqrt([3.0, 1.0]) / np.sqrt([3.0, 1.0]).sum()
+    rank = measures.rank_of_states(states, jnp.arange(T) < 4)
+    close(rank, np.exp(-(p * np.log(p)).sum()), atol=1e-3)
+
+
 def test_of_two_singular_values_the_rank_is_between():
     p = np.array([0.75, 0.25])
     close(measures.effective_rank(jnp.array([3.0, 1.0, 0.0])), np.exp(-(p * np.log(p)).sum()))

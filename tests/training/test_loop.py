@@ -3,16 +3,21 @@
 import re
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from plt_jax.config import RunConfig
 from plt_jax.config_file import load_config
 from plt_jax.errors import FailedError, InputError
+from plt_jax.model.costs import flops_by_loop
 from plt_jax.run_files import CHECKPOINTS, CONFIG, METRICS, list_steps
 from plt_jax.training import loop
+from plt_jax.training.journal import arithmetic
 from tests.training.runs import STEPS, json_rows, saved_state, tiny_config
 
 
@@ -222,6 +227,28 @@ def test_waiting_for_a_step_is_time_of_steps(finished, tmp_path, monkeypatch):
     *_, row = [row for row in json_rows(tmp_path / "run" / METRICS) if "loss" in row]
     # All steps but the first, which is compiling; half, since the machine may have sped up.
     assert row["seconds/steps"] > (STEPS - 1) * taken[0] / 2
+
+
+class Devices(NamedTuple):
+    """What is asked of a mesh's devices."""
+
+    device_kind: str
+    size: int
+
+    @property
+    def devices(self):
+        return SimpleNamespace(flat=[self])
+
+
+def test_arithmetic_counts_every_loop_and_mfu_all_devices():
+    one, two = (RunConfig.model_validate({"model": {"loop": {"count": count}}}) for count in (1, 2))
+    mesh = Devices("NVIDIA H100 80GB HBM3", 4)
+    found = arithmetic(two, mesh, tokens_per_second=1000.0)
+    per_token = 3 * sum(loop.total for loop in flops_by_loop(two.model, two.sequence_length))
+    assert found["model_tflops_per_second"] == pytest.approx(per_token * 1000 / 1e12)
+    assert found["mfu"] == pytest.approx(per_token * 1000 / (4 * 989e12))
+    assert found["mfu"] > 1.2 * arithmetic(one, mesh, 1000.0)["mfu"]
+    assert arithmetic(two, Devices("cpu", 4), 1000.0).keys() == {"model_tflops_per_second"}
 
 
 @pytest.mark.parametrize(
