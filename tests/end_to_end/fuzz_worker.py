@@ -52,7 +52,7 @@ def make(home: Path) -> Path:
         ("strange", other, 0.2),
         ("unheld", tokenizer, 0.0),
     ):
-        rows = (json.dumps({"text": f"{text} {again}"}) for text in texts for again in range(1))
+        rows = (json.dumps({"text": text}) for text in texts)
         (home / f"{name}.jsonl").write_text("\n".join(rows))
         options = Options(validation_fraction=fraction, shard_bytes=2000)
         prepare([str(home / f"{name}.jsonl")], home / name, trained, options, 1, _silent)
