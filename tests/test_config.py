@@ -8,15 +8,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plt_jax.config import (
-    SCHEMES,
-    DataConfig,
-    LoopConfig,
-    ModelConfig,
-    RunConfig,
-    Section,
-)
+from plt_jax.config import SCHEMES, LoopConfig, ModelConfig, RunConfig
+from plt_jax.config_data import DataConfig
 from plt_jax.config_file import dump_config, load_config, merge
+from plt_jax.config_types import Section
 from plt_jax.errors import InputError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))

@@ -1,4 +1,4 @@
-"""All of a run's data from its configuration: of text at hand, or of prepared corpora."""
+"""All of a run's data from its configuration: text at hand, prepared corpora, or questions."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,9 +10,14 @@ from tokenizers import Tokenizer
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.corpus import load_corpus, read_documents
-from plt_jax.data.packing import PackedExamples
-from plt_jax.data.pipeline import Source, epochs_read, training_dataset
+from plt_jax.data.packing import Examples, PackedExamples
+from plt_jax.data.pipeline import Source, batches_of, epochs_read, training_dataset
 from plt_jax.data.prepared import SPLITS, Prepared, open_prepared
+from plt_jax.data.question_examples import (
+    QuestionExamples,
+    check_exam,
+    question_tokenizer,
+)
 from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
 from plt_jax.data.tokenizer import check_size, named_tokenizer, token_bytes, tokenizer_for
 from plt_jax.data.tokens import TokenizedDocuments, tokenize
@@ -24,15 +29,15 @@ class Data(NamedTuple):
 
     tokenizer: Tokenizer
     training: grain.IterDataset
-    """Endless batches, see `pipeline.training_dataset`."""
-    validation: PackedExamples
+    """Endless batches, see `pipeline.batches_of`."""
+    validation: Examples
     """Held-out examples, for `pipeline.evaluation_batches`."""
     token_bytes: np.ndarray
     """int32 [V], UTF-8 bytes of each token, for bits per byte."""
-    counts: dict[str, int]
-    """{training,validation}_{documents,tokens,bytes}; tokens include bos and eos."""
-    epochs: dict[str, float]
-    """How often the run reads what it trains on, by name, see `pipeline.epochs_read`."""
+    bytes_per_target: float
+    """UTF-8 bytes of training text that a target stands for, on average."""
+    about: list[str]
+    """What is read, in lines for people."""
     fingerprint: str
     """The same for the same documents as the same tokens."""
 
@@ -44,6 +49,7 @@ class _Text(NamedTuple):
     training: list[Source]
     validation: TokenStream
     counts: dict[str, int]
+    """{training,validation}_{documents,tokens,bytes}; tokens include bos and eos."""
     fingerprint: str
 
 
@@ -57,24 +63,30 @@ def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
       InputError: the text, the tokenizer or the cache folder cannot be used, or the text is too
         short for one batch; see the functions that this calls.
     """
+    if config.data.questions.task != "none":
+        return _of_questions(config, rows)
     text = _from_prepared(config) if config.data.sources else _from_text(config)
+    counts = text.counts
+    targets = counts["training_tokens"] - counts["training_documents"]  # all but each bos
     return Data(
         text.tokenizer,
         training_dataset(config, text.training, rows),
         PackedExamples(text.validation, config.sequence_length),
         token_bytes(text.tokenizer, config.model.vocab_size),
-        text.counts,
-        epochs_read(config, text.training),
+        counts["training_bytes"] / targets,
+        [*_count_lines(counts), *_epoch_lines(config, text.training)],
         text.fingerprint,
     )
 
 
-def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> PackedExamples:
+def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> Examples:
     """The validation part of `load_data` for a tokenizer at hand, such as a run directory's.
 
     Raises:
       InputError: as `load_data`.
     """
+    if config.data.questions.task != "none":
+        return QuestionExamples(config, tokenizer, held_out=True)
     if config.data.sources:
         corpora = open_sources(config)
         check_same_tokenizer(config, corpora, tokenizer)
@@ -83,7 +95,7 @@ def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> PackedExampl
     return examples_from_text(documents, tokenizer, config.sequence_length, config.data.cache_dir)
 
 
-def examples_for(config: RunConfig, tokenizer: Tokenizer, text: str | None) -> PackedExamples:
+def examples_for(config: RunConfig, tokenizer: Tokenizer, text: str | None) -> Examples:
     """The examples to evaluate on: of a text file or folder, by default the run's held-out text.
 
     Raises:
@@ -187,6 +199,43 @@ def _from_prepared(config: RunConfig) -> _Text:
     }
     identity = fingerprint([corpus.fingerprint for corpus in corpora])
     return _Text(tokenizer, sources, held_out(corpora), counts, identity)
+
+
+def _of_questions(config: RunConfig, rows: np.ndarray | None) -> Data:
+    questions = config.data.questions
+    tokenizer = question_tokenizer(config)
+    bytes_V = token_bytes(tokenizer, config.model.vocab_size)
+    training = QuestionExamples(config, tokenizer, held_out=False)
+    validation = QuestionExamples(config, tokenizer, held_out=True)
+    check_exam(questions, config.model.max_length)
+    answers = [training[index] for index in range(len(validation))]
+    targets = sum(example["weights"].sum() for example in answers)
+    sizes = [example["weights"] * bytes_V[example["targets"]] for example in answers]
+    difficulties = ", ".join(map(str, questions.difficulties))
+    return Data(
+        tokenizer,
+        batches_of(config, training, rows),
+        validation,
+        bytes_V,
+        float(np.sum(sizes) / targets),
+        [f"training on {config.data.text} of difficulty {difficulties}, made as they are needed"],
+        fingerprint([questions.model_dump_json(exclude={"test_difficulties"})]),
+    )
+
+
+def _count_lines(counts: dict[str, int]) -> list[str]:
+    return [
+        f"{part} text: {counts[f'{part}_documents']} documents, "
+        f"{counts[f'{part}_tokens']:,} tokens, {counts[f'{part}_bytes']:,} bytes"
+        for part in ("training", "validation")
+    ]
+
+
+def _epoch_lines(config: RunConfig, sources: list[Source]) -> list[str]:
+    return [
+        f"{name} is read {epochs:.3g} times in {config.training.steps:,} steps"
+        for name, epochs in epochs_read(config, sources).items()
+    ]
 
 
 def _counts(part: str, documents: Sequence[str], tokenized: TokenizedDocuments) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """Documents packed into examples of one length, addressable by index."""
 
 import operator
-from typing import SupportsIndex
+from typing import Protocol, SupportsIndex
 
 import numpy as np
 
@@ -9,6 +9,14 @@ from plt_jax.data.streams import TokenStream
 
 Example = dict[str, np.ndarray]
 """tokens, targets and segment_ids, int32, and weights, float32; [T], or [B, T] in a batch."""
+
+
+class Examples(Protocol):
+    """Examples of one length T."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: SupportsIndex) -> Example: ...
 
 
 class PackedExamples:

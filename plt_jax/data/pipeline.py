@@ -9,7 +9,7 @@ import grain
 import numpy as np
 
 from plt_jax.config import RunConfig
-from plt_jax.data.packing import Example, PackedExamples
+from plt_jax.data.packing import Example, Examples, PackedExamples
 from plt_jax.data.streams import TokenStream
 from plt_jax.errors import InputError
 
@@ -29,7 +29,7 @@ class Source(NamedTuple):
 class _Rows:
     """Some rows of every batch of an endless stream of examples, as a source for grain."""
 
-    def __init__(self, examples: grain.MapDataset, rows: np.ndarray, batch_size: int):
+    def __init__(self, examples: Examples, rows: np.ndarray, batch_size: int):
         self._examples, self._rows, self._batch_size = examples, rows, batch_size
 
     def __len__(self) -> int:
@@ -72,34 +72,47 @@ class Mixture(grain.transforms.DatasetSelectionMap):
 def training_dataset(
     config: RunConfig, sources: Sequence[Source], rows: np.ndarray | None = None
 ) -> grain.IterDataset:
-    """Endless training batches, shuffled anew in every epoch, the same for the same seed.
+    """Endless training batches of text, shuffled anew in every epoch, the same for the same seed.
 
-    The iterator's whole state, `get_state()`, is the number of batches taken, so it resumes
-    exactly, and in any number of processes. No order is laid out in memory.
+    No order is laid out in memory.
 
     Args:
       config: seed, data and training are read.
       sources: at least one.
-      rows: numbers of the rows of each batch of B = `training.batch_size` examples to read, those
-        that this process's devices hold (`sharding.BatchLayout.rows`); default all.
-
-    Returns:
-      A dataset whose elements are PackedExamples' dicts with a leading axis of len(rows).
+      rows: see `batches_of`.
 
     Raises:
       InputError: a source makes fewer than B examples, or would be read more often than it may.
     """
-    batch_size = config.training.batch_size
-    rows = np.arange(batch_size) if rows is None else rows
     packed = _pack(config, sources)
     mixture = _mix(config, sources, [len(examples) for examples in packed])
     shuffled = [
         grain.MapDataset.source(examples).seed(config.seed + number).shuffle().repeat()
         for number, examples in enumerate(packed)
     ]
-    mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
+    return batches_of(config, grain.MapDataset.select_from_datasets(shuffled, mixture), rows)
+
+
+def batches_of(
+    config: RunConfig, examples: Examples, rows: np.ndarray | None = None
+) -> grain.IterDataset:
+    """Batches of endless examples, in their order.
+
+    The iterator's whole state, `get_state()`, is the number of batches taken, so it resumes
+    exactly, and in any number of processes.
+
+    Args:
+      config: data and training are read.
+      rows: numbers of the rows of each batch of B = `training.batch_size` examples to read, those
+        that this process's devices hold (`sharding.BatchLayout.rows`); default all.
+
+    Returns:
+      A dataset whose elements are the examples' dicts with a leading axis of len(rows).
+    """
+    batch_size = config.training.batch_size
+    rows = np.arange(batch_size) if rows is None else rows
     # (Without a remainder, whose count overflows for batches of one of endless examples.)
-    own = grain.MapDataset.source(_Rows(mixed, rows, batch_size))
+    own = grain.MapDataset.source(_Rows(examples, rows, batch_size))
     batches = own.batch(len(rows), drop_remainder=True)
     prefetch = config.data.prefetch
     # Reading is mostly Python: more threads than one wait for one another, and are slower.
@@ -161,7 +174,7 @@ def _examples_read(config: RunConfig, mixture: Mixture) -> list[int]:
 
 
 def evaluation_batches(
-    examples: PackedExamples,
+    examples: Examples,
     batch_size: int,
     limit: int | None = None,
     rows: np.ndarray | None = None,
@@ -175,7 +188,7 @@ def evaluation_batches(
       rows: numbers of the rows of each batch to read, as in `training_dataset`; default all.
 
     Yields:
-      PackedExamples' dicts with a leading axis of len(rows).
+      The examples' dicts with a leading axis of len(rows).
     """
     total = len(examples)
     count = total if limit is None else min(limit, total)

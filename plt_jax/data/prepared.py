@@ -20,7 +20,7 @@ import pydantic
 from pydantic import NonNegativeInt, PositiveInt
 from tokenizers import Tokenizer
 
-from plt_jax.config import Section
+from plt_jax.config_types import Section
 from plt_jax.data.shards import ShardReader
 from plt_jax.data.streams import JoinedStream
 from plt_jax.data.tokenizer import load_tokenizer

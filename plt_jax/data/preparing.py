@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 
-from plt_jax.config import Section
+from plt_jax.config_types import Section
 from plt_jax.data.documents import Piece, find_files, read_piece, split_files
 from plt_jax.data.prepared import MANIFEST, SPLITS, TOKENIZER, Manifest, Shard, Split, file_sha256
 from plt_jax.data.prepared import check_size as check_shard_size

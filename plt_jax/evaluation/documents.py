@@ -132,6 +132,11 @@ def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenSt
                     "again with that (--tokenizer RUN/tokenizer.json)"
                 )
             return held_out([prepared])
+    if text is None and config.data.questions.task != "none":
+        raise InputError(
+            f"{trained.directory} was trained on questions, which are no documents; ask them with "
+            "--exact_match, or give a --text"
+        )
     if text is None and config.data.sources:
         corpora = open_sources(config)
         check_same_tokenizer(config, corpora, tokenizer)

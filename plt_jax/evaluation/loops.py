@@ -18,7 +18,7 @@ import numpy as np
 
 from plt_jax.config import ModelConfig
 from plt_jax.data.load import examples_for
-from plt_jax.data.packing import PackedExamples
+from plt_jax.data.packing import Examples
 from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
 from plt_jax.evaluation.loops_page import loops_page
@@ -113,7 +113,7 @@ def evaluate_loops(path: str, text: str | None = None, sequences: int = SEQUENCE
 
 
 def measure_examples(
-    config: ModelConfig, params: Any, examples: PackedExamples, sequences: int
+    config: ModelConfig, params: Any, examples: Examples, sequences: int
 ) -> dict[str, Any]:
     """`by_loop`, `by_layer`, `most_shifting_loop` (r*, the argmax over r >= 2 of the output shift)
     and `tokens`, means over the targets of evenly spaced examples."""

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import ModelConfig, RunConfig
-from plt_jax.data.packing import PackedExamples
+from plt_jax.data.packing import Examples
 from plt_jax.data.pipeline import evaluation_batches
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import Transformer
@@ -58,7 +58,7 @@ class Evaluation(NamedTuple):
 
 def make_evaluate(
     config: RunConfig, mesh: Mesh, token_bytes: np.ndarray
-) -> Callable[[Any, PackedExamples, int | None], Evaluation]:
+) -> Callable[[Any, Examples, int | None], Evaluation]:
     """`evaluate(params, examples, limit) -> Evaluation`, compiled once for the mesh.
 
     `limit` reads that many examples, evenly spaced; None reads all.
@@ -78,7 +78,7 @@ def make_evaluate(
         out_shardings=whole,
     )
 
-    def evaluate(params: Any, examples: PackedExamples, limit: int | None) -> Evaluation:
+    def evaluate(params: Any, examples: Examples, limit: int | None) -> Evaluation:
         nats, tokens, text_bytes = np.zeros(config.model.loop.count), 0, 0
         with use_mesh(mesh):
             for batch in evaluation_batches(examples, batch_size, limit, layout.rows):

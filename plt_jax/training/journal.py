@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from plt_jax import processes
 from plt_jax.compile.arithmetic import train_flops
 from plt_jax.compile.chips import peak_flops
 from plt_jax.config import RunConfig
-from plt_jax.evaluation.perplexity import Evaluation, score
+from plt_jax.evaluation.perplexity import Evaluation
 from plt_jax.training.guard import Guard
 from plt_jax.training.metrics import MetricsWriter, NoMetrics
 from plt_jax.training.phases import PROFILING, STEPS, Phases
@@ -27,17 +28,18 @@ class Journal:
     """Of one start of a run; use as a context manager."""
 
     def __init__(
-        self, config: RunConfig, mesh: Mesh, counts: dict[str, int], step: int, phases: Phases
+        self, config: RunConfig, mesh: Mesh, bytes_per_target: float, step: int, phases: Phases
     ):
         """
         Args:
-          counts: of the training text, for bits per byte; see `Data`.
+          bytes_per_target: of the training text; see `Data`.
           step: that this start goes on from.
         """
         training, directory = config.training, Path(config.run_dir)
         self.phases = phases
         self.speed = Speedometer(training.batch_size * config.sequence_length)
-        self._config, self._mesh, self._counts, self._step = config, mesh, counts, step
+        self._config, self._mesh, self._step = config, mesh, step
+        self._bytes_per_target = bytes_per_target
         self._progress = ProgressReport(step, training.steps)
         first = training.profile_from if processes.first() else None
         self.profile = ProfileWindow(directory / EVENTS, first, training.profile_steps, self.say)
@@ -104,9 +106,7 @@ class Journal:
             goodput=seconds.get(STEPS, 0.0) / sum(seconds.values()),
             **{f"seconds/{phase}": round(spent, 3) for phase, spent in seconds.items()},
         )
-        counts = self._counts
-        predicted = counts["training_tokens"] - counts["training_documents"]  # all but each bos
-        bits_per_byte = score(loss * predicted, predicted, counts["training_bytes"]).bits_per_byte
+        bits_per_byte = loss / math.log(2) / self._bytes_per_target
         self._progress.advance(step, loss, bits_per_byte, tokens_per_second)
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:

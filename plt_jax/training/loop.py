@@ -147,7 +147,7 @@ def _train(config: RunConfig, phases: Phases) -> Outcome:
         if first >= config.training.steps:
             print(f"finished: {directory} is at step {first} of {config.training.steps}")
             return Outcome(first, stopped=False)
-        with Journal(config, checked.mesh, checked.data.counts, first, phases) as journal:
+        with Journal(config, checked.mesh, checked.data.bytes_per_target, first, phases) as journal:
             state = train_steps(run, start, batches, journal, stop)
     step = int(state.step)
     if processes.first():
@@ -309,7 +309,7 @@ def go_back(run: Run, step: int, values: dict[str, jax.Array], lost: Guard, time
 
 def describe(config: RunConfig, checked: Checked) -> None:
     """Prints what is about to be trained, on what."""
-    loop, counts, mesh = config.model.loop, checked.data.counts, checked.mesh
+    loop, mesh = config.model.loop, checked.mesh
     parameters = sum(leaf.size for leaf in jax.tree.leaves(checked.abstract.params))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"run directory {config.run_dir}")
@@ -318,13 +318,8 @@ def describe(config: RunConfig, checked: Checked) -> None:
     print(
         f"model: {loop.scheme}, {loop.count} loops, {parameters:,} parameters, {config.model.dtype}"
     )
-    for part in ("training", "validation"):
-        print(
-            f"{part} text: {counts[f'{part}_documents']} documents, "
-            f"{counts[f'{part}_tokens']:,} tokens, {counts[f'{part}_bytes']:,} bytes"
-        )
-    for name, epochs in checked.data.epochs.items():
-        print(f"{name} is read {epochs:.3g} times in {config.training.steps:,} steps")
+    for line in checked.data.about:
+        print(line)
     several = "" if processes.alone() else f" in {jax.process_count()} processes"
     print(f"devices: {mesh.devices.size} {jax.devices()[0].platform}{several} ({axes})", flush=True)
 

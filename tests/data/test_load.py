@@ -1,5 +1,7 @@
 """The whole flow, from a configuration to batches."""
 
+import re
+
 import numpy as np
 
 from plt_jax.data.corpus import load_corpus, read_documents
@@ -11,10 +13,11 @@ def test_counts_and_parts_agree_with_the_text(make_config):
     config = make_config()
     data = load_data(config)
     corpus = load_corpus(config.data)
-    counts = data.counts
-    assert (counts["training_documents"], counts["validation_documents"]) == (11, 1)
-    assert counts["training_bytes"] == sum(len(text.encode()) for text in corpus.training)
-    assert counts["validation_bytes"] == len(corpus.validation[0].encode())
+    for line, documents in zip(data.about, (corpus.training, corpus.validation), strict=False):
+        size = sum(len(text.encode()) for text in documents)
+        assert f" {len(documents)} documents, " in line
+        assert line.endswith(f" {size:,} bytes")
+    assert data.about[2].endswith(" times in 1,000 steps")
     batch = next(iter(data.training))
     assert batch["tokens"].shape == (4, 16)
     assert data.token_bytes.shape == (300,)
@@ -26,8 +29,11 @@ def test_validation_covers_its_bytes_and_predictions(make_config):
     for batch in evaluation_batches(data.validation, 3):
         predicted += int(batch["weights"].sum())
         covered += int((data.token_bytes[batch["targets"]] * batch["weights"]).sum())
-    assert predicted == data.counts["validation_tokens"] - data.counts["validation_documents"]
-    assert covered == data.counts["validation_bytes"]
+    documents, tokens, size = (
+        int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", data.about[1])
+    )
+    assert predicted == tokens - documents
+    assert covered == size
 
 
 def test_held_out_text_does_not_reach_training(make_config, corpus_folder):

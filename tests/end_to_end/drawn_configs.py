@@ -17,7 +17,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import hypothesis
 from hypothesis import strategies as st
 
-from plt_jax.config import RunConfig, Section
+from plt_jax.config import RunConfig
+from plt_jax.config_data import TaskName
+from plt_jax.config_types import Section
 
 Strategy = st.SearchStrategy
 Values = dict[str, Any]
@@ -142,6 +144,7 @@ def fair_values(home: Path) -> dict[str, Strategy]:
     Sizes stay tiny, numbers whose size says nothing are large at times, paths lead somewhere.
     """
     pick = st.sampled_from
+    levels = st.lists(pick([1, 1, 2, 3, 10**9]), max_size=3)
     tiny, often = pick([1, 2, 3]), pick([1, 2, 3, 10**9])
     huge = pick([1, 2, 7, 64, 2**31 - 1])
     corpus = [str(home / "corpus"), str(home / "long.txt")]
@@ -179,6 +182,11 @@ def fair_values(home: Path) -> dict[str, Strategy]:
         "data.sources.path": pick([str(home / "one"), str(home / "two")]),
         "data.sources.weight": pick([None, 1e-9, 0.5, 3.0, 1e9]),
         "data.sources.epochs": pick([None, None, 0.01, 2.0, 1e9]),
+        "data.questions.task": pick(["none", "none", *get_args(TaskName)]),
+        "data.questions.difficulties": levels,
+        "data.questions.test_difficulties": levels,
+        "data.questions.length": pick([1, 3, 8, 12, 10**6]),
+        "data.questions.symbols": pick([None, None, 1, 2, 4, 9]),
         "data.validation_source": pick([None, *corpus]),
         "data.validation_fraction": pick([0.01, 0.25, 0.5, 0.99]),
         "data.sequence_length": pick([None, 1, 2, 5, 8, 16]),

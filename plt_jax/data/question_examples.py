@@ -1,0 +1,135 @@
+"""Questions packed into examples of one length, addressable by index, as packing.py packs text."""
+
+from __future__ import annotations
+
+import sys
+from random import Random
+from typing import SupportsIndex
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from plt_jax.config import RunConfig
+from plt_jax.config_data import QuestionsConfig
+from plt_jax.data.packing import Example
+from plt_jax.data.questions import TASKS, Question, draw, exam
+from plt_jax.data.tokenizer import (
+    SMALLEST_VOCABULARY,
+    bos_id,
+    eos_id,
+    load_tokenizer,
+    train_tokenizer,
+)
+from plt_jax.errors import InputError, naming
+
+VALIDATION_EXAMPLES = 64
+
+
+class QuestionEncoder:
+    """Questions as the tokens of a document: bos, the prompt's and the answer's bytes, eos."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._ids = {chr(code): tokenizer.token_to_id(chr(code)) for code in range(33, 127)}
+        self._bos, self.eos = bos_id(tokenizer), eos_id(tokenizer)
+
+    def prompt(self, question: Question) -> list[int]:
+        """What the model is given."""
+        return [self._bos, *map(self._ids.__getitem__, question.prompt)]
+
+    def answer(self, question: Question) -> list[int]:
+        """What it must then say."""
+        return [*map(self._ids.__getitem__, question.answer), self.eos]
+
+
+class QuestionExamples:
+    """Whole questions one after the other, as many as T tokens hold; then padding.
+
+    Arrays are as `packing.PackedExamples` has them, but that weights are 1 on targets of answers
+    and their eos alone, and that no eos is an input, since nothing follows it. An example depends
+    on the configuration and its index alone.
+    """
+
+    def __init__(self, config: RunConfig, tokenizer: Tokenizer, *, held_out: bool):
+        """
+        Args:
+          config: its seed, data and model are read.
+          held_out: held-out questions, the same for any seed, VALIDATION_EXAMPLES of examples; else
+            endless ones to train on.
+
+        Raises:
+          InputError: a difficulty has no such question, or one that T tokens do not hold.
+        """
+        self._questions, self._length = config.data.questions, config.sequence_length
+        self._held_out = held_out
+        self._seed = "validation" if held_out else f"training {config.seed}"
+        self._encoder = QuestionEncoder(tokenizer)
+        for difficulty in self._questions.difficulties:
+            check_length(
+                *(self._questions, "difficulties", difficulty),
+                *("data.sequence_length", self._length),
+            )
+            next(draw(self._questions, Random(0), [difficulty], held_out))
+
+    def __len__(self) -> int:
+        return VALIDATION_EXAMPLES if self._held_out else sys.maxsize
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        index = range(len(self))[index]
+        random = Random(f"{self._seed} {index}")
+        # Lists are faster to add a few numbers to than arrays.
+        tokens, targets, segment_ids, weights = [], [], [], []
+        drawn = draw(self._questions, random, self._questions.difficulties, self._held_out)
+        for number, question in enumerate(drawn, start=1):
+            prompt, answer = self._encoder.prompt(question), self._encoder.answer(question)
+            inputs = len(prompt) + len(answer) - 1
+            if len(tokens) + inputs > self._length:
+                break
+            tokens += prompt + answer[:-1]
+            targets += prompt[1:] + answer
+            segment_ids += [number] * inputs
+            weights += [0] * (len(prompt) - 1) + [1] * len(answer)
+        padding = [0] * (self._length - len(tokens))
+        return {
+            "tokens": np.array(tokens + padding, np.int32),
+            "targets": np.array(targets + padding, np.int32),
+            "segment_ids": np.array(segment_ids + padding, np.int32),
+            "weights": np.array(weights + padding, np.float32),
+        }
+
+
+def question_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer of questions: bytes, and the two special tokens.
+
+    Raises:
+      InputError: the run names another (tokenizer.path), or model.vocab_size does not hold it.
+    """
+    tokenizer = train_tokenizer([], config.model.vocab_size, min_frequency=1)
+    if config.tokenizer.path is not None:
+        with naming("tokenizer.path"):
+            if load_tokenizer(config.tokenizer.path).to_str() != tokenizer.to_str():
+                raise InputError(
+                    f"{config.tokenizer.path} is not the tokenizer of questions, which is of bytes "
+                    f"and has {SMALLEST_VOCABULARY} tokens; drop it"
+                )
+    return tokenizer
+
+
+def check_exam(config: QuestionsConfig, max_length: int) -> None:
+    """Raises InputError where a test's difficulty has no question, or one that a context of
+    `max_length` tokens does not hold."""
+    for difficulty in config.test_difficulties:
+        check_length(config, "test_difficulties", difficulty, "model.max_length", max_length)
+        exam(config, difficulty, 1)
+
+
+def check_length(
+    config: QuestionsConfig, name: str, difficulty: int, limit_name: str, limit: int
+) -> None:
+    """Raises InputError where a question of a difficulty, one of those that the field `name` has,
+    may take more tokens than `limit`."""
+    needed = TASKS[config.task].length(difficulty, config) + 2  # bos and eos
+    if needed > limit:
+        raise InputError(
+            f"a question of {config.task} of difficulty {difficulty} (data.questions.{name}) takes "
+            f"{needed} tokens, more than {limit_name} {limit}; drop the difficulty, or raise that"
+        )
