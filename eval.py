@@ -17,7 +17,7 @@ def main() -> None:
     parser = CommandParser(
         description="Loss, perplexity and bits per byte of a trained model on held-out text, for "
         "the last loop and read out at every loop (writes eval.json in the run directory); or one "
-        "of --by_document, --loops, --tasks and --suite."
+        "of --exact_match, --by_document, --loops, --tasks and --suite."
     )
     parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
     parser.add_argument(
@@ -29,6 +29,15 @@ def main() -> None:
     parser.add_argument(
         "--at_loops",
         help="numbers of loops, as 1,2,3, with which the model is evaluated besides its own",
+    )
+    questions = parser.add_argument_group("questions, of a run that was trained on them")
+    questions.add_argument(
+        "--exact_match",
+        action="store_true",
+        help="how many held-out ones it answers rightly, by difficulty; writes exact_match.json",
+    )
+    questions.add_argument(
+        "--difficulties", help="to ask, as 1,2,8; default data.questions.test_difficulties"
     )
     documents = parser.add_argument_group("each document by itself")
     documents.add_argument(
@@ -51,7 +60,9 @@ def main() -> None:
     tasks.add_argument("--tasks", help="names of tasks or groups, as a,b")
     tasks.add_argument("--suite", help="the PLT paper's tasks: paper_moe or paper_dense")
     tasks.add_argument(
-        "--limit", type=int, help="examples of each task, or documents of --by_document"
+        "--limit",
+        type=int,
+        help="examples of each task, documents of --by_document, or questions of each difficulty",
     )
     tasks.add_argument("--num-fewshot", type=int, help="examples in the prompt; default the task's")
     tasks.add_argument("--include-path", help="a folder of further tasks")
@@ -76,6 +87,7 @@ def chosen_use(arguments: Namespace) -> Callable[[Namespace], Any]:
         "--tasks": run_tasks if named_tasks(arguments) is not None else None,
         "--loops": run_loops if arguments.loops else None,
         "--by_document": run_documents if arguments.by_document else None,
+        "--exact_match": run_questions if arguments.exact_match else None,
     }
     asked = {name: run for name, run in uses.items() if run is not None}
     if len(asked) > 1:
@@ -84,21 +96,23 @@ def chosen_use(arguments: Namespace) -> Callable[[Namespace], Any]:
 
 
 def run_text(arguments: Namespace):
+    refuse(arguments, "--exact_match", "difficulties")
     refuse(arguments, "--tasks and --suite", *OF_TASKS)
     refuse(arguments, "--by_document", *OF_DOCUMENTS)
     refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.report import evaluate_trained
 
     report = evaluate_trained(
-        arguments.path, arguments.text, arguments.batch_size, numbers_of(arguments.at_loops)
+        arguments.path, arguments.text, arguments.batch_size, numbers_of(arguments, "at_loops")
     )
     print(json.dumps(report.numbers, indent=2))
     return report
 
 
 def run_documents(arguments: Namespace):
+    refuse(arguments, "--exact_match", "difficulties")
     refuse(arguments, "--tasks and --suite", "num_fewshot", "include_path")
-    refuse(arguments, "scores", "at_loops")
+    refuse(arguments, "scores and --exact_match", "at_loops")
     refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.documents import evaluate_documents
 
@@ -113,19 +127,38 @@ def run_documents(arguments: Namespace):
 
 
 def run_loops(arguments: Namespace):
+    refuse(arguments, "--exact_match", "difficulties")
     refuse(arguments, "--tasks and --suite", *OF_TASKS)
     refuse(arguments, "--by_document", *OF_DOCUMENTS)
-    refuse(arguments, "scores", "batch_size", "at_loops")
+    refuse(arguments, "scores", "batch_size")
+    refuse(arguments, "scores and --exact_match", "at_loops")
     from plt_jax.evaluation.loops import SEQUENCES, evaluate_loops
 
     sequences = SEQUENCES if arguments.sequences is None else arguments.sequences
     return evaluate_loops(arguments.path, arguments.text, sequences)
 
 
+def run_questions(arguments: Namespace):
+    refuse(arguments, "--tasks and --suite", "num_fewshot", "include_path")
+    refuse(arguments, "--by_document", *OF_DOCUMENTS)
+    refuse(arguments, "--loops", "sequences")
+    refuse(arguments, "scores, --by_document and --loops", "text")
+    from plt_jax.evaluation.exact_match import evaluate_exact_match
+
+    return evaluate_exact_match(
+        arguments.path,
+        numbers_of(arguments, "difficulties"),
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        at_loops=numbers_of(arguments, "at_loops"),
+    )
+
+
 def run_tasks(arguments: Namespace):
+    refuse(arguments, "--exact_match", "difficulties")
     refuse(arguments, "scores, --by_document and --loops", "text")
     refuse(arguments, "--by_document", *OF_DOCUMENTS)
-    refuse(arguments, "scores", "at_loops")
+    refuse(arguments, "scores and --exact_match", "at_loops")
     refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.tasks import evaluate_tasks
 
@@ -148,12 +181,13 @@ def refuse(arguments: Namespace, use: str, *names: str) -> None:
             raise InputError(f"--{option} is for {use}")
 
 
-def numbers_of(text: str | None) -> list[int]:
-    """The numbers of --at_loops."""
+def numbers_of(arguments: Namespace, name: str) -> list[int]:
+    """The numbers of an option that takes several, none if it is not given."""
+    text = getattr(arguments, name)
     try:
         return [int(part) for part in text.split(",")] if text else []
     except ValueError as error:
-        raise InputError(f"--at_loops is {text}; give numbers, as 1,2,3") from error
+        raise InputError(f"--{name} is {text}; give numbers, as 1,2,3") from error
 
 
 def named_tasks(arguments: Namespace) -> list[str] | None:

@@ -1,0 +1,136 @@
+"""Exact match: answers by the decoder against a plain forward pass, and what the command says."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from plt_jax.data.question_examples import QuestionEncoder
+from plt_jax.data.questions import Question, exam
+from plt_jax.decoding.layout import prepare_for_decode
+from plt_jax.errors import InputError
+from plt_jax.evaluation.exact_match import evaluate_exact_match, mark
+from plt_jax.run import open_trained
+from plt_jax.training.loop import train
+from tests.models import forward, random_params, small_config
+from tests.training.runs import assert_refused, command, tiny_config
+
+END = 5
+QUESTIONS = {"task": "permutations", "difficulties": [1, 2], "test_difficulties": [1, 2, 3]}
+
+
+class Tokens(QuestionEncoder):
+    """Questions whose prompts and answers are tokens, written as numbers."""
+
+    eos = END
+
+    def __init__(self):
+        pass
+
+    def prompt(self, question):
+        return [int(word) for word in question.prompt.split()]
+
+    def answer(self, question):
+        return [int(word) for word in question.answer.split()]
+
+
+def written_greedily(config, params, prompt, most=6) -> list[int]:
+    """By whole forward passes, up to END."""
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + most and END not in tokens[len(prompt) :]:
+        logits = forward(config)(params, jnp.array([tokens + [0] * (16 - len(tokens))]))
+        tokens.append(int(np.argmax(logits[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize(("scheme", "count"), [("no_loop", 1), ("plt", 3), ("vanilla_loop", 2)])
+def test_marks_are_those_of_the_forward_pass(scheme, count):
+    config = small_config(scheme, count)
+    params = random_params(config)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(6, 31, 4).tolist() for _ in range(7)]
+    answers = [written_greedily(config, params, prompt) for prompt in prompts]
+    wrong = [[*answers[0][:-1], 30], [*answers[1], END], answers[2][:-1]]  # other, longer, shorter
+    wrong[0][-1] -= wrong[0] == answers[0]
+    wrong[2] = [*wrong[2], END if answers[2][-1] != END else 29]
+    questions = [
+        Question(" ".join(map(str, prompt)), " ".join(map(str, answer)))
+        for prompt, answer in zip([*prompts, *prompts[:3]], [*answers, *wrong], strict=True)
+    ]
+    weights = prepare_for_decode(config, params)
+    found = mark(config, weights, Tokens(), questions, 4)
+    ends = answers[1][-1] == END  # then one more END is what rows repeat
+    assert found == [*[True] * 7, False, ends, False]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A finished run on questions."""
+    home = tmp_path_factory.mktemp("questions")
+    config = tiny_config(home, home / "run", data={"questions": QUESTIONS})
+    train(config)
+    return home / "run"
+
+
+def test_the_command_scores_a_run_by_difficulty(run):
+    result = command("eval.py", run, "--exact_match", "--limit", "9", "--at_loops", "1,2")
+    assert result.code == 0, result
+    numbers = json.loads((run / "exact_match.json").read_text())
+    rows = numbers["by_difficulty"]
+    assert [row["difficulty"] for row in rows] == [1, 2, 3]
+    assert [row["trained"] for row in rows] == [True, True, False]
+    trained = open_trained(run)
+    for row in rows:
+        paper = exam(trained.config.data.questions, row["difficulty"], 9)
+        assert row["questions"] == len(paper)
+        encoder = QuestionEncoder(trained.tokenizer)
+        weights = prepare_for_decode(trained.config.model, trained.params)
+        marks = mark(trained.config.model, weights, encoder, paper, 3)
+        assert row["accuracy"] == pytest.approx(np.mean(marks))
+    assert [one["loops"] for one in numbers["at_loops"]] == [1, 2]
+    assert numbers["at_loops"][1]["by_difficulty"] == rows
+    lines = result.out.splitlines()
+    assert "with 1 loops" in lines[0] and lines[3].split()[:4] == ["difficulty", "3", "9", "no"]
+
+
+def test_other_evaluations_read_its_held_out_answers(run):
+    result = command("eval.py", run)
+    assert result.code == 0, result
+    assert json.loads((run / "eval.json").read_text())["text"] == (
+        "held out from questions of permutations"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            {"difficulties": [90]},
+            r"90 \(data.questions.test_difficulties\) takes 98 tokens, more than model.max_length",
+        ),
+        ({"difficulties": [0]}, "--difficulties: test_difficulties.0 = 0: input should be greater"),
+        ({"limit": 0}, "--limit is 0; it must be at least 1"),
+        ({"batch_size": -1}, "--batch_size is -1; it must be at least 1"),
+        ({"at_loops": [0]}, "plt cannot run 0 loops"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(run, arguments, message):
+    with pytest.raises(InputError, match=message):
+        evaluate_exact_match(str(run), **arguments)
+
+
+def test_a_run_on_text_has_no_questions(finished):
+    with pytest.raises(InputError, match="was trained on text, not on questions"):
+        evaluate_exact_match(str(finished.directory))
+    result = command("eval.py", finished.directory, "--difficulties", "1")
+    assert_refused(result, "--difficulties is for --exact_match")
+    result = command("eval.py", finished.directory, "--exact_match", "--difficulties", "hard")
+    assert_refused(result, "--difficulties is hard; give numbers, as 1,2,3")
+    result = command("eval.py", finished.directory, "--exact_match", "--loops")
+    assert_refused(result, "exclude one another")
+
+
+def test_documents_of_questions_are_refused(run):
+    result = command("eval.py", run, "--by_document")
+    assert_refused(result, "was trained on questions, which are no documents", "--exact_match")
