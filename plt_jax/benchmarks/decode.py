@@ -16,7 +16,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,10 +50,23 @@ class Case(NamedTuple):
 
     scheme: str
     loops: int
+    depth: int = 1
+    """How many times the config's layers it has."""
 
     @property
     def label(self) -> str:
-        return self.scheme if self.scheme == "no_loop" else f"{self.scheme}-{self.loops}"
+        name = self.scheme if self.scheme == "no_loop" else f"{self.scheme}-{self.loops}"
+        return name if self.depth == 1 else f"{name}-{self.depth}x_layers"
+
+
+class Settings(NamedTuple):
+    """How cells are measured; see the command's options."""
+
+    tokens: int = 16
+    rounds: int = 9
+    prompt: int = 0
+    cache_dtype: str | None = None
+    torch: str | None = None
 
 
 def main() -> None:
@@ -61,6 +74,7 @@ def main() -> None:
     base = base_config(arguments)
     cases = list(all_cases(arguments.schemes, arguments.loops))
     weights = random_weights(with_scheme(base, Case("no_loop", 1)))
+    settings = Settings(**{name: getattr(arguments, name) for name in Settings._fields})
     report = {
         "command": " ".join(["python -m plt_jax.benchmarks.decode", *sys.argv[1:]]),
         "machine": machine(),
@@ -74,7 +88,7 @@ def main() -> None:
     }
     print(decode_report.heading(report), flush=True)
     for context, batch in itertools.product(arguments.context, arguments.batch):
-        cell = Cell(base, weights, batch, context, arguments)
+        cell = Cell(base, weights, batch, context, settings)
         report["cells"].append(cell.measure(cases))
         print(decode_report.table(report, report["cells"][-1]), flush=True)
         if arguments.out:
@@ -102,10 +116,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cache_dtype", choices=DTYPES, help="of keys and values; default the dtype"
     )
-    parser.add_argument("--tokens", type=int, default=16, help=f"tokens a round, below {BLOCK}")
-    parser.add_argument("--rounds", type=int, default=9, help="times that each scheme is measured")
+    usual = Settings()
     parser.add_argument(
-        "--prompt", type=int, default=0, help="prompt to time prefill with; 0: none"
+        "--tokens", type=int, default=usual.tokens, help=f"tokens a round, below {BLOCK}"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=usual.rounds, help="times that each scheme is measured"
+    )
+    parser.add_argument(
+        "--prompt", type=int, default=usual.prompt, help="prompt to time prefill with; 0: none"
     )
     parser.add_argument(
         "--torch",
@@ -143,9 +162,10 @@ def base_config(arguments: argparse.Namespace) -> ModelConfig:
 
 
 def with_scheme(config: ModelConfig, case: Case) -> ModelConfig:
-    """The model with a case's scheme; window, gate input and scales stay the config's."""
+    """The model with a case's scheme and depth; all else stays the config's."""
     loop = config.loop.model_dump() | {"scheme": case.scheme, "count": case.loops}
-    return ModelConfig(**config.model_dump() | {"loop": loop})
+    changed = {"loop": loop, "layers": case.depth * config.layers}
+    return ModelConfig(**config.model_dump() | changed)
 
 
 def all_cases(schemes: list[str], loops: list[int]) -> Iterator[Case]:
@@ -161,8 +181,12 @@ def random_weights(config: ModelConfig) -> Params:
     return jax.block_until_ready(prepare_for_decode(config, declared))
 
 
-def with_gates(config: ModelConfig, weights: Params) -> Params:
-    """The same arrays with a scheme's gates, so that all schemes share the rest."""
+def with_scheme_weights(config: ModelConfig, weights: Params) -> Params:
+    """The same arrays, so that all schemes share them, with what a scheme has besides: its gates,
+    and copies of layers where it has more of them."""
+    layers = weights["layers"]
+    copies = (jax.tree.map(jnp.copy, layers[-1]) for _ in range(config.layers - len(layers)))
+    weights = weights | {"layers": (*layers, *copies)}
     if config.loop.later_attention != "gated":
         return weights
     gates = {
@@ -181,49 +205,53 @@ class Cell:
         weights: Params,
         batch: int,
         context: int,
-        arguments: argparse.Namespace,
+        settings: Settings,
     ):
         self.base, self.weights, self.batch, self.context = base, weights, batch, context
-        self.arguments = arguments
+        self.settings = settings
         self.capacity = context + BLOCK
 
-    def measure(self, cases: list[Case]) -> dict[str, Any]:
+    def measure(self, cases: Sequence[Case]) -> dict[str, Any]:
         """Medians of all cases, and the peer's."""
-        rows = [Row(case, with_scheme(self.base, case)) for case in cases]
+        rows = [self.row(case) for case in cases]
         timers: dict[str, Callable[[], float]] = {
             row.case.label: functools.partial(self.decode_seconds, row) for row in rows
         }
         prefills = {row.case.label: functools.partial(self.prefill_seconds, row) for row in rows}
         peers = self.start_peers()
-        timers |= {name: lambda peer=peer: peer(self.arguments.tokens) for name, peer in peers}
+        timers |= {name: lambda peer=peer: peer(self.settings.tokens) for name, peer in peers}
         try:
-            decode = interleave(timers, self.arguments.rounds)
+            decode = interleave(timers, self.settings.rounds)
         finally:
             for _, peer in peers:
                 peer.stop()
-        prefill = interleave(prefills, self.arguments.rounds) if self.arguments.prompt else {}
+        prefill = interleave(prefills, self.settings.rounds) if self.settings.prompt else {}
         return {
             "batch": self.batch,
             "context": self.context,
             "capacity": self.capacity,
-            "prompt": self.arguments.prompt,
+            "prompt": self.settings.prompt,
             "rows": [self.report(row, decode, prefill) for row in rows],
             "peers": [
                 {"label": name, **peer.about, **self.timing(name, decode)} for name, peer in peers
             ],
         }
 
+    def row(self, case: Case) -> Row:
+        config = with_scheme(self.base, case)
+        return Row(case, config, with_scheme_weights(config, self.weights))
+
     def start_peers(self) -> list[tuple[str, TorchLlama]]:
-        if not self.arguments.torch:
+        if not self.settings.torch:
             return []
         return [
-            (name, TorchLlama(self.arguments.torch, self.base, self.batch, self.context, compiled))
+            (name, TorchLlama(self.settings.torch, self.base, self.batch, self.context, compiled))
             for name, compiled in (("torch llama", False), ("torch llama, compiled", True))
         ]
 
     def timing(self, label: str, decode: dict[str, list[float]]) -> dict[str, Any]:
         """Milliseconds per token, in every round too, and ratios to no_loop where that is there."""
-        ms = [1e3 * seconds / self.arguments.tokens for seconds in decode[label]]
+        ms = [1e3 * seconds / self.settings.tokens for seconds in decode[label]]
         figures = spread("ms", ms) | {"rounds_ms": ms}
         figures["tokens_per_second"] = self.batch * 1e3 / figures["ms"]
         if "no_loop" in decode:
@@ -236,7 +264,7 @@ class Cell:
         """All figures of one case."""
         label, vanilla = row.case.label, f"vanilla_loop-{row.case.loops}"
         shape = jax.eval_shape(lambda: self.cache(row.config))
-        moved = bytes_moved(row.config, with_gates(row.config, self.weights), shape)
+        moved = bytes_moved(row.config, row.weights, shape)
         figures = {
             "label": label,
             "scheme": row.case.scheme,
@@ -251,13 +279,13 @@ class Cell:
             figures |= spread("ratio_to_vanilla", ratios(decode[label], decode[vanilla]))
         if prefill:
             first = spread("first_token_ms", [1e3 * seconds for seconds in prefill[label]])
-            tokens = self.batch * self.arguments.prompt
+            tokens = self.batch * self.settings.prompt
             figures |= first | {"prefill_tokens_per_second": 1e3 * tokens / first["first_token_ms"]}
         return figures
 
     def cache(self, config: ModelConfig) -> Cache:
         """Full of noise up to the context: memory that nobody wrote may not be there at all."""
-        cache = init_cache(config, self.batch, self.capacity, self.arguments.cache_dtype)
+        cache = init_cache(config, self.batch, self.capacity, self.settings.cache_dtype)
         lengths = jnp.full_like(cache.lengths, self.context)
         return fill_with_noise(cache).replace(lengths=lengths)
 
@@ -270,26 +298,29 @@ class Cell:
             jnp.ones(self.batch, bool),
             jnp.int32(0),
         )
-        weights = with_gates(row.config, self.weights)
         keys_B = jax.random.split(jax.random.key(0), self.batch)
         run = functools.partial(
-            advance, row.config, Choice(Sampling()), weights, keys_B, np.full((self.batch, 1), -1)
+            advance,
+            row.config,
+            Choice(Sampling()),
+            row.weights,
+            keys_B,
+            np.full((self.batch, 1), -1),
         )
         state, _, _ = jax.block_until_ready(run(state, 1))
         start = time.perf_counter()
-        jax.block_until_ready(run(state, self.arguments.tokens))
+        jax.block_until_ready(run(state, self.settings.tokens))
         return time.perf_counter() - start
 
     def prefill_seconds(self, row: Row) -> float:
         """Seconds from the prompts to the first token's logits."""
-        prompts = np.arange(self.batch * self.arguments.prompt) % row.config.vocab_size
+        prompts = np.arange(self.batch * self.settings.prompt) % row.config.vocab_size
         prompts = prompts.reshape(self.batch, -1).tolist()
-        capacity = self.arguments.prompt + BLOCK
-        cache = init_cache(row.config, self.batch, capacity, self.arguments.cache_dtype)
-        weights = with_gates(row.config, self.weights)
+        capacity = self.settings.prompt + BLOCK
+        cache = init_cache(row.config, self.batch, capacity, self.settings.cache_dtype)
         jax.block_until_ready(cache)
         start = time.perf_counter()
-        jax.block_until_ready(prefill_prompts(row.config, weights, prompts, cache))
+        jax.block_until_ready(prefill_prompts(row.config, row.weights, prompts, cache))
         return time.perf_counter() - start
 
 
@@ -308,6 +339,7 @@ class Row(NamedTuple):
 
     case: Case
     config: ModelConfig
+    weights: Params
 
 
 def interleave(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The ablation on one GPU: on questions in which depth shows, and on text at 32 million parameters.
+#
+#   benchmarks/ablation_on_gpu.sh questions|text FOLDER [SECONDS]
+#
+# Rows train side by side, since small models leave a GPU idle; what is not done after SECONDS is
+# stopped, and the same command goes on with it. The text is that of benchmarks/speeches_and_code.py,
+# in corpora/speeches_and_code. CONFIGS, ROWS, SEEDS and WORKERS change what is done, MORE adds options.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=$1 out=$2 limit=${3:-100000}
+export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
+# Seeds share their programs, and programs as small as these gain nothing from trials.
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/cache}
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
+export XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}"
+case $what in
+    questions) configs=${CONFIGS:-permutations p_hop addition} seeds=${SEEDS:-3} workers=${WORKERS:-7} ;;
+    text) configs=${CONFIGS:-30m} seeds=${SEEDS:-1} workers=${WORKERS:-3} ;;
+    *) echo "give questions or text, not $what" >&2; exit 2 ;;
+esac
+rows=${ROWS:-plt-3 no_loop-2x_layers plt-2 vanilla_loop-2 clp-2 clp_kv_share-2 no_loop}
+mkdir -p "$out/logs"
+
+ablate() { # CONFIG ROW
+    local left=$((end - $(date +%s)))
+    [ "$left" -gt 0 ] || return 0
+    # shellcheck disable=SC2086
+    timeout "$left" python3 -m plt_jax.benchmarks.ablation "configs/ablation_$1.yaml" \
+        --run_dir "$out/$1" --rows "$2" --seeds "$seeds" --decode_rounds 0 ${MORE:-} \
+        >"$out/logs/$1.$2" 2>&1 || true
+}
+export -f ablate
+export out seeds end=$(($(date +%s) + limit))
+for config in $configs; do
+    for row in $rows; do echo "$config $row"; done
+done | xargs -P "$workers" -L 1 bash -c 'ablate "$@"' ablate
+for config in $configs; do
+    echo "== $config, after $SECONDS s"
+    tail -n +2 "$out/$config/ablation.txt" || true
+done

@@ -1,0 +1,180 @@
+"""The paper's ablation (PLT, Table 2): what each part of the scheme changes, on the same tokens.
+
+python -m plt_jax.benchmarks.ablation CONFIG [--section.field value ...]
+
+Trains every row from the same seeds, in a run directory of its own below --run_dir: RUN_DIR/ROW/
+seed_N. Stopped at any moment, the same command goes on where it was; --rows takes some of them at a
+time. After every run it writes ablation.json, a table and plots of all that is there. A
+configuration with data.questions is scored by the questions answered rightly, others by bits per
+byte of held-out text. At last every row's decoding is timed (plt_jax.benchmarks.decode).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from plt_jax.benchmarks import ablation_report
+from plt_jax.benchmarks.decode import (
+    Case,
+    Cell,
+    Settings,
+    random_weights,
+    with_scheme,
+)
+from plt_jax.benchmarks.machine import machine
+from plt_jax.cli import EXIT_STOPPED, CommandParser, parse_run_config, run_command
+from plt_jax.config import ModelConfig, RunConfig
+from plt_jax.decoding.generation import BLOCK
+from plt_jax.errors import InputError
+from plt_jax.evaluation.exact_match import EXACT_MATCH, evaluate_exact_match
+from plt_jax.files import write_text
+from plt_jax.model.costs import count_parameters, flops_by_loop
+from plt_jax.training.loop import train
+from plt_jax.training.metrics import read_metrics
+
+ABLATION, DECODE, LOCK = "ablation.json", "decode.json", ".lock"
+ROWS = (
+    Case("no_loop", 1),
+    Case("vanilla_loop", 2),
+    Case("clp", 2),
+    Case("clp_kv_share", 2),
+    Case("plt", 2),
+    Case("plt", 3),
+    Case("no_loop", 1, depth=2),
+)
+"""Those of Table 2, and as much arithmetic as two loops' with weights of its own."""
+
+
+def main(words: Sequence[str] | None = None) -> int | None:
+    words = list(sys.argv[1:] if words is None else words)
+    arguments, config = parse(words)
+    cases = [case for case in ROWS if arguments.rows is None or case.label in arguments.rows]
+    folder = Path(config.run_dir)
+    for seed in range(config.seed, config.seed + arguments.seeds):
+        for case in cases:
+            run = config_of(config, case, seed)
+            print(f"== {case.label}, seed {seed}", flush=True)
+            if finished(config, Path(run.run_dir), seed) is None:
+                if train(run).stopped:
+                    return EXIT_STOPPED
+                if config.data.questions.task != "none":
+                    print(evaluate_exact_match(run.run_dir).table(), flush=True)
+                jax.clear_caches()  # the next row's programs are others
+            write_report(words, config)
+    if arguments.decode_rounds:
+        settings = Settings(rounds=arguments.decode_rounds)
+        figures = time_decoding(config.model, ROWS, arguments.decode_batch, settings)
+        write_text(folder / DECODE, json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
+    print(write_report(words, config))
+    return None
+
+
+def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
+    parser = CommandParser(prog="python -m plt_jax.benchmarks.ablation", description=__doc__)
+    parser.add_argument(
+        "--rows",
+        type=lambda text: text.split(","),
+        help=f"some of {','.join(case.label for case in ROWS)}; default all",
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each row, from --seed on")
+    parser.add_argument("--decode_batch", type=int, default=4, help="sequences decoded at once")
+    parser.add_argument(
+        "--decode_rounds",
+        type=int,
+        default=Settings().rounds,
+        help="times that each row's decoding is timed; 0 for not at all",
+    )
+    config = parse_run_config(parser, words)
+    arguments = parser.parse_args(words)
+    labels = [case.label for case in ROWS]
+    if unknown := [name for name in arguments.rows or () if name not in labels]:
+        raise InputError(f"--rows has no row {unknown[0]}; there are {', '.join(labels)}")
+    for name, least in (("seeds", 1), ("decode_batch", 1), ("decode_rounds", 0)):
+        if getattr(arguments, name) < least:
+            raise InputError(f"--{name} is {getattr(arguments, name)}; it must be {least} or more")
+    return arguments, config
+
+
+def config_of(config: RunConfig, case: Case, seed: int) -> RunConfig:
+    """One run of a row."""
+    directory = str(Path(config.run_dir, case.label, f"seed_{seed}"))
+    model = with_scheme(config.model, case)
+    return config.model_copy(update={"model": model, "seed": seed, "run_dir": directory})
+
+
+def write_report(words: Sequence[str], config: RunConfig) -> str:
+    """Writes ablation.json, the table and the plots of all runs that are finished; returns the
+    table. Commands that train side by side take turns."""
+    folder = Path(config.run_dir)
+    decode = folder / DECODE
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        report = {
+            "command": " ".join(["python -m plt_jax.benchmarks.ablation", *words]),
+            "machine": machine(),
+            "config": config.model_dump(mode="json"),
+            "task": config.data.questions.task,
+            "tokens": config.training.steps * config.training.batch_size * config.sequence_length,
+            "rows": list(rows(config)),
+            "decode": json.loads(decode.read_text(encoding="utf-8")) if decode.exists() else None,
+        }
+        write_text(folder / ABLATION, json.dumps(report, indent=1) + "\n")
+        return ablation_report.write(report, folder)
+
+
+def rows(config: RunConfig) -> Iterator[dict[str, Any]]:
+    """What is known of each row, and its finished runs by seed."""
+    for case in ROWS:
+        model = with_scheme(config.model, case)
+        found = Path(config.run_dir, case.label).glob("seed_*")
+        numbered = sorted((int(path.name.removeprefix("seed_")), path) for path in found)
+        runs = [finished(config, path, seed) for seed, path in numbered]
+        if any(runs):
+            yield {
+                "label": case.label,
+                "parameters": count_parameters(model).total,
+                "flops": 3 * sum(one.total for one in flops_by_loop(model, config.sequence_length)),
+                "runs": [run for run in runs if run],
+            }
+
+
+def finished(config: RunConfig, directory: Path, seed: int) -> dict[str, Any] | None:
+    """Scores of a run, if it is at its last step."""
+    evaluations = [row for row in read_metrics(directory) if "validation_loss" in row]
+    if not evaluations or evaluations[-1]["step"] != config.training.steps:
+        return None
+    run = {
+        "seed": seed,
+        "loss": evaluations[-1]["validation_loss"],
+        "bits_per_byte": evaluations[-1]["bits_per_byte"],
+        "validation_tokens": evaluations[-1]["validation_tokens"],
+        "curve": [[row["step"], row["validation_loss"]] for row in evaluations],
+    }
+    if config.data.questions.task != "none":
+        if not (directory / EXACT_MATCH).exists():
+            return None
+        answers = json.loads((directory / EXACT_MATCH).read_text(encoding="utf-8"))
+        run["by_difficulty"] = answers["by_difficulty"]
+    return run
+
+
+def time_decoding(
+    model: ModelConfig, cases: Sequence[Case], batch: int, settings: Settings
+) -> dict[str, Any]:
+    """Latency, and bytes of the cache, of every row at the end of the context."""
+    print("timing decoding ...", flush=True)
+    base = model.model_copy(update={"max_length": model.max_length + BLOCK})
+    weights = random_weights(with_scheme(base, Case("no_loop", 1)))
+    return Cell(base, weights, batch, model.max_length, settings).measure(cases)
+
+
+if __name__ == "__main__":
+    run_command(main)

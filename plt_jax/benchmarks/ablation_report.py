@@ -1,0 +1,235 @@
+"""The ablation's table, its comparisons with their spread, and plots."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from plt_jax.benchmarks.decode_report import pyplot, save
+from plt_jax.files import write_text
+from plt_jax.tables import aligned, table_of
+
+Report = dict[str, Any]
+COMPARISONS = (
+    ("vanilla_loop-2", "no_loop", "a second loop"),
+    ("clp-2", "vanilla_loop-2", "the shift"),
+    ("clp_kv_share-2", "clp-2", "sharing keys and values"),
+    ("plt-2", "clp_kv_share-2", "windows beside what is shared"),
+    ("plt-2", "vanilla_loop-2", "all that makes one pass of two"),
+    ("plt-3", "plt-2", "a third loop"),
+    ("no_loop-2x_layers", "plt-2", "weights of its own instead of a loop"),
+)
+"""A row, that which it is compared with, and the difference between them."""
+
+
+class Measure(NamedTuple):
+    """What runs are scored by."""
+
+    name: str
+    title: str
+    form: str
+    of: Callable[[Mapping[str, Any]], float]
+    """A run's score."""
+
+
+TEXT = Measure(
+    "bits per byte",
+    "bits per byte of held-out text (less is better)",
+    "{:.4f}",
+    lambda run: run["bits_per_byte"],
+)
+ANSWERS = Measure(
+    "right",
+    "questions answered rightly, mean over difficulties",
+    "{:.1%}",
+    lambda run: statistics.fmean(row["accuracy"] for row in run["by_difficulty"]),
+)
+
+
+def measure_of(report: Report) -> Measure:
+    """What the report's runs are scored by."""
+    return TEXT if report["task"] == "none" else ANSWERS
+
+
+def write(report: Report, folder: Path) -> str:
+    """Writes ablation.txt and, if there is anything to plot, the plots; returns the text."""
+    text = text_of(report)
+    write_text(folder / "ablation.txt", f"$ {report['command']}\n{text}\n")
+    if report["rows"]:
+        plot_scores(report, folder / "scores.png")
+        plot_curves(report, folder / "curves.png")
+        if report["task"] != "none":
+            plot_difficulties(report, folder / "difficulties.png")
+    return text
+
+
+def text_of(report: Report) -> str:
+    """All tables."""
+    about, seeds = report["machine"], {run["seed"] for row in report["rows"] for run in row["runs"]}
+    parts = [
+        f"{report['tokens']:,} tokens a run, {len(seeds)} seeds; {about['device']} "
+        f"({about['processor']}, {about['cores']} cores), Python {about['python']}, jax "
+        f"{about['jax']}",
+        scores_table(report),
+        differences_table(report),
+    ]
+    if report["task"] != "none":
+        parts.append(difficulties_table(report))
+    return "\n\n".join(part for part in parts if part)
+
+
+def scores_table(report: Report) -> str:
+    """A line per row: its score, its costs, and its decoding."""
+    measure = measure_of(report)
+    decode = {row["label"]: row for row in (report["decode"] or {"rows": []})["rows"]}
+    plain = next((row for row in report["rows"] if row["label"] == "no_loop"), None)
+    lines = []
+    for row in report["rows"]:
+        scores = [measure.of(run) for run in row["runs"]]
+        line = {
+            "label": row["label"],
+            "parameters": row["parameters"] / 1e6,
+            "seeds": len(scores),
+            "score": statistics.fmean(scores),
+        }
+        if len(scores) > 1:
+            line["deviation"] = statistics.stdev(scores)
+        if plain:
+            line["flops"] = row["flops"] / plain["flops"]
+        if row["label"] in decode:
+            timed = decode[row["label"]]
+            line |= {"ms": timed["ms"], "ratio": timed["ratio_to_no_loop"]}
+            line["kv_bytes"] = timed["kv_bytes"] / 1e3
+        lines.append(line)
+    columns = (
+        ("parameters", "M parameters", "{:.2f}"),
+        ("flops", "x training FLOPs", "{:.2f}"),
+        ("seeds", "seeds", "{}"),
+        ("score", measure.name, measure.form),
+        ("deviation", "+-", measure.form),
+        ("ms", "ms/token", "{:.3f}"),
+        ("ratio", "x no_loop", "{:.2f}"),
+        ("kv_bytes", "KV kB", "{:.0f}"),
+    )
+    text = table_of(columns, lines)
+    if decode:
+        text += (
+            f"\ndecoding: batch {report['decode']['batch']}, behind {report['decode']['context']} "
+            "tokens, weights as initialised"
+        )
+    return text
+
+
+def differences(report: Report, label: str, other: str) -> list[float]:
+    """By how much a row's score is above another's, seed by seed."""
+    measure = measure_of(report)
+    scores = {
+        row["label"]: {run["seed"]: measure.of(run) for run in row["runs"]}
+        for row in report["rows"]
+        if row["label"] in (label, other)
+    }
+    mine, others = scores.get(label, {}), scores.get(other, {})
+    return [mine[seed] - others[seed] for seed in sorted(mine.keys() & others.keys())]
+
+
+def differences_table(report: Report) -> str:
+    """The steps from row to row, from the same seeds on the same tokens."""
+    form = measure_of(report).form.replace("{:", "{:+")
+    lines = [["difference", "by", "mean", "+-", "seed by seed"]]
+    for label, other, what in COMPARISONS:
+        found = differences(report, label, other)
+        if found:
+            deviation = form.format(statistics.stdev(found)).lstrip("+") if found[1:] else ""
+            each = " ".join(map(form.format, found))
+            mean = form.format(statistics.fmean(found))
+            lines.append([f"{label} - {other}", what, mean, deviation, each])
+    return aligned(lines, left=2) if lines[1:] else ""
+
+
+def accuracies(row: Mapping[str, Any]) -> np.ndarray:
+    """By seed and difficulty."""
+    return np.array([[one["accuracy"] for one in run["by_difficulty"]] for run in row["runs"]])
+
+
+def difficulties(report: Report) -> Sequence[Mapping[str, Any]]:
+    """What was asked, whose accuracies are not read."""
+    return report["rows"][0]["runs"][0]["by_difficulty"]
+
+
+def difficulties_table(report: Report) -> str:
+    """Accuracy by row and difficulty."""
+    if not report["rows"]:
+        return ""
+    asked = difficulties(report)
+    lines = [
+        ["difficulty", *(f"{one['difficulty']}{'' if one['trained'] else '*'}" for one in asked)]
+    ]
+    for row in report["rows"]:
+        found = accuracies(row)
+        cells = [f"{mean:.1%}" for mean in found.mean(axis=0)]
+        lines.append([row["label"], *cells])
+        if len(found) > 1:
+            lines.append(["  +-", *(f"{one:.1%}" for one in found.std(axis=0, ddof=1))])
+    return aligned(lines) + "\n* not trained on"
+
+
+def plot_scores(report: Report, path: Path) -> None:
+    """Every run's score, and each row's mean."""
+    measure = measure_of(report)
+    rows = report["rows"][::-1]
+    figure, axis = pyplot().subplots(figsize=(8, 0.45 * len(rows) + 1.4))
+    for place, row in enumerate(rows):
+        scores = [measure.of(run) for run in row["runs"]]
+        axis.plot(scores, [place] * len(scores), "o", color="tab:blue", alpha=0.6)
+        axis.plot([statistics.fmean(scores)], [place], "|", color="black", markersize=16)
+    axis.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axis.set(xlabel=f"{measure.title}: every seed, and the mean", ylim=(-0.6, len(rows) - 0.4))
+    axis.grid(axis="x", alpha=0.3)
+    save(figure, path)
+
+
+def plot_curves(report: Report, path: Path) -> None:
+    """Held-out loss by step: the mean over seeds, and their range."""
+    figure, axis = pyplot().subplots(figsize=(8, 4.8))
+    for label, color, dash, row in drawn(report):
+        steps = [step for step, _ in row["runs"][0]["curve"]]
+        losses = np.array([[loss for _, loss in run["curve"]] for run in row["runs"]])
+        axis.plot(steps, losses.mean(axis=0), color=color, linestyle=dash, label=label)
+        axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.15)
+    what = "text" if report["task"] == "none" else "answers, teacher-forced"
+    axis.set(xlabel="step", ylabel=f"held-out loss of {what}, nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    save(figure, path)
+
+
+def plot_difficulties(report: Report, path: Path) -> None:
+    """Accuracy by difficulty: the mean over seeds, and their range."""
+    figure, axis = pyplot().subplots(figsize=(8, 4.8))
+    asked = difficulties(report)
+    levels = [one["difficulty"] for one in asked]
+    for label, color, dash, row in drawn(report):
+        found = 100 * accuracies(row)
+        axis.plot(levels, found.mean(axis=0), color=color, linestyle=dash, marker="o", label=label)
+        axis.fill_between(levels, found.min(axis=0), found.max(axis=0), color=color, alpha=0.12)
+    trained = [one["difficulty"] for one in asked if one["trained"]]
+    if len(trained) < len(levels):
+        axis.axvspan(min(trained), max(trained), color="grey", alpha=0.08, label="trained on")
+    axis.set(xlabel=f"difficulty ({report['task']})", ylabel="answered rightly, %", ylim=(-2, 102))
+    axis.set_xticks(levels)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize="small")
+    save(figure, path)
+
+
+def drawn(report: Report) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    """Label, colour, dash and row: without loops grey, with three dashed."""
+    looped = iter(f"C{index}" for index in range(10))
+    for row in report["rows"]:
+        plain = row["label"].startswith("no_loop")
+        dash = "--" if row["label"] in ("plt-3", "no_loop-2x_layers") else "-"
+        yield row["label"], "black" if plain else next(looped), dash, row
