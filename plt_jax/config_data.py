@@ -25,8 +25,8 @@ class SourceConfig(Section):
 
 
 TaskName = Literal["none", "p_hop", "addition", "dyck", "permutations"]
-SYMBOLS = {"p_hop": (2, 4, 26), "dyck": (1, 3, 4), "permutations": (2, 5, 9)}
-"""Of a task: the fewest, the default and the most."""
+SYMBOLS = {"p_hop": (3, 4, 26), "dyck": (1, 3, 4), "permutations": (3, 5, 9)}
+"""Of a task: the fewest, with which there is something to ask, the default and the most."""
 HARDEST_ADDITION = 30
 
 
@@ -53,10 +53,12 @@ class QuestionsConfig(Section):
         if not isinstance(values, Mapping):
             return values
         values = dict(values)
-        if not values.get("test_difficulties") and "difficulties" in values:
-            values["test_difficulties"] = values["difficulties"]
-        if values.get("symbols") is None and values.get("task") in SYMBOLS:
-            values["symbols"] = SYMBOLS[values["task"]][1]
+        if not values.get("test_difficulties"):
+            usual = cls.model_fields["difficulties"].default
+            values["test_difficulties"] = values.get("difficulties", usual)
+        task = values.get("task")
+        if values.get("symbols") is None and isinstance(task, str) and task in SYMBOLS:
+            values["symbols"] = SYMBOLS[task][1]
         return values
 
     @pydantic.model_validator(mode="after")
@@ -65,6 +67,8 @@ class QuestionsConfig(Section):
             return self
         if not self.difficulties:
             raise ValueError("difficulties holds none; give those to train on, as [1, 2, 3]")
+        if self.task not in SYMBOLS and self.symbols is not None:
+            raise ValueError(f"symbols is {self.symbols}, but {self.task} has none; drop it")
         if self.task in SYMBOLS:
             fewest, _, most = SYMBOLS[self.task]
             if not fewest <= self.symbols <= most:

@@ -5,7 +5,8 @@ tokenizer.json   the tokenizer (Hugging Face tokenizers)
 text.json        a fingerprint of the text, to know it by when the run resumes
 checkpoints/N/   orbax checkpoints by step
 metrics.jsonl    one JSON object per line; tensorboard/ has the same; loss.png draws it
-eval.json        what eval.py found last; documents.json, loops.json and tasks.json, by its options
+eval.json        what eval.py found last; by its options documents.json, loops.json, tasks.json and
+                 exact_match.json
 report.html      what plt_jax.training.report drew last
 huggingface/     of imported models: config.json and the tokenizer's files, as they came
 """

@@ -14,6 +14,8 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from typing import Any
 
 import jax
 
+from plt_jax import processes
 from plt_jax.benchmarks import ablation_report
 from plt_jax.benchmarks.decode import (
     Case,
@@ -34,9 +37,10 @@ from plt_jax.cli import EXIT_STOPPED, CommandParser, parse_run_config, run_comma
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.decoding.generation import BLOCK
 from plt_jax.errors import InputError
-from plt_jax.evaluation.exact_match import EXACT_MATCH, evaluate_exact_match
+from plt_jax.evaluation.exact_match import EXACT_MATCH, QUESTIONS, evaluate_exact_match
 from plt_jax.files import write_text
 from plt_jax.model.costs import count_parameters, flops_by_loop
+from plt_jax.run import check_directory
 from plt_jax.training.loop import train
 from plt_jax.training.metrics import read_metrics
 
@@ -56,20 +60,23 @@ ROWS = (
 def main(words: Sequence[str] | None = None) -> int | None:
     words = list(sys.argv[1:] if words is None else words)
     arguments, config = parse(words)
+    processes.start(config.processes)
+    if not processes.alone():
+        raise InputError("the ablation trains in one process, on all of its devices; start one")
     cases = [case for case in ROWS if arguments.rows is None or case.label in arguments.rows]
     folder = Path(config.run_dir)
     for seed in range(config.seed, config.seed + arguments.seeds):
         for case in cases:
             run = config_of(config, case, seed)
             print(f"== {case.label}, seed {seed}", flush=True)
-            if finished(config, Path(run.run_dir), seed) is None:
+            if finished(run) is None:
                 if train(run).stopped:
                     return EXIT_STOPPED
                 if config.data.questions.task != "none":
                     print(evaluate_exact_match(run.run_dir).table(), flush=True)
                 jax.clear_caches()  # the next row's programs are others
-            write_report(words, config)
-    if arguments.decode_rounds:
+                write_report(words, config)
+    if arguments.decode_rounds and arguments.rows is None:
         settings = Settings(rounds=arguments.decode_rounds)
         figures = time_decoding(config.model, ROWS, arguments.decode_batch, settings)
         write_text(folder / DECODE, json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
@@ -90,7 +97,7 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
         "--decode_rounds",
         type=int,
         default=Settings().rounds,
-        help="times that each row's decoding is timed; 0 for not at all",
+        help="times that each row's decoding is timed; 0 for not at all, as with --rows",
     )
     config = parse_run_config(parser, words)
     arguments = parser.parse_args(words)
@@ -135,8 +142,9 @@ def rows(config: RunConfig) -> Iterator[dict[str, Any]]:
     for case in ROWS:
         model = with_scheme(config.model, case)
         found = Path(config.run_dir, case.label).glob("seed_*")
-        numbered = sorted((int(path.name.removeprefix("seed_")), path) for path in found)
-        runs = [finished(config, path, seed) for seed, path in numbered]
+        numbers = [re.fullmatch(r"seed_(\d+)", path.name) for path in found]
+        seeds = sorted(int(number[1]) for number in numbers if number)
+        runs = [finished(config_of(config, case, seed)) for seed in seeds]
         if any(runs):
             yield {
                 "label": case.label,
@@ -146,24 +154,45 @@ def rows(config: RunConfig) -> Iterator[dict[str, Any]]:
             }
 
 
-def finished(config: RunConfig, directory: Path, seed: int) -> dict[str, Any] | None:
-    """Scores of a run, if it is at its last step."""
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """Scores of a run, if it is at its last step and has answered its questions.
+
+    Raises:
+      InputError: its directory holds a run of another configuration, or of another number of steps,
+        whose learning rates were others.
+    """
+    changes = check_directory(config)
+    directory, last = Path(config.run_dir), config.training.steps
+    if longer := [change for change in changes if change.startswith("training.steps")]:
+        raise InputError(
+            f"{directory} was made with another config ({longer[0]}); choose another --run_dir"
+        )
     evaluations = [row for row in read_metrics(directory) if "validation_loss" in row]
-    if not evaluations or evaluations[-1]["step"] != config.training.steps:
+    if not evaluations or evaluations[-1]["step"] != last:
         return None
     run = {
-        "seed": seed,
-        "loss": evaluations[-1]["validation_loss"],
-        "bits_per_byte": evaluations[-1]["bits_per_byte"],
+        "seed": config.seed,
+        "loss": number(evaluations[-1]["validation_loss"]),
+        "bits_per_byte": number(evaluations[-1]["bits_per_byte"]),
         "validation_tokens": evaluations[-1]["validation_tokens"],
-        "curve": [[row["step"], row["validation_loss"]] for row in evaluations],
+        "curve": [[row["step"], number(row["validation_loss"])] for row in evaluations],
     }
-    if config.data.questions.task != "none":
+    questions = config.data.questions
+    if questions.task != "none":
         if not (directory / EXACT_MATCH).exists():
             return None
         answers = json.loads((directory / EXACT_MATCH).read_text(encoding="utf-8"))
+        asked = tuple(row["difficulty"] for row in answers["by_difficulty"])
+        given = answers["step"], answers["limit"], asked
+        if given != (last, QUESTIONS, questions.test_difficulties):
+            return None
         run["by_difficulty"] = answers["by_difficulty"]
     return run
+
+
+def number(value: float | None) -> float:
+    """A number as metrics.jsonl has it, null where it is not finite."""
+    return math.nan if value is None else value
 
 
 def time_decoding(

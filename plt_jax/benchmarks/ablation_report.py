@@ -21,7 +21,7 @@ COMPARISONS = (
     ("plt-2", "clp_kv_share-2", "windows beside what is shared"),
     ("plt-2", "vanilla_loop-2", "all that makes one pass of two"),
     ("plt-3", "plt-2", "a third loop"),
-    ("no_loop-2x_layers", "plt-2", "weights of its own instead of a loop"),
+    ("no_loop-2x_layers", "plt-2", "as many more layers instead of a loop"),
 )
 """A row, that which it is compared with, and the difference between them."""
 
@@ -44,9 +44,12 @@ TEXT = Measure(
 )
 ANSWERS = Measure(
     "right",
-    "questions answered rightly, mean over difficulties",
+    "questions of all difficulties answered rightly",
     "{:.1%}",
-    lambda run: statistics.fmean(row["accuracy"] for row in run["by_difficulty"]),
+    lambda run: statistics.fmean(
+        (row["accuracy"] for row in run["by_difficulty"]),
+        [row["questions"] for row in run["by_difficulty"]],
+    ),
 )
 
 
@@ -71,7 +74,8 @@ def text_of(report: Report) -> str:
     """All tables."""
     about, seeds = report["machine"], {run["seed"] for row in report["rows"] for run in row["runs"]}
     parts = [
-        f"{report['tokens']:,} tokens a run, {len(seeds)} seeds; {about['device']} "
+        f"{report['tokens']:,} tokens a run, {len(seeds)} seeds (+-: their standard deviation); "
+        f"{about['device']} "
         f"({about['processor']}, {about['cores']} cores), Python {about['python']}, jax "
         f"{about['jax']}",
         scores_table(report),
@@ -174,7 +178,9 @@ def difficulties_table(report: Report) -> str:
         lines.append([row["label"], *cells])
         if len(found) > 1:
             lines.append(["  +-", *(f"{one:.1%}" for one in found.std(axis=0, ddof=1))])
-    return aligned(lines) + "\n* not trained on"
+    lines.append(["questions", *(str(one["questions"]) for one in asked)])
+    note = "" if all(one["trained"] for one in asked) else "\n* not trained on"
+    return aligned(lines) + note
 
 
 def plot_scores(report: Report, path: Path) -> None:
@@ -193,11 +199,15 @@ def plot_scores(report: Report, path: Path) -> None:
 
 
 def plot_curves(report: Report, path: Path) -> None:
-    """Held-out loss by step: the mean over seeds, and their range."""
+    """Held-out loss by step: the mean over seeds, and their range.
+
+    The last is over all that is held out, those before over evaluation.sequences of it.
+    """
     figure, axis = pyplot().subplots(figsize=(8, 4.8))
     for label, color, dash, row in drawn(report):
-        steps = [step for step, _ in row["runs"][0]["curve"]]
-        losses = np.array([[loss for _, loss in run["curve"]] for run in row["runs"]])
+        curves = [dict(run["curve"]) for run in row["runs"]]
+        steps = [step for step in curves[0] if all(step in curve for curve in curves)]
+        losses = np.array([[curve[step] for step in steps] for curve in curves])
         axis.plot(steps, losses.mean(axis=0), color=color, linestyle=dash, label=label)
         axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.15)
     what = "text" if report["task"] == "none" else "answers, teacher-forced"
@@ -216,10 +226,14 @@ def plot_difficulties(report: Report, path: Path) -> None:
         found = 100 * accuracies(row)
         axis.plot(levels, found.mean(axis=0), color=color, linestyle=dash, marker="o", label=label)
         axis.fill_between(levels, found.min(axis=0), found.max(axis=0), color=color, alpha=0.12)
-    trained = [one["difficulty"] for one in asked if one["trained"]]
-    if len(trained) < len(levels):
-        axis.axvspan(min(trained), max(trained), color="grey", alpha=0.08, label="trained on")
-    axis.set(xlabel=f"difficulty ({report['task']})", ylabel="answered rightly, %", ylim=(-2, 102))
+    unseen = [one["difficulty"] for one in asked if not one["trained"]]
+    for level in unseen:
+        axis.axvline(level, color="grey", alpha=0.3, linewidth=8, zorder=0)
+    axis.set(
+        xlabel=f"difficulty of {report['task']} (grey: not trained on)",
+        ylabel="answered rightly, %",
+        ylim=(-2, 102),
+    )
     axis.set_xticks(levels)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
@@ -227,7 +241,7 @@ def plot_difficulties(report: Report, path: Path) -> None:
 
 
 def drawn(report: Report) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
-    """Label, colour, dash and row: without loops grey, with three dashed."""
+    """Label, colour, dash and row: black without loops, dashed with three or with more layers."""
     looped = iter(f"C{index}" for index in range(10))
     for row in report["rows"]:
         plain = row["label"].startswith("no_loop")

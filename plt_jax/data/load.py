@@ -35,7 +35,7 @@ class Data(NamedTuple):
     token_bytes: np.ndarray
     """int32 [V], UTF-8 bytes of each token, for bits per byte."""
     bytes_per_target: float
-    """UTF-8 bytes of training text that a target stands for, on average."""
+    """UTF-8 bytes that a target stands for in training, on average."""
     about: list[str]
     """What is read, in lines for people."""
     fingerprint: str

@@ -42,7 +42,7 @@ class QuestionEncoder:
 
 
 class QuestionExamples:
-    """Whole questions one after the other, as many as T tokens hold; then padding.
+    """Whole questions one after the other, as long as the longest still fits; then padding.
 
     Arrays are as `packing.PackedExamples` has them, but that weights are 1 on targets of answers
     and their eos alone, and that no eos is an input, since nothing follows it. An example depends
@@ -63,30 +63,35 @@ class QuestionExamples:
         self._held_out = held_out
         self._seed = "validation" if held_out else f"training {config.seed}"
         self._encoder = QuestionEncoder(tokenizer)
-        for difficulty in self._questions.difficulties:
-            check_length(
-                *(self._questions, "difficulties", difficulty),
-                *("data.sequence_length", self._length),
-            )
+        difficulties = self._questions.difficulties
+        for difficulty in difficulties:
+            tokens = inputs_of(self._questions, difficulty)
+            check_length(self._questions, difficulty, tokens, "data.sequence_length", self._length)
             next(draw(self._questions, Random(0), [difficulty], held_out))
+        self._longest = max(inputs_of(self._questions, difficulty) for difficulty in difficulties)
+        self._made: list[Example] = []
+        if held_out:
+            self._made = [self._make(index) for index in range(VALIDATION_EXAMPLES)]
 
     def __len__(self) -> int:
         return VALIDATION_EXAMPLES if self._held_out else sys.maxsize
 
     def __getitem__(self, index: SupportsIndex) -> Example:
         index = range(len(self))[index]
+        return self._made[index] if self._held_out else self._make(index)
+
+    def _make(self, index: int) -> Example:
         random = Random(f"{self._seed} {index}")
         # Lists are faster to add a few numbers to than arrays.
         tokens, targets, segment_ids, weights = [], [], [], []
         drawn = draw(self._questions, random, self._questions.difficulties, self._held_out)
-        for number, question in enumerate(drawn, start=1):
+        # One that might not fit is not drawn at all: long ones would be rarer than short ones.
+        while len(tokens) + self._longest <= self._length:
+            question, number = next(drawn), 1 + (segment_ids[-1] if segment_ids else 0)
             prompt, answer = self._encoder.prompt(question), self._encoder.answer(question)
-            inputs = len(prompt) + len(answer) - 1
-            if len(tokens) + inputs > self._length:
-                break
             tokens += prompt + answer[:-1]
             targets += prompt[1:] + answer
-            segment_ids += [number] * inputs
+            segment_ids += [number] * (len(prompt) + len(answer) - 1)
             weights += [0] * (len(prompt) - 1) + [1] * len(answer)
         padding = [0] * (self._length - len(tokens))
         return {
@@ -109,7 +114,7 @@ def question_tokenizer(config: RunConfig) -> Tokenizer:
             if load_tokenizer(config.tokenizer.path).to_str() != tokenizer.to_str():
                 raise InputError(
                     f"{config.tokenizer.path} is not the tokenizer of questions, which is of bytes "
-                    f"and has {SMALLEST_VOCABULARY} tokens; drop it"
+                    f"and has {SMALLEST_VOCABULARY} tokens; drop it, or a start_from that has it"
                 )
     return tokenizer
 
@@ -118,18 +123,22 @@ def check_exam(config: QuestionsConfig, max_length: int) -> None:
     """Raises InputError where a test's difficulty has no question, or one that a context of
     `max_length` tokens does not hold."""
     for difficulty in config.test_difficulties:
-        check_length(config, "test_difficulties", difficulty, "model.max_length", max_length)
+        tokens = inputs_of(config, difficulty) + 1  # the eos, too, takes a place when it is written
+        check_length(config, difficulty, tokens, "model.max_length", max_length)
         exam(config, difficulty, 1)
 
 
+def inputs_of(config: QuestionsConfig, difficulty: int) -> int:
+    """Tokens of the longest question of a difficulty without its eos, which is no input."""
+    return 1 + TASKS[config.task].length(difficulty, config)
+
+
 def check_length(
-    config: QuestionsConfig, name: str, difficulty: int, limit_name: str, limit: int
+    config: QuestionsConfig, difficulty: int, tokens: int, limit_name: str, limit: int
 ) -> None:
-    """Raises InputError where a question of a difficulty, one of those that the field `name` has,
-    may take more tokens than `limit`."""
-    needed = TASKS[config.task].length(difficulty, config) + 2  # bos and eos
-    if needed > limit:
+    """Raises InputError where a question of a difficulty takes more tokens than a limit."""
+    if tokens > limit:
         raise InputError(
-            f"a question of {config.task} of difficulty {difficulty} (data.questions.{name}) takes "
-            f"{needed} tokens, more than {limit_name} {limit}; drop the difficulty, or raise that"
+            f"a question of {config.task} of difficulty {difficulty} takes up to {tokens} tokens, "
+            f"more than {limit_name} {limit}; raise that, or drop the difficulty (data.questions)"
         )

@@ -20,6 +20,8 @@ HELD_OUT = 8
 """One of so many questions is for tests and never trained on, by its prompt."""
 TRIES = 20_000
 """Draws after which a question that has not come is taken not to exist."""
+KNOWN = 1000
+"""Draws in a row of known questions, after which there are taken to be no others."""
 
 
 class Question(NamedTuple):
@@ -135,8 +137,11 @@ TASKS = {
 
 
 def is_held_out(question: Question) -> bool:
-    """Whether a question is for tests, whatever the run's seed."""
-    return zlib.crc32(question.prompt.encode()) % HELD_OUT == 0
+    """Whether a question is for tests, whatever the run's seed; a sum in either order."""
+    prompt = question.prompt
+    if "+" in prompt:
+        prompt = "+".join(sorted(prompt.removesuffix("=").split("+")))
+    return zlib.crc32(prompt.encode()) % HELD_OUT == 0
 
 
 def draw(
@@ -160,23 +165,23 @@ def draw(
         else:
             purpose = "tests" if held_out else "training"
             raise InputError(
-                f"{config.task} of difficulty {difficulty} has no question for {purpose}; drop "
-                "that difficulty, or raise length or symbols (data.questions)"
+                f"{config.task} of difficulty {difficulty} has no question for {purpose}, there "
+                "are so few; drop that difficulty (data.questions)"
             )
         yield question
 
 
 def exam(config: QuestionsConfig, difficulty: int, count: int) -> list[Question]:
-    """Up to `count` different held-out questions, the same for every run of such a task.
+    """`count` different held-out questions, or all if there are fewer; the same for every run of
+    such a task.
 
     Raises:
       InputError: there are none.
     """
     found: dict[str, Question] = {}
-    questions = draw(config, Random(f"test {difficulty}"), [difficulty], held_out=True)
-    for _ in range(4 * count):
-        question = next(questions)
-        found.setdefault(question.prompt, question)
-        if len(found) == count:
-            break
-    return list(found.values())
+    known = 0
+    for question in draw(config, Random(f"test {difficulty}"), [difficulty], held_out=True):
+        known = known + 1 if question.prompt in found else 0
+        found[question.prompt] = question
+        if len(found) == count or known == KNOWN:
+            return list(found.values())

@@ -113,6 +113,7 @@ def evaluate_exact_match(
     numbers = {
         "step": trained.step,
         "task": asked.task,
+        "limit": limit or QUESTIONS,
         "by_difficulty": answer(trained.config.model, trained.params),
     }
     if others:

@@ -7,7 +7,7 @@ import pytest
 
 from plt_jax.benchmarks import ablation, ablation_report
 from plt_jax.benchmarks.ablation import ROWS, config_of, main, parse
-from plt_jax.benchmarks.decode import Case, with_scheme
+from plt_jax.benchmarks.decode import Case, Settings, with_scheme
 from plt_jax.errors import InputError
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.training.loop import Outcome
@@ -52,13 +52,12 @@ def test_rows_differ_in_the_scheme_alone(home):
 
 def test_it_trains_once_and_goes_on(home, capsys, monkeypatch):
     path = write(home, "text", training={"steps": 4, "evaluate_every": 2})
-    words = [path, "--seeds", "1", "--decode_rounds", "0"]
-    assert main([*words, "--rows", "no_loop"]) is None
+    assert main([path, "--seeds", "1", "--rows", "no_loop"]) is None
     assert "plt-2" not in (home / "text" / "ablation.txt").read_text()
     trained = []
     train = ablation.train
     monkeypatch.setattr(ablation, "train", lambda config: trained.append(config) or train(config))
-    main([path, "--seeds", "2", "--rows", "no_loop,plt-2", "--decode_rounds", "1"])
+    main([path, "--seeds", "2", "--rows", "no_loop,plt-2"])
     names = [config.run_dir.split("/text/")[1] for config in trained]
     assert names == ["plt-2/seed_0", "no_loop/seed_1", "plt-2/seed_1"]
     report = json.loads((home / "text" / "ablation.json").read_text())
@@ -68,44 +67,61 @@ def test_it_trains_once_and_goes_on(home, capsys, monkeypatch):
         assert [run["seed"] for run in row["runs"]] == [0, 1]
         assert [[step for step, _ in run["curve"]] for run in row["runs"]] == [[2, 4]] * 2
         assert all(run["loss"] == run["curve"][-1][1] for run in row["runs"])
-    timed = {row["label"]: row for row in report["decode"]["rows"]}
+    assert report["decode"] is None
+    command, table = (home / "text" / "ablation.txt").read_text().split("\n", 1)
+    assert command == f"$ {report['command']}"
+    assert capsys.readouterr().out.endswith(table)
+    assert {"scores.png", "curves.png"} <= {path.name for path in (home / "text").iterdir()}
+    monkeypatch.setattr(ablation, "train", lambda config: Outcome(1, stopped=True))
+    assert main([path, "--seeds", "2"]) == 3  # of the third row
+
+
+def test_every_rows_decoding_is_timed(home):
+    model = with_scheme(parse([write(home, "runs")])[1].model, Case("plt", 2))
+    timed = ablation.time_decoding(model, ROWS, 2, Settings(tokens=2, rounds=1))["rows"]
+    timed = {row["label"]: row for row in timed}
     assert set(timed) == {case.label for case in ROWS}
     assert timed["no_loop-2x_layers"]["kv_bytes"] == 2 * timed["no_loop"]["kv_bytes"]
     read = {label: row["weight_bytes_read"] for label, row in timed.items()}
     assert read["no_loop-2x_layers"] == read["vanilla_loop-2"]
     assert read["no_loop"] == read["clp-2"] < read["vanilla_loop-2"]
-    text = (home / "text" / "ablation.txt").read_text()
-    command, table = text.split("\n", 1)
-    assert command == f"$ {report['command']}"
-    assert capsys.readouterr().out.endswith(table)
-    assert {"scores.png", "curves.png"} <= {path.name for path in (home / "text").iterdir()}
 
 
 def test_a_stopped_row_ends_it(home, monkeypatch):
-    monkeypatch.setattr(ablation, "train", lambda config: Outcome(1, stopped=True))
+    begun = []
+    outcome = Outcome(1, stopped=True)
+    monkeypatch.setattr(ablation, "train", lambda config: begun.append(config) or outcome)
     assert main([write(home, "stopped"), "--seeds", "1"]) == 3
+    assert len(begun) == 1
 
 
 def test_questions_are_scored_by_their_answers(home):
     questions = {"task": "addition", "difficulties": [1, 2], "test_difficulties": [1, 2, 3]}
     sections = {"data": {"questions": questions}, "training": {"steps": 2}}
-    main(
-        [
-            write(home, "sums", **sections),
-            *["--seeds", "1", "--rows", "no_loop", "--decode_rounds", "0"],
-        ]
-    )
+    words = ["--seeds", "1", "--rows", "no_loop"]
+    main([write(home, "sums", **sections), *words])
     (row,) = json.loads((home / "sums" / "ablation.json").read_text())["rows"]
     assert [one["difficulty"] for one in row["runs"][0]["by_difficulty"]] == [1, 2, 3]
     text = (home / "sums" / "ablation.txt").read_text()
     assert "difficulty     1     2    3*" in text
     assert (home / "sums" / "difficulties.png").exists()
+    sections["data"]["questions"]["test_difficulties"] = [2]  # asked anew, of the same run
+    before = (home / "sums" / "no_loop" / "seed_0" / "metrics.jsonl").read_text()
+    main([write(home, "sums", **sections), *words])
+    assert (home / "sums" / "no_loop" / "seed_0" / "metrics.jsonl").read_text() == before
+    (row,) = json.loads((home / "sums" / "ablation.json").read_text())["rows"]
+    assert [one["difficulty"] for one in row["runs"][0]["by_difficulty"]] == [2]
+    for option, old, new in (("data.questions.length", 32, 31), ("training.steps", 2, 3)):
+        message = rf"another config \({option}: {old} -> {new}\)"
+        with pytest.raises(InputError, match=message):
+            main([write(home, "sums", **sections), *words, f"--{option}", str(new)])
 
 
-def report_of(scores, task="none"):
+def report_of(scores):
     """As ablation.json, of given scores by row and seed."""
     return {
-        "task": task,
+        "command": "ablate",
+        "task": "none",
         "tokens": 1000,
         "machine": {"device": "d", "processor": "p", "cores": 2, "python": "3", "jax": "0"},
         "decode": None,
@@ -139,6 +155,47 @@ def test_differences_are_of_the_same_seeds():
     line = next(line for line in text.splitlines() if line.startswith("no_loop "))
     assert line.split() == ["no_loop", "1.00", "1.00", "3", "1.6000", "0.1000"]
     assert "vanilla_loop-2  " in text and "plt-2 - " not in text
+
+
+def of_questions(asked, rights):
+    """A report of runs that answered so many questions rightly, by row and seed, then difficulty.
+
+    Args:
+      asked: of each difficulty, how many questions and whether it was trained on.
+    """
+    report = report_of(
+        {label: dict.fromkeys(range(len(runs)), 0) for label, runs in rights.items()}
+    )
+    for row, runs in zip(report["rows"], rights.values(), strict=True):
+        for run, right in zip(row["runs"], runs, strict=True):
+            run["by_difficulty"] = [
+                {"difficulty": level, "questions": n, "trained": known, "accuracy": found / n}
+                for (level, (n, known)), found in zip(asked.items(), right, strict=True)
+            ]
+    return report | {"task": "addition"}
+
+
+def test_answers_are_weighed_by_questions_and_listed_by_difficulty(tmp_path):
+    asked = {1: (10, True), 2: (90, True), 5: (100, False)}
+    rights = {"no_loop": [(10, 30, 0), (8, 42, 10)], "vanilla_loop-2": [(10, 80, 50), (9, 81, 30)]}
+    report = of_questions(asked, rights)
+    found = ablation_report.differences(report, "vanilla_loop-2", "no_loop")
+    assert found == pytest.approx([0.5, 0.3])
+    lines = ablation_report.write(report, tmp_path).splitlines()
+    table = lines[next(i for i, line in enumerate(lines) if line.startswith("difficulty ")) :]
+    assert table[0].split() == ["difficulty", "1", "2", "5*"]
+    assert table[1].split() == ["no_loop", "90.0%", "40.0%", "5.0%"]
+    assert table[2].split() == ["+-", "14.1%", "9.4%", "7.1%"]
+    assert table[-2].split() == ["questions", "10", "90", "100"]
+    assert table[-1] == "* not trained on"
+    assert (tmp_path / "difficulties.png").exists()
+
+
+def test_a_report_of_unseen_difficulties_and_uneven_curves(tmp_path):
+    report = of_questions({9: (10, False)}, {"plt-2": [(3,), (4,)]})
+    report["rows"][0]["runs"][0]["curve"] = [[1, 2.0], [2, 1.5], [3, float("nan")]]
+    report["rows"][0]["runs"][1]["curve"] = [[1, 2.0], [3, 1.0]]
+    assert "plt-2" in ablation_report.write(report, tmp_path)
 
 
 @pytest.mark.parametrize(

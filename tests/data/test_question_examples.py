@@ -75,6 +75,17 @@ def test_examples_hold_whole_questions_and_weigh_answers(task, index, held_out):
         assert not array[used:].any()
 
 
+@pytest.mark.parametrize("task", ["addition", "permutations"])
+def test_difficulties_come_in_equal_parts_however_long_their_questions(task):
+    config = config_of(task, difficulties=[1, 4, 8])
+    examples = examples_of(config)
+    questions = [one for index in range(400) for one in questions_in(config, examples[index])]
+    # Digits of a summand, or swaps.
+    sizes = [len(question.prompt.rstrip("=").split("+")[0]) for question in questions]
+    for difficulty in (1, 4, 8):
+        assert sizes.count(difficulty) / len(sizes) == pytest.approx(1 / 3, abs=0.05)
+
+
 def test_an_example_depends_on_seed_and_index_alone():
     one, other, same = (examples_of(config_of(seed=seed)) for seed in (0, 1, 0))
     for index in (5, 0, 5, 2**40):
@@ -129,11 +140,11 @@ def test_what_is_said_of_the_data():
     [
         (
             {"difficulties": [1, 60]},
-            r"60 \(data.questions.difficulties\) takes 68 tokens, more than data.sequence",
+            "of difficulty 60 takes up to 67 tokens, more than data.sequence_length 48",
         ),
         (
             {"test_difficulties": [60]},
-            r"60 \(data.questions.test_difficulties\) takes 68 tokens, more than model.max",
+            "of difficulty 60 takes up to 68 tokens, more than model.max_length 48",
         ),
         (
             {"task": "dyck", "difficulties": [2], "length": 2, "symbols": 1},
