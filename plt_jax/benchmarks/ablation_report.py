@@ -72,12 +72,11 @@ def write(report: Report, folder: Path) -> str:
 
 def text_of(report: Report) -> str:
     """All tables."""
-    about, seeds = report["machine"], {run["seed"] for row in report["rows"] for run in row["runs"]}
+    about, count = report["machine"], max((len(row["runs"]) for row in report["rows"]), default=0)
+    seeds = "one seed" if count == 1 else f"{count} seeds (+-: their standard deviation)"
     parts = [
-        f"{report['tokens']:,} tokens a run, {len(seeds)} seeds (+-: their standard deviation); "
-        f"{about['device']} "
-        f"({about['processor']}, {about['cores']} cores), Python {about['python']}, jax "
-        f"{about['jax']}",
+        f"{report['tokens']:,} tokens a run, {seeds}; {about['device']} ({about['processor']}, "
+        f"{about['cores']} cores), Python {about['python']}, jax {about['jax']}",
         scores_table(report),
         differences_table(report),
     ]

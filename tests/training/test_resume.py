@@ -93,6 +93,19 @@ def test_a_run_stopped_twice_and_read_without_prefetch_goes_on_bit_for_bit(finis
     assert_same_run(config, finished.config)
 
 
+def test_a_run_on_questions_goes_on_bit_for_bit(tmp_path):
+    questions = {"task": "permutations", "difficulties": [1, 2, 3]}
+    whole, config = (
+        tiny_config(tmp_path, tmp_path / name, data={"questions": questions})
+        for name in ("whole", "stopped")
+    )
+    loop.train(whole)
+    with call_at(5, terminate):
+        assert loop.train(config).stopped
+    loop.train(config)
+    assert_same_run(config, whole)
+
+
 def test_a_stop_at_the_last_step_is_the_end(finished, tmp_path):
     config = tiny_config(finished.home, tmp_path / "run")
     with call_at(STEPS, terminate):
