@@ -8,9 +8,16 @@ from typing import Any
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.errors import InputError
 
-OF_TASKS = ("limit", "num_fewshot", "include_path")
-"""Options of tasks, which the harness spells with hyphens."""
-OF_DOCUMENTS = ("corpus", "stride")
+OPTIONS = {
+    "scores": ("text", "batch_size", "at_loops"),
+    "--exact_match": ("difficulties", "limit", "batch_size", "at_loops"),
+    "--by_document": ("text", "corpus", "stride", "limit", "batch_size"),
+    "--loops": ("text", "sequences"),
+    "--tasks and --suite": ("limit", "num_fewshot", "include_path", "run_code", "batch_size"),
+}
+"""What each use takes."""
+HYPHENS = ("num_fewshot", "include_path", "run_code")
+"""Options that the harness spells with hyphens."""
 
 
 def main() -> None:
@@ -81,25 +88,27 @@ def chosen_use(arguments: Namespace) -> Callable[[Namespace], Any]:
     """What the model is evaluated by.
 
     Raises:
-      InputError: by two things at once.
+      InputError: by two things at once, or with an option that is for another.
     """
     uses = {
-        "--tasks": run_tasks if named_tasks(arguments) is not None else None,
+        "--tasks and --suite": run_tasks if named_tasks(arguments) is not None else None,
         "--loops": run_loops if arguments.loops else None,
         "--by_document": run_documents if arguments.by_document else None,
         "--exact_match": run_questions if arguments.exact_match else None,
     }
-    asked = {name: run for name, run in uses.items() if run is not None}
-    if len(asked) > 1:
+    asked = {name: run for name, run in uses.items() if run is not None} or {"scores": run_text}
+    (name, run), *others = asked.items()
+    if others:
         raise InputError(f"{' and '.join(asked)} exclude one another; give one of them")
-    return next(iter(asked.values()), run_text)
+    for option in sorted({option for options in OPTIONS.values() for option in options}):
+        if option not in OPTIONS[name] and getattr(arguments, option) not in (None, False):
+            of = ", ".join(use for use, options in OPTIONS.items() if option in options)
+            spelt = option.replace("_", "-") if option in HYPHENS else option
+            raise InputError(f"--{spelt} is for {of}")
+    return run
 
 
 def run_text(arguments: Namespace):
-    refuse(arguments, "--exact_match", "difficulties")
-    refuse(arguments, "--tasks and --suite", *OF_TASKS)
-    refuse(arguments, "--by_document", *OF_DOCUMENTS)
-    refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.report import evaluate_trained
 
     report = evaluate_trained(
@@ -110,10 +119,6 @@ def run_text(arguments: Namespace):
 
 
 def run_documents(arguments: Namespace):
-    refuse(arguments, "--exact_match", "difficulties")
-    refuse(arguments, "--tasks and --suite", "num_fewshot", "include_path")
-    refuse(arguments, "scores and --exact_match", "at_loops")
-    refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.documents import evaluate_documents
 
     return evaluate_documents(
@@ -127,11 +132,6 @@ def run_documents(arguments: Namespace):
 
 
 def run_loops(arguments: Namespace):
-    refuse(arguments, "--exact_match", "difficulties")
-    refuse(arguments, "--tasks and --suite", *OF_TASKS)
-    refuse(arguments, "--by_document", *OF_DOCUMENTS)
-    refuse(arguments, "scores", "batch_size")
-    refuse(arguments, "scores and --exact_match", "at_loops")
     from plt_jax.evaluation.loops import SEQUENCES, evaluate_loops
 
     sequences = SEQUENCES if arguments.sequences is None else arguments.sequences
@@ -139,10 +139,6 @@ def run_loops(arguments: Namespace):
 
 
 def run_questions(arguments: Namespace):
-    refuse(arguments, "--tasks and --suite", "num_fewshot", "include_path")
-    refuse(arguments, "--by_document", *OF_DOCUMENTS)
-    refuse(arguments, "--loops", "sequences")
-    refuse(arguments, "scores, --by_document and --loops", "text")
     from plt_jax.evaluation.exact_match import evaluate_exact_match
 
     return evaluate_exact_match(
@@ -155,11 +151,6 @@ def run_questions(arguments: Namespace):
 
 
 def run_tasks(arguments: Namespace):
-    refuse(arguments, "--exact_match", "difficulties")
-    refuse(arguments, "scores, --by_document and --loops", "text")
-    refuse(arguments, "--by_document", *OF_DOCUMENTS)
-    refuse(arguments, "scores and --exact_match", "at_loops")
-    refuse(arguments, "--loops", "sequences")
     from plt_jax.evaluation.tasks import evaluate_tasks
 
     return evaluate_tasks(
@@ -171,14 +162,6 @@ def run_tasks(arguments: Namespace):
         batch_size=arguments.batch_size,
         run_code=arguments.run_code,
     )
-
-
-def refuse(arguments: Namespace, use: str, *names: str) -> None:
-    """Raises InputError where one of these options is given, which are for another use."""
-    for name in names:
-        if getattr(arguments, name) is not None:
-            option = name.replace("_", "-") if name in OF_TASKS else name
-            raise InputError(f"--{option} is for {use}")
 
 
 def numbers_of(arguments: Namespace, name: str) -> list[int]:

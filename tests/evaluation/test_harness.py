@@ -219,8 +219,9 @@ def test_the_harness_itself_knows_the_model(copy, tasks, monkeypatch):
     [
         (["--tasks", "nosuch"], "no task is called nosuch; lm_eval ls tasks lists"),
         (["--suite", "nosuch"], "no suite is called nosuch; there are paper_moe, paper_dense"),
-        (["--limit", "3"], "--limit is for --tasks and --suite"),
-        (["--tasks", "choices", "--text", "x"], "--text is for scores, --by_document and --loops"),
+        (["--limit", "3"], "--limit is for --exact_match, --by_document, --tasks and --suite"),
+        (["--tasks", "choices", "--text", "x"], "--text is for scores, --by_document, --loops"),
+        (["--run-code"], "--run-code is for --tasks and --suite"),
         (["--tasks", "choices", "--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--tasks", "choices", "--num-fewshot", "-1"], "--num-fewshot is -1"),
         (["--tasks", "choices", "--include-path", "/no/where"], "--include-path /no/where is no"),
