@@ -120,9 +120,10 @@ def scores_table(report: Report) -> str:
     )
     text = table_of(columns, lines)
     if decode:
+        cell = report["decode"]
         text += (
-            f"\ndecoding: batch {report['decode']['batch']}, behind {report['decode']['context']} "
-            "tokens, weights as initialised"
+            f"\ndecoding: batch {cell['batch']}, behind {cell['context']} tokens, weights as "
+            f"initialised, {cell['machine']['device']}, jax {cell['machine']['jax']}"
         )
     return text
 
