@@ -54,7 +54,7 @@ class ExactMatchReport(NamedTuple):
             for row in self.numbers["by_difficulty"]
         ]
         for other in self.numbers.get("at_loops", []):
-            name = f"{other['loops']} loops"
+            name = "1 loop" if other["loops"] == 1 else f"{other['loops']} loops"
             columns.append((name, f"with {name}", "{:.1%}"))
             for line, row in zip(lines, other["by_difficulty"], strict=True):
                 line[name] = row["accuracy"]

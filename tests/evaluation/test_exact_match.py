@@ -91,7 +91,7 @@ def test_the_command_scores_a_run_by_difficulty(run):
     assert [one["loops"] for one in numbers["at_loops"]] == [1, 2]
     assert numbers["at_loops"][1]["by_difficulty"] == rows
     lines = result.out.splitlines()
-    assert "with 1 loops" in lines[0] and lines[3].split()[:4] == ["difficulty", "3", "9", "no"]
+    assert "with 1 loop  " in lines[0] and lines[3].split()[:4] == ["difficulty", "3", "9", "no"]
 
 
 def test_other_evaluations_read_its_held_out_answers(run):
