@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -172,10 +171,10 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
         return None
     run = {
         "seed": config.seed,
-        "loss": number(evaluations[-1]["validation_loss"]),
-        "bits_per_byte": number(evaluations[-1]["bits_per_byte"]),
+        "loss": evaluations[-1]["validation_loss"],
+        "bits_per_byte": evaluations[-1]["bits_per_byte"],
         "validation_tokens": evaluations[-1]["validation_tokens"],
-        "curve": [[row["step"], number(row["validation_loss"])] for row in evaluations],
+        "curve": [[row["step"], row["validation_loss"]] for row in evaluations],
     }
     questions = config.data.questions
     if questions.task != "none":
@@ -188,11 +187,6 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
             return None
         run["by_difficulty"] = answers["by_difficulty"]
     return run
-
-
-def number(value: float | None) -> float:
-    """A number as metrics.jsonl has it, null where it is not finite."""
-    return math.nan if value is None else value
 
 
 def time_decoding(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,11 @@ COMPARISONS = (
 """A row, that which it is compared with, and the difference between them."""
 
 
+def number(value: float | None) -> float:
+    """A number as JSON has it, null where it is not finite."""
+    return math.nan if value is None else value
+
+
 class Measure(NamedTuple):
     """What runs are scored by."""
 
@@ -40,7 +46,7 @@ TEXT = Measure(
     "bits per byte",
     "bits per byte of held-out text (less is better)",
     "{:.4f}",
-    lambda run: run["bits_per_byte"],
+    lambda run: number(run["bits_per_byte"]),
 )
 ANSWERS = Measure(
     "right",
@@ -100,7 +106,7 @@ def scores_table(report: Report) -> str:
             "score": statistics.fmean(scores),
         }
         if len(scores) > 1:
-            line["deviation"] = statistics.stdev(scores)
+            line["deviation"] = float(np.std(scores, ddof=1))
         if plain:
             line["flops"] = row["flops"] / plain["flops"]
         if row["label"] in decode:
@@ -147,7 +153,7 @@ def differences_table(report: Report) -> str:
     for label, other, what in COMPARISONS:
         found = differences(report, label, other)
         if found:
-            deviation = form.format(statistics.stdev(found)).lstrip("+") if found[1:] else ""
+            deviation = form.format(float(np.std(found, ddof=1))).lstrip("+") if found[1:] else ""
             each = " ".join(map(form.format, found))
             mean = form.format(statistics.fmean(found))
             lines.append([f"{label} - {other}", what, mean, deviation, each])
@@ -207,7 +213,7 @@ def plot_curves(report: Report, path: Path) -> None:
     for label, color, dash, row in drawn(report):
         curves = [dict(run["curve"]) for run in row["runs"]]
         steps = [step for step in curves[0] if all(step in curve for curve in curves)]
-        losses = np.array([[curve[step] for step in steps] for curve in curves])
+        losses = np.array([[number(curve[step]) for step in steps] for curve in curves])
         axis.plot(steps, losses.mean(axis=0), color=color, linestyle=dash, label=label)
         axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.15)
     what = "text" if report["task"] == "none" else "answers, teacher-forced"

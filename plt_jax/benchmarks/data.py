@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from plt_jax.benchmarks.decode import interleave, numbers, spread
 from plt_jax.benchmarks.machine import machine
+from plt_jax.benchmarks.rounds import interleave, numbers, spread
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.compile.chips import CHIPS
 from plt_jax.config import RunConfig

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 import itertools
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 
 from plt_jax.benchmarks import decode_report
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
+from plt_jax.benchmarks.rounds import interleave, numbers, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.config import SCHEMES, ModelConfig
@@ -141,14 +141,6 @@ def parse() -> argparse.Namespace:
     if arguments.rounds < 1:
         raise InputError(f"--rounds is {arguments.rounds}; it must be at least 1")
     return arguments
-
-
-def numbers(text: str) -> list[int]:
-    """Positive whole numbers, separated by commas."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise argparse.ArgumentTypeError(f"{text} holds a number below 1")
-    return values
 
 
 def base_config(arguments: argparse.Namespace) -> ModelConfig:
@@ -340,33 +332,6 @@ class Row(NamedTuple):
     case: Case
     config: ModelConfig
     weights: Params
-
-
-def interleave(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in every round, after one that warms up and does not count."""
-    for timer in timers.values():
-        timer()
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for turn in range(rounds):
-        first = turn % len(timers)
-        names = list(timers)
-        for name in names[first:] + names[:first]:
-            seconds[name].append(timers[name]())
-    return seconds
-
-
-def ratios(seconds: list[float], others: list[float]) -> list[float]:
-    """Round by round."""
-    return [one / other for one, other in zip(seconds, others, strict=True)]
-
-
-def spread(name: str, values: list[float]) -> dict[str, float]:
-    """The median under a name, and the smallest and largest under names of their own."""
-    return {
-        name: statistics.median(values),
-        f"{name}_min": min(values),
-        f"{name}_max": max(values),
-    }
 
 
 def bytes_moved(config: ModelConfig, weights: Params, cache: Cache) -> dict[str, int]:

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from plt_jax.benchmarks.decode import interleave, numbers, spread
 from plt_jax.benchmarks.machine import machine
+from plt_jax.benchmarks.rounds import interleave, numbers, spread
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.errors import InputError
 from plt_jax.model.grouped import FORMS, available_forms

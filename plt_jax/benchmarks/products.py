@@ -15,8 +15,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from plt_jax.benchmarks.decode import interleave, numbers, spread
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
+from plt_jax.benchmarks.rounds import interleave, numbers, spread
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.decoding.layout import linear
 

@@ -24,8 +24,9 @@ from typing import Any
 
 import jax
 
-from plt_jax.benchmarks.decode import Case, interleave, nbytes, spread
+from plt_jax.benchmarks.decode import Case, nbytes
 from plt_jax.benchmarks.machine import machine
+from plt_jax.benchmarks.rounds import interleave, spread
 from plt_jax.benchmarks.train import Run
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.store import Checkpoints

@@ -17,7 +17,7 @@ from plt_jax.config_data import QuestionsConfig
 from plt_jax.errors import InputError
 
 HELD_OUT = 8
-"""One of so many questions is for tests and never trained on, by its prompt."""
+"""One of so many questions is for tests and never trained on, by what it asks."""
 TRIES = 20_000
 """Draws after which a question that has not come is taken not to exist."""
 KNOWN = 1000
@@ -69,6 +69,11 @@ def addition(random: Random, digits: int, config: QuestionsConfig) -> Question:
     """
     one, other = (_number(random, digits) for _ in range(2))
     return Question(f"{one}+{other}=", str(one + other))
+
+
+def summands(prompt: str) -> str:
+    """Both numbers of a sum, in one order."""
+    return "+".join(sorted(prompt.removesuffix("=").split("+")))
 
 
 def dyck(random: Random, depth: int, config: QuestionsConfig) -> Question:
@@ -126,22 +131,21 @@ class Task(NamedTuple):
     """Draws one of a difficulty."""
     length: Callable[[int, QuestionsConfig], int]
     """Letters of the longest prompt of a difficulty with its answer."""
+    asks: Callable[[str], str] = str
+    """What a prompt asks: the same for prompts that ask the same."""
 
 
 TASKS = {
     "p_hop": Task(p_hop, lambda hops, config: len(f"{hops}:") + config.length + 1),
-    "addition": Task(addition, lambda digits, config: 3 * digits + 3),
+    "addition": Task(addition, lambda digits, config: 3 * digits + 3, asks=summands),
     "dyck": Task(dyck, lambda depth, config: config.length + 1 + depth),
     "permutations": Task(permutations, lambda swaps, config: swaps + 1 + config.symbols),
 }
 
 
-def is_held_out(question: Question) -> bool:
-    """Whether a question is for tests, whatever the run's seed; a sum in either order."""
-    prompt = question.prompt
-    if "+" in prompt:
-        prompt = "+".join(sorted(prompt.removesuffix("=").split("+")))
-    return zlib.crc32(prompt.encode()) % HELD_OUT == 0
+def is_held_out(task: str, question: Question) -> bool:
+    """Whether a question is for tests, whatever the run's seed."""
+    return zlib.crc32(TASKS[task].asks(question.prompt).encode()) % HELD_OUT == 0
 
 
 def draw(
@@ -160,7 +164,7 @@ def draw(
         difficulty = difficulties[_below(random, len(difficulties))]
         for _ in range(TRIES):
             question = make(random, difficulty, config)
-            if is_held_out(question) == held_out:
+            if is_held_out(config.task, question) == held_out:
                 break
         else:
             purpose = "tests" if held_out else "training"
@@ -172,8 +176,8 @@ def draw(
 
 
 def exam(config: QuestionsConfig, difficulty: int, count: int) -> list[Question]:
-    """`count` different held-out questions, or all if there are fewer; the same for every run of
-    such a task.
+    """`count` different held-out questions, or those that are found where there are fewer; the same
+    for every run of such a task.
 
     Raises:
       InputError: there are none.

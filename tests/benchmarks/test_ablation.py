@@ -193,9 +193,15 @@ def test_answers_are_weighed_by_questions_and_listed_by_difficulty(tmp_path):
 
 def test_a_report_of_unseen_difficulties_and_uneven_curves(tmp_path):
     report = of_questions({9: (10, False)}, {"plt-2": [(3,), (4,)]})
-    report["rows"][0]["runs"][0]["curve"] = [[1, 2.0], [2, 1.5], [3, float("nan")]]
+    report["rows"][0]["runs"][0]["curve"] = [[1, 2.0], [2, 1.5], [3, None]]
     report["rows"][0]["runs"][1]["curve"] = [[1, 2.0], [3, 1.0]]
     assert "plt-2" in ablation_report.write(report, tmp_path)
+
+
+def test_a_run_whose_loss_is_no_number_is_said_to_be_none(tmp_path):
+    text = ablation_report.write(report_of({"no_loop": {0: 1.5, 1: None}}), tmp_path)
+    line = next(line for line in text.splitlines() if line.startswith("no_loop "))
+    assert line.split()[-2:] == ["nan", "nan"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 
 from plt_jax import init_cache, prepare_for_decode
 from plt_jax.benchmarks import decode, decode_report
-from plt_jax.benchmarks.decode import Case, bytes_moved, interleave, nbytes, ratios, spread
+from plt_jax.benchmarks.decode import Case, bytes_moved, nbytes
+from plt_jax.benchmarks.rounds import interleave, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
 from plt_jax.errors import InputError
 from tests.models import random_params, small_config

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from plt_jax.config import RunConfig
 from plt_jax.data.load import load_data, validation_examples
 from plt_jax.data.question_examples import VALIDATION_EXAMPLES, QuestionExamples, question_tokenizer
-from plt_jax.data.questions import Question, is_held_out
+from plt_jax.data.questions import Question, exam, is_held_out
 from plt_jax.data.tokenizer import bos_id, eos_id
 from plt_jax.errors import InputError
 
@@ -67,7 +67,8 @@ def test_examples_hold_whole_questions_and_weigh_answers(task, index, held_out):
     }
     questions = questions_in(config, example)
     assert len(questions) >= 2
-    assert [is_held_out(question) for question in questions] == [held_out] * len(questions)
+    marks = [is_held_out(task, question) for question in questions]
+    assert marks == [held_out] * len(questions)
     used = int((example["segment_ids"] > 0).sum())
     assert used == sum(len(q.prompt) + len(q.answer) + 1 for q in questions)
     for name, array in example.items():
@@ -113,6 +114,27 @@ def test_a_run_reads_them_and_goes_on_where_it_was():
             np.testing.assert_equal(one, examples[4 * number + row])
     half = next(iter(load_data(config, rows=np.array([1, 3])).training))
     np.testing.assert_array_equal(half["tokens"], read[0]["tokens"][[1, 3]])
+
+
+@pytest.mark.parametrize("task", ["addition", "permutations"])
+def test_nothing_that_is_asked_in_tests_is_in_what_a_run_reads(task):
+    """Of so few questions all are read: whatever is not, is held out."""
+    config = config_of(task, difficulties=[1, 2], test_difficulties=[1, 2], symbols=None)
+    data, examples = load_data(config), examples_of(config)
+    batches = iter(data.training)
+    rows = [
+        {name: array[row] for name, array in batch.items()}
+        for batch in itertools.islice(batches, 1500)
+        for row in range(4)
+    ]
+    read = {question.prompt for row in rows for question in questions_in(config, row)}
+    asked = {q.prompt for level in (1, 2) for q in exam(config.data.questions, level, 10**6)}
+    validated = {q.prompt for one in data.validation for q in questions_in(config, one)}
+    assert asked and validated
+    assert read.isdisjoint(asked | validated)
+    every = 100 + 90 * 90 if task == "addition" else 10 + 100
+    assert len(read) > 0.9 * (every - len(asked))
+    assert read == {q.prompt for i in range(6000) for q in questions_in(config, examples[i])}
 
 
 def test_what_is_said_of_the_data():

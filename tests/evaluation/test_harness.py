@@ -13,6 +13,7 @@ import plt_jax
 from plt_jax.decoding.text import begin
 from plt_jax.errors import InputError
 from plt_jax.run import open_trained
+from tests.evaluation.local_tasks import CHOICES, write_task
 from tests.training.runs import assert_refused, command
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'plt_jax[lm_eval]')")
@@ -152,18 +153,6 @@ def test_a_model_argument_that_is_not_known_is_refused(run):
         HarnessModel(str(run.directory), pth="x")
 
 
-CHOICES = """
-task: choices
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{start}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list:
-  - {{metric: acc}}
-"""
 ROWS = [
     {"start": "the state of our", "choices": [" union", " zebra"], "label": 0},
     {"start": "the work of", "choices": [" nothing", " peace"], "label": 1},
@@ -180,12 +169,7 @@ def copy(run, tmp_path):
 @pytest.fixture
 def tasks(tmp_path):
     """A folder with one task."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "choices.yaml").write_text(CHOICES.format(data=data))
-    return folder
+    return write_task(tmp_path / "tasks", "choices", CHOICES, ROWS)
 
 
 def test_a_local_task_as_its_user_runs_it(run, copy, tasks, monkeypatch):

@@ -22,35 +22,19 @@ import pytest
 
 from plt_jax.decoding.text import begin
 from plt_jax.run import open_trained
+from tests.evaluation.local_tasks import CHOICES, write_task
 from tests.models import forward
 from tests.training.runs import command, finished_run
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'plt_jax[lm_eval]')")
 
 CONTEXT = 16
-HUMAN_EVAL = """
-task: prompts
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
+PROMPTS = """
 output_type: loglikelihood_rolling
 doc_to_text: ""
-doc_to_target: "{{{{prompt}}}}"
+doc_to_target: "{{prompt}}"
 metric_list:
-  - {{metric: bits_per_byte}}
-"""
-BIG_BENCH = """
-task: {name}
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {data}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{input}}}} "
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-target_delimiter: ""
-metric_list:
-  - {{metric: acc}}
+  - {metric: bits_per_byte}
 """
 BIG_BENCH_TASKS = ("arithmetic/1_digit_addition", "tracking_shuffled_objects/three_objects")
 
@@ -90,11 +74,7 @@ def rows_of_human_eval() -> list[dict]:
 def test_human_evals_prompts_as_rolling_likelihoods(copy, tmp_path, monkeypatch):
     rows = rows_of_human_eval()
     assert len(rows) == 164
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "prompts.yaml").write_text(HUMAN_EVAL.format(data=data))
+    folder = write_task(tmp_path / "tasks", "prompts", PROMPTS, rows)
     found = evaluate(copy, folder, "prompts", monkeypatch, limit=3)
     run, nats, size = open_trained(copy), 0.0, 0
     for row in rows[:3]:
@@ -120,19 +100,16 @@ def test_big_bench_as_choices(copy, tmp_path, monkeypatch, path):
     for example in examples[:8]:
         choices = list(example["target_scores"])
         label = max(range(len(choices)), key=list(example["target_scores"].values()).__getitem__)
-        rows.append({"input": example["input"], "choices": choices, "label": label})
-    folder, name = tmp_path / "tasks", path.split("/")[-1]
-    folder.mkdir()
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "task.yaml").write_text(BIG_BENCH.format(name=name, data=data))
+        rows.append({"start": f"{example['input']} ", "choices": choices, "label": label})
+    name = path.split("/")[-1]
+    folder = write_task(tmp_path / "tasks", name, CHOICES, rows)
     found = evaluate(copy, folder, name, monkeypatch, limit=8)
     run, right = open_trained(copy), 0
     for row in rows:
         scores = []
         for choice in row["choices"]:
-            whole = begin(run.tokenizer, f"{row['input']} {choice}")
-            before = begin(run.tokenizer, f"{row['input']} ".rstrip())
+            whole = begin(run.tokenizer, row["start"] + choice)
+            before = begin(run.tokenizer, row["start"].rstrip())
             window = whole[-CONTEXT - 1 :]
             count = min(len(whole) - len(before), len(window) - 1)
             scores.append(summed(run, window, len(window) - count))
