@@ -159,6 +159,7 @@ def mark(
       questions: of one difficulty: what fits the context of one fits all.
     """
     right = []
+    # Nothing behind an answer is compared: stopping there saves time.
     sampling = Sampling(stop_tokens=(encoder.eos,))
     for start in range(0, len(questions), batch_size):
         asked = questions[start : start + batch_size]
