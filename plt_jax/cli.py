@@ -10,6 +10,7 @@ import difflib
 import itertools
 import json
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_origin
@@ -91,11 +92,20 @@ def _broken_json(words: Sequence[str]) -> str:
     return "an option's value"
 
 
+def _reader_gone() -> bool:
+    """Whether whoever read the output, such as `head`, has ended."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
 def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's main function and exits; bad input becomes one line and exit code 2,
-    and what failed around the program one line and exit code 1."""
+    and what failed around the program one line and exit code 1. Output that nobody reads any more
+    ends it silently, with exit code 1."""
     try:
         code = main()
+        sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, MissingProcessError):
@@ -105,5 +115,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if not processes.alone():
             os._exit(EXIT_FAILED)  # the others end too, and JAX would wait for them
+        sys.exit(EXIT_FAILED)
+    except BrokenPipeError:
+        if not _reader_gone():
+            raise
+        # Python flushes once more at exit, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)
     sys.exit(EXIT_DONE if code is None else code)

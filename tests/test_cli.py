@@ -1,6 +1,9 @@
 """Command lines: overrides of the configuration, help, and exit codes."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from pydantic import BaseModel
@@ -163,3 +166,34 @@ def test_other_errors_are_not_hidden():
     for error in (ValueError, FloatingPointError, KeyboardInterrupt):
         with pytest.raises(error):
             run_command(lambda error=error: (_ for _ in ()).throw(error("x")))
+
+
+READER_ENDS = """
+from plt_jax.cli import run_command
+
+def main():
+    print("one")
+    for _ in range({lines}):
+        print("x" * 100)
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("buffering", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("lines", [1, 10_000], ids=["at the end", "on the way"])
+def test_output_that_nobody_reads_any_more_ends_it_silently(lines, buffering):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", READER_ENDS.format(lines=lines)]
+    environment = os.environ | {"PYTHONUNBUFFERED": buffering}
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, env=environment
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_pipe_broken_elsewhere_is_not_hidden():
+    with pytest.raises(BrokenPipeError):
+        run_command(lambda: (_ for _ in ()).throw(BrokenPipeError("a socket's")))
