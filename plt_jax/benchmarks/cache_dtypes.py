@@ -18,12 +18,11 @@ import numpy as np
 from plt_jax.benchmarks.machine import machine
 from plt_jax.cli import CommandParser, run_command
 from plt_jax.config import ModelConfig
-from plt_jax.data.corpus import load_corpus, read_documents
 from plt_jax.decoding.cache import DTYPES, Cache, init_cache
 from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.step import decode_step
-from plt_jax.decoding.text import begin
 from plt_jax.errors import InputError
+from plt_jax.evaluation.documents import documents_of, stream_of
 from plt_jax.run import Trained, open_trained
 
 
@@ -64,16 +63,15 @@ def beginnings(trained: Trained, text: str | None, documents: int, tokens: int) 
     """The first tokens of evenly spaced documents that have so many, int32 [B, T].
 
     Raises:
-      InputError: no document is so long, or the context is not.
+      InputError: no document is so long, the context is not, or the run read questions.
     """
     if documents < 1 or not 2 <= tokens <= trained.config.model.max_length:
         raise InputError(
             f"--documents is {documents} and --tokens {tokens}; at least 1 and 2 are needed, and "
             f"the context holds {trained.config.model.max_length}"
         )
-    source = read_documents(text) if text else load_corpus(trained.config.data).validation
-    encoded = [begin(trained.tokenizer, document)[:tokens] for document in source]
-    long_enough = [one for one in encoded if len(one) == tokens]
+    found = (document[:tokens] for document in documents_of(stream_of(trained, text, None)))
+    long_enough = [beginning for beginning in found if len(beginning) == tokens]
     if not long_enough:
         raise InputError(f"no document of the text has {tokens} tokens; lower --tokens")
     spaced = np.linspace(0, len(long_enough) - 1, min(documents, len(long_enough))).astype(int)

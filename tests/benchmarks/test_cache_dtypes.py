@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from plt_jax.benchmarks import cache_dtypes
-from plt_jax.benchmarks.cache_dtypes import compare, predictions
+from plt_jax.benchmarks.cache_dtypes import beginnings, compare, predictions
+from plt_jax.config_data import QuestionsConfig
+from plt_jax.data.corpus import load_corpus, read_documents
 from plt_jax.decoding.layout import prepare_for_decode
+from plt_jax.decoding.text import begin
 from plt_jax.errors import InputError
+from plt_jax.run import open_trained
 from tests.models import forward, random_params, random_tokens, small_config
 from tests.training.runs import finished_run
 
@@ -54,6 +58,23 @@ def test_command(run_directory, monkeypatch, tmp_path, capsys):
     assert rows[0]["mean_divergence"] == 0 and rows[0]["same_likeliest_token"] == 1
     assert all(0 < row["mean_divergence"] < 0.01 for row in rows[1:])
     assert "int8" in capsys.readouterr().out
+
+
+def test_beginnings_are_those_of_the_held_out_documents(run_directory):
+    trained = open_trained(run_directory)
+    documents = load_corpus(trained.config.data).validation
+    for text in (None, trained.config.data.source):
+        found = beginnings(trained, text, 100, 6).tolist()
+        source = documents if text is None else read_documents(text)
+        assert found == [begin(trained.tokenizer, document)[:6] for document in source]
+
+
+def test_questions_have_no_documents(run_directory):
+    trained = open_trained(run_directory)
+    data = trained.config.data.model_copy(update={"questions": QuestionsConfig(task="p_hop")})
+    config = trained.config.model_copy(update={"data": data})
+    with pytest.raises(InputError, match="trained on questions, which are no documents"):
+        beginnings(trained._replace(config=config), None, 1, 6)
 
 
 @pytest.mark.parametrize(
