@@ -159,7 +159,9 @@ def _linear_on_cpu(x_MD: jax.Array, weight: jax.Array) -> jax.Array:
         # XLA fuses this sum into one pass over the weights for all rows, at the speed of memory;
         # its product takes 1.5 times as long or more (and so does the sum with x as the first
         # factor). What makes x must not be fused too: it would be computed again for every output.
-        x_MD = jax.lax.optimization_barrier(x_MD)
+        # And where a step uses a weight twice, as passes of a loop do, XLA would write one copy of
+        # it for every row, and read that in both: behind one barrier with x its uses are not alike.
+        x_MD, weight = jax.lax.optimization_barrier((x_MD, weight))
         x = jnp.expand_dims(x_MD, range(1, weight.ndim))
         return jnp.sum(weight[None] * x, axis=-1)
     return _product(x_MD, weight)
