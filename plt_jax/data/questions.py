@@ -32,11 +32,12 @@ class Question(NamedTuple):
 
 
 def p_hop(random: Random, hops: int, config: QuestionsConfig) -> Question:
-    """Which letter is reached from the last one in `hops` hops, as `3:abcabcd...`.
+    """Which letter is reached from the last one in `hops` hops, as `>>>abcabcd...`.
 
     A hop goes to the letter behind the latest earlier occurrence of the letter that it starts from:
     with one hop, what an induction head predicts (Sanford, Hsu and Telgarsky 2024). No letter comes
-    twice in a row, or hops could stand still.
+    twice in a row, or hops could stand still. Hops are marks, since the digit of a number of hops
+    that was not trained on would say nothing to a model.
     """
     while True:
         letters = [_below(random, config.symbols)]
@@ -46,7 +47,7 @@ def p_hop(random: Random, hops: int, config: QuestionsConfig) -> Question:
         reached = hop(letters, hops)
         if reached is not None:
             text = "".join(string.ascii_lowercase[letter] for letter in letters)
-            return Question(f"{hops}:{text}", text[reached])
+            return Question(">" * hops + text, text[reached])
 
 
 def hop(letters: Sequence[int], hops: int) -> int | None:
@@ -136,7 +137,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "p_hop": Task(p_hop, lambda hops, config: len(f"{hops}:") + config.length + 1),
+    "p_hop": Task(p_hop, lambda hops, config: hops + config.length + 1),
     "addition": Task(addition, lambda digits, config: 3 * digits + 3, asks=summands),
     "dyck": Task(dyck, lambda depth, config: config.length + 1 + depth),
     "permutations": Task(permutations, lambda swaps, config: swaps + 1 + config.symbols),
