@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 from rich.progress import Progress
 
@@ -30,11 +29,13 @@ from plt_jax.run import open_trained
 from plt_jax.sharding import make_mesh, use_mesh
 
 MAX_NEW_TOKENS = 256  # the harness's own default
+LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+"""What tasks call the number of tokens that are made."""
 LOOK_EVERY = 8  # steps between two looks for texts that end a generation
 
 
 @register_model("plt_jax")
-class HarnessModel(TemplateLM):
+class HarnessModel(LM):
     """A run or checkpoint, on all devices, of which each takes its rows of a batch.
 
     Every text begins a document, with the begin token before it, as in training.
@@ -44,6 +45,7 @@ class HarnessModel(TemplateLM):
         self,
         path: str,
         batch_size: int | str | None = None,
+        loops: int | str | None = None,
         seed: int | str = 0,
         max_batch_size: None = None,
         device: str | None = None,
@@ -52,39 +54,50 @@ class HarnessModel(TemplateLM):
         """
         Args:
           path: a run directory, or one of its checkpoints.
-          batch_size: sequences per batch, on all devices; default the run's evaluation.batch_size,
-            raised to divide over the devices.
+          batch_size: sequences per batch, on all devices, raised to divide over them; default the
+            run's evaluation.batch_size.
+          loops: that the model runs; default as many as it was trained with.
           seed: of the draws, where a task samples.
           max_batch_size, device: of the harness, for other models; not read.
 
         Raises:
-          InputError: no such checkpoint, a batch size that does not divide over the devices, or
-            an argument that is not known.
+          InputError: no such checkpoint, no such batch size or number of loops, or an argument that
+            is not known.
         """
         super().__init__()
         if unknown:
             raise InputError(
-                f"plt_jax has no model argument {next(iter(unknown))}; it has path, batch_size and "
-                "seed"
+                f"plt_jax has no model argument {next(iter(unknown))}; it has path, batch_size, "
+                "loops and seed"
             )
+        size = None if batch_size is None else _number("batch_size", batch_size, least=1)
+        self._seed = _number("seed", seed, least=0)
         self._mesh = make_mesh(MeshConfig())
-        self._trained = open_trained(path, self._mesh)
+        count = None if loops is None else _number("loops", loops, least=1)
+        self._trained = open_trained(path, self._mesh, count)
         self._config = self._trained.config.model
-        self._seed = int(seed)
         self.tokenizer = self._trained.tokenizer
         self._weights = None
-        if batch_size is None:
-            own = self._trained.config.evaluation.batch_size
-            batch_size = whole_batch(own, self._mesh)
-        try:
-            self.batch_size = int(batch_size)
-        except ValueError as error:
-            raise InputError(f"batch_size is {batch_size}; it must be a number") from error
-        if self.batch_size < 1 or self.batch_size % self._mesh.size:
-            raise InputError(
-                f"batch_size is {self.batch_size}; it must be a positive multiple of the "
-                f"{self._mesh.size} devices"
-            )
+        own = self._trained.config.evaluation.batch_size
+        self.batch_size = whole_batch(own if size is None else size, self._mesh)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> HarnessModel:
+        """From the harness's --model_args, as `path=RUN,loops=3`."""
+        return cls.create_from_arg_obj(
+            utils.simple_parse_args_string(arg_string), additional_config
+        )
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> HarnessModel:
+        """From arguments of the model; of the harness's own, which hold a batch size of 1 that
+        nobody asked for, those that they leave open."""
+        given = {name: one for name, one in (additional_config or {}).items() if one is not None}
+        return cls(**(given | arg_dict))
 
     @property
     def step(self) -> int:
@@ -106,82 +119,103 @@ class HarnessModel(TemplateLM):
         return eos_id(self.tokenizer)
 
     @property
-    def prefix_token_id(self) -> int:
-        return bos_id(self.tokenizer)
-
-    @property
     def tokenizer_name(self) -> str:
         return str(self.directory)
 
-    def tok_encode(
-        self, string: str, add_special_tokens: bool | None = None, **_: Any
-    ) -> list[int]:
-        """The tokens of a text that begins a document; of the text alone on request."""
-        if add_special_tokens is False:
-            return self.tokenizer.encode(string, add_special_tokens=False).ids
-        return begin(self.tokenizer, string)
+    def _tokens(self, text: str) -> list[int]:
+        """Of a text that goes on."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def _loglikelihood_tokens(
-        self,
-        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
-        disable_tqdm: bool = False,
-        **_: Any,
-    ) -> list[tuple[float, bool]]:
-        """Summed log-likelihoods of continuations, and whether they are what greedy decoding gives.
+    def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of a context and of what continues it: those of the whole text.
 
-        Of what is too long for the context the beginning is cut off.
+        The continuation's are its own where the tokenizer would join its beginning to the context's
+        end, as union and s. Behind the joined token there may be nothing left to score.
         """
-        sequences = [self._scored(context, continuation) for _, context, continuation in requests]
-        answers = self._likelihoods("log-likelihoods", sequences, disable_tqdm)
-        for (texts, _, _), answer in zip(requests, answers, strict=True):
-            self.cache_hook.add_partial("loglikelihood", texts, answer)
-        return answers
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        tokens, whole = (begin(self.tokenizer, text) for text in (kept, kept + continuation))
+        if whole[: len(tokens)] == tokens:
+            return tokens, whole[len(tokens) :]
+        return tokens, self._tokens(continuation)
 
-    def _scored(self, context: list[int], continuation: list[int]) -> Scored:
-        tokens = [*context, *continuation][-self.max_length - 1 :]
-        return Scored(tokens, max(len(tokens) - len(continuation), 1))
-
-    def _likelihoods(
-        self, title: str, sequences: Sequence[Scored], silent: bool
+    def loglikelihood(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        with Progress(disable=silent) as progress:
-            task = progress.add_task(title, total=len(sequences))
-            found = likelihoods(
-                *(self._config, self._trained.params, self._mesh, sequences, self.batch_size),
-                done=lambda count: progress.advance(task, count),
-            )
-        return [tuple(one) for one in found]
+        """Summed log-likelihoods of continuations in nats, and whether they are what greedy
+        decoding gives.
+
+        Of what is too long for the context the beginning is cut off; a continuation that is itself
+        longer is scored in windows.
+
+        Raises:
+          InputError: a continuation is empty, and would be likelier than any other.
+        """
+        pairs = [request.args for request in requests]
+        if empty := [context for context, continuation in pairs if not continuation]:
+            raise InputError(f"a task asks how likely nothing is, behind {empty[0][-40:]!r}")
+        encoded = [self._split(*pair) for pair in pairs]
+        answers = self._likelihoods("log-likelihoods", encoded, disable_tqdm)
+        for pair, answer in zip(pairs, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", pair, answer)
+        return answers
 
     def loglikelihood_rolling(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Log-likelihoods of whole texts in nats, each token scored once, in windows as long as the
         context."""
-        windows: list[Scored] = []
-        owners: list[int] = []
-        for index, request in enumerate(requests):
-            pairs = utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0], add_special_tokens=False),
-                self.prefix_token_id,
-                self.max_length,
-                context_len=1,
-            )
-            for context, continuation in map(utils.make_disjoint_window, pairs):
-                windows.append(Scored([*context, *continuation], len(context)))
-                owners.append(index)
-        totals = np.zeros(len(requests))
-        found = self._likelihoods("log-likelihoods of texts", windows, disable_tqdm)
-        np.add.at(totals, owners, [log_probability for log_probability, _ in found])
-        for request, total in zip(requests, totals.tolist(), strict=True):
+        texts = [request.args[0] for request in requests]
+        encoded = [([bos_id(self.tokenizer)], self._tokens(text)) for text in texts]
+        found = self._likelihoods("log-likelihoods of texts", encoded, disable_tqdm)
+        totals = [total for total, _ in found]
+        for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-        return totals.tolist()
+        return totals
+
+    def _likelihoods(
+        self, title: str, pairs: Sequence[tuple[list[int], list[int]]], silent: bool
+    ) -> list[tuple[float, bool]]:
+        """Of each continuation behind its context, in tokens."""
+        windows = [self._windows(*pair) for pair in pairs]
+        sequences = [window for of_one in windows for window in of_one]
+        with Progress(disable=silent) as progress:
+            task = progress.add_task(title, total=len(sequences))
+            found = likelihoods(
+                *(self._config, self._trained.params, self._mesh, sequences, self.batch_size),
+                done=lambda count: progress.advance(task, count),
+            )
+        left = iter(found)
+        answers = []
+        for of_one in windows:
+            own = [next(left) for _ in of_one]
+            total = sum(one.log_probability for one in own)
+            answers.append((total, all(one.greedy for one in own)))
+        return answers
+
+    def _windows(self, context: list[int], continuation: list[int]) -> list[Scored]:
+        """Windows that score every token of a continuation once."""
+        if len(continuation) <= self.max_length:
+            tokens = [*context, *continuation][-self.max_length - 1 :]
+            return [Scored(tokens, len(tokens) - len(continuation))]
+        pairs = utils.get_rolling_token_windows(
+            continuation, context[-1], self.max_length, context_len=1
+        )
+        return [Scored([*c, *new], len(c)) for c, new in map(utils.make_disjoint_window, pairs)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first of each request's `until` texts, left out; greedy unless it
         asks for `do_sample` or a `temperature`.
 
-        What a request draws depends on the seed and its place among the requests, not on batches.
+        At most half the context is made, however much is asked for, and of prompts that do not fit
+        beside it the beginning is cut off. What a request draws depends on the seed and its place
+        among the requests, not on batches.
+
+        Raises:
+          InputError: a setting that is not known here.
         """
+        for request in requests:
+            read_settings(request.args[1], self.eot_token_id)  # before any is computed
         if self._weights is None:
             with use_mesh(self._mesh):
                 self._weights = prepare_for_decode(self._config, self._trained.params)
@@ -213,8 +247,8 @@ class HarnessModel(TemplateLM):
         self, contexts: Sequence[str], indices: Sequence[int], settings: dict[str, Any]
     ) -> list[str]:
         until, sampling, most = read_settings(settings, self.eot_token_id)
-        most = min(most, self.max_length - 1)
-        prompts = [self.tok_encode(context)[-(self.max_length - most) :] for context in contexts]
+        most = min(most, self.max_length // 2)
+        prompts = [self._prompt(context, most) for context in contexts]
         # All batches have as many rows, for which one program is compiled.
         missing = self.batch_size - len(prompts)
         prompts += [prompts[-1]] * missing
@@ -230,6 +264,10 @@ class HarnessModel(TemplateLM):
                 if texts and all(ended for _, ended in texts):
                     break
         return [text for text, _ in self._texts(made, until)]
+
+    def _prompt(self, context: str, new: int) -> list[int]:
+        """The tokens of a prompt, as many as leave room for those that are made."""
+        return begin(self.tokenizer, context)[-(self.max_length - new) :]
 
     def _texts(self, made: Iterable[list[int]], until: Sequence[str]) -> list[tuple[str, bool]]:
         """The texts of tokens, cut where they end, and whether they do."""
@@ -251,14 +289,26 @@ def read_settings(settings: dict[str, Any], end: int) -> tuple[list[str], Sampli
     """
     left = dict(settings)
     until = left.pop("until", None) or []
-    until = [until] if isinstance(until, str) else list(until)
-    most = int(left.pop("max_gen_toks", left.pop("max_new_tokens", MAX_NEW_TOKENS)))
-    temperature = float(left.pop("temperature", 0.0) or 0.0)
-    if not left.pop("do_sample", temperature > 0):
-        temperature = 0.0
+    until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+    limits = [int(left.pop(name)) for name in LIMITS if name in left]
+    most = limits[0] if limits else MAX_NEW_TOKENS
+    asked = left.pop("temperature", None)
+    sampled = left.pop("do_sample", bool(asked))
+    temperature = float(1.0 if asked is None else asked) if sampled else 0.0
     top_k, top_p = int(left.pop("top_k", 0) or 0), float(left.pop("top_p", 1.0) or 1.0)
     if left:
         raise InputError(f"the generation setting {next(iter(left))} is not known here")
     sampling = Sampling(temperature, top_k, top_p, stop_tokens=(end,))
     sampling.check()
     return until, sampling, most
+
+
+def _number(name: str, value: int | str, least: int) -> int:
+    """A model argument, which the harness may give as text."""
+    try:
+        number = int(value)
+    except ValueError:
+        number = least - 1
+    if number < least:
+        raise InputError(f"{name} is {value}; it must be a number of {least} or more")
+    return number

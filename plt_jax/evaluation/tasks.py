@@ -8,10 +8,16 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
+
+if TYPE_CHECKING:  # an extra
+    from lm_eval.api.group import Group
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks.manager import TaskDict
 
 TASKS = "tasks.json"
 
@@ -80,8 +86,8 @@ def evaluate_tasks(
       run_code: whether tasks that run what the model writes (humaneval, mbpp) may.
 
     Raises:
-      InputError: the package is not there, no task is called so, or its data is not there; or as
-        `HarnessModel`.
+      InputError: the package is not there, no task is called so, it runs code and may not, or it
+        cannot be loaded, as where its data is not there; or as `HarnessModel`.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(
@@ -94,41 +100,81 @@ def evaluate_tasks(
     if include_path is not None and not os.path.isdir(include_path):
         raise InputError(f"--include-path {include_path} is no folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from datasets.exceptions import DatasetsError
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
     from plt_jax.evaluation.harness import HarnessModel
 
-    manager = TaskManager(include_path=include_path)
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            raise InputError(
-                f"no task is called {name}; lm_eval ls tasks lists the harness's, --include-path "
-                "adds a folder"
-            )
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
+    manager = TaskManager(include_path=include_path)
+    names = check_names(manager, tasks, run_code)
     model = HarnessModel(path, batch_size)
-    try:
-        results = simple_evaluate(
-            model,
-            tasks=manager.match_tasks(tasks),
-            limit=limit,
-            num_fewshot=shots,
-            task_manager=manager,
-            log_samples=False,
-            confirm_run_unsafe_code=run_code,
-        )
-    except (OSError, DatasetsError) as error:  # so are errors of connections
-        raise InputError(
-            f"the data of a task is not there ({', '.join(tasks)}): {_first_line(error)}"
-        ) from error
+    loaded = load_tasks(manager, names, run_code)
+    results = simple_evaluate(
+        model,
+        tasks=loaded,
+        limit=limit,
+        num_fewshot=shots,
+        task_manager=manager,
+        log_samples=False,
+        confirm_run_unsafe_code=run_code,
+    )
     results = {"step": model.step, **results}
     target = model.directory / TASKS
     write_text(target, json.dumps(results, indent=2, default=str) + "\n")
     return TaskReport(results, target)
 
 
+def check_names(manager: TaskManager, patterns: Sequence[str], run_code: bool) -> list[str]:
+    """The names of tasks and groups that patterns stand for.
+
+    Raises:
+      InputError: there are none of one, or one says that it runs code and may not.
+    """
+    for pattern in patterns:
+        if not manager.match_tasks([pattern]):
+            raise InputError(
+                f"no task is called {pattern}; lm_eval ls tasks lists the harness's, "
+                "--include-path adds a folder"
+            )
+    names = manager.match_tasks(list(patterns))
+    declared = {name: manager.task_index[name].cfg or {} for name in names}
+    _check_code([name for name in names if declared[name].get("unsafe_code")], run_code)
+    return names
+
+
+def load_tasks(manager: TaskManager, names: Sequence[str], run_code: bool) -> list[Task | Group]:
+    """The tasks and groups of names, with their data.
+
+    Raises:
+      InputError: one cannot be loaded, or runs code and may not.
+    """
+    found: list[Task | Group] = []
+    for name in names:
+        loaded = _loaded(manager, name, [name])
+        found += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+    everything = _loaded(manager, ", ".join(names), found)["tasks"]
+    unsafe = [name for name, task in everything.items() if getattr(task, "UNSAFE_CODE", False)]
+    _check_code(unsafe, run_code)
+    return found
+
+
+def _check_code(names: Sequence[str], run_code: bool) -> None:
+    if names and not run_code:
+        raise InputError(
+            f"{', '.join(names)} would run the code that the model writes; add --run-code to let "
+            "it, or leave the task out"
+        )
+
+
+def _loaded(manager: TaskManager, name: str, tasks: list[str | Task | Group]) -> TaskDict:
+    try:
+        return manager.load(tasks)
+    except Exception as error:  # whatever a task's own code raises, or what it fetches
+        raise InputError(f"{name} cannot be loaded: {_first_line(error)}") from error
+
+
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    lines = [line for line in str(error).splitlines() if line.strip(" #")]
+    return lines[0] if lines else type(error).__name__

@@ -12,11 +12,15 @@ import pytest
 import plt_jax
 from plt_jax.decoding.text import begin
 from plt_jax.errors import InputError
+from plt_jax.evaluation.tasks import SUITES
+from plt_jax.model.looping import with_loops
 from plt_jax.run import open_trained
 from tests.evaluation.local_tasks import CHOICES, write_task
 from tests.training.runs import assert_refused, command
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'plt_jax[lm_eval]')")
+
+from lm_eval.tasks import TaskManager
 
 from plt_jax.evaluation.harness import HarnessModel, read_settings
 
@@ -25,7 +29,9 @@ PAIRS = [
     ("", "peace goes on"),
     ("the work of peace ", "goes on and on and on"),
     ("is strong and the work of peace goes on and the state", " of"),
-    ("union", ""),
+    ("peace", " of our union is strong and the work of peace goes on and the state of it" * 2),
+    ("our unio", "n"),  # which the tokenizer joins
+    ("th", "e work"),
 ]
 
 
@@ -57,17 +63,40 @@ def log_probabilities(run, tokens):
     return log_p[np.arange(len(tokens) - 1), tokens[1:]], log_p.argmax(-1) == tokens[1:]
 
 
+def expected_likelihood(run, context, continuation):
+    """In whole contexts, the last one reaching back for its own, as the text is read or, where that
+    would join both, each by itself."""
+    kept = context.rstrip()
+    before = begin(run.tokenizer, kept)
+    whole = begin(run.tokenizer, context + continuation)
+    if whole[: len(before)] != before:
+        new = run.tokenizer.encode(context[len(kept) :] + continuation, add_special_tokens=False)
+        whole = before + new.ids
+    total, greedy, done = 0.0, True, len(before)
+    while done < len(whole):
+        # What fits behind the context as it is; what is longer by itself goes in windows of 16.
+        end = len(whole) if len(whole) - len(before) <= 16 else min(done + 16, len(whole))
+        log_p, likeliest = log_probabilities(run, whole[max(end - 17, 0) : end])
+        total += log_p[-(end - done) :].sum()
+        greedy &= likeliest[-(end - done) :].all()
+        done = end
+    return total, greedy
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_loglikelihoods_are_the_models(run, batch_size):
+    assert len(begin(run.tokenizer, "our union")) == len(begin(run.tokenizer, "our unio"))
     model = HarnessModel(str(run.directory), batch_size=str(batch_size))
-    answers = model.loglikelihood(requests(*PAIRS[:-1]), disable_tqdm=True)
-    for (context, continuation), (found, greedy) in zip(PAIRS, answers, strict=False):
-        whole = begin(run.tokenizer, context + continuation)
-        count = len(whole) - len(begin(run.tokenizer, context.rstrip()))
-        # The context holds 16; what is before it is cut off.
-        log_p, likeliest = log_probabilities(run, whole[-17:])
-        assert found == pytest.approx(log_p[-count:].sum(), abs=1e-4)
-        assert greedy == likeliest[-count:].all()
+    answers = model.loglikelihood(requests(*PAIRS), disable_tqdm=True)
+    for pair, (found, greedy) in zip(PAIRS, answers, strict=True):
+        total, likeliest = expected_likelihood(run, *pair)
+        assert found == pytest.approx(total, abs=1e-4)
+        assert greedy == likeliest
+
+
+def test_how_likely_nothing_is_cannot_be_asked(model):
+    with pytest.raises(InputError, match="how likely nothing is, behind 'union'"):
+        model.loglikelihood(requests(("union", "")), disable_tqdm=True)
 
 
 def test_rolling_scores_each_token_once_with_the_begin_token_before(run, model):
@@ -82,7 +111,7 @@ def test_rolling_scores_each_token_once_with_the_begin_token_before(run, model):
             log_p, _ = log_probabilities(run, whole[start : end + 1])
             expected += log_p[-(end - done) :].sum()
             done = end
-        assert total == pytest.approx(expected, abs=1e-3)
+        assert total == pytest.approx(expected, abs=1e-4)
 
 
 def generated(run, context, count):
@@ -129,6 +158,8 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(run):
         ({"until": "\n", "max_gen_toks": 7}, ["\n"], 0.0, 7),
         ({"until": ["a"], "temperature": 0.7, "top_p": 0.9, "top_k": 5}, ["a"], 0.7, 256),
         ({"do_sample": False, "temperature": 0.7}, [], 0.0, 256),
+        ({"do_sample": True, "until": ["", "b"], "max_tokens": 9}, ["b"], 1.0, 9),
+        ({"do_sample": True, "temperature": 0.0}, [], 0.0, 256),
     ],
 )
 def test_settings_of_generations(given, until, temperature, most):
@@ -142,15 +173,49 @@ def test_a_setting_that_is_not_known_is_refused():
         read_settings({"num_beams": 4}, 9)
 
 
-@pytest.mark.parametrize("size", ["many", "0", "-1"])
-def test_a_batch_size_that_is_none_is_refused(run, size):
-    with pytest.raises(InputError, match=f"batch_size is {size}; it must be"):
-        HarnessModel(str(run.directory), batch_size=size)
+@pytest.mark.parametrize("name", ["batch_size", "loops"])
+@pytest.mark.parametrize("number", ["many", "0", "-1"])
+def test_a_number_that_is_none_is_refused(run, name, number):
+    with pytest.raises(InputError, match=f"{name} is {number}; it must be a number of 1 or more"):
+        HarnessModel(str(run.directory), **{name: number})
+
+
+def test_a_models_arguments_come_before_the_harnesss(run):
+    text, harness = f"path={run.directory},batch_size=5", {"batch_size": 1, "device": None}
+    assert HarnessModel.create_from_arg_string(text, harness).batch_size == 5
+    alone = {"path": str(run.directory)}
+    assert HarnessModel.create_from_arg_obj(alone, {"batch_size": "2"}).batch_size == 2
+
+
+def test_more_loops_than_it_was_trained_with(run):
+    model = HarnessModel(str(run.directory), loops="3")
+    config, params = with_loops(run.config.model, run.params, 3)
+    more = run._replace(config=run.config.model_copy(update={"model": config}), params=params)
+    ((found, _),) = model.loglikelihood(requests(PAIRS[0]), disable_tqdm=True)
+    assert found == pytest.approx(expected_likelihood(more, *PAIRS[0])[0], abs=1e-4)
+    assert found != pytest.approx(expected_likelihood(run, *PAIRS[0])[0], abs=1e-3)
+    settings = {"until": [], "max_gen_toks": 8}
+    (text,) = model.generate_until(requests(("the state of", settings)), disable_tqdm=True)
+    assert text == generated(more, "the state of", 8)
+
+
+def test_at_most_half_the_context_is_made(run, model):
+    context = PAIRS[3][0]
+    (found,) = model.generate_until(
+        requests((context, {"until": [], "max_gen_toks": 100})), disable_tqdm=True
+    )
+    assert found == generated(run, context, 8)
 
 
 def test_a_model_argument_that_is_not_known_is_refused(run):
     with pytest.raises(InputError, match="no model argument pth; it has path"):
         HarnessModel(str(run.directory), pth="x")
+
+
+def test_the_papers_tasks_are_the_harnesss():
+    manager = TaskManager()
+    for names in SUITES.values():
+        assert set(names) <= set(manager.all_tasks)
 
 
 ROWS = [
@@ -206,6 +271,10 @@ def test_the_harness_itself_knows_the_model(copy, tasks, monkeypatch):
         (["--limit", "3"], "--limit is for --exact_match, --by_document, --tasks and --suite"),
         (["--tasks", "choices", "--text", "x"], "--text is for scores, --by_document, --loops"),
         (["--run-code"], "--run-code is for --tasks and --suite"),
+        (
+            ["--suite", "paper_moe"],
+            "humaneval, mbpp would run the code that the model writes; add --run-code",
+        ),
         (["--tasks", "choices", "--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--tasks", "choices", "--num-fewshot", "-1"], "--num-fewshot is -1"),
         (["--tasks", "choices", "--include-path", "/no/where"], "--include-path /no/where is no"),
@@ -220,7 +289,7 @@ def test_a_task_whose_data_is_not_there_is_one_line(copy, tasks, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tasks / "rows.jsonl").unlink()
     result = command("eval.py", copy, "--tasks", "choices", "--include-path", tasks)
-    assert_refused(result, "the data of a task is not there (choices): ")
+    assert_refused(result, "choices cannot be loaded: ")
 
 
 def test_a_tokenizer_of_more_tokens_than_the_model_is_one_line(copy, tasks):
