@@ -2,12 +2,13 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plt_jax.model.layers import logits_from, rms_norm, rope_rotation, rotate, swiglu
+from plt_jax.model.layers import embed, logits_from, rms_norm, rope_rotation, rotate, swiglu
 from plt_jax.model.looping import hand_to_next
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import number_documents, positions_in_documents
@@ -54,6 +55,13 @@ def test_rope_turns_pairs_by_position_times_frequency():
             pairs = pairs * np.exp(1j * position * 100.0 ** (-pair / 3))
             np.testing.assert_allclose(turned[0, :, t, pair], pairs.real, atol=2e-4)
             np.testing.assert_allclose(turned[0, :, t, pair + 3], pairs.imag, atol=2e-4)
+
+
+def test_gradients_of_frequent_tokens_are_summed_in_float32():
+    tokens = jnp.zeros((4, 500), jnp.int32)
+    table = jnp.ones((3, 2))
+    gradient = jax.grad(lambda table: jnp.sum(embed(tokens, table, jnp.bfloat16), dtype=float))
+    np.testing.assert_array_equal(gradient(table)[0], [2000, 2000])
 
 
 def test_logits_by_head_and_by_embedding():
