@@ -210,6 +210,12 @@ class BatchLayout(NamedTuple):
         return jax.tree.map(global_array, batch)
 
 
+def whole_batch(batch_size: int, mesh: Mesh) -> int:
+    """A number of rows raised so that it divides over the devices that rows are split over."""
+    devices = math.prod(mesh.shape[axis] for axis in mesh_axes("batch"))
+    return -(-batch_size // devices) * devices
+
+
 def batch_layout(
     mesh: Mesh, batch: tuple[str, int], length: tuple[str, int], parts: int = 1
 ) -> BatchLayout:

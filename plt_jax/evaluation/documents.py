@@ -1,7 +1,7 @@
 """Perplexity document by document: each by itself, long ones in windows that overlap.
 
-Unlike the packed examples of perplexity.py, a token never lacks the context that its document and
-the model's length would give it but for `length - stride` positions.
+Unlike in the packed examples of perplexity.py, a token lacks at most `stride - 1` positions of the
+context that its document and the model's length would give it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from plt_jax.data.streams import DocumentStream, TokenStream
 from plt_jax.data.tokenizer import token_bytes
 from plt_jax.data.tokens import tokenize
 from plt_jax.errors import InputError, naming
-from plt_jax.evaluation.likelihood import Scored, in_batches, nll_by_loop, whole_batch
+from plt_jax.evaluation.likelihood import Scored, in_batches, nll_by_loop
 from plt_jax.evaluation.perplexity import score
 from plt_jax.files import write_pieces, write_text
 from plt_jax.run import Trained, open_trained
-from plt_jax.sharding import make_mesh
+from plt_jax.sharding import make_mesh, whole_batch
 from plt_jax.tables import table_of
 
 DOCUMENTS, EACH = "documents.json", "documents.jsonl"
@@ -79,8 +79,8 @@ def evaluate_documents(
         run's held-out documents.
       stride: new tokens of each window but the first; default half the context.
       limit: documents, from the first.
-      batch_size: windows on all devices together; default the run's evaluation.batch_size, raised
-        to divide over them.
+      batch_size: windows on all devices together, raised to divide over them; default the run's
+        evaluation.batch_size.
 
     Raises:
       InputError: no such checkpoint, text or corpus, the corpus has another tokenizer, or an
@@ -104,7 +104,7 @@ def evaluate_documents(
     target = trained.directory / DOCUMENTS
     sums = Sums(config.loop.count)
     bytes_V = token_bytes(trained.tokenizer, config.vocab_size)
-    size = batch_size or whole_batch(trained.config.evaluation.batch_size, mesh)
+    size = whole_batch(batch_size or trained.config.evaluation.batch_size, mesh)
     rows = measure(trained, mesh, documents, stride, size, bytes_V, sums)
     write_pieces(trained.directory / EACH, (json.dumps(row) + "\n" for row in rows))
     if not sums.tokens:

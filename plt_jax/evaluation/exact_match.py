@@ -19,11 +19,10 @@ from plt_jax.decoding.generation import generate
 from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.errors import InputError
-from plt_jax.evaluation.likelihood import whole_batch
 from plt_jax.files import write_text
 from plt_jax.model.looping import with_loops
 from plt_jax.run import Trained, open_trained
-from plt_jax.sharding import make_mesh, use_mesh
+from plt_jax.sharding import make_mesh, use_mesh, whole_batch
 from plt_jax.tables import table_of
 
 EXACT_MATCH = "exact_match.json"
@@ -75,8 +74,8 @@ def evaluate_exact_match(
     Args:
       difficulties: default the run's data.questions.test_difficulties.
       limit: questions of each difficulty; default QUESTIONS.
-      batch_size: questions on all devices together; default the run's evaluation.batch_size, raised
-        to divide over them.
+      batch_size: questions on all devices together, raised to divide over them; default the run's
+        evaluation.batch_size.
       at_loops: numbers of loops that it answers with besides.
 
     Raises:
@@ -88,9 +87,7 @@ def evaluate_exact_match(
             raise InputError(f"{name} is {value}; it must be at least 1")
     mesh = make_mesh(MeshConfig())
     trained = open_trained(path, mesh)
-    size = batch_size or whole_batch(trained.config.evaluation.batch_size, mesh)
-    if size % mesh.size:
-        raise InputError(f"--batch_size {size} does not divide over the {mesh.size} devices")
+    size = whole_batch(batch_size or trained.config.evaluation.batch_size, mesh)
     others = {count: with_loops(trained.config.model, trained.params, count) for count in at_loops}
     asked = questions_asked(trained, difficulties)
     check_exam(asked, trained.config.model.max_length)

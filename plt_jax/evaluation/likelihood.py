@@ -107,11 +107,6 @@ def in_batches(
             done(len(rows))
 
 
-def whole_batch(batch_size: int, mesh: Mesh) -> int:
-    """A number of rows raised so that it divides over a mesh's devices."""
-    return -(-batch_size // mesh.size) * mesh.size
-
-
 def _batches(
     config: ModelConfig, sequences: Sequence[Scored], batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:

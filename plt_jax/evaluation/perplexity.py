@@ -16,7 +16,7 @@ from plt_jax.data.packing import Examples
 from plt_jax.data.pipeline import evaluation_batches
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import Transformer
-from plt_jax.sharding import batch_layout, use_mesh
+from plt_jax.sharding import batch_layout, use_mesh, whole_batch
 
 
 class Score(NamedTuple):
@@ -61,12 +61,13 @@ def make_evaluate(
 ) -> Callable[[Any, Examples, int | None], Evaluation]:
     """`evaluate(params, examples, limit) -> Evaluation`, compiled once for the mesh.
 
-    `limit` reads that many examples, evenly spaced; None reads all.
+    `limit` reads that many examples, evenly spaced; None reads all. A batch is of
+    evaluation.batch_size rows, raised to divide over the mesh.
 
     Raises:
-      InputError: evaluation.batch_size does not divide over the mesh.
+      InputError: data.sequence_length does not divide over the mesh.
     """
-    batch_size = config.evaluation.batch_size
+    batch_size = whole_batch(config.evaluation.batch_size, mesh)
     layout = batch_layout(
         mesh,
         ("evaluation.batch_size", batch_size),

@@ -58,8 +58,8 @@ def evaluate_trained(
         trained with.
 
     Raises:
-      InputError: no such checkpoint or text, a batch size that is not positive or does not divide
-        over the devices, or a number of loops that the scheme cannot run.
+      InputError: no such checkpoint or text, a batch size that is not positive, or a number of
+        loops that the scheme cannot run.
     """
     # All devices here share the batch, whatever mesh the run was trained on.
     mesh = make_mesh(MeshConfig())

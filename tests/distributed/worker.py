@@ -180,7 +180,7 @@ def train_and_evaluate(folder: Path) -> dict:
     with call_at(4, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         assert train(config).stopped
     shutil.copytree(folder / "run", folder / "stopped")
-    evaluation = evaluate_trained(str(folder / "stopped"), batch_size=8).numbers
+    evaluation = evaluate_trained(str(folder / "stopped"), batch_size=3).numbers
     return {"step": train(config).step, "evaluation": evaluation}
 
 
