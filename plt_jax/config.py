@@ -218,7 +218,8 @@ class ModelConfig(Section):
     """What the backward pass recomputes: nothing, every layer, or all but matrix products (those of
     experts it recomputes too)."""
     layer_unroll: PositiveInt = 1
-    """Layers unrolled per step of the scan over layers; `layers` unrolls it all."""
+    """Layers unrolled per step of the scan over layers; `layers` unrolls it all. Unrolled
+    layers can lose most of what remat saves."""
     loop: LoopConfig = LoopConfig()
     """How the stack is looped."""
     moe: MoEConfig = MoEConfig()
@@ -304,7 +305,7 @@ class OptimizerConfig(Section):
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> OptimizerConfig:
-        if self.warmup_fraction + self.decay_fraction > 1.0:
+        if self.schedule == "wsd" and self.warmup_fraction + self.decay_fraction > 1.0:
             raise ValueError(
                 f"warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction} "
                 "add up to more than 1; lower one"
@@ -467,7 +468,7 @@ class EvaluationConfig(Section):
     """Evaluation on held-out text."""
 
     batch_size: PositiveInt = 32
-    """Sequences per evaluation batch."""
+    """Sequences per evaluation batch, raised to divide over the devices."""
     sequences: PositiveInt | None = 64
     """Sequences of an evaluation during training, evenly spaced over the held-out text; null for
     all. The evaluation after the last step, and eval.py, always read all."""

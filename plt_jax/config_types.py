@@ -34,6 +34,10 @@ def _is_text(text: str) -> str:
 def _is_path(path: str) -> str:
     if "\0" in path:
         raise ValueError(f"{path!r} holds a NUL character, which no path does; correct it")
+    if "://" in path:
+        raise ValueError(
+            f"{path} is no path of a file system; mount what it names, and give the path of that"
+        )
     for name in path.split("/"):
         if len(os.fsencode(name)) > LONGEST_NAME:
             raise ValueError(

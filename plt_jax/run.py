@@ -40,6 +40,9 @@ MAY_CHANGE = (
     "processes.",
     "model.attention",  # computes the same model; as with another mesh, only rounding differs
     "model.moe.grouped_product",  # the same
+    "model.remat",  # the same, and what running out of memory asks for
+    "model.layer_unroll",
+    "training.accumulate",
     "data.cache_dir",
     "data.prefetch",
     "data.questions.test_difficulties",

@@ -102,8 +102,8 @@ REFUSED = {
     "be one of [1, 2, 4, 8, 16, 32]",
     "data: {sequence_length: 4096}": "data.sequence_length 4096 is above model.max_length 2048; "
     "lower the one or raise the other",
-    "optimizer: {warmup_fraction: 0.9}": "warmup_fraction 0.9 and decay_fraction 0.2 add up to "
-    "more than 1; lower one",
+    "optimizer: {schedule: wsd, warmup_fraction: 0.9}": "warmup_fraction 0.9 and decay_fraction "
+    "0.2 add up to more than 1; lower one",
     "mesh: {tensor: 0}": "tensor is 0; use a positive size, or -1 for the remaining devices",
     "mesh: {fsdp: -2}": "mesh.fsdp = -2: input should be greater than or equal to -1",
     "mesh: {fsdp: -1}": "only one axis may be -1, got {'data': -1, 'fsdp': -1, 'expert': 1, "
@@ -120,6 +120,7 @@ REFUSED = {
     "model: {heads: .inf}": "model.heads = inf: input should be a finite number",
     "data: {sources: [{path: a, wieght: 1}]}": "unknown field data.sources.0.wieght; did you mean "
     "weight?",
+    "run_dir: gs://bucket/run": "run_dir: gs://bucket/run is no path of a file system; mount",
     r'run_dir: "a\0b"': "run_dir: 'a\\x00b' holds a NUL character, which no path does",
     f"data: {{cache_dir: a/{'x' * 256}}}": "data.cache_dir: the name xxxxxxxxxxxxxxxxxxxx... in it "
     "has more than 255 bytes; shorten it",

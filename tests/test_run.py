@@ -168,11 +168,11 @@ def test_changes_that_no_step_depends_on_are_allowed_and_reported(finished, copy
         finished.config,
         copy,
         training={"steps": 9, "log_every": 3, "evaluate_every": 5, "checkpoint_every": 6}
-        | {"sample_prompt": "peace"},
+        | {"sample_prompt": "peace", "accumulate": 2},
         checkpoint={"keep": 5, "keep_best": 0},
         evaluation={"batch_size": 2, "sequences": None},
         mesh={"fsdp": 2},
-        model={"attention": "xla"},
+        model={"attention": "xla", "remat": "full", "layer_unroll": 2},
         data={"cache_dir": "elsewhere", "prefetch": 0},
     )
     changes = check_directory(config)
@@ -184,6 +184,7 @@ def test_changes_that_no_step_depends_on_are_allowed_and_reported(finished, copy
         *["training.checkpoint_every", "training.sample_prompt", "checkpoint.keep"],
         *["checkpoint.keep_best", "evaluation.batch_size", "evaluation.sequences", "mesh.fsdp"],
         *["data.cache_dir", "data.prefetch", "model.attention"],
+        *["model.remat", "model.layer_unroll", "training.accumulate"],
     }
 
 
@@ -200,7 +201,6 @@ def test_what_was_trained_with_a_devices_kernel_opens_on_others(finished, copy):
     [
         ({"seed": 1}, "seed: 0 -> 1"),
         ({"training": {"batch_size": 8}}, "training.batch_size: 4 -> 8"),
-        ({"training": {"accumulate": 2}}, "training.accumulate: 1 -> 2"),
         ({"training": {"z_loss": 0.1}}, "training.z_loss: 0.0 -> 0.1"),
         ({"optimizer": {"learning_rate": 0.5}}, "optimizer.learning_rate: 0.01 -> 0.5"),
         ({"optimizer": {"clip_norm": None}}, "optimizer.clip_norm: 1.0 -> None"),

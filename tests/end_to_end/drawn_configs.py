@@ -427,7 +427,8 @@ def reconciled(values: Values, home: Path, devices: int) -> Values:
     if at("checkpoint.skip_damaged"):
         fix("checkpoint.verify", True)
     fix("guard.patience", min(at("guard.patience"), at("guard.window")))
-    if at("optimizer.warmup_fraction") + at("optimizer.decay_fraction") > 1:
+    shares = at("optimizer.warmup_fraction") + at("optimizer.decay_fraction")
+    if at("optimizer.schedule") == "wsd" and shares > 1:
         fix("optimizer.warmup_fraction", 0.0)
     fix("model.rope_scaling.low_frequency_factor", 0.5)
     return values
