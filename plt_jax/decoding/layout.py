@@ -42,7 +42,7 @@ def prepare_for_decode(config: ModelConfig, params: Params) -> Params:
 
     Returns:
       "embedding" [V, D], "head" [V, D] unless tied, "final_norm" [D], and "layers", a tuple of one
-      dict per layer: the declared norms, biases, gate and router in float32, and in the compute
+      dict per layer: the declared norms, biases, gate and router as they are, and in the compute
       dtype "qkv" [K·(G+2)·H, D] (each key/value head behind the G query heads that read it), "o"
       [D, N·H], and "gate_up" [2, F, D] and "down" [D, F], or the experts' "expert_gate_up"
       [X, 2, F, D] and "expert_down" [X, D, F] and the shared expert's "shared_gate_up" and
@@ -212,7 +212,8 @@ def few_experts(
 ) -> jax.Array:
     """Few rows through their experts, [M, D], by reading once each expert that any of them chose.
 
-    So a step reads what its rows need: where a token's loops agree on an expert, they share it.
+    So a step reads what its rows need: where a token's loops agree on an expert, they share it. (A
+    GPU reads as many experts as they could have chosen.)
     """
     M, X = x_MD.shape[0], experts["expert_down"].shape[0]
     rows_M1 = jnp.arange(M)[:, None]
@@ -223,7 +224,7 @@ def few_experts(
     most = min(X, chosen_Mk.size)
     (used,) = jnp.nonzero(used_X, size=most, fill_value=X)
     # GPUs ask the host before each turn of a loop whose turns are counted on the device.
-    turns = jnp.sum(used_X) if traced_platform() == "cpu" else most
+    turns = most if traced_platform() == "gpu" else jnp.sum(used_X)
     x_MD = jax.lax.optimization_barrier(x_MD)
 
     def add_expert(index: jax.Array, out_MD: jax.Array) -> jax.Array:

@@ -199,8 +199,10 @@ def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> n
             "full": jax.checkpoint_policies.nothing_saveable,
             "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         }
-        # A scan body is compiled on its own, so nothing outside it can undo the recomputation.
-        block = nn.remat(Block, policy=policies[config.remat], prevent_cse=False)
+        # The body of a scan is compiled on its own, so nothing outside it can undo the
+        # recomputation; but a scan that is unrolled as a whole is none.
+        unrolled = config.layer_unroll >= stack.layers
+        block = nn.remat(Block, policy=policies[config.remat], prevent_cse=unrolled)
     return nn.scan(
         block,
         variable_axes={"params": 0},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 
 
@@ -25,4 +26,7 @@ class StopRequest:
         self.requested = True
         for other, handler in self._before.items():
             signal.signal(other, handler)
-        print(f"{signal.Signals(number).name}: saving after the steps under way ...", flush=True)
+        # Python refuses to print where the signal has interrupted a print.
+        with contextlib.suppress(RuntimeError):
+            name = signal.Signals(number).name
+            print(f"{name}: saving after the steps under way ...", flush=True)

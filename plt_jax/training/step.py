@@ -36,7 +36,7 @@ class TrainState:
     """What a training step reads and writes."""
 
     step: jax.Array
-    """int32 scalar: optimizer steps taken."""
+    """int32 scalar: steps taken, skipped ones too."""
     params: Any
     """float32, as `Transformer.init` gives them, unboxed."""
     opt_state: optax.OptState
@@ -229,6 +229,10 @@ def balance_routers(config: ModelConfig, params: Any, router: RouterStatistics) 
     return params | {"layers": layers | {"router_bias": bias_JLX}}
 
 
+def _is_schedules(path: tuple[Any, ...], _: Any) -> bool:
+    return getattr(path[-1], "tuple_name", None) == optax.ScaleByScheduleState.__name__
+
+
 def jit_train_step(config: RunConfig, mesh: Mesh) -> Callable:
     """`(state, batch, limits) -> (state, metrics)`, jitted for the mesh; the state is donated.
 
@@ -248,10 +252,12 @@ def jit_train_step(config: RunConfig, mesh: Mesh) -> Callable:
         means, grads = accumulate_gradients(config, state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         router = means.pop("router", None)
+        # Not the step's number: those that are skipped do not count.
+        taken = optax.tree_utils.tree_get(state.opt_state, "count", filtering=_is_schedules)
         metrics = {
             **means,
             "gradient_norm": optax.global_norm(grads),
-            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+            "learning_rate": jnp.asarray(schedule(taken), jnp.float32),
         }
         metrics |= norms("gradient_norm", grads) | norms("update_norm", updates)
         loss, norm = metrics["loss"], metrics["gradient_norm"]

@@ -243,5 +243,6 @@ def test_a_step_out_of_order_changes_nothing_but_the_count(spoil, limits):
     close((state.params, state.opt_state), (before.params, before.opt_state), rtol=0, atol=0)
     state, values = step(state, bad)
     assert values["skipped"] == 0
-    undisturbed, _ = take_steps(config, [make_batch(0), bad])
+    undisturbed, rates = take_steps(config, [make_batch(0), bad])
     close(state.params, undisturbed.params, rtol=0, atol=0)
+    assert values["learning_rate"] == rates[1]["learning_rate"] > 0
