@@ -13,8 +13,9 @@ from plt_jax.config import ModelConfig
 from plt_jax.evaluation.loops import measure, run_loops
 from plt_jax.evaluation.perplexity import losses_by_loop
 from plt_jax.model.looping import with_loops
-from plt_jax.model.transformer import number_documents
-from tests.models import random_params, random_tokens, small_config
+from plt_jax.model.transformer import number_documents, positions_in_documents
+from tests import reference
+from tests.models import random_params, random_tokens, reference_settings, small_config
 from tests.training.runs import assert_refused, command
 
 SCHEMES = [
@@ -103,6 +104,113 @@ def test_what_is_measured_of_a_model():
         np.isnan(values["gate"][0]).all()
         and ((values["gate"][1] > 0) & (values["gate"][1] < 1)).all()
     )
+
+
+def reference_maps(monkeypatch, config, params, tokens):
+    """The judge's raw states h(0), h(1), ... [R+1, T, D], and of every loop and layer its attention
+    [N, T, S], of both branches together, and its gates [T, N], if it has them."""
+    weights, gates, maps = [], [], []
+    attention, gate = reference.attention, reference.gate
+
+    def attend(q, k, v, mask):
+        each_key = jnp.broadcast_to(jnp.eye(T)[None, :, None], (1, T, k.shape[2], T))
+        weights.append(np.asarray(attention(q, k, each_key, mask)[0], np.float64))
+        return attention(q, k, v, mask)
+
+    def remember(*arguments):
+        gates.append(gate(*arguments))
+        return gates[-1]
+
+    monkeypatch.setattr(reference, "attention", attend)
+    monkeypatch.setattr(reference, "gate", remember)
+    result = reference.forward(reference_settings(config), params, tokens, SEGMENTS)
+    for _ in range(config.layers):
+        maps.append((weights.pop(0).swapaxes(0, 1), None))
+    for own in gates:
+        share_TN1 = np.asarray(own[0], np.float64)[:, :, None]
+        near, far = weights.pop(0), weights.pop(0)
+        maps.append(((share_TN1 * far + (1 - share_TN1) * near).swapaxes(0, 1), share_TN1[..., 0]))
+    embedded = params["embedding"][tokens]
+    states = np.array([one[0] for one in (embedded, *result["raw_loops"])], np.float64)
+    J = config.layers
+    return states, [maps[J * index : J * (index + 1)] for index in range(config.loop.count)]
+
+
+def rank_of(matrix):
+    """exp of the entropy of its singular values' shares."""
+    values = np.linalg.svd(matrix, compute_uv=False)
+    share = values[values > 1e-9] / values.sum()
+    return np.exp(-(share * np.log(share)).sum())
+
+
+def divergence(p, q):
+    """KL in nats along the last axis, where p is 0 nothing."""
+    return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(q > 0, q, 1)), 0).sum(-1)
+
+
+def test_every_measure_by_its_definition_on_the_judges_states_and_maps(monkeypatch):
+    config = small_config("plt", 3)
+    params, example = random_params(config), example_of(config)
+    found = jax.device_get(measure(config, params, example))
+    longer = with_loops(config, params, 4)
+    states, maps = reference_maps(monkeypatch, *longer, example["tokens"][None])
+    targets, here = np.asarray(example["targets"]), np.asarray(example["weights"]) > 0
+    head = np.asarray(params["head"] if "head" in params else params["embedding"].T, np.float64)
+    scale = np.asarray(params["final_norm"], np.float64)
+    rms = np.sqrt((states**2).mean(-1, keepdims=True))
+    normed = states / np.sqrt((states**2).mean(-1, keepdims=True) + config.norm_epsilon)
+    p = np.exp(normed * scale @ head)
+    p /= p.sum(-1, keepdims=True)
+    documents = np.asarray(number_documents(SEGMENTS))[0]
+    behind = here & np.concatenate([[False], documents[1:] == documents[:-1]])
+    moved = np.diff(states, axis=0)  # moved[r - 1] is what loop r does
+    length = np.linalg.norm(moved, axis=-1)
+    place = np.arange(T)
+    positions = np.asarray(positions_in_documents(number_documents(SEGMENTS)))[0]
+
+    for r in (1, 2, 3):
+
+        def is_found(name, expected, r=r):
+            np.testing.assert_allclose(
+                found[name][r - 1], expected, rtol=2e-3, atol=2e-4, err_msg=f"{name} {r}"
+            )
+
+        is_found("loss", -np.log(p[r, place, targets])[here].mean())
+        is_found("step_size", length[r - 1][here].mean())
+        is_found("fixed_point_gap", length[r][here].mean())
+        is_found("effective_rank", rank_of((states[r] / rms[r])[here]))
+        is_found("entropy", -(p[r] * np.log(p[r])).sum(-1)[here].mean())
+        better = (p[r] > p[r, place, targets][:, None]).sum(-1)
+        is_found("true_rank", 1 + better[here].mean())
+        for j, (attention, gates) in enumerate(maps[r - 1]):
+            by_query = attention.swapaxes(0, 1)[here]
+            entropy = -np.where(attention > 0, attention * np.log(attention + 1e-300), 0).sum(-1)
+            unit = by_query / np.linalg.norm(by_query, axis=-1, keepdims=True)
+            pairs = np.triu_indices(config.heads, 1)
+            cosines = [(one @ one.T)[pairs].mean() for one in unit]
+            is_found_layer = {
+                "attention_entropy": entropy.mean(0)[here].mean(),
+                "head_rank": np.mean([rank_of(one) for one in by_query]),
+                "head_cosine": np.mean(cosines),
+            }
+            if r > 1:
+                is_found_layer["gate"] = gates[here].mean()
+                change = divergence(attention, maps[r - 2][j][0])
+                is_found_layer["attention_change"] = change.mean(0)[here].mean()
+            for name, expected in is_found_layer.items():
+                np.testing.assert_allclose(
+                    found[name][r - 1, j], expected, rtol=2e-3, atol=2e-4, err_msg=name
+                )
+        if r > 1:
+            # Loop r has nothing new to read at the first r - 1 positions of a document.
+            new = positions >= r - 1
+            np.testing.assert_allclose(length[r - 1][~new], 0, atol=1e-5)
+            both = np.where(new, length[r - 1] * length[r - 2], np.inf)
+            turns = (moved[r - 1] * moved[r - 2]).sum(-1) / both
+            is_found("cosine", turns[here].mean())
+            apart = np.linalg.norm(np.diff(states[r - 1], axis=0), axis=-1)
+            is_found("offset_cost", apart[behind[1:]].mean())
+            is_found("output_shift", divergence(p[r], p[r - 1])[here].mean())
 
 
 @pytest.fixture
