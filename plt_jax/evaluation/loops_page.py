@@ -71,7 +71,8 @@ def draw_states(numbers: Numbers) -> Drawn | None:
         "States",
         "How the last layer's output moves, ‖h(r) - h(r-1)‖; the cosine of that update with the "
         "one before (-1: back and forth, 1: further on); the fixed-point gap, how far one loop "
-        "more would move it; and how many directions states use. Updates and gaps that shrink "
+        "more would move it (the next loop's step, until the last); and how many directions "
+        "states use. Updates and gaps that shrink "
         "speak of loops that settle, a gap that stays "
         "of a model that is used to its number of loops.",
         {

@@ -5,9 +5,14 @@ import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
+from plt_jax.decoding.text import begin
+from plt_jax.model.looping import with_loops
+from plt_jax.run import open_trained
 from plt_jax.run_files import list_steps
+from tests.models import forward
 from tests.training.runs import (
     REPOSITORY,
     STEPS,
@@ -108,6 +113,20 @@ def test_generate_is_greedy_and_says_the_same_each_time(trained):
     assert generate(directory, *words, "--seed", "7") == result.out
     # The likeliest token alone is greedy at any temperature.
     assert generate(directory, *words, "--temperature", "2", "--top_k", "1") == result.out
+
+
+@pytest.mark.parametrize("loops", [1, 3])
+def test_generate_with_another_number_of_loops(trained, loops):
+    directory, _ = trained
+    model = open_trained(directory)
+    config, params = with_loops(model.config.model, model.params, loops)
+    tokens = begin(model.tokenizer, "the peace")
+    start = len(tokens)
+    for _ in range(6):
+        logits = forward(config)(params, jnp.array([tokens]))
+        tokens.append(int(logits[0, -1].argmax()))
+    words = ["--prompt", "the peace", "--max_new_tokens", "6", "--loops", loops]
+    assert generate(directory, *words) == f"the peace{model.tokenizer.decode(tokens[start:])}\n"
 
 
 def test_generate_draws_by_its_seed(trained):

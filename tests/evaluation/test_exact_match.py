@@ -10,6 +10,7 @@ from plt_jax.data.question_examples import QuestionEncoder
 from plt_jax.data.questions import Question, exam
 from plt_jax.decoding.layout import prepare_for_decode
 from plt_jax.errors import InputError
+from plt_jax.evaluation import exact_match
 from plt_jax.evaluation.exact_match import evaluate_exact_match, mark
 from plt_jax.run import open_trained
 from plt_jax.training.loop import train
@@ -92,6 +93,22 @@ def test_the_command_scores_a_run_by_difficulty(run):
     assert numbers["at_loops"][1]["by_difficulty"] == rows
     lines = result.out.splitlines()
     assert "with 1 loop  " in lines[0] and lines[3].split()[:4] == ["difficulty", "3", "9", "no"]
+
+
+def test_each_number_of_loops_answers_for_itself(run, monkeypatch):
+    """Rightly if there are three."""
+
+    def right_with_three(config, weights, encoder, questions, size):
+        return [config.loop.count == 3] * len(questions)
+
+    monkeypatch.setattr(exact_match, "mark", right_with_three)
+    numbers = evaluate_exact_match(str(run), limit=4, at_loops=[1, 3]).numbers
+    accuracies = {
+        one["loops"]: {row["accuracy"] for row in one["by_difficulty"]}
+        for one in numbers["at_loops"]
+    }
+    assert accuracies == {1: {0.0}, 3: {1.0}}
+    assert {row["accuracy"] for row in numbers["by_difficulty"]} == {0.0}
 
 
 def test_other_evaluations_read_its_held_out_answers(run):

@@ -3,6 +3,8 @@ on real text as a user runs them."""
 
 import json
 import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -16,7 +18,7 @@ from plt_jax.evaluation.tasks import SUITES
 from plt_jax.model.looping import with_loops
 from plt_jax.run import open_trained
 from tests.evaluation.local_tasks import CHOICES, write_task
-from tests.training.runs import assert_refused, command
+from tests.training.runs import assert_refused, command, environment, simulated
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'plt_jax[lm_eval]')")
 
@@ -94,6 +96,39 @@ def test_loglikelihoods_are_the_models(run, batch_size):
         assert greedy == likeliest
 
 
+DEVICES = """
+import json, sys
+from plt_jax.evaluation.harness import HarnessModel
+from tests.evaluation.test_harness import CONTEXTS, PAIRS, requests
+
+model = HarnessModel(sys.argv[1], batch_size=3)
+settings = {"until": [], "max_gen_toks": 8}
+print(json.dumps({
+    "batch_size": model.batch_size,
+    "likelihoods": model.loglikelihood(requests(*PAIRS), disable_tqdm=True),
+    "rolling": model.loglikelihood_rolling(requests((PAIRS[-2][0] * 9,)), disable_tqdm=True),
+    "texts": model.generate_until(requests(*((c, settings) for c in CONTEXTS)), disable_tqdm=True),
+}))
+"""
+
+
+def test_on_eight_devices(run):
+    done = subprocess.run(
+        [sys.executable, "-c", DEVICES, str(run.directory)],
+        **{"env": environment(**simulated(8)), "capture_output": True, "text": True},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["batch_size"] == 8
+    for pair, (total, greedy) in zip(PAIRS, found["likelihoods"], strict=True):
+        expected, likeliest = expected_likelihood(run, *pair)
+        assert total == pytest.approx(expected, abs=1e-4)
+        assert greedy == likeliest
+    assert found["rolling"] == pytest.approx([expected_rolling(run, PAIRS[-2][0] * 9)], abs=1e-4)
+    assert found["texts"] == [generated(run, context, 8) for context in CONTEXTS]
+
+
 def test_how_likely_nothing_is_cannot_be_asked(model):
     with pytest.raises(InputError, match="how likely nothing is, behind 'union'"):
         model.loglikelihood(requests(("union", "")), disable_tqdm=True)
@@ -102,16 +137,18 @@ def test_how_likely_nothing_is_cannot_be_asked(model):
 def test_rolling_scores_each_token_once_with_the_begin_token_before(run, model):
     texts = ["the state of our union is strong and the work of peace goes on" * 2, "peace"]
     found = model.loglikelihood_rolling(requests(*((text,) for text in texts)), disable_tqdm=True)
-    for text, total in zip(texts, found, strict=True):
-        tokens = run.tokenizer.encode(text, add_special_tokens=False).ids
-        whole, done, expected = begin(run.tokenizer, text), 0, 0.0
-        while done < len(tokens):  # whole contexts, the last one reaching back for its own
-            end = min(done + 16, len(tokens))
-            start = max(end - 16, 0)
-            log_p, _ = log_probabilities(run, whole[start : end + 1])
-            expected += log_p[-(end - done) :].sum()
-            done = end
-        assert total == pytest.approx(expected, abs=1e-4)
+    assert found == pytest.approx([expected_rolling(run, text) for text in texts], abs=1e-4)
+
+
+def expected_rolling(run, text):
+    """In whole contexts, the last one reaching back for its own."""
+    whole, done, expected = begin(run.tokenizer, text), 0, 0.0
+    while done < len(whole) - 1:
+        end = min(done + 16, len(whole) - 1)
+        log_p, _ = log_probabilities(run, whole[max(end - 16, 0) : end + 1])
+        expected += log_p[-(end - done) :].sum()
+        done = end
+    return expected
 
 
 def generated(run, context, count):
@@ -122,17 +159,19 @@ def generated(run, context, count):
     return run.tokenizer.decode(tokens.tolist())
 
 
+CONTEXTS = ["the state of", "union", "the work of peace goes on and the state of our union is"]
+
+
 def test_generation_is_greedy_and_ends_before_its_stops(run, model):
-    contexts = ["the state of", "union", "the work of peace goes on and the state of our union is"]
     settings = {"until": [], "max_gen_toks": 8}
     found = model.generate_until(
-        requests(*((context, settings) for context in contexts)), disable_tqdm=True
+        requests(*((context, settings) for context in CONTEXTS)), disable_tqdm=True
     )
-    assert found == [generated(run, context, 8) for context in contexts]
+    assert found == [generated(run, context, 8) for context in CONTEXTS]
     text = next(text for text in found if len(text) > 3)
     stop = text[2:4]
     again = model.generate_until(
-        requests(*((context, settings | {"until": [stop, "\0"]}) for context in contexts)),
+        requests(*((context, settings | {"until": [stop, "\0"]}) for context in CONTEXTS)),
         disable_tqdm=True,
     )
     assert again == [text.split(stop)[0] for text in found]
