@@ -40,6 +40,7 @@ from plt_jax.evaluation.exact_match import EXACT_MATCH, QUESTIONS, evaluate_exac
 from plt_jax.files import write_text
 from plt_jax.model.costs import count_parameters, flops_by_loop
 from plt_jax.run import check_directory
+from plt_jax.run_files import CONFIG
 from plt_jax.training.loop import train
 from plt_jax.training.metrics import read_metrics
 
@@ -160,8 +161,10 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
       InputError: its directory holds a run of another configuration, or of another number of steps,
         whose learning rates were others.
     """
-    changes = check_directory(config)
     directory, last = Path(config.run_dir), config.training.steps
+    if not (directory / CONFIG).exists():
+        return None  # a command beside this one may be making it
+    changes = check_directory(config)
     if longer := [change for change in changes if change.startswith("training.steps")]:
         raise InputError(
             f"{directory} was made with another config ({longer[0]}); choose another --run_dir"

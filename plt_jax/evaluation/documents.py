@@ -167,12 +167,11 @@ def documents_of(stream: TokenStream) -> Iterator[np.ndarray]:
 def windows_of(document: np.ndarray, context: int, stride: int) -> Iterator[Scored]:
     """Windows that score every token of a document but the first once: as many as the context
     predicts in the first window, then `stride` in each, with all before them that fits."""
-    tokens = document.tolist()
     scored = 1
-    while scored < len(tokens):
-        end = min(context + 1 if scored == 1 else scored + stride, len(tokens))
+    while scored < len(document):
+        end = min(context + 1 if scored == 1 else scored + stride, len(document))
         start = max(end - context - 1, 0)
-        yield Scored(tokens[start:end], scored - start)
+        yield Scored(document[start:end], scored - start)  # a view: windows may overlap a lot
         scored = end
 
 

@@ -26,7 +26,7 @@ LOGITS = 2**28
 class Scored(NamedTuple):
     """Tokens, of which those from `first` on are scored, each given all before it."""
 
-    tokens: Sequence[int]
+    tokens: Sequence[int] | np.ndarray
     first: int
 
 
