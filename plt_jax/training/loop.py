@@ -24,6 +24,7 @@ from plt_jax.errors import FailedError, InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate
 from plt_jax.model.attention import choose_backend
 from plt_jax.model.grouped import choose_form
+from plt_jax.model.kernels import traced_platform
 from plt_jax.run import check_directory, check_text, write_directory
 from plt_jax.run_files import CHECKPOINTS, CONFIG, list_steps
 from plt_jax.sharding import BatchLayout, make_mesh, use_mesh
@@ -68,6 +69,8 @@ class Checked(NamedTuple):
     mesh: Mesh
     layout: BatchLayout
     abstract: TrainState
+    kernels: str
+    """For people."""
     data: Data
     evaluate: Callable[[Any, Any, int | None], Evaluation]
 
@@ -171,13 +174,13 @@ def check(config: RunConfig) -> Checked:
     mesh = make_mesh(config.mesh)
     layout = training_layout(config, mesh)
     abstract = abstract_state(config, mesh)
-    check_kernels(config, mesh)
+    kernels = choose_kernels(config, mesh)
     check_wandb(config.training.wandb_project)
     data = load_data(config, layout.rows)
     check_text(config, data.tokenizer, data.fingerprint)
     check_sample_prompt(config, data.tokenizer)
     evaluate = make_evaluate(config, mesh, data.token_bytes)
-    return Checked(changes, mesh, layout, abstract, data, evaluate)
+    return Checked(changes, mesh, layout, abstract, kernels, data, evaluate)
 
 
 def what_all_share(config: RunConfig, data: Data) -> dict[str, str]:
@@ -199,12 +202,24 @@ def check_shared(directory: Path) -> None:
         )
 
 
-def check_kernels(config: RunConfig, mesh: Mesh) -> None:
-    """Raises InputError where the mesh's devices cannot run what the model names."""
+def choose_kernels(config: RunConfig, mesh: Mesh) -> str:
+    """What computes attention and experts on the mesh, and what would be faster there.
+
+    Raises:
+      InputError: its devices cannot run what the model names.
+    """
+    model = config.model
     with use_mesh(mesh):
-        choose_backend(config.model)
-        if config.model.moe.experts:
-            choose_form(config.model.moe)
+        chosen = [f"attention: {choose_backend(model)}"]
+        gpu = traced_platform() == "gpu"
+        if gpu and model.attention == "auto" and model.cudnn_obstacle is not None:
+            chosen[0] += f" (not cudnn: {model.cudnn_obstacle})"
+        if model.moe.experts:
+            form = choose_form(model.moe)
+            chosen.append(f"experts: {form}")
+            if gpu and form == "blocks":
+                chosen[-1] += " (tokamax is made for GPUs: pip install 'plt_jax[tokamax]')"
+    return ", ".join(chosen)
 
 
 def train_steps(
@@ -321,7 +336,8 @@ def describe(config: RunConfig, checked: Checked) -> None:
     for line in checked.data.about:
         print(line)
     several = "" if processes.alone() else f" in {jax.process_count()} processes"
-    print(f"devices: {mesh.devices.size} {jax.devices()[0].platform}{several} ({axes})", flush=True)
+    print(f"devices: {mesh.devices.size} {jax.devices()[0].platform}{several} ({axes})")
+    print(checked.kernels, flush=True)
 
 
 def check_sample_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:

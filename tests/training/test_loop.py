@@ -16,6 +16,7 @@ from plt_jax.config_file import load_config
 from plt_jax.errors import FailedError, InputError
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.run_files import CHECKPOINTS, CONFIG, METRICS, list_steps
+from plt_jax.sharding import make_mesh
 from plt_jax.training import loop
 from plt_jax.training.journal import arithmetic
 from tests.training.runs import STEPS, json_rows, saved_state, tiny_config
@@ -90,6 +91,15 @@ def test_the_events_hold_the_same_numbers(finished):
     assert not found
 
 
+def test_what_would_be_faster_on_a_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(loop, "traced_platform", lambda: "gpu")
+    config = RunConfig(model={"moe": {"experts": 4, "expert_width": 8}})
+    assert loop.choose_kernels(config, make_mesh(config.mesh)) == (
+        "attention: xla (not cudnn: dtype is float32; set dtype to bfloat16), experts: blocks "
+        "(tokamax is made for GPUs: pip install 'plt_jax[tokamax]')"
+    )
+
+
 def test_what_is_printed(finished, tmp_path, capsys):
     config = tiny_config(finished.home, tmp_path / "run", training={"sample_prompt": "the peace"})
     loop.train(config)
@@ -103,6 +113,7 @@ def test_what_is_printed(finished, tmp_path, capsys):
         "devices: 1 cpu (data 1 x fsdp 1 x expert 1 x context 1 x tensor 1)\n"
         if jax.device_count() == 1
         else "devices",
+        "attention: xla\n",
         "compiling the train step ...\n",
         "a sample:\nthe peace",
         f"done: {STEPS} steps, median ",
