@@ -149,12 +149,13 @@ class HarnessModel(LM):
         longer is scored in windows.
 
         Raises:
-          InputError: a continuation is empty, and would be likelier than any other.
+          InputError: a continuation is no token, and would be likelier than any other.
         """
         pairs = [request.args for request in requests]
-        if empty := [context for context, continuation in pairs if not continuation]:
-            raise InputError(f"a task asks how likely nothing is, behind {empty[0][-40:]!r}")
         encoded = [self._split(*pair) for pair in pairs]
+        for (context, _), (_, continuation) in zip(pairs, encoded, strict=True):
+            if not continuation:
+                raise InputError(f"a task asks how likely nothing is, behind {context[-40:]!r}")
         answers = self._likelihoods("log-likelihoods", encoded, disable_tqdm)
         for pair, answer in zip(pairs, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
@@ -303,12 +304,10 @@ def read_settings(settings: dict[str, Any], end: int) -> tuple[list[str], Sampli
     return until, sampling, most
 
 
-def _number(name: str, value: int | str, least: int) -> int:
+def _number(name: str, value: Any, least: int) -> int:
     """A model argument, which the harness may give as text."""
-    try:
-        number = int(value)
-    except ValueError:
-        number = least - 1
+    text = str(value)
+    number = int(text) if text.isdecimal() else least - 1
     if number < least:
         raise InputError(f"{name} is {value}; it must be a number of {least} or more")
     return number

@@ -139,9 +139,21 @@ def check_names(manager: TaskManager, patterns: Sequence[str], run_code: bool) -
                 "--include-path adds a folder"
             )
     names = manager.match_tasks(list(patterns))
-    declared = {name: manager.task_index[name].cfg or {} for name in names}
-    _check_code([name for name in names if declared[name].get("unsafe_code")], run_code)
+    _check_code([name for name in names if _runs_code(manager, name)], run_code)
     return names
+
+
+def _runs_code(manager: TaskManager, name: str) -> bool:
+    """Whether a task says so, or one of a group or tag."""
+    entry = manager.task_index.get(name)
+    if entry is None:
+        return False
+    declared = entry.cfg or {}
+    members = entry.tags if entry.kind.name == "TAG" else declared.get("task")
+    named = (
+        [] if isinstance(members, str) else [one for one in members or () if isinstance(one, str)]
+    )
+    return bool(declared.get("unsafe_code")) or any(_runs_code(manager, one) for one in named)
 
 
 def load_tasks(manager: TaskManager, names: Sequence[str], run_code: bool) -> list[Task | Group]:

@@ -213,7 +213,7 @@ def test_a_setting_that_is_not_known_is_refused():
 
 
 @pytest.mark.parametrize("name", ["batch_size", "loops"])
-@pytest.mark.parametrize("number", ["many", "0", "-1"])
+@pytest.mark.parametrize("number", ["many", "0", "-1", 2.5, True])
 def test_a_number_that_is_none_is_refused(run, name, number):
     with pytest.raises(InputError, match=f"{name} is {number}; it must be a number of 1 or more"):
         HarnessModel(str(run.directory), **{name: number})
@@ -314,6 +314,7 @@ def test_the_harness_itself_knows_the_model(copy, tasks, monkeypatch):
             ["--suite", "paper_moe"],
             "humaneval, mbpp would run the code that the model writes; add --run-code",
         ),
+        (["--tasks", "humaneval_infilling"], "humaneval_infilling would run the code"),
         (["--tasks", "choices", "--limit", "0"], "--limit is 0; it must be at least 1"),
         (["--tasks", "choices", "--num-fewshot", "-1"], "--num-fewshot is -1"),
         (["--tasks", "choices", "--include-path", "/no/where"], "--include-path /no/where is no"),
