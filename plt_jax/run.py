@@ -42,7 +42,7 @@ MAY_CHANGE = (
     "model.moe.grouped_product",  # the same
     "model.remat",  # the same, and what running out of memory asks for
     "model.layer_unroll",
-    "training.accumulate",
+    "training.accumulate",  # but see may_change
     "data.cache_dir",
     "data.prefetch",
     "data.questions.test_difficulties",
@@ -57,6 +57,14 @@ MAY_CHANGE = (
     "training.profile_steps",
     "training.wandb_project",
 )
+
+
+def may_change(config: RunConfig) -> tuple[str, ...]:
+    """Beginnings of the names of what may be another when the run of a configuration goes on."""
+    moe = config.model.moe
+    if moe.experts and moe.load_balance_loss:  # which is one of each micro-batch
+        return tuple(name for name in MAY_CHANGE if name != "training.accumulate")
+    return MAY_CHANGE
 
 
 class Found(NamedTuple):
@@ -197,7 +205,9 @@ def check_directory(config: RunConfig) -> list[str]:
     differing = differing_values(load_resolved(directory / CONFIG), config)
     changes = [f"{name}: {old} -> {new}" for name, (old, new) in differing.items()]
     refused = [
-        change for change in changes if not re.sub(r"\[\d+\]", "", change).startswith(MAY_CHANGE)
+        change
+        for change in changes
+        if not re.sub(r"\[\d+\]", "", change).startswith(may_change(config))
     ]
     if refused:
         raise InputError(

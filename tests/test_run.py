@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
+from plt_jax.config import MoEConfig
 from plt_jax.errors import InputError
-from plt_jax.run import check_directory, open_trained
+from plt_jax.run import check_directory, may_change, open_trained
 from plt_jax.run_files import CHECKPOINTS, CONFIG, TOKENIZER
 from tests.training.runs import STEPS, assert_refused, command, finished_run, saved_state, snapshot
 
@@ -186,6 +187,15 @@ def test_changes_that_no_step_depends_on_are_allowed_and_reported(finished, copy
         *["data.cache_dir", "data.prefetch", "model.attention"],
         *["model.remat", "model.layer_unroll", "training.accumulate"],
     }
+
+
+def test_micro_batches_that_a_loss_of_balance_depends_on_stay(finished):
+    def of(**moe):
+        model = finished.config.model.model_copy(update={"moe": MoEConfig(experts=4, **moe)})
+        return may_change(finished.config.model_copy(update={"model": model}))
+
+    assert "training.accumulate" not in of(load_balance_loss=0.01)
+    assert "training.accumulate" in of(load_balance_loss=0.0)
 
 
 def test_what_was_trained_with_a_devices_kernel_opens_on_others(finished, copy):
