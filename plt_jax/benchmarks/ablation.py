@@ -79,7 +79,8 @@ def main(words: Sequence[str] | None = None) -> int | None:
     if arguments.decode_rounds and arguments.rows is None:
         settings = Settings(rounds=arguments.decode_rounds)
         figures = time_decoding(config.model, ROWS, arguments.decode_batch, settings)
-        write_text(folder / DECODE, json.dumps({"machine": machine(), **figures}, indent=1) + "\n")
+        about = {"command": command_of(words), "machine": machine()}
+        write_text(folder / DECODE, json.dumps(about | figures, indent=1) + "\n")
     print(write_report(words, config))
     return None
 
@@ -117,6 +118,11 @@ def config_of(config: RunConfig, case: Case, seed: int) -> RunConfig:
     return config.model_copy(update={"model": model, "seed": seed, "run_dir": directory})
 
 
+def command_of(words: Sequence[str]) -> str:
+    """As it was typed."""
+    return " ".join(["python -m plt_jax.benchmarks.ablation", *words])
+
+
 def write_report(words: Sequence[str], config: RunConfig) -> str:
     """Writes ablation.json, the table and the plots of all runs that are finished; returns the
     table. Commands that train side by side take turns."""
@@ -125,7 +131,7 @@ def write_report(words: Sequence[str], config: RunConfig) -> str:
     with (folder / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         report = {
-            "command": " ".join(["python -m plt_jax.benchmarks.ablation", *words]),
+            "command": command_of(words),
             "machine": machine(),
             "config": config.model_dump(mode="json"),
             "task": config.data.questions.task,

@@ -70,7 +70,7 @@ def beginnings(trained: Trained, text: str | None, documents: int, tokens: int) 
             f"--documents is {documents} and --tokens {tokens}; at least 1 and 2 are needed, and "
             f"the context holds {trained.config.model.max_length}"
         )
-    found = (document[:tokens] for document in documents_of(stream_of(trained, text, None)))
+    found = (document[:tokens].copy() for document in documents_of(stream_of(trained, text, None)))
     long_enough = [beginning for beginning in found if len(beginning) == tokens]
     if not long_enough:
         raise InputError(f"no document of the text has {tokens} tokens; lower --tokens")

@@ -11,8 +11,6 @@ import jax
 import jax.numpy as jnp
 
 TINY = 1e-30
-ROUNDING = 1e-5
-"""Of a state's length, what float32 makes of nothing."""
 
 
 def distance(states_TD: jax.Array, others_TD: jax.Array) -> jax.Array:
@@ -23,15 +21,10 @@ def distance(states_TD: jax.Array, others_TD: jax.Array) -> jax.Array:
 
 def turn(newest_TD: jax.Array, middle_TD: jax.Array, oldest_TD: jax.Array) -> jax.Array:
     """cosθ: the cosine of each position's update with the update before it, [T]; 0 where one of
-    them is nothing but rounding, as loop r's is under the shift at the first r - 1 positions of a
-    document, which have nothing new to read."""
+    them is nothing."""
     update_TD, before_TD = newest_TD - middle_TD, middle_TD - oldest_TD
-    update_T, before_T, state_T = (
-        jnp.linalg.norm(one_TD, axis=-1) for one_TD in (update_TD, before_TD, middle_TD)
-    )
-    moved_T = jnp.minimum(update_T, before_T) > ROUNDING * state_T
-    cosine_T = jnp.sum(update_TD * before_TD, axis=-1) / jnp.maximum(update_T * before_T, TINY)
-    return jnp.where(moved_T, cosine_T, 0.0)
+    lengths_T = jnp.linalg.norm(update_TD, axis=-1) * jnp.linalg.norm(before_TD, axis=-1)
+    return jnp.sum(update_TD * before_TD, axis=-1) / jnp.maximum(lengths_T, TINY)
 
 
 def effective_rank(singular: jax.Array) -> jax.Array:

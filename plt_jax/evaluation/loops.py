@@ -167,6 +167,7 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
     counted_T = example["weights"] > 0
     # Positions behind one of their own document.
     behind_T = jnp.pad(documents_1T[0, 1:] == documents_1T[0, :-1], (1, 0)) & counted_T
+    positions_T = positions_in_documents(documents_1T)[0]
     passes, looped = config.loop.count, config.loop.scheme != "no_loop"
     # One loop more than the model has, for what it would do to the last state.
     longer = with_loops(config, params, passes + 1) if looped else (config, params)
@@ -184,12 +185,16 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
     def step(r: int) -> jax.Array:
         return mean(measures.distance(states_RTD[r], states_RTD[r - 1]))
 
+    def cosine(r: int) -> jax.Array:
+        turn_T = measures.turn(states_RTD[r], states_RTD[r - 1], states_RTD[r - 2])
+        # Under the shift the first r - 1 positions of a document have nothing new to read in loop
+        # r: what moves them is rounding, which has no direction.
+        return mean(turn_T, counted_T & ((positions_T >= r - 1) | (not config.loop.shifted)))
+
     values = {
         "loss": by_loop(lambda r: -mean(chosen(logs[r - 1], targets_T))),
         "step_size": by_loop(step),
-        "cosine": by_loop(
-            lambda r: mean(measures.turn(states_RTD[r], states_RTD[r - 1], states_RTD[r - 2])), 2
-        ),
+        "cosine": by_loop(cosine, 2),
         "fixed_point_gap": by_loop(lambda r: step(r + 1), 1 if looped else passes + 1),
         "effective_rank": by_loop(lambda r: measures.rank_of_states(states_RTD[r], counted_T)),
         "offset_cost": by_loop(

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from plt_jax.decoding.layout import prepare_for_decode
 from plt_jax.errors import InputError
 from plt_jax.evaluation import exact_match
 from plt_jax.evaluation.exact_match import evaluate_exact_match, mark
+from plt_jax.model.looping import with_loops
 from plt_jax.run import open_trained
 from plt_jax.training.loop import train
 from tests.models import forward, random_params, small_config
@@ -96,9 +98,12 @@ def test_the_command_scores_a_run_by_difficulty(run):
 
 
 def test_each_number_of_loops_answers_for_itself(run, monkeypatch):
-    """Rightly if there are three."""
+    """Rightly if there are three, of which each has its weights."""
+    trained = open_trained(run)
 
     def right_with_three(config, weights, encoder, questions, size):
+        own = with_loops(trained.config.model, trained.params, config.loop.count)
+        jax.tree.map(np.testing.assert_array_equal, weights, prepare_for_decode(*own))
         return [config.loop.count == 3] * len(questions)
 
     monkeypatch.setattr(exact_match, "mark", right_with_three)

@@ -207,7 +207,7 @@ def test_every_measure_by_its_definition_on_the_judges_states_and_maps(monkeypat
             np.testing.assert_allclose(length[r - 1][~new], 0, atol=1e-5)
             both = np.where(new, length[r - 1] * length[r - 2], np.inf)
             turns = (moved[r - 1] * moved[r - 2]).sum(-1) / both
-            is_found("cosine", turns[here].mean())
+            is_found("cosine", turns[here & new].mean())
             apart = np.linalg.norm(np.diff(states[r - 1], axis=0), axis=-1)
             is_found("offset_cost", apart[behind[1:]].mean())
             is_found("output_shift", divergence(p[r], p[r - 1])[here].mean())
