@@ -105,7 +105,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     ends it silently, with exit code 1."""
     try:
         code = main()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, MissingProcessError):
@@ -119,6 +120,8 @@ def run_command(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         if not _reader_gone():
             raise
+        if not processes.alone():
+            os._exit(EXIT_FAILED)
         # Python flushes once more at exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_FAILED)

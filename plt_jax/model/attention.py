@@ -129,15 +129,20 @@ def blend(gate_BNT: jax.Array, global_BNTH: jax.Array, local_BNTH: jax.Array) ->
     return (g * global_BNTH + (1.0 - g) * local_BNTH).astype(global_BNTH.dtype)
 
 
+def fastest_backend() -> Backend:
+    """The fastest that the program's devices run, on their mesh, of models that it takes."""
+    available = available_kernel()
+    # cuDNN knows no offset between queries and keys.
+    return "xla" if available == "cudnn" and split_axes("length") else available
+
+
 def choose_backend(config: ModelConfig) -> Backend:
     """What computes attention over whole sequences: `config.attention`, with auto made definite.
 
     Raises:
       InputError: the devices that the program is traced for cannot run what the configuration asks.
     """
-    available = available_kernel()
-    if available == "cudnn" and split_axes("length"):
-        available = "xla"  # cuDNN knows no offset between queries and keys
+    available = fastest_backend()
     if config.attention == "auto":
         refused = available == "cudnn" and config.cudnn_obstacle is not None
         return "xla" if refused else available

@@ -200,8 +200,8 @@ def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> n
             "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         }
         # The body of a scan is compiled on its own, so nothing outside it can undo the
-        # recomputation; but a scan that is unrolled as a whole is none.
-        unrolled = config.layer_unroll >= stack.layers
+        # recomputation; but what is unrolled of a scan, or left over then, may be no body.
+        unrolled = config.layer_unroll > 1
         block = nn.remat(Block, policy=policies[config.remat], prevent_cse=unrolled)
     return nn.scan(
         block,

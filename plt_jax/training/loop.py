@@ -22,7 +22,7 @@ from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import begin, stream_text
 from plt_jax.errors import FailedError, InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate
-from plt_jax.model.attention import choose_backend
+from plt_jax.model.attention import choose_backend, fastest_backend
 from plt_jax.model.grouped import choose_form
 from plt_jax.model.kernels import traced_platform
 from plt_jax.run import check_directory, check_text, write_directory
@@ -210,14 +210,15 @@ def choose_kernels(config: RunConfig, mesh: Mesh) -> str:
     """
     model = config.model
     with use_mesh(mesh):
-        chosen = [f"attention: {choose_backend(model)}"]
-        gpu = traced_platform() == "gpu"
-        if gpu and model.attention == "auto" and model.cudnn_obstacle is not None:
-            chosen[0] += f" (not cudnn: {model.cudnn_obstacle})"
+        backend = choose_backend(model)
+        chosen = [f"attention: {backend}"]
+        if model.attention == "auto" and backend != fastest_backend():
+            chosen[0] += f" (not {fastest_backend()}: {model.cudnn_obstacle})"
         if model.moe.experts:
             form = choose_form(model.moe)
             chosen.append(f"experts: {form}")
-            if gpu and form == "blocks":
+            auto = model.moe.grouped_product == "auto"
+            if auto and form == "blocks" and traced_platform() == "gpu":
                 chosen[-1] += " (tokamax is made for GPUs: pip install 'plt_jax[tokamax]')"
     return ", ".join(chosen)
 

@@ -14,6 +14,7 @@ import pytest
 from plt_jax.config import RunConfig
 from plt_jax.config_file import load_config
 from plt_jax.errors import FailedError, InputError
+from plt_jax.model import attention
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.run_files import CHECKPOINTS, CONFIG, METRICS, list_steps
 from plt_jax.sharding import make_mesh
@@ -93,11 +94,16 @@ def test_the_events_hold_the_same_numbers(finished):
 
 def test_what_would_be_faster_on_a_gpu_is_said(monkeypatch):
     monkeypatch.setattr(loop, "traced_platform", lambda: "gpu")
+    monkeypatch.setattr(attention, "available_kernel", lambda: "cudnn")
     config = RunConfig(model={"moe": {"experts": 4, "expert_width": 8}})
     assert loop.choose_kernels(config, make_mesh(config.mesh)) == (
         "attention: xla (not cudnn: dtype is float32; set dtype to bfloat16), experts: blocks "
         "(tokamax is made for GPUs: pip install 'plt_jax[tokamax]')"
     )
+    fast = {"dtype": "bfloat16", "moe": {"experts": 4, "grouped_product": "ragged_dot"}}
+    config = RunConfig(model=fast)
+    chosen = loop.choose_kernels(config, make_mesh(config.mesh))
+    assert chosen == "attention: cudnn, experts: ragged_dot"
 
 
 def test_what_is_printed(finished, tmp_path, capsys):
