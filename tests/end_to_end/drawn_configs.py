@@ -452,7 +452,6 @@ def _reconcile_mesh(at: Callable, fix: Callable, devices: int) -> None:
         "training.batch_size",
         _multiple(at("training.batch_size"), rows * at("training.accumulate")),
     )
-    fix("evaluation.batch_size", _multiple(at("evaluation.batch_size"), rows))
     for axis, names in {
         "tensor": (
             "vocab_size",
