@@ -62,7 +62,8 @@ MAY_CHANGE = (
 def may_change(config: RunConfig) -> tuple[str, ...]:
     """Beginnings of the names of what may be another when the run of a configuration goes on."""
     moe = config.model.moe
-    if moe.experts and moe.load_balance_loss:  # which is one of each micro-batch
+    # The routers' losses are one of each micro-batch.
+    if moe.experts and (moe.load_balance_loss or moe.router_z_loss):
         return tuple(name for name in MAY_CHANGE if name != "training.accumulate")
     return MAY_CHANGE
 

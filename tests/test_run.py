@@ -189,12 +189,13 @@ def test_changes_that_no_step_depends_on_are_allowed_and_reported(finished, copy
     }
 
 
-def test_micro_batches_that_a_loss_of_balance_depends_on_stay(finished):
+def test_micro_batches_that_the_routers_losses_depend_on_stay(finished):
     def of(**moe):
         model = finished.config.model.model_copy(update={"moe": MoEConfig(experts=4, **moe)})
         return may_change(finished.config.model_copy(update={"model": model}))
 
     assert "training.accumulate" not in of(load_balance_loss=0.01)
+    assert "training.accumulate" not in of(load_balance_loss=0.0, router_z_loss=0.001)
     assert "training.accumulate" in of(load_balance_loss=0.0)
 
 

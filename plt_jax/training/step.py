@@ -155,7 +155,7 @@ def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[
     """Metrics, as means per target, and the gradient of the mean loss, over all micro-batches.
 
     Sums are divided once at the end, so the result does not depend on how targets fall into
-    micro-batches, but for the routers' loss of balance, which is one of each.
+    micro-batches, but for the routers' losses, which are one of each.
     """
     parts, z_loss = config.training.accumulate, config.training.z_loss
     gradient = jax.grad(
