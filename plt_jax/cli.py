@@ -13,7 +13,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, get_origin
+from typing import Any, NoReturn, get_origin
 
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
@@ -94,9 +94,17 @@ def _broken_json(words: Sequence[str]) -> str:
 
 def _reader_gone() -> bool:
     """Whether whoever read the output, such as `head`, has ended."""
+    if sys.stdout is None:
+        return False
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _fail() -> NoReturn:
+    if not processes.alone():
+        os._exit(EXIT_FAILED)  # the others end too, and JAX would wait for them
+    sys.exit(EXIT_FAILED)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -114,15 +122,11 @@ def run_command(main: Callable[[], int | None]) -> None:
         sys.exit(EXIT_BAD_INPUT)
     except FailedError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if not processes.alone():
-            os._exit(EXIT_FAILED)  # the others end too, and JAX would wait for them
-        sys.exit(EXIT_FAILED)
+        _fail()
     except BrokenPipeError:
         if not _reader_gone():
             raise
-        if not processes.alone():
-            os._exit(EXIT_FAILED)
         # Python flushes once more at exit, and would complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
+        _fail()
     sys.exit(EXIT_DONE if code is None else code)

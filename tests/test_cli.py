@@ -194,6 +194,12 @@ def test_output_that_nobody_reads_any_more_ends_it_silently(lines, buffering):
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_a_command_needs_no_output():
+    command = f"{sys.executable} -c 'from plt_jax.cli import run_command; run_command(int)' >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_pipe_broken_elsewhere_is_not_hidden():
     with pytest.raises(BrokenPipeError):
         run_command(lambda: (_ for _ in ()).throw(BrokenPipeError("a socket's")))

@@ -32,6 +32,16 @@ def test_the_first_signal_asks_and_the_second_acts(received, capsys, number):
         assert received == [number]
 
 
+def test_a_signal_within_a_print_asks_too(received, monkeypatch):
+    def reentrant(*_, **__):
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    with StopRequest() as stop:
+        monkeypatch.setattr("builtins.print", reentrant)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_handlers_from_before_are_restored(received, asked):
     handlers = [signal.getsignal(number) for number in NUMBERS]
