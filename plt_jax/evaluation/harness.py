@@ -249,7 +249,8 @@ class HarnessModel(LM):
     ) -> list[str]:
         until, sampling, most = read_settings(settings, self.eot_token_id)
         most = min(most, self.max_length // 2)
-        prompts = [self._prompt(context, most) for context in contexts]
+        room = self.max_length - most
+        prompts = [begin(self.tokenizer, context)[-room:] for context in contexts]
         # All batches have as many rows, for which one program is compiled.
         missing = self.batch_size - len(prompts)
         prompts += [prompts[-1]] * missing
@@ -265,10 +266,6 @@ class HarnessModel(LM):
                 if texts and all(ended for _, ended in texts):
                     break
         return [text for text, _ in self._texts(made, until)]
-
-    def _prompt(self, context: str, new: int) -> list[int]:
-        """The tokens of a prompt, as many as leave room for those that are made."""
-        return begin(self.tokenizer, context)[-(self.max_length - new) :]
 
     def _texts(self, made: Iterable[list[int]], until: Sequence[str]) -> list[tuple[str, bool]]:
         """The texts of tokens, cut where they end, and whether they do."""

@@ -14,7 +14,7 @@ import pytest
 import plt_jax
 from plt_jax.decoding.text import begin
 from plt_jax.errors import InputError
-from plt_jax.evaluation.tasks import SUITES
+from plt_jax.evaluation.tasks import SUITES, load_tasks
 from plt_jax.model.looping import with_loops
 from plt_jax.run import open_trained
 from tests.evaluation.local_tasks import CHOICES, write_task
@@ -323,6 +323,17 @@ def test_the_harness_itself_knows_the_model(copy, tasks, monkeypatch):
 def test_what_is_asked_wrongly_is_one_line(copy, words, message):
     assert_refused(command("eval.py", copy, *words), message)
     assert not (copy / "tasks.json").exists()
+
+
+def test_a_task_that_runs_code_by_what_it_includes_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = write_task(tmp_path / "tasks", "hidden", "include: base\n", ROWS)
+    (folder / "base").write_text(f"unsafe_code: true\n{CHOICES}")
+    manager = TaskManager(include_path=str(folder))
+    with pytest.raises(InputError, match="hidden would run the code"):
+        load_tasks(manager, ["hidden"], run_code=False)
+    (task,) = load_tasks(manager, ["hidden"], run_code=True)
+    assert task.task_name == "hidden"
 
 
 def test_a_task_whose_data_is_not_there_is_one_line(copy, tasks, monkeypatch):

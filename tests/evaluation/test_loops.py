@@ -126,6 +126,8 @@ def reference_maps(monkeypatch, config, params, tokens):
     result = reference.forward(reference_settings(config), params, tokens, SEGMENTS)
     for _ in range(config.layers):
         maps.append((weights.pop(0).swapaxes(0, 1), None))
+    while weights and not gates:
+        maps.append((weights.pop(0).swapaxes(0, 1), None))
     for own in gates:
         share_TN1 = np.asarray(own[0], np.float64)[:, :, None]
         near, far = weights.pop(0), weights.pop(0)
@@ -148,8 +150,9 @@ def divergence(p, q):
     return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(q > 0, q, 1)), 0).sum(-1)
 
 
-def test_every_measure_by_its_definition_on_the_judges_states_and_maps(monkeypatch):
-    config = small_config("plt", 3)
+@pytest.mark.parametrize("scheme", ["plt", "vanilla_loop", "clp_kv_share"])
+def test_every_measure_by_its_definition_on_the_judges_states_and_maps(monkeypatch, scheme):
+    config = small_config(scheme, 3)
     params, example = random_params(config), example_of(config)
     found = jax.device_get(measure(config, params, example))
     longer = with_loops(config, params, 4)
@@ -193,8 +196,9 @@ def test_every_measure_by_its_definition_on_the_judges_states_and_maps(monkeypat
                 "head_rank": np.mean([rank_of(one) for one in by_query]),
                 "head_cosine": np.mean(cosines),
             }
-            if r > 1:
+            if gates is not None:
                 is_found_layer["gate"] = gates[here].mean()
+            if r > 1:
                 change = divergence(attention, maps[r - 2][j][0])
                 is_found_layer["attention_change"] = change.mean(0)[here].mean()
             for name, expected in is_found_layer.items():
@@ -202,8 +206,8 @@ def test_every_measure_by_its_definition_on_the_judges_states_and_maps(monkeypat
                     found[name][r - 1, j], expected, rtol=2e-3, atol=2e-4, err_msg=name
                 )
         if r > 1:
-            # Loop r has nothing new to read at the first r - 1 positions of a document.
-            new = positions >= r - 1
+            # Under the shift loop r has nothing new to read at a document's first r - 1 positions.
+            new = (positions >= r - 1) | (scheme == "vanilla_loop")
             np.testing.assert_allclose(length[r - 1][~new], 0, atol=1e-5)
             both = np.where(new, length[r - 1] * length[r - 2], np.inf)
             turns = (moved[r - 1] * moved[r - 2]).sum(-1) / both
