@@ -54,7 +54,7 @@ def test_a_weight_that_is_used_twice_is_not_copied():
     ("tokens", "chosen", "held"),
     [(1, 2, 4), (1, 2, 3), (1, 4, 1), (3, 1, 4), (3, 4, 2), (70, 2, 4), (70, 3, 2)],
 )
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_prepared_experts_are_the_declared_ones(monkeypatch, platform, tokens, chosen, held):
     """Few rows and many, with some of the experts elsewhere."""
     monkeypatch.setattr(layout, "traced_platform", lambda: platform)

@@ -237,6 +237,14 @@ def test_recomputation_keeps_less_for_the_backward_pass():
     assert kept["full"] < kept["dots"] < kept["none"]
 
 
+@pytest.mark.parametrize(("unroll", "kept"), [(1, False), (2, True)])
+def test_recomputation_is_kept_apart_where_no_scan_does_it(unroll, kept):
+    config = small_config("plt", 2, remat="full", layer_unroll=unroll)
+    program = jax.make_jaxpr(forward_of(config, random_tokens(config, B, T)))
+    text = str(program(random_params(config)))
+    assert "prevent_cse=" in text and f"prevent_cse={not kept}" not in text
+
+
 def forward_of(config, tokens):
     return lambda params: Transformer(config).apply({"params": params}, tokens)
 
