@@ -95,6 +95,14 @@ def test_a_stopped_row_ends_it(home, monkeypatch):
     assert len(begun) == 1
 
 
+def test_a_run_that_a_neighbour_is_making_is_passed_over(home):
+    _, config = parse([write(home, "beside")])
+    begun = home / "beside" / "plt-2" / "seed_0"
+    begun.mkdir(parents=True)
+    (begun / "config.yaml.tmp").write_text("")
+    assert list(ablation.rows(config)) == []
+
+
 def test_questions_are_scored_by_their_answers(home):
     questions = {"task": "addition", "difficulties": [1, 2], "test_difficulties": [1, 2, 3]}
     sections = {"data": {"questions": questions}, "training": {"steps": 2}}
