@@ -1,20 +1,7 @@
 """Trains a Parallel Loop Transformer, or resumes a run: python train.py configs/NAME.yaml."""
 
-from plt_jax.cli import EXIT_DONE, EXIT_STOPPED, CommandParser, parse_run_config, run_command
-
-
-def main() -> int:
-    parser = CommandParser(
-        description="Train a Parallel Loop Transformer from a config, or resume its run.",
-        epilog="Exit codes: 0 done, 1 failed (a checkpoint cannot be saved, say), 2 bad input, "
-        "3 stopped by a signal with the state saved.",
-    )
-    config = parse_run_config(parser)
-    from plt_jax.training.loop import train  # after parsing, so that --help and refusals are quick
-
-    outcome = train(config)
-    return EXIT_STOPPED if outcome.stopped else EXIT_DONE
-
+from plt_jax.commands.parser import run_command
+from plt_jax.commands.train import main
 
 if __name__ == "__main__":
     run_command(main)

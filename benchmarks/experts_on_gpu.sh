@@ -17,7 +17,7 @@ lap "exactness"
 python -m pytest -q -p no:cacheprovider tests/model/test_grouped.py tests/model/test_moe.py \
     tests/decoding/test_layout.py | tee "$out/tests.txt"
 lap "grouped products"
-python -m plt_jax.benchmarks.grouped --dtype bfloat16 --tokens "${TOKENS:-4096,32768}" --experts 64 \
+python -m benchmarks.grouped --dtype bfloat16 --tokens "${TOKENS:-4096,32768}" --experts 64 \
     --per_token 8 --widths "${WIDTHS:-2048}" --outputs "${OUTPUTS:-1024}" --out "$out/grouped.json" \
     | tee "$out/grouped.txt"
 lap "decoding"

@@ -12,7 +12,7 @@ import json
 import sysconfig
 from pathlib import Path
 
-from plt_jax.cli import CommandParser, run_command
+from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.data.corpus import read_documents
 from plt_jax.files import expand, write_text
 

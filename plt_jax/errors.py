@@ -1,16 +1,19 @@
-"""The errors that users meet: of bad input, and of what failed around the program."""
+"""The errors that users meet, and the exit codes of all commands."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
+"""0: done. 1: failed for any reason that 2 does not cover. 2: bad input. 3: stopped by a signal,
+with the state saved."""
+
 
 class InputError(ValueError):
     """Input that cannot work: says what is wrong and what would be right, in one line.
 
-    Commands print it and exit with code 2 (see `cli.py`); Python callers may catch it as a
-    ValueError.
+    Commands print it and exit with code 2; Python callers may catch it as a ValueError.
     """
 
     def __init__(self, message: str):

@@ -1,6 +1,4 @@
-"""Settings of all tests: compiled programs are kept between runs, products are exact in float32.
-
-And the golden cases, which several packages of tests read."""
+"""Settings of all tests: compiled programs are kept between runs, products are exact in float32."""
 
 import os
 from pathlib import Path
@@ -20,9 +18,8 @@ settings.load_profile("plt_jax")
 
 
 @pytest.fixture(scope="session")
-def golden():
-    """The folder of golden cases; skips where this machine has none."""
-    folder = Path(os.environ.get("PLT_GOLDEN") or REPOSITORY.parent / "shared" / "golden")
-    if not folder.is_dir():
-        pytest.skip(f"no golden cases at {folder}; set PLT_GOLDEN to their folder")
-    return folder
+def finished(tmp_path_factory):
+    """The run that all tests of a session share; see tests/training/runs.py."""
+    from tests.training.runs import finished_run  # imports half of the package
+
+    return finished_run(tmp_path_factory.getbasetemp())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from plt_jax.benchmarks.faults import disks
+from benchmarks.faults import disks
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """The judge: a plain reference of the Parallel Loop Transformer family, full forward pass only.
 
-Written from DESIGN.md section 1 alone and sharing no code with the package, so that the two can
-disagree. Python loops over loops and layers, explicit [T, T] masks, every expert run on every
+Written from docs/design.md section 1 alone and sharing no code with the package, so that the two
+can disagree. Python loops over loops and layers, explicit [T, T] masks, every expert run on every
 token: it is meant for tiny shapes. Letters in shapes: B batch, T sequence, D width, N query heads,
 K key/value heads, H head width, F feed-forward width, X experts, V vocabulary, L loops, J layers.
 """

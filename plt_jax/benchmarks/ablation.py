@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 
-from plt_jax import processes
 from plt_jax.benchmarks import ablation_report
 from plt_jax.benchmarks.decode import (
     Case,
@@ -32,17 +31,19 @@ from plt_jax.benchmarks.decode import (
     with_scheme,
 )
 from plt_jax.benchmarks.machine import machine
-from plt_jax.cli import EXIT_STOPPED, CommandParser, parse_run_config, run_command
+from plt_jax.commands.config_options import parse_run_config
+from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.decoding.generation import BLOCK
-from plt_jax.errors import InputError
+from plt_jax.distributed import processes
+from plt_jax.errors import EXIT_STOPPED, InputError
 from plt_jax.evaluation.exact_match import EXACT_MATCH, QUESTIONS, evaluate_exact_match
 from plt_jax.files import write_text
 from plt_jax.model.costs import count_parameters, flops_by_loop
-from plt_jax.run import check_directory
-from plt_jax.run_files import CONFIG
-from plt_jax.training.loop import train
-from plt_jax.training.metrics import read_metrics
+from plt_jax.runs.directory import check_directory
+from plt_jax.runs.metrics_file import read_metrics
+from plt_jax.runs.names import CONFIG
+from plt_jax.training.trainer import train
 
 ABLATION, DECODE, LOCK = "ablation.json", "decode.json", ".lock"
 ROWS = (

@@ -12,7 +12,7 @@ import numpy as np
 
 from plt_jax.benchmarks.decode_report import pyplot, save
 from plt_jax.files import write_text
-from plt_jax.tables import aligned, table_of
+from plt_jax.reports.tables import aligned, table_of
 
 Report = dict[str, Any]
 COMPARISONS = (

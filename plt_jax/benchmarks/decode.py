@@ -27,9 +27,8 @@ from plt_jax.benchmarks import decode_report
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
 from plt_jax.benchmarks.rounds import interleave, numbers, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
-from plt_jax.cli import CommandParser, run_command
+from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import SCHEMES, ModelConfig
-from plt_jax.config_file import load_config
 from plt_jax.decoding.cache import DTYPES, Cache, init_cache
 from plt_jax.decoding.generation import (
     BLOCK,
@@ -43,6 +42,7 @@ from plt_jax.decoding.sampling import Sampling
 from plt_jax.errors import InputError
 from plt_jax.model.attention import gate_parameters
 from plt_jax.model.transformer import Transformer
+from plt_jax.runs.configuration import load_config
 
 
 class Case(NamedTuple):

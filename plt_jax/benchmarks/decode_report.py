@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from plt_jax.tables import table_of
+from plt_jax.reports.tables import table_of
 
 Report = dict[str, Any]
 COLUMNS = (

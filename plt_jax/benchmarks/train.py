@@ -24,15 +24,16 @@ import numpy as np
 
 from plt_jax.benchmarks.decode import Case, all_cases, with_scheme
 from plt_jax.benchmarks.machine import machine
-from plt_jax.cli import CommandParser, parse_run_config, run_command
-from plt_jax.compile.arithmetic import train_flops
-from plt_jax.compile.chips import peak_flops
+from plt_jax.commands.config_options import parse_run_config
+from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import SCHEMES, RunConfig
+from plt_jax.distributed.chips import peak_flops
+from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
+from plt_jax.model.arithmetic import train_flops
 from plt_jax.model.attention import choose_backend
-from plt_jax.sharding import make_mesh, use_mesh
-from plt_jax.tables import table_of
+from plt_jax.reports.tables import table_of
 from plt_jax.training.guard import Limits
 from plt_jax.training.step import (
     Batch,

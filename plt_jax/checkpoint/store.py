@@ -25,7 +25,6 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from plt_jax import processes
 from plt_jax.checkpoint.manifest import (
     MARK,
     File,
@@ -37,9 +36,10 @@ from plt_jax.checkpoint.manifest import (
     write_manifest,
 )
 from plt_jax.checkpoint.retention import reasons_to_keep
+from plt_jax.checkpoint.steps import list_steps
 from plt_jax.config import CheckpointConfig
+from plt_jax.distributed import processes
 from plt_jax.errors import FailedError, InputError
-from plt_jax.run_files import list_steps
 
 # Orbax reports every save and restore in several lines, and failures with their stack; what users
 # need to know, we print.

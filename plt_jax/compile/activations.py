@@ -17,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import Mesh
 
 from plt_jax.config import RunConfig
-from plt_jax.sharding import mesh_axes, use_mesh
+from plt_jax.distributed.mesh import mesh_axes, use_mesh
 
 
 class Activations(NamedTuple):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from plt_jax.compile.activations import kept_activations
-from plt_jax.compile.arithmetic import decode_flops, train_flops
-from plt_jax.compile.chips import Topology
 from plt_jax.compile.estimate import Estimate, estimate
 from plt_jax.compile.program import compile_step, decode_step, tpu_mesh, train_step
 from plt_jax.config import RunConfig
+from plt_jax.distributed.chips import Topology
+from plt_jax.model.arithmetic import decode_flops, train_flops
 
 
 def compile_config(

@@ -10,13 +10,13 @@ from typing import Any
 from jax.sharding import Mesh
 
 from plt_jax.compile.activations import Activations
-from plt_jax.compile.arithmetic import StepFlops
-from plt_jax.compile.chips import Topology
 from plt_jax.compile.collectives import Collective, axes_between, read_collectives
 from plt_jax.compile.hlo import parse_program
 from plt_jax.compile.program import Compiled
 from plt_jax.compile.roofline import Times, all_seconds, step_times
 from plt_jax.compile.traffic import hbm_bytes
+from plt_jax.distributed.chips import Topology
+from plt_jax.model.arithmetic import StepFlops
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from plt_jax.compile.chips import Topology
 from plt_jax.config import RunConfig
+from plt_jax.distributed.chips import Topology
+from plt_jax.distributed.mesh import abstract_arrays, make_mesh, use_mesh
 from plt_jax.errors import InputError
-from plt_jax.sharding import abstract_arrays, make_mesh, use_mesh
 
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks a metadata server that only TPU machines have

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from plt_jax.compile.chips import GIB
 from plt_jax.compile.estimate import Estimate
 from plt_jax.config import RunConfig
+from plt_jax.distributed.chips import GIB
 from plt_jax.model.kernels import LANES
 
 

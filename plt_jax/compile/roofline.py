@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from plt_jax.compile.chips import Chip, Topology
 from plt_jax.compile.collectives import Collective
+from plt_jax.distributed.chips import Chip, Topology
 
 ON_CHIP_LINKS = 6
 """How many links of the torus the one between a TPU7x chip's two devices is worth (Google Cloud's

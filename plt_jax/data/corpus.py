@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from plt_jax.config_data import DataConfig
+from plt_jax.config.data import DataConfig
 from plt_jax.errors import InputError, naming
 from plt_jax.files import expand
 

@@ -10,15 +10,15 @@ from tokenizers import Tokenizer
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.corpus import load_corpus, read_documents
+from plt_jax.data.corpus_reader import SPLITS, Prepared, open_prepared
 from plt_jax.data.packing import Examples, PackedExamples
 from plt_jax.data.pipeline import Source, batches_of, epochs_read, training_dataset
-from plt_jax.data.prepared import SPLITS, Prepared, open_prepared
-from plt_jax.data.question_examples import (
+from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
+from plt_jax.data.synthetic_examples import (
     QuestionExamples,
     check_exam,
     question_tokenizer,
 )
-from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
 from plt_jax.data.tokenizer import check_size, named_tokenizer, token_bytes, tokenizer_for
 from plt_jax.data.tokens import TokenizedDocuments, tokenize
 from plt_jax.errors import InputError, naming

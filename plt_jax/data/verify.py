@@ -1,30 +1,7 @@
-"""Checks the contents of a prepared corpus against its manifest.
+"""`python -m plt_jax.data.verify`: see plt_jax/commands/verify.py."""
 
-python -m plt_jax.data.verify FOLDER
-
-Exit code 0: all is as it was written; 1: something is damaged or missing, each in a line.
-"""
-
-from __future__ import annotations
-
-import sys
-
-from plt_jax.cli import EXIT_DONE, EXIT_FAILED, CommandParser, run_command
-from plt_jax.data.prepared import find_problems
-from plt_jax.files import expand
-
-
-def main() -> int:
-    parser = CommandParser(prog="python -m plt_jax.data.verify", description=__doc__)
-    parser.add_argument("folder", help="of a prepared corpus")
-    folder = expand(parser.parse_args().folder)
-    problems = find_problems(folder)
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if not problems:
-        print(f"{folder} is as it was written")
-    return EXIT_FAILED if problems else EXIT_DONE
-
+from plt_jax.commands.parser import run_command
+from plt_jax.commands.verify import main
 
 if __name__ == "__main__":
     run_command(main)

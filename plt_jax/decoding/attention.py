@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from plt_jax.decoding.cache import LayerCache, Quantized, Stored
 from plt_jax.decoding.layout import on_two_rows
 from plt_jax.decoding.placement import Part, placement
-from plt_jax.model.axes import divisible
+from plt_jax.distributed.axes import divisible
 from plt_jax.model.blockwise import MASKED, Partial, windowed_attention
 from plt_jax.model.kernels import Backend, cudnn_masked_attention
 

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.placement import placement
+from plt_jax.distributed.axes import divisible, lay
 from plt_jax.errors import InputError
-from plt_jax.model.axes import divisible, lay
 from plt_jax.model.kernels import traced_platform
 
 DTYPES = ("float32", "bfloat16", "int8")

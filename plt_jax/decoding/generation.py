@@ -18,8 +18,8 @@ from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.prefill import prefill
 from plt_jax.decoding.sampling import Sampling, sample
 from plt_jax.decoding.step import decode_step
+from plt_jax.distributed.axes import lay
 from plt_jax.errors import InputError
-from plt_jax.model.axes import lay
 
 PREFILL_CHUNK = 256  # Bounds prefill's memory, which grows with the chunk.
 BLOCK = 32  # Tokens that the device makes between two looks of the host, when all are wanted.

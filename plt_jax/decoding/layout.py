@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig, MoEConfig
-from plt_jax.model.axes import axes_of, batch_axes, divisible, fitting, lay, unboxed
+from plt_jax.distributed.axes import axes_of, batch_axes, divisible, fitting, lay, unboxed
 from plt_jax.model.block import Products, stacks_of
 from plt_jax.model.expert_parallel import replicate_rows
 from plt_jax.model.grouped import grouped_product

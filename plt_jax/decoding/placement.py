@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from plt_jax.model.axes import axes_of, batch_axes, fitting
+from plt_jax.distributed.axes import axes_of, batch_axes, fitting
 
 
 class Part(NamedTuple):

@@ -19,18 +19,18 @@ from jax.sharding import Mesh
 
 from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.data.corpus import load_corpus, read_documents
+from plt_jax.data.corpus_reader import open_prepared
 from plt_jax.data.load import check_same_tokenizer, held_out, open_sources
-from plt_jax.data.prepared import open_prepared
 from plt_jax.data.streams import DocumentStream, TokenStream
 from plt_jax.data.tokenizer import token_bytes
 from plt_jax.data.tokens import tokenize
+from plt_jax.distributed.mesh import make_mesh, whole_batch
 from plt_jax.errors import InputError, naming
 from plt_jax.evaluation.likelihood import Scored, in_batches, nll_by_loop
 from plt_jax.evaluation.perplexity import score
 from plt_jax.files import write_pieces, write_text
-from plt_jax.run import Trained, open_trained
-from plt_jax.sharding import make_mesh, whole_batch
-from plt_jax.tables import table_of
+from plt_jax.reports.tables import table_of
+from plt_jax.runs.directory import Trained, open_trained
 
 DOCUMENTS, EACH = "documents.json", "documents.jsonl"
 AT_ONCE = 1024

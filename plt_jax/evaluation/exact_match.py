@@ -11,19 +11,19 @@ import numpy as np
 import pydantic
 
 from plt_jax.config import MeshConfig, ModelConfig
-from plt_jax.config_data import QuestionsConfig
-from plt_jax.config_file import describe_errors
-from plt_jax.data.question_examples import QuestionEncoder, check_exam
-from plt_jax.data.questions import Question, exam
+from plt_jax.config.data import QuestionsConfig
+from plt_jax.config.yaml_file import describe_errors
+from plt_jax.data.synthetic_examples import QuestionEncoder, check_exam
+from plt_jax.data.synthetic_tasks import Question, exam
 from plt_jax.decoding.generation import generate
 from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
+from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
 from plt_jax.model.looping import with_loops
-from plt_jax.run import Trained, open_trained
-from plt_jax.sharding import make_mesh, use_mesh, whole_batch
-from plt_jax.tables import table_of
+from plt_jax.reports.tables import table_of
+from plt_jax.runs.directory import Trained, open_trained
 
 EXACT_MATCH = "exact_match.json"
 QUESTIONS = 512

@@ -23,10 +23,10 @@ from plt_jax.decoding.generation import stream
 from plt_jax.decoding.layout import prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import begin
+from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.evaluation.likelihood import Scored, likelihoods
-from plt_jax.run import open_trained
-from plt_jax.sharding import make_mesh, use_mesh, whole_batch
+from plt_jax.runs.directory import open_trained
 
 MAX_NEW_TOKENS = 256  # the harness's own default
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")

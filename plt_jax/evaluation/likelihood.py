@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from plt_jax.config import ModelConfig
+from plt_jax.distributed.mesh import batch_layout, use_mesh
 from plt_jax.errors import InputError
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import Transformer
-from plt_jax.sharding import batch_layout, use_mesh
 
 SHORTEST = 32
 """Sequences are padded to at least so many tokens."""

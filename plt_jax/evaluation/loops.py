@@ -21,7 +21,6 @@ from plt_jax.data.load import examples_for
 from plt_jax.data.packing import Examples
 from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
-from plt_jax.evaluation.loops_page import loops_page
 from plt_jax.files import write_text
 from plt_jax.model.attention import blend
 from plt_jax.model.block import apply_block, stacks_of
@@ -29,8 +28,9 @@ from plt_jax.model.layers import embed, logits_from, rms_norm, rope_rotation
 from plt_jax.model.looping import hand_to_next, loop_input, with_loops
 from plt_jax.model.moe import of_loops
 from plt_jax.model.transformer import number_documents, positions_in_documents
-from plt_jax.run import open_trained
-from plt_jax.tables import aligned
+from plt_jax.reports.loops_page import loops_page
+from plt_jax.reports.tables import aligned
+from plt_jax.runs.directory import open_trained
 
 LOOPS, PAGE = "loops.json", "loops.html"
 SEQUENCES = 16

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.data.packing import Examples
 from plt_jax.data.pipeline import evaluation_batches
+from plt_jax.distributed.mesh import batch_layout, use_mesh, whole_batch
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import Transformer
-from plt_jax.sharding import batch_layout, use_mesh, whole_batch
 
 
 class Score(NamedTuple):

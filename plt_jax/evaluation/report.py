@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from plt_jax.config import MeshConfig
 from plt_jax.data.load import examples_for
 from plt_jax.data.tokenizer import token_bytes
+from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import make_evaluate
 from plt_jax.files import write_text
 from plt_jax.model.looping import with_loops
-from plt_jax.run import open_trained
-from plt_jax.sharding import make_mesh
+from plt_jax.runs.directory import open_trained
 
 EVALUATION = "eval.json"
 

@@ -15,7 +15,7 @@ import pydantic
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from plt_jax.config import ModelConfig
-from plt_jax.config_file import describe_errors
+from plt_jax.config.yaml_file import describe_errors
 from plt_jax.errors import InputError
 from plt_jax.interop.model_types import (
     EXTENSIONS,

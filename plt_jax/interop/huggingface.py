@@ -21,13 +21,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import MeshConfig, ModelConfig
+from plt_jax.distributed.mesh import make_mesh, shardings_of
 from plt_jax.errors import InputError
 from plt_jax.files import expand, new_folder
 from plt_jax.interop.config_json import read_config, read_json, write_config
 from plt_jax.interop.safetensors_folder import SafetensorsFolder, write_safetensors
 from plt_jax.interop.tensors import IGNORED, Piece, is_gate, pieces_of, read_part, to_tensor
 from plt_jax.model.transformer import abstract_params
-from plt_jax.sharding import make_mesh, shardings_of
 
 CONFIG = "config.json"
 DTYPES = ("float32", "bfloat16")
@@ -57,7 +57,7 @@ def load_huggingface(
       path: a folder of model type iquestpltcoder, iquestloopcoder, iquest_moe, llama, qwen2 or
         qwen3.
       dtype: of the parameters, "float32" or "bfloat16"; default as they are stored.
-      mesh: where the parameters go, by the rules of sharding.py; default one device.
+      mesh: where the parameters go, by the rules of distributed/mesh.py; default one device.
 
     Returns:
       The configuration, which computes in bfloat16 if the parameters are that and else in float32,

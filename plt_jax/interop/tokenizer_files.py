@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 from plt_jax.data.tokenizer import bos_id, eos_id, load_tokenizer
 from plt_jax.files import copy_file
 from plt_jax.interop.config_json import read_json
-from plt_jax.run_files import HUGGINGFACE, TOKENIZER
 
 CARRIED = (
     "config.json",
@@ -37,19 +36,22 @@ def carried_files(folder: Path) -> dict[str, Path]:
     return {file.name: file for file in found if file.is_file()}
 
 
-def take_tokenizer(directory: Path, folder: Path, max_length: int) -> dict[str, Any]:
+def take_tokenizer(own: Path, imported: Path, folder: Path, max_length: int) -> dict[str, Any]:
     """Puts a run's tokenizer into a checkpoint's folder; returns the special tokens' ids.
 
     If the run still has the tokenizer that it was imported with, the files and ids are those it
     came with; else they are made for transformers' AutoTokenizer.
 
+    Args:
+      own: the run's tokenizer.json.
+      imported: the folder of files that the run's model was imported with; may be missing.
+
     Raises:
       InputError: the tokenizer lacks a token for the beginning or end of a document, or a file
         cannot be read.
     """
-    carried = carried_files(directory / HUGGINGFACE)
-    own = directory / TOKENIZER
-    if own.exists() and not _same(own, carried.get(TOKENIZER)):
+    carried = carried_files(imported)
+    if own.exists() and not _same(own, carried.get("tokenizer.json")):
         return _make_files(folder, load_tokenizer(own), max_length)
     for name, file in carried.items():
         copy_file(file, folder / name)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
+from plt_jax.distributed.axes import split_axes
 from plt_jax.errors import InputError
-from plt_jax.model.axes import split_axes
 from plt_jax.model.blockwise import causal_attention, windowed_attention
 from plt_jax.model.context_parallel import spread_attention
 from plt_jax.model.kernels import Backend, available_kernel, cudnn_attention, splash_attention

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import CausalMask, LocalMask
 from jax.sharding import NamedSharding, PartitionSpec
 
-from plt_jax.model.axes import axes_of, batch_axes, devices_along, on_each_device, split_axes
+from plt_jax.distributed.axes import axes_of, batch_axes, devices_along, on_each_device, split_axes
 from plt_jax.model.blockwise import MASKED, Partial, partial_attention, windowed_attention
 from plt_jax.model.kernels import Backend, run_splash, splash_blocks, splash_kernel
 

@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from plt_jax.config import MoEConfig
+from plt_jax.distributed.axes import axes_of, devices_along, divisible, fitting
 from plt_jax.errors import InputError
-from plt_jax.model.axes import axes_of, devices_along, divisible, fitting
 from plt_jax.model.grouped import grouped_product
 from plt_jax.model.kernels import traced_platform
 from plt_jax.model.moe import (

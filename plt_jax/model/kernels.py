@@ -22,7 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 
-from plt_jax.model.axes import on_each_device
+from plt_jax.distributed.axes import on_each_device
 
 Backend = Literal["xla", "cudnn", "splash"]
 

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
+from plt_jax.distributed.axes import devices_along, split_axes
 from plt_jax.errors import InputError
-from plt_jax.model.axes import devices_along, split_axes
 from plt_jax.model.block import (
     Context,
     KeysValues,

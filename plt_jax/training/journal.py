@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from plt_jax import processes
-from plt_jax.compile.arithmetic import train_flops
-from plt_jax.compile.chips import peak_flops
 from plt_jax.config import RunConfig
+from plt_jax.distributed import processes
+from plt_jax.distributed.chips import peak_flops
 from plt_jax.evaluation.perplexity import Evaluation
+from plt_jax.model.arithmetic import train_flops
 from plt_jax.training.guard import Guard
 from plt_jax.training.metrics import MetricsWriter, NoMetrics
 from plt_jax.training.phases import PROFILING, STEPS, Phases

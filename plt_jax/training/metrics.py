@@ -14,7 +14,8 @@ import numpy as np
 
 from plt_jax.errors import FailedError
 from plt_jax.files import write_text
-from plt_jax.run_files import METRICS
+from plt_jax.runs.metrics_file import read_metrics
+from plt_jax.runs.names import METRICS
 from plt_jax.training.trackers import Tracker
 
 Values = float | list[float] | list[list[float]]
@@ -114,50 +115,3 @@ class NoMetrics(contextlib.nullcontext):
 
     def go_back(self, step: int) -> None:
         """Drops nothing."""
-
-
-def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
-    path = directory / METRICS
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    """What two runs of the same configuration share of a row: all but times and speeds."""
-    times = {"time", "tokens_per_second", "model_tflops_per_second", "mfu", "goodput"}
-    return {
-        name: value
-        for name, value in row.items()
-        if name not in times and not name.startswith("seconds/")
-    }
-
-
-def plot_losses(directory: Path) -> None:
-    """Draws loss.png: training and validation loss in nats per token, by step."""
-    from matplotlib.figure import Figure  # slow to import, and needed once a run
-
-    rows = read_metrics(directory)
-    training = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    validation = [row for row in rows if row.get("validation_loss") is not None]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    if training:
-        axes.plot(*zip(*training, strict=True), color="tab:blue", alpha=0.6, label="training")
-    if validation:
-        steps = [row["step"] for row in validation]
-        losses = [row["validation_loss"] for row in validation]
-        label = f"held-out text (last: {validation[-1]['bits_per_byte']:.3f} bits per byte)"
-        axes.plot(steps, losses, "o-", color="tab:orange", label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(directory.name)
-    axes.grid(alpha=0.3)
-    if training or validation:
-        axes.legend()
-    figure.savefig(directory / "loss.png", dpi=120)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from plt_jax import processes
+from plt_jax.checkpoint.steps import list_steps
 from plt_jax.checkpoint.store import (
     Checkpoints,
     describe_damage,
@@ -20,9 +20,10 @@ from plt_jax.checkpoint.store import (
     set_aside,
 )
 from plt_jax.config import RunConfig
+from plt_jax.distributed import processes
 from plt_jax.errors import InputError, naming
-from plt_jax.run import find_checkpoint
-from plt_jax.run_files import CHECKPOINTS, list_steps
+from plt_jax.runs.directory import find_checkpoint
+from plt_jax.runs.names import CHECKPOINTS
 from plt_jax.training.guard import Guard
 from plt_jax.training.step import TrainState, init_state, start_state
 

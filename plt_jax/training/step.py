@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import ModelConfig, RunConfig
+from plt_jax.distributed.mesh import BatchLayout, abstract_arrays, batch_layout, use_mesh
 from plt_jax.model.looping import LoopStates
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.moe import (
@@ -23,7 +24,6 @@ from plt_jax.model.moe import (
     load_entropy,
 )
 from plt_jax.model.transformer import Transformer, abstract_params
-from plt_jax.sharding import BatchLayout, abstract_arrays, batch_layout, use_mesh
 from plt_jax.training.guard import Limits
 from plt_jax.training.optimizer import make_optimizer, make_schedule
 

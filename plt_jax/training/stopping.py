@@ -23,9 +23,8 @@ from collections.abc import Callable
 
 import jax
 
-from plt_jax import processes
-from plt_jax.cli import EXIT_FAILED
-from plt_jax.errors import MissingProcessError
+from plt_jax.distributed import processes
+from plt_jax.errors import EXIT_FAILED, MissingProcessError
 
 POLL_SECONDS = 1.0
 _numbers = itertools.count()

@@ -10,7 +10,7 @@ from plt_jax.benchmarks.ablation import ROWS, config_of, main, parse
 from plt_jax.benchmarks.decode import Case, Settings, with_scheme
 from plt_jax.errors import InputError
 from plt_jax.model.costs import flops_by_loop
-from plt_jax.training.loop import Outcome
+from plt_jax.training.trainer import Outcome
 from tests.training.runs import make_home, tiny_values, write_config
 
 

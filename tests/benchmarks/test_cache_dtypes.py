@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plt_jax.benchmarks import cache_dtypes
-from plt_jax.benchmarks.cache_dtypes import beginnings, compare, predictions
-from plt_jax.config_data import QuestionsConfig
+from benchmarks import cache_dtypes
+from benchmarks.cache_dtypes import beginnings, compare, predictions
+from plt_jax.config.data import QuestionsConfig
 from plt_jax.data.corpus import load_corpus, read_documents
 from plt_jax.decoding.layout import prepare_for_decode
 from plt_jax.decoding.text import begin
 from plt_jax.errors import InputError
-from plt_jax.run import open_trained
+from plt_jax.runs.directory import open_trained
 from tests.models import forward, random_params, random_tokens, small_config
 from tests.training.runs import finished_run
 

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from plt_jax.benchmarks.data import as_array, tokens_eaten
-from plt_jax.compile.chips import CHIPS
-from plt_jax.config_file import load_config
-from plt_jax.data.prepared import open_prepared
-from plt_jax.data.preparing import Options, prepare
+from benchmarks.data import as_array, tokens_eaten
+from plt_jax.data.corpus_reader import open_prepared
+from plt_jax.data.corpus_writer import Options, prepare
 from plt_jax.data.tokenizer import train_tokenizer
+from plt_jax.distributed.chips import CHIPS
 from plt_jax.model.costs import flops_by_loop
+from plt_jax.runs.configuration import load_config
 from tests.training.runs import REPOSITORY, assert_refused, command
 
 CONFIG = REPOSITORY / "configs" / "tiny.yaml"
@@ -28,7 +28,7 @@ def corpus(tmp_path_factory):
 
 
 def run(*words):
-    return command("plt_jax.benchmarks.data", *words)
+    return command("benchmarks.data", *words)
 
 
 def test_the_command_measures_and_writes(corpus, tmp_path):

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from plt_jax.benchmarks.faults import campaign, kinds
-from plt_jax.benchmarks.faults.kinds import FAULTS, Case, require_line
-from plt_jax.benchmarks.faults.sandbox import Ended, Outcome, Sandbox, damage
+from benchmarks.faults import campaign, kinds
+from benchmarks.faults.kinds import FAULTS, Case, require_line
+from benchmarks.faults.sandbox import Ended, Outcome, Sandbox, damage
 from tests.training.runs import assert_refused, command
 
 
@@ -73,5 +73,5 @@ def test_a_killed_preparation_is_gone_on_with(tmp_path):
 
 def test_an_unknown_kind_is_refused(tmp_path):
     words = ["--out", tmp_path, "--only", "earthquake"]
-    result = command("plt_jax.benchmarks.faults", *words)
+    result = command("benchmarks.faults", *words)
     assert_refused(result, "no kind is called so; SIGKILL at a random moment")

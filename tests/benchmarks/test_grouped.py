@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from plt_jax.benchmarks import grouped
+from benchmarks import grouped
 from plt_jax.errors import InputError
 
 

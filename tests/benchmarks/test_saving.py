@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from plt_jax.benchmarks import saving
+from benchmarks import saving
 from plt_jax.errors import InputError
 from tests.training.runs import tiny_values, write_config
 

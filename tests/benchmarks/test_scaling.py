@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from plt_jax.benchmarks import scaling
-from plt_jax.compile.chips import parse_topology
+from benchmarks import scaling
+from plt_jax.distributed.chips import parse_topology
 from plt_jax.errors import InputError
 
 

@@ -10,10 +10,10 @@ import pytest
 
 from plt_jax.checkpoint import store
 from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.steps import list_steps
 from plt_jax.checkpoint.store import Checkpoints, load_params, save_params
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError
-from plt_jax.run_files import list_steps
 from tests.checkpoint.damage import save_steps
 from tests.disks import read_only, small_disk
 

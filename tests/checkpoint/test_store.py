@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
 from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.steps import list_steps
 from plt_jax.checkpoint.store import Checkpoints, load_params, refuse_damaged
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError, InputError
-from plt_jax.run_files import list_steps
 from tests.checkpoint.damage import files_of, flip_bit, save_steps
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])

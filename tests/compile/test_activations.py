@@ -6,7 +6,7 @@ import pytest
 
 from plt_jax.compile.activations import depends, kept_activations
 from plt_jax.config import MeshConfig, RunConfig
-from plt_jax.sharding import make_mesh
+from plt_jax.distributed.mesh import make_mesh
 
 B, T, D, J, V, N, H = 8, 32, 16, 3, 64, 2, 8
 

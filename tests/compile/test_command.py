@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
+from plt_jax.commands.compile import main
 from plt_jax.compile import program
-from plt_jax.compile.__main__ import main
 from plt_jax.errors import InputError
 from tests.training.runs import REPOSITORY, environment
 

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 
-from plt_jax.compile.chips import CHIPS, parse_topology
 from plt_jax.compile.collectives import Collective
 from plt_jax.compile.roofline import (
     Ring,
@@ -14,6 +13,7 @@ from plt_jax.compile.roofline import (
     route,
     step_times,
 )
+from plt_jax.distributed.chips import CHIPS, parse_topology
 
 V5P, V5E = CHIPS["v5p"], CHIPS["v5e"]
 CUBE = parse_topology("v5p:4x4x4")

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from plt_jax.config_data import DataConfig
+from plt_jax.config.data import DataConfig
 from plt_jax.data.corpus import load_corpus, read_documents
 from plt_jax.errors import InputError
 

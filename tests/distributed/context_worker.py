@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from plt_jax.config import RunConfig
+from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.model import attention, blockwise, context_parallel, kernels
 from plt_jax.model.looping import hand_to_next
-from plt_jax.sharding import make_mesh, use_mesh
 from tests.models import compiled, small_config
 
 B, N, K, H = 4, 4, 2, 4

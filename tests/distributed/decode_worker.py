@@ -23,8 +23,8 @@ from plt_jax import (
     prepare_for_decode,
 )
 from plt_jax.config import SCHEMES, RunConfig
+from plt_jax.distributed.mesh import make_mesh, shardings_of, use_mesh
 from plt_jax.model.transformer import abstract_params
-from plt_jax.sharding import make_mesh, shardings_of, use_mesh
 from tests.models import random_params, random_tokens, small_config
 
 CAPACITY = 16

@@ -14,11 +14,11 @@ import numpy as np
 
 from plt_jax import Transformer, decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.config import RunConfig
+from plt_jax.distributed.mesh import make_mesh, shardings_of, use_mesh
 from plt_jax.model import expert_parallel
 from plt_jax.model.expert_parallel import routed_experts
 from plt_jax.model.moe import auxiliary_loss, local_experts
 from plt_jax.model.transformer import abstract_params
-from plt_jax.sharding import make_mesh, shardings_of, use_mesh
 from plt_jax.training.step import abstract_state
 from tests.distributed import worker
 from tests.distributed.decode_worker import largest_gather

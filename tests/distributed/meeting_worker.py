@@ -6,9 +6,9 @@ The second dies before.
 import os
 import sys
 
-from plt_jax import processes
-from plt_jax.cli import run_command
+from plt_jax.commands.parser import run_command
 from plt_jax.config import ProcessesConfig
+from plt_jax.distributed import processes
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import resource
 
 import jax
 
-from plt_jax.config_file import load_config
-from plt_jax.sharding import make_mesh
+from plt_jax.distributed.mesh import make_mesh
+from plt_jax.runs.configuration import load_config
 from plt_jax.training.step import init_params
 from tests.training.runs import REPOSITORY
 

@@ -13,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
-from plt_jax import processes
+from plt_jax.distributed import processes
 from plt_jax.errors import InputError
-from plt_jax.training.loop import train
+from plt_jax.training.trainer import train
 from tests.training.runs import call_at, tiny_config
 from tests.training.test_guarding import bad_data
 

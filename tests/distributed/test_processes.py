@@ -10,10 +10,10 @@ import pytest
 
 from plt_jax.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from plt_jax.config import ProcessesConfig
+from plt_jax.distributed.processes import announced, call_roll
 from plt_jax.errors import InputError
-from plt_jax.processes import announced, call_roll
-from plt_jax.run_files import CHECKPOINTS
-from plt_jax.training import loop
+from plt_jax.runs.names import CHECKPOINTS
+from plt_jax.training import trainer
 from tests.checkpoint.damage import files_of, flip_bit
 from tests.training.runs import (
     REPOSITORY,
@@ -85,7 +85,7 @@ def home(tmp_path_factory):
 def alone(home):
     """A run of one process and one device."""
     config = tiny_config(home, home / "alone", training=TRAINING)
-    assert loop.train(config).step == STEPS
+    assert trainer.train(config).step == STEPS
     return config
 
 
@@ -98,7 +98,7 @@ def test_two_processes_train_and_one_goes_on(home, alone, mesh, tmp_path):
     assert "devices: 8 cpu in 2 processes (data" in ended[0]["out"]
     assert ended[1]["out"] == ""
     config = tiny_config(home, tmp_path / "run", training=TRAINING)
-    assert loop.train(config).step == STEPS
+    assert trainer.train(config).step == STEPS
     assert losses(config) == pytest.approx(losses(alone), rel=1e-5)
     for ours, right in zip(numbers(config), numbers(alone), strict=True):
         assert flat(ours) == pytest.approx(flat(right), rel=1e-4)
@@ -139,7 +139,7 @@ def test_processes_go_back_together(home, tmp_path):
     assert "going back from step 15 to 10" in ended[0]["out"]
     config = tiny_config(home, tmp_path / "one", training=TRAINING, guard=guard)
     with bad_data(*bad):
-        assert loop.train(config).step == STEPS
+        assert trainer.train(config).step == STEPS
     two = tiny_config(home, tmp_path / "two", training=TRAINING)
     assert losses(two) == pytest.approx(losses(config), rel=1e-5)
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from plt_jax.config import MeshConfig
-from plt_jax.config_file import load_config
+from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import InputError
 from plt_jax.evaluation.report import evaluate_trained
-from plt_jax.run import open_trained
-from plt_jax.sharding import make_mesh
-from plt_jax.training import loop
+from plt_jax.runs.configuration import load_config
+from plt_jax.runs.directory import open_trained
+from plt_jax.training import trainer
 from tests.distributed.processes import run_worker
 from tests.distributed.worker import MESHES, SHAPE
 from tests.training.runs import STEPS, flat, losses
@@ -175,7 +175,7 @@ def test_a_run_trained_on_eight_devices_resumes_on_one(found, folder):
         folder / "stopped" / "config.yaml", {"mesh": mesh, "run_dir": str(folder / "stopped")}
     )
     before = losses(config)
-    assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+    assert trainer.train(config) == trainer.Outcome(STEPS, stopped=False)
     after = losses(config)
     assert list(after) == list(range(1, STEPS + 1))
     assert {step: after[step] for step in before} == before

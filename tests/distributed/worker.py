@@ -21,11 +21,10 @@ import numpy as np
 
 from plt_jax import load_huggingface, save_huggingface
 from plt_jax.config import RunConfig
+from plt_jax.distributed.mesh import batch_layout, make_mesh, shardings_of
 from plt_jax.errors import InputError
 from plt_jax.evaluation.report import evaluate_trained
 from plt_jax.model.transformer import abstract_params
-from plt_jax.sharding import batch_layout, make_mesh, shardings_of
-from plt_jax.training.loop import train
 from plt_jax.training.step import (
     TrainState,
     abstract_state,
@@ -33,6 +32,7 @@ from plt_jax.training.step import (
     make_train_step,
     training_layout,
 )
+from plt_jax.training.trainer import train
 from tests.models import random_params, small_config
 from tests.training.runs import call_at, make_home, tiny_config
 

@@ -18,8 +18,8 @@ import hypothesis
 from hypothesis import strategies as st
 
 from plt_jax.config import RunConfig
-from plt_jax.config_data import TaskName
-from plt_jax.config_types import Section
+from plt_jax.config.data import TaskName
+from plt_jax.config.types import Section
 
 Strategy = st.SearchStrategy
 Values = dict[str, Any]

@@ -26,10 +26,10 @@ from typing import Any
 import jax
 import yaml
 
-from plt_jax.cli import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
-from plt_jax.data.preparing import Options, prepare
+from plt_jax.checkpoint.steps import list_steps
+from plt_jax.data.corpus_writer import Options, prepare
 from plt_jax.data.tokenizer import train_tokenizer
-from plt_jax.run_files import list_steps
+from plt_jax.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from tests.end_to_end.drawn_configs import Case, base, drawn, nested
 from tests.training.runs import Result, command, json_rows, make_home
 

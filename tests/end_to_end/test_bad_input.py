@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from plt_jax.run_files import CHECKPOINTS
+from plt_jax.runs.names import CHECKPOINTS
 from tests.training.runs import (
     REPOSITORY,
     Result,

@@ -8,10 +8,10 @@ import sys
 import jax.numpy as jnp
 import pytest
 
+from plt_jax.checkpoint.steps import list_steps
 from plt_jax.decoding.text import begin
 from plt_jax.model.looping import with_loops
-from plt_jax.run import open_trained
-from plt_jax.run_files import list_steps
+from plt_jax.runs.directory import open_trained
 from tests.models import forward
 from tests.training.runs import (
     REPOSITORY,

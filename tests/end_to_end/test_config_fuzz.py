@@ -17,7 +17,7 @@ import pytest
 from pydantic import Field
 
 from plt_jax.config import RunConfig
-from plt_jax.config_types import Section
+from plt_jax.config.types import Section
 from tests.end_to_end.drawn_configs import all_fields, drawn, fair, fair_of_type, kind_of, unfair
 from tests.end_to_end.fuzz_worker import names
 from tests.training.runs import CACHE, REPOSITORY, environment, simulated

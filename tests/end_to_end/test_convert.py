@@ -11,7 +11,8 @@ import pytest
 
 from plt_jax import load_huggingface
 from plt_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from plt_jax.run import find_checkpoint, open_trained, read_params
+from plt_jax.runs.directory import find_checkpoint, open_trained, read_params
+from tests.golden.huggingface import GOLDEN
 from tests.golden.test_model import DENSE, TRANSFORMERS
 from tests.golden.test_reference import CASES
 from tests.training.runs import (
@@ -47,8 +48,8 @@ def assert_close(one, other):
 
 
 @pytest.mark.parametrize("name", [*CASES, *DENSE])
-def test_a_published_checkpoint_comes_in_and_leaves_unchanged(request, tmp_path, name):
-    source = (TRANSFORMERS if name in DENSE else request.getfixturevalue("golden")) / name
+def test_a_published_checkpoint_comes_in_and_leaves_unchanged(tmp_path, name):
+    source = (TRANSFORMERS if name in DENSE else GOLDEN) / name
     out = convert("import", source, tmp_path / "run")
     assert "imported " in out and f"written to {tmp_path / 'run'}" in out
     assert f"{source} has no tokenizer.json: evaluation and generation need --tokenizer" in out

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plt_jax
+from plt_jax.data.corpus_writer import Options, prepare
 from plt_jax.data.load import load_corpus
-from plt_jax.data.preparing import Options, prepare
 from plt_jax.data.streams import DocumentStream
 from plt_jax.data.tokenizer import eos_id, token_bytes
 from plt_jax.data.tokens import TokenizedDocuments
 from plt_jax.decoding.text import begin
 from plt_jax.evaluation import documents as module
 from plt_jax.evaluation.documents import documents_of, windows_of
-from plt_jax.run import open_trained
+from plt_jax.runs.directory import open_trained
 from tests.training.runs import assert_refused, command, json_rows
 
 

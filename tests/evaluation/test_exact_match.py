@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plt_jax.data.question_examples import QuestionEncoder
-from plt_jax.data.questions import Question, exam
+from plt_jax.data.synthetic_examples import QuestionEncoder
+from plt_jax.data.synthetic_tasks import Question, exam
 from plt_jax.decoding.layout import prepare_for_decode
 from plt_jax.errors import InputError
 from plt_jax.evaluation import exact_match
 from plt_jax.evaluation.exact_match import evaluate_exact_match, mark
 from plt_jax.model.looping import with_loops
-from plt_jax.run import open_trained
-from plt_jax.training.loop import train
+from plt_jax.runs.directory import open_trained
+from plt_jax.training.trainer import train
 from tests.models import forward, random_params, small_config
 from tests.training.runs import assert_refused, command, tiny_config
 

@@ -16,7 +16,7 @@ from plt_jax.decoding.text import begin
 from plt_jax.errors import InputError
 from plt_jax.evaluation.tasks import SUITES, load_tasks
 from plt_jax.model.looping import with_loops
-from plt_jax.run import open_trained
+from plt_jax.runs.directory import open_trained
 from tests.evaluation.local_tasks import CHOICES, write_task
 from tests.training.runs import assert_refused, command, environment, simulated
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax.config import MeshConfig
+from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import InputError
 from plt_jax.evaluation import likelihood
 from plt_jax.evaluation.likelihood import SHORTEST, Scored, likelihoods, padded_length
-from plt_jax.sharding import make_mesh
 from tests.models import forward, random_params, small_config
 from tests.training.runs import environment, simulated
 
@@ -90,7 +90,7 @@ DEVICES = """
 import jax, numpy as np
 from plt_jax.config import MeshConfig
 from plt_jax.evaluation.likelihood import likelihoods
-from plt_jax.sharding import make_mesh
+from plt_jax.distributed.mesh import make_mesh
 from tests.evaluation.test_likelihood import CONFIG, draw_sequences
 from tests.models import random_params
 

@@ -10,9 +10,9 @@ from plt_jax.data.packing import PackedExamples
 from plt_jax.data.pipeline import evaluation_batches
 from plt_jax.data.streams import DocumentStream
 from plt_jax.data.tokens import TokenizedDocuments
+from plt_jax.distributed.mesh import make_mesh
 from plt_jax.evaluation import perplexity
 from plt_jax.evaluation.perplexity import make_evaluate, score
-from plt_jax.sharding import make_mesh
 from tests.models import random_params, small_config
 
 TOKEN_BYTES = np.arange(31, dtype=np.int32) % 5

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from plt_jax.decoding.text import begin
-from plt_jax.run import open_trained
+from plt_jax.runs.directory import open_trained
 from tests.evaluation.local_tasks import CHOICES, write_task
 from tests.models import forward
 from tests.training.runs import command, finished_run

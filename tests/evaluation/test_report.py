@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from plt_jax.evaluation.report import evaluate_trained
-from plt_jax.run_files import CHECKPOINTS, METRICS
+from plt_jax.runs.names import CHECKPOINTS, METRICS
 from tests.training.runs import (
     STEPS,
     assert_refused,

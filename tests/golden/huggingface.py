@@ -4,11 +4,13 @@ Independent of plt_jax.interop, which is judged against the same cases.
 """
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 from safetensors.numpy import load_file
 
+GOLDEN = Path(__file__).parent / "cases"
 PLT_TYPES = ("iquestpltcoder", "iquest_moe")
 
 

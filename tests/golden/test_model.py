@@ -14,7 +14,7 @@ import pytest
 
 import plt_jax
 from plt_jax import decode_step, init_cache, prefill, prepare_for_decode
-from tests.golden.huggingface import read_case
+from tests.golden.huggingface import GOLDEN, read_case
 from tests.golden.test_reference import CASES, TOLERANCE, largest_difference
 from tests.models import compiled, forward, forward_with_states
 
@@ -24,9 +24,9 @@ PREFILLED = 10
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(golden, request):
+def case(request):
     """(folder, configuration, parameters, expected arrays) of each golden case."""
-    return read(golden / request.param)
+    return read(GOLDEN / request.param)
 
 
 @pytest.fixture(scope="module", params=DENSE)

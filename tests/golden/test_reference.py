@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests import reference
-from tests.golden.huggingface import read_case
+from tests.golden.huggingface import GOLDEN, read_case
 
 CASES = (
     "loopcoder_l2",
@@ -17,7 +17,7 @@ CASES = (
     "pltcoder_l2_q_norm",
     "pltcoder_l3_hs_nonorm",
 )
-TOLERANCE = 1e-4  # absolute, float32: golden/README.md
+TOLERANCE = 1e-4  # absolute, float32: cases/README.md
 
 
 def largest_difference(actual, expected):
@@ -27,13 +27,13 @@ def largest_difference(actual, expected):
     return np.max(np.abs(actual - expected))
 
 
-def test_every_case_is_listed(golden):
-    assert sorted(path.parent.name for path in golden.glob("*/config.json")) == sorted(CASES)
+def test_every_case_is_listed():
+    assert sorted(path.parent.name for path in GOLDEN.glob("*/config.json")) == sorted(CASES)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden_case(golden, case):
-    settings, params, expected = read_case(golden / case)
+def test_golden_case(case):
+    settings, params, expected = read_case(GOLDEN / case)
     result = reference.forward(settings, params, expected["input_ids"])
     assert result["logits"].dtype == np.float32
     differences = {
@@ -91,9 +91,9 @@ def swapped_scales(settings, params, monkeypatch):
     ],
     ids=lambda mistake: mistake.__name__,
 )
-def test_mistake_moves_the_logits(golden, monkeypatch, mistake):
+def test_mistake_moves_the_logits(monkeypatch, mistake):
     """The golden tolerance means something: each plausible mistake is a thousand times it."""
-    settings, params, expected = read_case(golden / "pltcoder_l2_hs_norm")
+    settings, params, expected = read_case(GOLDEN / "pltcoder_l2_hs_norm")
     mistake(settings, params, monkeypatch)
     logits = reference.forward(settings, params, expected["input_ids"])["logits"]
     difference = largest_difference(logits, expected["logits"])
@@ -101,17 +101,17 @@ def test_mistake_moves_the_logits(golden, monkeypatch, mistake):
     assert difference > 0.1
 
 
-def test_renormalised_softmax_then_topk_is_topk_then_softmax(golden):
-    settings, params, expected = read_case(golden / "moeplt_l2_q_norm")
+def test_renormalised_softmax_then_topk_is_topk_then_softmax():
+    settings, params, expected = read_case(GOLDEN / "moeplt_l2_q_norm")
     settings.moe.routing, settings.moe.renormalize = "softmax_then_topk", True
     logits = reference.forward(settings, params, expected["input_ids"])["logits"]
     assert largest_difference(logits, expected["logits"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("scheme", reference.SCHEMES)
-def test_packed_documents_are_separate_documents(golden, scheme):
+def test_packed_documents_are_separate_documents(scheme):
     """Documents are runs: the id 7 that comes back is a third document, not more of the first."""
-    settings, params, expected = read_case(golden / "pltcoder_l2_hs_norm")
+    settings, params, expected = read_case(GOLDEN / "pltcoder_l2_hs_norm")
     settings.loop.scheme = scheme
     settings.loop.count = 1 if scheme == "no_loop" else 2
     settings.loop.window = 4
@@ -131,9 +131,9 @@ def test_packed_documents_are_separate_documents(golden, scheme):
         ("loop_kv_share_window", -100.0, "vanilla_loop"),
     ],
 )
-def test_saturated_gate_is_the_plain_scheme(golden, blended, bias, plain):
+def test_saturated_gate_is_the_plain_scheme(blended, bias, plain):
     """No golden case has the plain schemes; with the gate all one way they are those that have."""
-    settings, params, expected = read_case(golden / "pltcoder_l3_hs_nonorm")
+    settings, params, expected = read_case(GOLDEN / "pltcoder_l3_hs_nonorm")
     tokens = expected["input_ids"][:1, :20]
     settings.loop.window = 20
     params["layers"]["gate_weight"] = 0 * params["layers"]["gate_weight"]

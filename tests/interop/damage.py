@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from plt_jax import InputError, RunConfig, load_huggingface, save_huggingface
 from plt_jax.data.tokenizer import train_tokenizer
-from plt_jax.run import create_run
+from plt_jax.runs.directory import create_run
 from tests.models import random_params, small_config
 from tests.training.runs import (
     SENTENCE,

@@ -5,7 +5,7 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from plt_jax.run_files import CHECKPOINTS, CONFIG, HUGGINGFACE
+from plt_jax.runs.names import CHECKPOINTS, CONFIG, HUGGINGFACE
 from tests.interop.damage import (
     CONVERT,
     MODEL,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import plt_jax.run
+import plt_jax.runs.directory
 from plt_jax import InputError, save_huggingface
 from plt_jax.checkpoint.store import save_params
 from tests.interop.damage import (
@@ -134,26 +134,26 @@ FULL = OSError(28, "No space left on device")
 
 
 def test_an_import_whose_checkpoint_cannot_be_written_leaves_nothing(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(plt_jax.run, "save_params", failing_after_writing(FULL))
+    monkeypatch.setattr(plt_jax.runs.directory, "save_params", failing_after_writing(FULL))
     words = [CONVERT, "import", llama, tmp_path / "new"]
     assert_command_refused(tmp_path, words, f"cannot write {tmp_path / 'new'}: No space left")
 
 
 def test_an_import_into_an_empty_folder_leaves_it_empty(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(plt_jax.run, "save_params", failing_after_writing(FULL))
+    monkeypatch.setattr(plt_jax.runs.directory, "save_params", failing_after_writing(FULL))
     (tmp_path / "empty").mkdir()
     assert_command_refused(tmp_path, [CONVERT, "import", llama, tmp_path / "empty"], "No space")
 
 
 def test_a_failed_import_takes_the_parents_that_it_made_with_it(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr(plt_jax.run, "save_params", failing_after_writing(FULL))
+    monkeypatch.setattr(plt_jax.runs.directory, "save_params", failing_after_writing(FULL))
     words = [CONVERT, "import", llama, tmp_path / "a" / "b" / "new"]
     assert_command_refused(tmp_path, words, "No space left")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, RuntimeError])
 def test_an_interrupted_import_leaves_nothing(llama, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(plt_jax.run, "save_params", failing_after_writing(error()))
+    monkeypatch.setattr(plt_jax.runs.directory, "save_params", failing_after_writing(error()))
     before = snapshot(tmp_path)
     with pytest.raises(error):
         command(CONVERT, "import", llama, tmp_path / "new")
@@ -163,7 +163,7 @@ def test_an_interrupted_import_leaves_nothing(llama, tmp_path, monkeypatch, erro
 def test_a_retrofit_whose_checkpoint_cannot_be_written_leaves_nothing(
     dense_run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(plt_jax.run, "save_params", failing_after_writing(FULL))
+    monkeypatch.setattr(plt_jax.runs.directory, "save_params", failing_after_writing(FULL))
     words = [CONVERT, "retrofit", dense_run, tmp_path / "new"]
     assert_command_refused(tmp_path, words, f"cannot write {tmp_path / 'new'}: No space left")
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from plt_jax import ModelConfig, load_huggingface, save_huggingface
 from plt_jax.model.transformer import abstract_params
+from tests.golden.huggingface import GOLDEN
 from tests.golden.test_model import DENSE, TRANSFORMERS
 from tests.golden.test_reference import CASES
 from tests.interop.checkpoints import exportable_configs
@@ -62,7 +63,7 @@ def test_out_and_in_and_out(config, dtype, shard_bytes):
 def published(request):
     """The folder of each checkpoint that others have written."""
     name = request.param
-    return (TRANSFORMERS if name in DENSE else request.getfixturevalue("golden")) / name
+    return (TRANSFORMERS if name in DENSE else GOLDEN) / name
 
 
 def test_in_and_out_is_the_same_file(published, tmp_path):

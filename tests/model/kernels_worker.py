@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from plt_jax.config import MeshConfig
+from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.model import kernels
 from plt_jax.model.blockwise import windowed_attention
-from plt_jax.sharding import make_mesh, use_mesh
 from tests.models import compiled
 
 B, N, K, T, H, WINDOW = 4, 4, 2, 40, 8, 5

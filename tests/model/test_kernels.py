@@ -17,6 +17,7 @@ from jax.experimental import topologies
 
 from plt_jax import Transformer, init_cache, prefill, prepare_for_decode
 from plt_jax.config import MeshConfig
+from plt_jax.distributed.mesh import abstract_arrays, batch_layout, make_mesh, use_mesh
 from plt_jax.errors import InputError
 from plt_jax.model import attention, kernels
 from plt_jax.model.attention import choose_backend
@@ -28,7 +29,6 @@ from plt_jax.model.kernels import (
     splash_blocks,
 )
 from plt_jax.model.transformer import abstract_params
-from plt_jax.sharding import abstract_arrays, batch_layout, make_mesh, use_mesh
 from tests.models import compiled, random_params, random_tokens, small_config
 from tests.training.runs import REPOSITORY, environment, simulated
 

@@ -19,14 +19,15 @@ import jax
 import numpy as np
 import yaml
 
+from plt_jax.checkpoint.steps import list_steps
 from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.config import RunConfig
-from plt_jax.config_file import merge
-from plt_jax.run_files import CHECKPOINTS, list_steps
-from plt_jax.sharding import make_mesh
-from plt_jax.training import loop
+from plt_jax.config.yaml_file import merge
+from plt_jax.distributed.mesh import make_mesh
+from plt_jax.runs.metrics_file import read_metrics, without_times
+from plt_jax.runs.names import CHECKPOINTS
+from plt_jax.training import trainer
 from plt_jax.training.journal import Journal
-from plt_jax.training.metrics import read_metrics, without_times
 from plt_jax.training.step import abstract_state
 from tests.conftest import CACHE
 
@@ -109,8 +110,8 @@ def finished_run(base: Path) -> Finished:
     home = make_home(base / "tiny")
     config = tiny_config(home, home / "finished")
     with contextlib.redirect_stdout(io.StringIO()):
-        outcome = loop.train(config)
-    assert outcome == loop.Outcome(STEPS, stopped=False)
+        outcome = trainer.train(config)
+    assert outcome == trainer.Outcome(STEPS, stopped=False)
     return Finished(home, config, home / "finished")
 
 

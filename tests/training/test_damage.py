@@ -7,11 +7,12 @@ import pytest
 
 from plt_jax.checkpoint import store
 from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.steps import list_steps
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import InputError
-from plt_jax.run_files import CHECKPOINTS, CONFIG, list_steps
-from plt_jax.training import loop
-from plt_jax.training.metrics import read_metrics
+from plt_jax.runs.metrics_file import read_metrics
+from plt_jax.runs.names import CHECKPOINTS, CONFIG
+from plt_jax.training import trainer
 from tests.checkpoint.damage import data_file, flip_bit, forget_checksums
 from tests.training.runs import (
     STEPS,
@@ -50,7 +51,7 @@ def test_a_damaged_newest_checkpoint_is_refused_and_nothing_is_changed(run, tmp_
 
 def test_it_is_skipped_by_choice_and_its_steps_are_trained_again(finished, run, tmp_path, capsys):
     damaged = snapshot(tmp_path / "run" / CHECKPOINTS / str(STEPS))
-    assert loop.train(skipping(run)) == loop.Outcome(STEPS, stopped=False)
+    assert trainer.train(skipping(run)) == trainer.Outcome(STEPS, stopped=False)
     folder = tmp_path / "run" / CHECKPOINTS
     out = capsys.readouterr().out
     assert f"skipping: the checkpoint {folder / str(STEPS)} is damaged: optimizer/" in out
@@ -67,13 +68,13 @@ def test_every_damaged_one_is_skipped(finished, tmp_path):
     config = tiny_config(
         finished.home, tmp_path / "run", training={"checkpoint_every": 2}, checkpoint={"keep": 9}
     )
-    loop.train(config)
+    trainer.train(config)
     folder = tmp_path / "run" / CHECKPOINTS
     (folder / "8" / "manifest.json").unlink()
     data_file(folder / "6").write_bytes(b"")
     flip_bit(data_file(folder / "2"))  # older than the one that is used
     (folder / "6.damaged").mkdir()  # of an earlier time
-    assert loop.train(skipping(config)).step == STEPS
+    assert trainer.train(skipping(config)).step == STEPS
     assert sorted(path.name for path in folder.iterdir() if not path.name.isdigit()) == [
         *["6.damaged", "6.damaged-2", "8.damaged"]
     ]
@@ -86,19 +87,19 @@ def test_with_none_left_the_run_is_refused(run, tmp_path):
     shutil.rmtree(folder / "4" / "params")
     before = snapshot(tmp_path)
     with pytest.raises(InputError, match="are damaged; begin again in another --run_dir"):
-        loop.train(skipping(run))
+        trainer.train(skipping(run))
     shutil.rmtree(folder / "4")
     before.clear()
     before |= snapshot(tmp_path)
     with pytest.raises(InputError, match="there is none before it; begin again in another"):
-        loop.train(run)
+        trainer.train(run)
     assert snapshot(tmp_path) == before
 
 
 def test_skipping_where_nothing_is_damaged_changes_nothing(finished, tmp_path):
     config = finished.copy(tmp_path / "run")
     before = snapshot(tmp_path / "run" / CHECKPOINTS)
-    assert loop.train(skipping(config)).step == STEPS
+    assert trainer.train(skipping(config)).step == STEPS
     assert snapshot(tmp_path / "run" / CHECKPOINTS) == before
 
 
@@ -107,9 +108,9 @@ def test_what_is_not_to_be_verified_is_read_as_it_is(run, tmp_path):
     flip_bit(file)  # back again, so that it can be read; the manifest says otherwise
     flip_bit(tmp_path / "run" / CHECKPOINTS / str(STEPS) / "commit_success.txt")
     unverified = run.model_copy(update={"checkpoint": CheckpointConfig(verify=False)})
-    assert loop.train(unverified).step == STEPS
+    assert trainer.train(unverified).step == STEPS
     with pytest.raises(InputError, match=r"commit_success\.txt has another checksum"):
-        loop.train(run)
+        trainer.train(run)
     with pytest.raises(ValueError, match="skip_damaged needs verify"):
         CheckpointConfig(verify=False, skip_damaged=True)
 
@@ -121,7 +122,7 @@ def test_what_earlier_versions_saved_is_resumed_with_a_line_that_says_so(
     folder = tmp_path / "run" / CHECKPOINTS
     shutil.rmtree(folder / str(STEPS))
     forget_checksums(folder / "4")
-    assert loop.train(config).step == STEPS
+    assert trainer.train(config).step == STEPS
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"the checkpoint {folder / '4'} has no checksums")
     assert losses(config) == losses(finished.config)
@@ -159,7 +160,7 @@ def test_a_run_does_not_start_from_damaged_parameters(finished, tmp_path):
         tokenizer={"path": str(tmp_path / "source" / "tokenizer.json")},
     )
     with pytest.raises(InputError, match="8 is damaged: params/"):
-        loop.train(config)
+        trainer.train(config)
     assert not (tmp_path / "run").exists()
 
 
@@ -184,6 +185,6 @@ def test_the_last_good_checkpoint_survives_a_save_that_fails(finished, tmp_path,
     )
     monkeypatch.undo()
     assert list_steps(folder) == [4]
-    loop.train(config)
+    trainer.train(config)
     assert numbers(config) == numbers(finished.config)
     assert len(read_metrics(tmp_path / "run")) == STEPS + 2

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from plt_jax.config import RunConfig
+from plt_jax.distributed.mesh import make_mesh
 from plt_jax.model.moe import experts_per_step
-from plt_jax.run import check_directory, open_trained
-from plt_jax.sharding import make_mesh
-from plt_jax.training import loop
+from plt_jax.runs.directory import check_directory, open_trained
+from plt_jax.runs.metrics_file import read_metrics
+from plt_jax.training import trainer
 from plt_jax.training.guard import what_is_wrong
-from plt_jax.training.metrics import read_metrics
 from plt_jax.training.step import init_state, make_train_step
 from tests.models import small_config
 from tests.training.runs import tiny_config
@@ -116,7 +116,7 @@ def test_biases_take_no_gradient_and_no_decay():
 def test_a_run_with_experts_logs_and_opens_and_may_change_its_products(finished, tmp_path):
     moe = MOE | {"dense_layers": 1, "bias_update_rate": 0.01, "grouped_product": "ragged_dot"}
     config = tiny_config(finished.home, tmp_path / "run", model={"moe": moe}, training={"steps": 2})
-    assert not loop.train(config).stopped
+    assert not trainer.train(config).stopped
     (row, *_) = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert np.shape(row["expert_load_entropy_by_loop"]) == (2, 1)
     assert row["expert_dropped"] == 0.0

@@ -10,11 +10,12 @@ import jax
 import numpy as np
 import pytest
 
+from plt_jax.checkpoint.steps import list_steps
 from plt_jax.data import pipeline
 from plt_jax.errors import FailedError
-from plt_jax.run import open_trained
-from plt_jax.run_files import CHECKPOINTS, list_steps
-from plt_jax.training import loop
+from plt_jax.runs.directory import open_trained
+from plt_jax.runs.names import CHECKPOINTS
+from plt_jax.training import trainer
 from plt_jax.training.guard import LAG
 from tests.training.runs import (
     STEPS,
@@ -58,7 +59,7 @@ def finite_params(config) -> bool:
 def test_a_bad_batch_is_skipped_and_counted(finished, tmp_path, capsys, value):
     config = tiny_config(finished.home, tmp_path / "run")
     with bad_data(2, value=value):
-        assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+        assert trainer.train(config) == trainer.Outcome(STEPS, stopped=False)
     rows = [row for row in numbers(config) if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
@@ -73,21 +74,21 @@ def test_a_bad_batch_is_skipped_and_counted(finished, tmp_path, capsys, value):
 def test_steps_between_lines_are_counted_too(finished, tmp_path):
     config = tiny_config(finished.home, tmp_path / "run", training={"log_every": 4})
     with bad_data(1, 5, 6):
-        loop.train(config)
+        trainer.train(config)
     assert [row["skipped"] for row in numbers(config) if "loss" in row] == [1, 2]
 
 
 def test_a_stretch_of_bad_data_is_gone_back_from_and_passed_over(finished, tmp_path, capsys):
     config = tiny_config(finished.home, tmp_path / "run", guard=PATIENT)
     with bad_data(5, 6, 7, 8):
-        assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+        assert trainer.train(config) == trainer.Outcome(STEPS, stopped=False)
     out = capsys.readouterr().out
     step = 5 + NOTICED
     # The run would have ended at step 8, before it could go back, had it not been longer.
     assert "going back" not in out
     config = tiny_config(finished.home, tmp_path / "longer", guard=PATIENT, training={"steps": 12})
     with bad_data(5, 6, 7, 8):
-        assert loop.train(config) == loop.Outcome(12, stopped=False)
+        assert trainer.train(config) == trainer.Outcome(12, stopped=False)
     out = capsys.readouterr().out
     assert f"going back from step {step} to 4, and on with the data behind: the loss is nan" in out
     rows = numbers(config)
@@ -106,11 +107,11 @@ def test_what_follows_is_the_same_however_often_it_is_killed(finished, tmp_path)
         raise RuntimeError("power cut")
 
     with bad_data(5, 6, 7, 8, 11):
-        loop.train(whole)
+        trainer.train(whole)
         for at in (6, 7, 9):
             with call_at(at, fail), pytest.raises(RuntimeError, match="power cut"):
-                loop.train(broken)
-        loop.train(broken)
+                trainer.train(broken)
+        trainer.train(broken)
     assert_same_run(broken, whole)
 
 
@@ -122,13 +123,13 @@ def test_data_that_stays_bad_stops_the_run_with_its_checkpoints_intact(finished,
         r"and it went back 1 times \(guard.rollbacks\); look at the data, raise guard.rollbacks"
     )
     with bad_data(*range(5, 40)), pytest.raises(FailedError, match=message):
-        loop.train(config)
+        trainer.train(config)
     assert steps_of(config) == [4]
     assert finite_params(config)
     # With the data mended, as if nothing had been.
-    loop.train(config)
+    trainer.train(config)
     other = tiny_config(finished.home, tmp_path / "other", **sections)
-    loop.train(other)
+    trainer.train(other)
     assert [row for row in numbers(config) if "rolled_back_from" not in row] == numbers(other)
 
 
@@ -136,7 +137,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(finished, tmp_path)
     config = tiny_config(finished.home, tmp_path / "run", guard=PATIENT)
     message = "there is no checkpoint to go back to"
     with bad_data(*range(40)), pytest.raises(FailedError, match=message):
-        loop.train(config)
+        trainer.train(config)
     assert steps_of(config) == []
 
 
@@ -148,7 +149,7 @@ def test_no_checkpoint_is_made_of_a_step_out_of_order(finished, tmp_path):
         checkpoint={"keep": 10},
     )
     with bad_data(3):
-        loop.train(config)
+        trainer.train(config)
     assert steps_of(config) == [2, 5, 6, 8]
 
 
@@ -163,7 +164,7 @@ def test_a_stretch_anywhere_beside_a_checkpoint_is_gone_back_from_once(
         training={"steps": 16},
     )
     with bad_data(*stretch):
-        assert loop.train(config) == loop.Outcome(16, stopped=False)
+        assert trainer.train(config) == trainer.Outcome(16, stopped=False)
     assert 1 <= capsys.readouterr().out.count("going back from") <= 2
 
 
@@ -172,8 +173,8 @@ def test_a_run_stopped_in_a_bad_stretch_goes_on(finished, tmp_path, at):
     config = tiny_config(finished.home, tmp_path / "run", guard=PATIENT, training={"steps": 14})
     with bad_data(5, 6, 7):
         with call_at(at, lambda: os.kill(os.getpid(), signal.SIGTERM)):
-            assert loop.train(config).stopped
-        assert loop.train(config) == loop.Outcome(14, stopped=False)
+            assert trainer.train(config).stopped
+        assert trainer.train(config) == trainer.Outcome(14, stopped=False)
     assert finite_params(config)
 
 
@@ -204,11 +205,11 @@ def test_a_spike_is_skipped_also_where_the_run_was_killed_before(finished, tmp_p
         raise RuntimeError("power cut")
 
     with a_spike_at(25):
-        loop.train(whole)
+        trainer.train(whole)
         with call_at(23, fail), pytest.raises(RuntimeError, match="power cut"):
-            loop.train(broken)
+            trainer.train(broken)
         assert steps_of(broken)[-1] == 20  # fewer steps before the spike than the window has
-        loop.train(broken)
+        trainer.train(broken)
     skipped = [row for row in numbers(whole) if row.get("skipped")]
     assert [row["step"] for row in skipped] == [26]
     assert skipped[0]["loss"] is not None

@@ -7,7 +7,9 @@ import time
 
 import pytest
 
-from plt_jax.training.metrics import MetricsWriter, plot_losses, read_metrics, without_times
+from plt_jax.reports.loss_plot import plot_losses
+from plt_jax.runs.metrics_file import read_metrics, without_times
+from plt_jax.training.metrics import MetricsWriter
 from plt_jax.training.trackers import TensorBoard
 from tests.disks import small_disk
 from tests.training.runs import environment, json_rows

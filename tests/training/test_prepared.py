@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from plt_jax.data.prepared import open_prepared
-from plt_jax.data.preparing import Options, prepare
+from plt_jax.data.corpus_reader import open_prepared
+from plt_jax.data.corpus_writer import Options, prepare
 from plt_jax.data.tokenizer import train_tokenizer
-from plt_jax.training import loop
+from plt_jax.training import trainer
 from tests.training.runs import (
     STEPS,
     assert_refused,
@@ -51,7 +51,7 @@ def trained(finished, corpora, tmp_path_factory):
     """A run on both corpora, trained to its end."""
     run_dir = tmp_path_factory.mktemp("trained") / "run"
     config = tiny_config(finished.home, run_dir, **sources(corpora / "one", corpora / "two"))
-    assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+    assert trainer.train(config) == trainer.Outcome(STEPS, stopped=False)
     return config
 
 
@@ -83,12 +83,12 @@ def test_a_stopped_run_goes_on_bit_for_bit_where_the_corpora_have_moved(
         finished.home, tmp_path / "run", **sources(corpora / "one", corpora / "two")
     )
     with call_at(6, fail), pytest.raises(RuntimeError, match="power cut"):
-        loop.train(config)
+        trainer.train(config)
     for name in ("one", "two"):
         shutil.copytree(corpora / name, tmp_path / "moved" / name)
     moved = sources(tmp_path / "moved" / "one", tmp_path / "moved" / "two")
     config = tiny_config(finished.home, tmp_path / "run", **moved)
-    assert loop.train(config).step == STEPS
+    assert trainer.train(config).step == STEPS
     assert f"data.sources[0].path: {corpora / 'one'} -> {tmp_path / 'moved' / 'one'}" in (
         capsys.readouterr().out
     )
@@ -98,7 +98,7 @@ def test_a_stopped_run_goes_on_bit_for_bit_where_the_corpora_have_moved(
 def test_another_seed_reads_in_another_order(finished, corpora, trained, tmp_path):
     given = sources(corpora / "one", corpora / "two")
     config = tiny_config(finished.home, tmp_path / "run", seed=1, **given)
-    loop.train(config)
+    trainer.train(config)
     assert losses(config) != losses(trained)
 
 
@@ -177,4 +177,4 @@ def test_a_shard_that_vanishes_stops_the_run_with_its_checkpoint_intact(
         assert_refused(command("train.py", path), "the shard ", "is missing; bring it back")
     shutil.rmtree(copy)
     shutil.copytree(corpora / "one", copy)
-    assert loop.train(config).step == 40
+    assert trainer.train(config).step == 40

@@ -6,7 +6,7 @@ import pytest
 from jax.profiler import ProfileData
 
 from plt_jax.config import RunConfig
-from plt_jax.training import loop
+from plt_jax.training import trainer
 from plt_jax.training.profiling import ProfileWindow
 from tests.training.runs import tiny_config
 
@@ -65,7 +65,7 @@ def test_a_profiler_that_is_taken_is_said_and_ends_nothing(tmp_path):
 def test_a_run_writes_its_profile_among_its_events(finished, tmp_path, capsys):
     training = {"profile_from": 2, "profile_steps": 2, "steps": 4}
     config = tiny_config(finished.home, tmp_path / "run", training=training)
-    loop.train(config)
+    trainer.train(config)
     (trace,) = (tmp_path / "run" / "tensorboard" / "plugins" / "profile").rglob("*.xplane.pb")
     assert steps_traced(trace) == [2, 3]
     assert "the profile is in" in capsys.readouterr().out

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.steps import list_steps
 from plt_jax.data.load import load_data
-from plt_jax.run import open_trained
-from plt_jax.run_files import CHECKPOINTS, METRICS, TOKENIZER, list_steps
-from plt_jax.training import loop
+from plt_jax.runs.directory import open_trained
+from plt_jax.runs.names import CHECKPOINTS, METRICS, TOKENIZER
+from plt_jax.training import trainer
 from tests.checkpoint.damage import forget_checksums
 from tests.training.runs import (
     STEPS,
@@ -75,11 +76,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(finished, tmp_path, at, stop, capsys)
     config = tiny_config(finished.home, tmp_path / "run")
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with call_at(at, stop):
-        assert loop.train(config) == loop.Outcome(at, stopped=True)
+        assert trainer.train(config) == trainer.Outcome(at, stopped=True)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert steps_of(config)[-1] == at
     assert f"stopped at step {at}, saved; run the same command" in capsys.readouterr().out
-    assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+    assert trainer.train(config) == trainer.Outcome(STEPS, stopped=False)
     assert f"resuming at step {at} of {STEPS}" in capsys.readouterr().out
     assert_same_run(config, finished.config)
 
@@ -88,8 +89,8 @@ def test_a_run_stopped_twice_and_read_without_prefetch_goes_on_bit_for_bit(finis
     config = tiny_config(finished.home, tmp_path / "run", data={"prefetch": 0})
     for at in (2, 5):
         with call_at(at, terminate):
-            assert loop.train(config).step == at
-    loop.train(tiny_config(finished.home, tmp_path / "run", data={"prefetch": 16}))
+            assert trainer.train(config).step == at
+    trainer.train(tiny_config(finished.home, tmp_path / "run", data={"prefetch": 16}))
     assert_same_run(config, finished.config)
 
 
@@ -99,37 +100,37 @@ def test_a_run_on_questions_goes_on_bit_for_bit(tmp_path):
         tiny_config(tmp_path, tmp_path / name, data={"questions": questions})
         for name in ("whole", "stopped")
     )
-    loop.train(whole)
+    trainer.train(whole)
     with call_at(5, terminate):
-        assert loop.train(config).stopped
-    loop.train(config)
+        assert trainer.train(config).stopped
+    trainer.train(config)
     assert_same_run(config, whole)
 
 
 def test_a_stop_at_the_last_step_is_the_end(finished, tmp_path):
     config = tiny_config(finished.home, tmp_path / "run")
     with call_at(STEPS, terminate):
-        assert loop.train(config) == loop.Outcome(STEPS, stopped=False)
+        assert trainer.train(config) == trainer.Outcome(STEPS, stopped=False)
     assert_same_run(config, finished.config)
 
 
 def test_a_failed_run_goes_on_from_its_last_checkpoint(finished, tmp_path):
     config = tiny_config(finished.home, tmp_path / "run")
     with call_at(6, fail), pytest.raises(RuntimeError, match="power cut"):
-        loop.train(config)
+        trainer.train(config)
     assert steps_of(config) == [4]
     assert find_damage(tmp_path / "run" / CHECKPOINTS / "4") == []
     assert list(losses(config)) == [1, 2, 3, 4, 5, 6]
-    loop.train(config)
+    trainer.train(config)
     assert_same_run(config, finished.config)
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_starts_again(finished, tmp_path):
     config = tiny_config(finished.home, tmp_path / "run")
     with call_at(2, fail), pytest.raises(RuntimeError, match="power cut"):
-        loop.train(config)
+        trainer.train(config)
     assert steps_of(config) == []
-    loop.train(config)
+    trainer.train(config)
     assert_same_run(config, finished.config)
 
 
@@ -138,10 +139,10 @@ def test_accumulated_steps_go_on_bit_for_bit(finished, tmp_path):
         tiny_config(finished.home, tmp_path / name, training={"accumulate": 2})
         for name in ("whole", "stopped")
     )
-    loop.train(whole)
+    trainer.train(whole)
     with call_at(5, terminate):
-        loop.train(stopped)
-    loop.train(stopped)
+        trainer.train(stopped)
+    trainer.train(stopped)
     assert_same_run(stopped, whole)
     assert losses(whole) == pytest.approx(losses(finished.config), rel=1e-4)
     assert list(losses(whole)) == list(range(1, STEPS + 1))
@@ -151,8 +152,8 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import jax
-from plt_jax.config_file import load_config
-from plt_jax.training import loop
+from plt_jax.config.yaml_file import load_config
+from plt_jax.training import trainer
 from tests.training.runs import call_at
 
 config = load_config(sys.argv[1])
@@ -167,7 +168,7 @@ def kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 with call_at(6, kill):
-    loop.train(config)
+    trainer.train(config)
 """
 
 
@@ -183,16 +184,16 @@ def test_a_killed_run_goes_on_bit_for_bit(finished, tmp_path):
     shutil.copytree(directory / "4", directory / "8.orbax-checkpoint-tmp")
     (directory / "8.orbax-checkpoint-tmp" / "_CHECKPOINT_METADATA").unlink(missing_ok=True)
     assert steps_of(config) == [4]
-    loop.train(config)
+    trainer.train(config)
     assert_same_run(config, finished.config)
 
 
 SIGNALLED_TWICE = """
 import os, signal, sys
 from plt_jax.checkpoint import store
-from plt_jax.cli import run_command
-from plt_jax.config_file import load_config
-from plt_jax.training import loop
+from plt_jax.commands.parser import run_command
+from plt_jax.config.yaml_file import load_config
+from plt_jax.training import trainer
 from tests.training.runs import call_at
 
 number, take = signal.Signals[sys.argv[2]], store.take_checksums
@@ -205,7 +206,7 @@ def take_and_signal(checkpoint, names):
 
 store.take_checksums = take_and_signal
 with call_at(6, lambda: os.kill(os.getpid(), number)):
-    run_command(lambda: loop.train(load_config(sys.argv[1])) and 0)
+    run_command(lambda: trainer.train(load_config(sys.argv[1])) and 0)
 """
 
 
@@ -223,7 +224,7 @@ def test_a_second_signal_while_saving_leaves_no_broken_checkpoint(finished, tmp_
     assert steps_of(config) == {"SIGTERM": [4], "SIGINT": [4, 6]}[name]
     for step in steps_of(config):
         assert find_damage(Path(config.run_dir) / CHECKPOINTS / str(step)) == []
-    loop.train(config)
+    trainer.train(config)
     assert_same_run(config, finished.config)
 
 
@@ -241,7 +242,7 @@ def test_a_run_may_be_made_longer(finished, tmp_path):
     before = numbers(config)
     training = config.training.model_copy(update={"steps": STEPS + 2})
     config = config.model_copy(update={"training": training})
-    assert loop.train(config) == loop.Outcome(STEPS + 2, stopped=False)
+    assert trainer.train(config) == trainer.Outcome(STEPS + 2, stopped=False)
     assert steps_of(config)[-1] == STEPS + 2
     assert numbers(config)[: len(before)] == before
     assert list(losses(config)) == list(range(1, STEPS + 3))
@@ -263,7 +264,7 @@ def test_a_resume_is_refused_if_the_text_has_changed(finished, tmp_path):
     shutil.copytree(finished.home / "corpus", home / "corpus")
     config = tiny_config(home, tmp_path / "run")
     with call_at(4, terminate):
-        loop.train(config)
+        trainer.train(config)
     (home / "corpus" / "00.txt").write_text("other words altogether, and more of them: " * 9)
     before = snapshot(tmp_path / "run")
     result = command("train.py", tmp_path / "run" / "config.yaml")
@@ -293,8 +294,8 @@ class AskedLate:
 
 def test_a_stop_at_any_moment_saves_the_step_that_it_names(finished, tmp_path, monkeypatch):
     config = tiny_config(finished.home, tmp_path / "run")
-    monkeypatch.setattr(loop, "StopRequest", AskedLate)
-    outcome = loop.train(config)
+    monkeypatch.setattr(trainer, "StopRequest", AskedLate)
+    outcome = trainer.train(config)
     assert outcome.stopped
     assert steps_of(config) == [outcome.step]
 
@@ -311,20 +312,20 @@ def test_the_data_state_of_earlier_versions_is_read(finished, tmp_path):
     """They kept it as JSON, in a file of the process."""
     config = tiny_config(finished.home, tmp_path / "run")
     with call_at(4, terminate):
-        assert loop.train(config).stopped
+        assert trainer.train(config).stopped
     forget_checksums(tmp_path / "run" / CHECKPOINTS / "4")
     data = tmp_path / "run" / CHECKPOINTS / "4" / "data"
     shutil.rmtree(data)
     data.mkdir()
     (data / "process_0-of-1.json").write_text('{"next_index": 4}', encoding="utf-8")
-    assert loop.train(config).step == STEPS
+    assert trainer.train(config).step == STEPS
     assert losses(config) == losses(finished.config)
 
 
 def test_a_seed_gives_the_same_run_again_and_another_seed_another(finished, tmp_path):
     again = tiny_config(finished.home, tmp_path / "again")
-    loop.train(again)
+    trainer.train(again)
     assert_same_run(again, finished.config)
     other = tiny_config(finished.home, tmp_path / "other", seed=1)
-    loop.train(other)
+    trainer.train(other)
     assert all(loss != losses(finished.config)[step] for step, loss in losses(other).items())

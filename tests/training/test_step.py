@@ -8,7 +8,7 @@ import pytest
 
 from plt_jax import Transformer
 from plt_jax.config import RunConfig
-from plt_jax.sharding import make_mesh
+from plt_jax.distributed.mesh import make_mesh
 from plt_jax.training import step as module
 from plt_jax.training.guard import Limits
 from plt_jax.training.step import init_state, make_train_step

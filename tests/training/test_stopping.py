@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plt_jax import processes
+from plt_jax.distributed import processes
 from plt_jax.errors import FailedError, MissingProcessError
 from plt_jax.training import stopping
 from plt_jax.training.stopping import StopTogether

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from plt_jax.errors import FailedError, InputError
-from plt_jax.training import loop
+from plt_jax.training import trainer
 from plt_jax.training.trackers import WeightsAndBiases, check_wandb
 from tests.training.runs import STEPS, call_at, tiny_config
 
@@ -67,8 +67,8 @@ def test_all_starts_of_a_run_are_one_there(finished, tmp_path, wandb):
         raise OSError("gone")
 
     with call_at(6, fail), pytest.raises(OSError, match="gone"):
-        loop.train(config)
-    loop.train(config)
+        trainer.train(config)
+    trainer.train(config)
     first, second = wandb.runs
     assert (first.settings["id"], first.code) == (None, 1)
     assert (second.settings["id"], second.code) == ("abc123", 0)
@@ -91,7 +91,7 @@ def test_a_package_that_is_not_there_is_refused_before_anything_is_written(
 ):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"training.wandb_project is loops, .*plt_jax\[wandb\]"):
-        loop.train(tiny_config(finished.home, tmp_path / "run", **PROJECT))
+        trainer.train(tiny_config(finished.home, tmp_path / "run", **PROJECT))
     assert not (tmp_path / "run").exists()
     check_wandb(None)
 
@@ -100,7 +100,7 @@ def test_the_package_itself_takes_a_run_offline(finished, tmp_path, monkeypatch)
     pytest.importorskip("wandb", reason="needs wandb (pip install 'plt_jax[wandb]')")
     monkeypatch.setenv("WANDB_MODE", "offline")
     config = tiny_config(finished.home, tmp_path / "run", **PROJECT)
-    loop.train(config)
+    trainer.train(config)
     folder = tmp_path / "run" / "wandb"
     identity = (folder / "run_id").read_text().strip()
     assert identity and list(folder.rglob(f"*{identity}*.wandb"))

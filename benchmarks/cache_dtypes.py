@@ -1,0 +1,126 @@
+"""What a cache of fewer bits costs in quality, on a trained model and real text.
+
+python -m benchmarks.cache_dtypes RUN decodes the beginnings of documents token by token,
+each dtype of the cache in turn, always with the text's own tokens, and compares the predictions.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plt_jax.benchmarks.machine import machine
+from plt_jax.commands.parser import CommandParser, run_command
+from plt_jax.config import ModelConfig
+from plt_jax.decoding.cache import DTYPES, Cache, init_cache
+from plt_jax.decoding.layout import Params, prepare_for_decode
+from plt_jax.decoding.step import decode_step
+from plt_jax.errors import InputError
+from plt_jax.evaluation.documents import documents_of, stream_of
+from plt_jax.runs.directory import Trained, open_trained
+
+
+def main() -> None:
+    parser = CommandParser(
+        prog="python -m benchmarks.cache_dtypes",
+        description="Compare predictions with caches of different dtypes.",
+    )
+    parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
+    parser.add_argument("--text", help="text file or folder; default the run's held-out documents")
+    parser.add_argument("--documents", type=int, default=8, help="documents, evenly spaced")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens of each")
+    parser.add_argument("--out", help="JSON file to write the figures to")
+    arguments = parser.parse_args()
+    trained = open_trained(arguments.path)
+    config = trained.config.model
+    tokens_BT = beginnings(trained, arguments.text, arguments.documents, arguments.tokens)
+    params = prepare_for_decode(config, trained.params)
+    exact = predictions(config, params, tokens_BT, "float32")
+    rows = []
+    for dtype in DTYPES:
+        found = exact if dtype == "float32" else predictions(config, params, tokens_BT, dtype)
+        rows.append({"cache_dtype": dtype, **compare(found, exact, tokens_BT)})
+    report = {
+        "command": " ".join(["python -m benchmarks.cache_dtypes", *sys.argv[1:]]),
+        "machine": machine(),
+        "scheme": f"{config.loop.scheme}, {config.loop.count} loops",
+        "dtype": config.dtype,
+        "tokens": int(tokens_BT.size),
+        "rows": rows,
+    }
+    print(table(report))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def beginnings(trained: Trained, text: str | None, documents: int, tokens: int) -> np.ndarray:
+    """The first tokens of evenly spaced documents that have so many, int32 [B, T].
+
+    Raises:
+      InputError: no document is so long, the context is not, or the run read questions.
+    """
+    if documents < 1 or not 2 <= tokens <= trained.config.model.max_length:
+        raise InputError(
+            f"--documents is {documents} and --tokens {tokens}; at least 1 and 2 are needed, and "
+            f"the context holds {trained.config.model.max_length}"
+        )
+    found = (document[:tokens].copy() for document in documents_of(stream_of(trained, text, None)))
+    long_enough = [beginning for beginning in found if len(beginning) == tokens]
+    if not long_enough:
+        raise InputError(f"no document of the text has {tokens} tokens; lower --tokens")
+    spaced = np.linspace(0, len(long_enough) - 1, min(documents, len(long_enough))).astype(int)
+    return np.array([long_enough[index] for index in spaced], np.int32)
+
+
+def predictions(config: ModelConfig, params: Params, tokens_BT: np.ndarray, dtype: str):
+    """Log-probabilities of the next token after each, float32 [T - 1, B, V]."""
+    B, T = tokens_BT.shape
+    cache = init_cache(config, B, T, dtype)
+    return _predictions(config, params, jnp.asarray(tokens_BT.T[:-1]), cache)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predictions(config: ModelConfig, params: Params, tokens_TB: jax.Array, cache: Cache):
+    def step(cache: Cache, tokens_B: jax.Array):
+        logits_BV, cache = decode_step(config, params, tokens_B, cache)
+        return cache, jax.nn.log_softmax(logits_BV)
+
+    return jax.lax.scan(step, cache, tokens_TB)[1]
+
+
+def compare(found, exact, tokens_BT: np.ndarray) -> dict[str, float]:
+    """How well the text is predicted, and how far that is from the exact predictions."""
+    next_TB = tokens_BT.T[1:, :, None]
+    loss = -jnp.mean(jnp.take_along_axis(found, next_TB, axis=2))
+    divergence_TB = jnp.sum(jnp.exp(exact) * (exact - found), axis=2)
+    same_TB = jnp.argmax(found, axis=2) == jnp.argmax(exact, axis=2)
+    return {
+        "nats_per_token": float(loss),
+        "mean_divergence": float(jnp.mean(divergence_TB)),
+        "largest_divergence": float(jnp.max(divergence_TB)),
+        "same_likeliest_token": float(jnp.mean(same_TB)),
+    }
+
+
+def table(report: dict) -> str:
+    """The rows as text."""
+    lines = [
+        f"{report['scheme']}, {report['dtype']}, {report['tokens']} tokens",
+        f"{'cache':10} {'nats/token':>11} {'mean KL':>10} {'largest KL':>11} {'same argmax':>12}",
+    ]
+    lines += [
+        f"{row['cache_dtype']:10} {row['nats_per_token']:11.5f} {row['mean_divergence']:10.2e} "
+        f"{row['largest_divergence']:11.2e} {row['same_likeliest_token']:12.4f}"
+        for row in report["rows"]
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

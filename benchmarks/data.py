@@ -1,0 +1,159 @@
+"""How fast training data is read and prepared, beside what a chip eats.
+
+python -m benchmarks.data CORPUS [--inputs FILE ...] [--out FOLDER]
+
+Reads batches of a prepared corpus as training does, in shuffled order and without reading ahead, in
+one thread; with --inputs prepares those files, too, in one process and with the corpus's tokenizer.
+Speeds are tokens per second of one core's time. What a chip eats is what --config would take of it
+at 50 % MFU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from plt_jax.benchmarks.machine import machine
+from plt_jax.benchmarks.rounds import interleave, numbers, spread
+from plt_jax.commands.parser import CommandParser, run_command
+from plt_jax.config import RunConfig
+from plt_jax.data.corpus_reader import Prepared, open_prepared
+from plt_jax.data.corpus_writer import Options, prepare
+from plt_jax.data.pipeline import Source, training_dataset
+from plt_jax.data.streams import DocumentStream, TokenStream
+from plt_jax.data.tokens import TokenizedDocuments
+from plt_jax.distributed.chips import CHIPS
+from plt_jax.errors import InputError
+from plt_jax.files import write_text
+from plt_jax.model.costs import flops_by_loop
+from plt_jax.reports.tables import table_of
+from plt_jax.runs.configuration import load_config
+
+MFU = 0.5
+COLUMNS = (
+    ("tokens_per_second", "tokens/s of a core", "{:,.0f}"),
+    ("tokens_per_second_min", "least", "{:,.0f}"),
+    ("tokens_per_second_max", "most", "{:,.0f}"),
+)
+
+
+def main() -> None:
+    parser = CommandParser(prog="python -m benchmarks.data", description=__doc__)
+    parser.add_argument("corpus", help="folder that plt_jax.data.prepare made")
+    parser.add_argument("--inputs", nargs="*", default=[], help="files and folders to prepare")
+    parser.add_argument("--text_field", default=Options().text_field, help="of those files")
+    parser.add_argument("--lengths", type=numbers, default=[256, 2048, 4096], help="of examples")
+    parser.add_argument("--batch", type=int, default=32, help="examples of a batch")
+    parser.add_argument("--batches", type=int, default=20, help="read for one figure")
+    parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")
+    parser.add_argument("--config", default="configs/plt_dense_1b.yaml", help="what a chip trains")
+    parser.add_argument("--out", help="folder for data.json and data.txt")
+    arguments = parser.parse_args()
+    if min(arguments.batch, arguments.batches, arguments.rounds) < 1:
+        raise InputError("--batch, --batches and --rounds must be at least 1")
+    config = load_config(arguments.config)
+    corpus = open_prepared(arguments.corpus)
+    readers = {
+        f"{name}, examples of {length}": reader(stream, length, arguments)
+        for length in arguments.lengths
+        for name, stream in (("shards", corpus.stream("training")), ("array", as_array(corpus)))
+    }
+    seconds = interleave(readers, arguments.rounds)
+    if arguments.inputs:
+        make = preparer(arguments.inputs, arguments.text_field, corpus)
+        seconds["prepare"] = [make() for _ in range(min(arguments.rounds, 3))]
+    rows = [
+        {"label": label, **spread("tokens_per_second", [1 / each for each in found])}
+        for label, found in seconds.items()
+    ]
+    eaten = tokens_eaten(config)
+    text = "\n".join(
+        [
+            table_of(COLUMNS, rows),
+            "",
+            f"a chip at {MFU:.0%} MFU eats of {arguments.config}, examples of "
+            f"{config.sequence_length} (tokens/s):",
+            *(f"  {name}: {tokens:,.0f}" for name, tokens in eaten.items()),
+        ]
+    )
+    print(text)
+    if arguments.out:
+        folder = Path(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        found = {
+            "command": " ".join(["python -m benchmarks.data", *sys.argv[1:]]),
+            "machine": machine(),
+            "rows": rows,
+            "eaten": eaten,
+        }
+        write_text(folder / "data.json", json.dumps(found, indent=1) + "\n")
+        write_text(folder / "data.txt", text + "\n")
+
+
+def as_array(corpus: Prepared) -> TokenStream:
+    """The corpus's training tokens in memory, as text at hand is kept: the baseline."""
+    stream = corpus.stream("training")
+    tokens, documents = stream.read(0, len(stream))
+    return DocumentStream(
+        TokenizedDocuments(tokens, np.flatnonzero(np.diff(documents, prepend=-1)))
+    )
+
+
+def reader(stream: TokenStream, length: int, arguments) -> Callable[[], float]:
+    """Reads some batches further, and returns the seconds of a core for one token."""
+    config = RunConfig.model_validate(
+        {
+            "model": {"max_length": length},
+            "data": {"prefetch": 0},
+            "training": {"batch_size": arguments.batch},
+        }
+    )
+    batches = iter(training_dataset(config, [Source("the corpus", stream)]))
+    next(batches)
+
+    def seconds_per_token() -> float:
+        start = time.process_time()
+        for _ in range(arguments.batches):
+            next(batches)
+        return (time.process_time() - start) / (arguments.batches * arguments.batch * length)
+
+    return seconds_per_token
+
+
+def preparer(inputs: list[str], text_field: str, corpus: Prepared) -> Callable[[], float]:
+    """Prepares the inputs in this process, and returns the seconds of a core for one token."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def seconds_per_token() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.process_time()
+            manifest = prepare(
+                inputs,
+                Path(folder),
+                corpus.tokenizer,
+                Options(text_field=text_field),
+                1,
+                lambda *_: lambda *_: None,
+            )
+            seconds = time.process_time() - start
+        return seconds / sum(shard.tokens for shard in manifest.shards)
+
+    return seconds_per_token
+
+
+def tokens_eaten(config: RunConfig) -> dict[str, float]:
+    """Tokens/s that training takes of each chip at 50 % MFU."""
+    loops = flops_by_loop(config.model, config.sequence_length)
+    flops = 3 * sum(loop.total for loop in loops)
+    return {name: MFU * chip.flops / flops for name, chip in CHIPS.items()}
+
+
+if __name__ == "__main__":
+    run_command(main)

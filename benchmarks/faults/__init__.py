@@ -1,0 +1,1 @@
+"""A campaign of faults against training runs: `python -m benchmarks.faults`."""

@@ -1,0 +1,216 @@
+"""A small training run to be disturbed, and what it comes to if nobody does."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import yaml
+
+from plt_jax.checkpoint.steps import list_steps
+from plt_jax.data.corpus_writer import Options, prepare
+from plt_jax.data.tokenizer import train_tokenizer
+from plt_jax.runs.directory import open_trained
+from plt_jax.runs.metrics_file import read_metrics, without_times
+from plt_jax.runs.names import CHECKPOINTS
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STEPS, CHECKPOINT_EVERY = 40, 5
+PATIENCE = 180
+"""Seconds that anything may take before the campaign gives up on it."""
+
+SENTENCE = "the state of our union is strong and the work of peace goes on"
+
+MODEL = {
+    "vocab_size": 300,
+    "max_length": 32,
+    "width": 16,
+    "layers": 2,
+    "heads": 4,
+    "kv_heads": 2,
+    "ffn_width": 32,
+    "loop": {"window": 8},
+}
+TRAINING = {
+    "steps": STEPS,
+    "batch_size": 4,
+    "log_every": 1,
+    "evaluate_every": 10,
+    "checkpoint_every": CHECKPOINT_EVERY,
+}
+
+
+class Ended(NamedTuple):
+    """How a process ended."""
+
+    code: int
+    """Negative for a signal."""
+    error: str
+    """What it wrote to stderr."""
+
+
+class Outcome(NamedTuple):
+    """What a run has come to."""
+
+    rows: list[dict[str, Any]]
+    """Of metrics.jsonl, but for times and speeds."""
+    parameters: str
+    """A hash of the last checkpoint's."""
+
+
+class Sandbox:
+    """A folder with a prepared corpus and a configuration, and runs in it."""
+
+    def __init__(self, home: Path):
+        """Prepares the corpus; everything lies below `home`."""
+        self.home = home
+        self.texts = home / "texts.jsonl"
+        self.corpus = home / "corpus"
+        home.mkdir(parents=True, exist_ok=True)
+        words = SENTENCE.split()
+        draw = random.Random(0)
+        documents = [" ".join(draw.choices(words, k=draw.randint(20, 90))) for _ in range(240)]
+        rows = (json.dumps({"text": text}) + "\n" for text in documents)
+        self.texts.write_text("".join(rows), encoding="utf-8")
+        self.tokenizer = train_tokenizer(documents, MODEL["vocab_size"], 2)
+        self.options = Options(validation_fraction=0.1, shard_bytes=2**14)
+        prepare([str(self.texts)], self.corpus, self.tokenizer, self.options, 1, _silently)
+
+    def config(self, name: str, corpus: Path | None = None, **sections: Any) -> Path:
+        """Writes the configuration of a run called `name`, and returns its path."""
+        values = {
+            "run_dir": str(self.home / name / "run"),
+            "model": MODEL,
+            "data": {"sources": [{"path": str(corpus or self.corpus)}]},
+            "optimizer": {"learning_rate": 1e-2},
+            "training": TRAINING,
+            "evaluation": {"batch_size": 4, "sequences": 4},
+            **sections,
+        }
+        path = self.home / name / "run.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    def start(self, config: Path, *options: str, script: str | None = None) -> Process:
+        """Starts training; `script` is Python to run first, in the same process."""
+        command = [sys.executable, str(REPOSITORY / "train.py"), str(config), *options]
+        if script is not None:
+            command[1:2] = [
+                "-c",
+                f"{script}\nimport runpy\nrunpy.run_path({command[1]!r}, run_name='__main__')",
+            ]
+        return Process(command, config.parent / "run", config.parent / "stderr")
+
+    def outcome(self, config: Path) -> Outcome:
+        """What a finished run has come to."""
+        directory = config.parent / "run"
+        rows = [without_times(row) for row in read_metrics(directory)]
+        leaves, _ = jax.tree.flatten(open_trained(directory).params)
+        digest = hashlib.sha256()
+        for leaf in leaves:
+            digest.update(np.asarray(leaf).tobytes())
+        return Outcome(rows, digest.hexdigest())
+
+
+class Process:
+    """A training process."""
+
+    def __init__(self, command: list[str], run: Path, errors: Path):
+        self.run = run
+        self._errors = errors
+        with errors.open("w") as stderr:
+            self._process = subprocess.Popen(
+                command,
+                cwd=REPOSITORY,
+                env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+
+    def wait_for(self, condition: Callable[[], bool]) -> bool:
+        """Waits until a condition holds; False if the process ended first."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            if self._process.poll() is not None:
+                return False
+            if time.monotonic() > deadline:
+                self.kill()
+                raise TimeoutError(f"nothing happened for {PATIENCE} s in {self.run}")
+            time.sleep(0.001)
+        return True
+
+    def wait_for_step(self, step: int) -> bool:
+        """Waits until a step is logged."""
+        return self.wait_for(lambda: last_step(self.run) >= step)
+
+    def wait_for_save(self) -> bool:
+        """Waits until a checkpoint is being written."""
+        return self.wait_for(lambda: bool(list((self.run / CHECKPOINTS).glob("*.unfinished*"))))
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal, if the process is still there."""
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def kill(self) -> Ended:
+        """SIGKILL."""
+        self.signal(signal.SIGKILL)
+        return self.end()
+
+    def end(self) -> Ended:
+        """Waits for the end."""
+        code = self._process.wait(PATIENCE)
+        return Ended(code, self.said().strip())
+
+    def said(self) -> str:
+        """What it wrote to stderr so far."""
+        return self._errors.read_text(encoding="utf-8", errors="replace")
+
+
+def last_step(run: Path) -> int:
+    """The newest logged step, 0 without one."""
+    return max((row["step"] for row in read_metrics(run)), default=0)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Its folder, if there is one."""
+    steps = list_steps(run / CHECKPOINTS)
+    return run / CHECKPOINTS / str(steps[-1]) if steps else None
+
+
+def damage(path: Path, kind: str, draw: random.Random) -> str:
+    """Damages a file; returns what was done."""
+    if kind == "missing":
+        path.unlink()
+        return f"{path.name} removed"
+    contents = bytearray(path.read_bytes())
+    if kind == "truncated":
+        length = draw.randrange(len(contents))
+        path.write_bytes(contents[:length])
+        return f"{path.name} cut to {length} of {len(contents)} bytes"
+    place, bit = draw.randrange(len(contents)), draw.randrange(8)
+    contents[place] ^= 1 << bit
+    path.write_bytes(contents)
+    return f"bit {bit} of byte {place} of {path.name} flipped"
+
+
+def copy_corpus(sandbox: Sandbox, name: str) -> Path:
+    """A corpus that a fault may damage."""
+    return Path(shutil.copytree(sandbox.corpus, sandbox.home / name / "corpus"))
+
+
+def _silently(*_):
+    return lambda unit, done: None

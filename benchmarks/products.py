@@ -1,0 +1,107 @@
+"""The forms that a product of a few rows with a weight can take, where decode spends its time.
+
+python -m benchmarks.products times each form over as many weights as memory, not a
+processor's cache, has to deliver. `decoding/layout.py` takes the fastest on each backend.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from plt_jax.benchmarks.machine import copy_bandwidth, machine
+from plt_jax.benchmarks.rounds import interleave, numbers, spread
+from plt_jax.commands.parser import CommandParser, run_command
+from plt_jax.decoding.layout import linear
+
+Form = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def product(formula: str) -> Form:
+    return lambda x, w: jnp.einsum(formula, x, w, preferred_element_type=jnp.float32)
+
+
+def fused_sum(x_MD: jax.Array, weight_ND: jax.Array) -> jax.Array:
+    x_MD = jax.lax.optimization_barrier(x_MD.astype(jnp.float32))
+    return jnp.sum(weight_ND[None].astype(jnp.float32) * x_MD[:, None], axis=-1)
+
+
+FORMS: dict[str, tuple[str, Form]] = {
+    "product, inputs first": ("DN", product("MD,DN->MN")),
+    "product, outputs first": ("ND", product("MD,ND->MN")),
+    "fused sum, outputs first": ("ND", fused_sum),
+    "decoding.layout.linear": ("ND", linear),
+}
+
+
+def main() -> None:
+    parser = CommandParser(
+        prog="python -m benchmarks.products",
+        description="Measure the forms of a product of a few rows with a weight.",
+    )
+    parser.add_argument("--rows", type=numbers, default=[1, 2, 3, 8, 64, 256], help="rows of x")
+    parser.add_argument("--inputs", type=int, default=768, help="inputs D of a weight")
+    parser.add_argument("--outputs", type=int, default=6144, help="outputs N of a weight")
+    parser.add_argument("--megabytes", type=int, default=200, help="of all weights together")
+    parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")
+    parser.add_argument("--out", help="JSON file to write the figures to")
+    arguments = parser.parse_args()
+    report = {
+        "command": " ".join(["python -m benchmarks.products", *sys.argv[1:]]),
+        "machine": machine(),
+        "copy_gb_per_second": copy_bandwidth() / 1e9,
+        "rows": [],
+    }
+    D, N = arguments.inputs, arguments.outputs
+    print(f"{'GB/s of weights read':34}" + "".join(f"{f'M={M}':>9}" for M in arguments.rows))
+    for dtype in ("float32", "bfloat16"):
+        count = max(1, arguments.megabytes * 10**6 // (D * N * jnp.dtype(dtype).itemsize))
+        found = {
+            M: interleave(
+                {name: timer(name, M, D, N, count, dtype) for name in FORMS}, arguments.rounds
+            )
+            for M in arguments.rows
+        }
+        size = count * D * N * jnp.dtype(dtype).itemsize
+        for name in FORMS:
+            speeds = {M: [size / one / 1e9 for one in found[M][name]] for M in arguments.rows}
+            row = {M: spread("gb_per_second", values) for M, values in speeds.items()}
+            report["rows"].append({"form": name, "dtype": dtype, "by_rows": row})
+            figures = "".join(f"{row[M]['gb_per_second']:9.1f}" for M in arguments.rows)
+            print(f"{dtype:9}{name:25}{figures}", flush=True)
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def timer(name: str, M: int, D: int, N: int, count: int, dtype: str) -> Callable[[], float]:
+    """Seconds of one pass over `count` weights, each product waiting for the one before."""
+    layout, form = FORMS[name]
+    shape = (D, N) if layout == "DN" else (N, D)
+    weights = [jnp.full(shape, 0.01 * index, dtype) for index in range(count)]
+    x = jnp.ones((M, D), dtype)
+
+    @jax.jit
+    def run(x, weights):
+        total = jnp.zeros((M, N), jnp.float32)
+        for weight in weights:
+            total += form(x + 1e-9 * total[:, :1].astype(x.dtype), weight)
+        return total
+
+    def measure() -> float:
+        # Once before: the form measured before this one may have left memory to give back.
+        run(x, weights).block_until_ready()
+        start = time.perf_counter()
+        run(x, weights).block_until_ready()
+        return time.perf_counter() - start
+
+    return measure
+
+
+if __name__ == "__main__":
+    run_command(main)

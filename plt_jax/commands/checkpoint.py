@@ -1,0 +1,85 @@
+"""Looks after a run's checkpoints: python -m plt_jax.checkpoint {ls,verify,export} RUN.
+
+It runs on the CPU and leaves accelerators, which may be training, alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import jax
+
+from plt_jax.commands.parser import CommandParser
+from plt_jax.errors import EXIT_DONE, EXIT_FAILED
+from plt_jax.interop.huggingface import DTYPES
+from plt_jax.reports.checkpoints import list_checkpoints, verify_checkpoints
+from plt_jax.runs.export import export_params
+
+
+def main() -> int:
+    parser = CommandParser(
+        prog="python -m plt_jax.checkpoint",
+        description="List, check and export a run's checkpoints.",
+        epilog="Exit codes: 0 done, 1 damage found, 2 bad input.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add_command(
+        commands,
+        run_ls,
+        "a run's checkpoints: steps, sizes, losses, and why they are kept",
+        "List a run's checkpoints. Files are not read, so that only missing ones and those of "
+        "another size are found damaged.",
+    )
+    add_command(
+        commands,
+        run_verify,
+        "check files against their checksums",
+        "Read all files of a run's checkpoints, or of one, and compare them with the checksums "
+        "that were taken when it was saved. One line for each problem; exit code 1 if there are "
+        "any.",
+    )
+    export = add_command(
+        commands,
+        run_export,
+        "parameters alone, as a run of their own",
+        "Write a checkpoint's parameters, without the optimizer's state, into a new run directory, "
+        "which eval.py, plt_jax.generate, plt_jax.convert and train.py's start_from take.",
+    )
+    export.add_argument("destination", help="run directory to make")
+    export.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="of the parameters; default as they are stored",
+    )
+    arguments = parser.parse_args()
+
+    jax.config.update("jax_platforms", "cpu")
+    return arguments.run(arguments)
+
+
+def add_command(commands: Any, run: Any, summary: str, description: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        run.__name__.removeprefix("run_"), help=summary, description=description
+    )
+    command.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
+    command.set_defaults(run=run)
+    return command
+
+
+def run_ls(arguments: argparse.Namespace) -> int:
+    print(list_checkpoints(arguments.path))
+    return EXIT_DONE
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    sound = True
+    for report in verify_checkpoints(arguments.path):
+        print("\n".join(report.lines()), flush=True)
+        sound = sound and not report.damage
+    return EXIT_DONE if sound else EXIT_FAILED
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    print(export_params(arguments.path, arguments.destination, arguments.dtype))
+    return EXIT_DONE

@@ -1,0 +1,27 @@
+"""Checks the contents of a prepared corpus against its manifest.
+
+python -m plt_jax.data.verify FOLDER
+
+Exit code 0: all is as it was written; 1: something is damaged or missing, each in a line.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from plt_jax.commands.parser import CommandParser
+from plt_jax.data.corpus_reader import find_problems
+from plt_jax.errors import EXIT_DONE, EXIT_FAILED
+from plt_jax.files import expand
+
+
+def main() -> int:
+    parser = CommandParser(prog="python -m plt_jax.data.verify", description=__doc__)
+    parser.add_argument("folder", help="of a prepared corpus")
+    folder = expand(parser.parse_args().folder)
+    problems = find_problems(folder)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"{folder} is as it was written")
+    return EXIT_FAILED if problems else EXIT_DONE

@@ -1,0 +1,267 @@
+"""The model's sections: the looping scheme, the network's shape, mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import pydantic
+from pydantic import Field
+
+from plt_jax.config.types import (
+    LARGE,
+    NonNegativeFloat,
+    NonNegativeInt,
+    Number,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    divisors,
+)
+
+SchemeName = Literal[
+    "no_loop", "vanilla_loop", "clp", "clp_kv_share", "plt", "loop_kv_share_window"
+]
+
+
+class Scheme(NamedTuple):
+    """What distinguishes one looping scheme from another (rows of Table 2 in the PLT paper)."""
+
+    shifted: bool
+    """Loops > 1 read a·E[i] + b·H[i-1] (cross-loop parallelism) instead of H[i]."""
+    later_attention: Literal["own", "shared", "gated"]
+    """What loops > 1 attend to: their own K/V, loop 1's, or G-SWA over both."""
+
+
+SCHEMES: dict[str, Scheme] = {
+    "no_loop": Scheme(shifted=False, later_attention="own"),
+    "vanilla_loop": Scheme(shifted=False, later_attention="own"),
+    "clp": Scheme(shifted=True, later_attention="own"),
+    "clp_kv_share": Scheme(shifted=True, later_attention="shared"),
+    "plt": Scheme(shifted=True, later_attention="gated"),
+    "loop_kv_share_window": Scheme(shifted=False, later_attention="gated"),
+}
+
+
+class LoopConfig(Section):
+    """How the layer stack is looped."""
+
+    scheme: SchemeName = "plt"
+    """Looping scheme, a row of the README's table."""
+    count: PositiveInt = 2
+    """Number of loops L; the default is 2, and 1 for no_loop."""
+    window: PositiveInt = 64
+    """Keys that the windowed branch of G-SWA sees, the current token included (plt,
+    loop_kv_share_window)."""
+    gate_input: Literal["query", "hidden"] = "query"
+    """What the G-SWA gate reads: the rotated query (PLT, Algorithm 3) or the RMS-normed layer input
+    (LoopCoder-v2)."""
+    embedding_scale: Number = 1.0
+    """Scale a on the embeddings that loops > 1 read again (shifted schemes)."""
+    hidden_scale: Number = 1.0
+    """Scale b on the previous loop's shifted output (shifted schemes)."""
+    normalize_between_loops: bool = True
+    """Apply the final norm to each loop's output before the next loop reads it."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _default_count(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("scheme") == "no_loop":
+            return {"count": 1, **values}
+        return values
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> LoopConfig:
+        if self.scheme == "no_loop" and self.count != 1:
+            raise ValueError(
+                f"loop.count is {self.count}, but the scheme no_loop runs the stack once; "
+                "set count to 1 or choose a looped scheme"
+            )
+        return self
+
+    @property
+    def shifted(self) -> bool:
+        """Whether loops > 1 read the shifted previous loop, so that decoding takes one pass."""
+        return SCHEMES[self.scheme].shifted
+
+    @property
+    def later_attention(self) -> Literal["own", "shared", "gated"]:
+        """What loops > 1 attend to."""
+        return SCHEMES[self.scheme].later_attention
+
+
+class RopeScalingConfig(Section):
+    """How RoPE's frequencies are stretched to reach beyond the context of an earlier training."""
+
+    kind: Literal["none", "linear", "llama3"] = "none"
+    """Not at all; all frequencies divided by `factor`; or, as in Llama 3.1, only those whose
+    wavelength is long against `original_length`."""
+    factor: Annotated[float, Field(ge=1.0, le=LARGE)] = 1.0
+    """What low frequencies are divided by."""
+    low_frequency_factor: PositiveFloat = 1.0
+    """Wavelengths above original_length / this are divided in full (llama3)."""
+    high_frequency_factor: PositiveFloat = 4.0
+    """Wavelengths below original_length / this stay; those between are interpolated (llama3)."""
+    original_length: PositiveInt = 8192
+    """Context in tokens of the earlier training (llama3)."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> RopeScalingConfig:
+        if self.low_frequency_factor >= self.high_frequency_factor:
+            raise ValueError(
+                f"low_frequency_factor {self.low_frequency_factor} must be below "
+                f"high_frequency_factor {self.high_frequency_factor}"
+            )
+        return self
+
+
+class MoEConfig(Section):
+    """Mixture-of-experts feed-forward layers."""
+
+    experts: NonNegativeInt = 0
+    """Experts X; 0 for dense layers."""
+    dense_layers: NonNegativeInt = 0
+    """Leading layers that stay dense, of model.ffn_width."""
+    experts_per_token: PositiveInt = 2
+    """Experts k that each token goes to."""
+    expert_width: PositiveInt = 512
+    """Hidden width of one expert."""
+    routing: Literal["softmax_then_topk", "topk_then_softmax"] = "softmax_then_topk"
+    """Whether weights are probabilities among all experts or among the chosen ones."""
+    renormalize: bool = True
+    """Divide the chosen weights by their sum (softmax_then_topk)."""
+    shared_width: NonNegativeInt = 0
+    """Hidden width of an expert that every token goes to besides; 0 for none."""
+    shared_gate: bool = False
+    """Scale the shared expert's output by a sigmoid gate per token."""
+    load_balance_loss: NonNegativeFloat = 0.01
+    """Weight of the load-balancing loss."""
+    router_z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log-normaliser of the router's softmax."""
+    bias_update_rate: NonNegativeFloat | None = None
+    """Balancing without a loss: a bias per loop and expert is added to the router's logits when
+    experts are chosen (not when they are weighed). After every step it moves by this much, up for
+    experts with less than an even load, down for those with more. Null: there are no biases."""
+    grouped_product: Literal["auto", "ragged_dot", "blocks", "megablox", "tokamax"] = "auto"
+    """What multiplies each expert's rows: XLA's ragged_dot, blocks of rows in a loop, JAX's Pallas
+    kernel for TPUs, or tokamax (an optional package) for GPUs; auto takes the last of these that
+    the devices run."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> MoEConfig:
+        if self.experts and self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token {self.experts_per_token} is above experts {self.experts}; "
+                "lower the one or raise the other"
+            )
+        if self.shared_gate and not self.shared_width:
+            raise ValueError("shared_gate needs a shared expert; set shared_width, or drop it")
+        for name in ("dense_layers", "bias_update_rate"):
+            if getattr(self, name) not in (0, None) and not self.experts:
+                raise ValueError(f"{name} is {getattr(self, name)} in a model without experts")
+        return self
+
+
+class ModelConfig(Section):
+    """Shape and arithmetic of the network."""
+
+    vocab_size: PositiveInt = 32768
+    """Vocabulary size V; also the number of entries a new tokenizer is trained to."""
+    max_length: PositiveInt = 2048
+    """Longest context in tokens: of a training example unless data.sequence_length says less, and
+    of prompt plus continuation in generation."""
+    width: PositiveInt = 768
+    """Model width D."""
+    layers: PositiveInt = 12
+    """Decoder layers J; each loop runs all of them."""
+    heads: PositiveInt = 12
+    """Query heads N."""
+    kv_heads: PositiveInt = 4
+    """Key/value heads K; must divide heads."""
+    head_width: PositiveInt | None = None
+    """Width H of one head, even; default width / heads."""
+    ffn_width: PositiveInt = 2048
+    """Hidden width F of the SwiGLU feed-forward layer, when dense."""
+    rope_theta: PositiveFloat = 500000.0
+    """Base of the rotary position embedding's frequencies."""
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    """How those frequencies are stretched."""
+    norm_epsilon: Annotated[float, Field(ge=1e-12, le=LARGE)] = 1e-5
+    """Added to the mean square in every RMSNorm. (Below the limit, gradients at states of zero are
+    no numbers.)"""
+    tied_embeddings: bool = False
+    """Use the transposed embedding as the output head."""
+    qk_norm: bool = False
+    """RMSNorm over each head's query and key before RoPE."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections."""
+    output_bias: bool = False
+    """A bias on attention's output projection."""
+    ffn_output_norm: bool = False
+    """RMSNorm on the feed-forward output before the residual sum."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters, norms, softmax and logits stay float32."""
+    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """What computes attention over whole sequences: plain XLA, cuDNN on NVIDIA GPUs, or splash on
+    TPUs; auto is the fastest that the devices, the dtype and the head width allow."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass recomputes: nothing, every layer, or all but matrix products (those of
+    experts it recomputes too)."""
+    layer_unroll: PositiveInt = 1
+    """Layers unrolled per step of the scan over layers; `layers` unrolls it all. Unrolled
+    layers can lose most of what remat saves."""
+    loop: LoopConfig = LoopConfig()
+    """How the stack is looped."""
+    moe: MoEConfig = MoEConfig()
+    """Mixture of experts instead of dense feed-forward layers."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _default_head_width(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("head_width") is not None:
+            return values
+        width = values.get("width", cls.model_fields["width"].default)
+        heads = values.get("heads", cls.model_fields["heads"].default)
+        try:
+            width, heads = int(width), int(heads)
+        except (TypeError, ValueError, OverflowError):
+            return values  # the field's own type error says it better
+        if width > 0 and heads > 0 and width % heads:
+            raise ValueError(
+                f"width {width} is not divisible by heads {heads}; change one, or set head_width"
+            )
+        return {**values, "head_width": width // max(heads, 1)}
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> ModelConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads {self.heads} is not divisible by kv_heads {self.kv_heads}; "
+                f"kv_heads must be one of {divisors(self.heads)}"
+            )
+        if self.head_width % 2:
+            raise ValueError(
+                f"head_width {self.head_width} is odd; RoPE needs an even number (by default "
+                "it is width / heads)"
+            )
+        if self.moe.dense_layers >= self.layers:
+            raise ValueError(
+                f"moe.dense_layers {self.moe.dense_layers} leaves none of the {self.layers} layers "
+                "to the experts; lower it"
+            )
+        if self.attention == "cudnn" and self.cudnn_obstacle is not None:
+            raise ValueError(f"attention is cudnn, but {self.cudnn_obstacle}, or attention to auto")
+        return self
+
+    @property
+    def cudnn_obstacle(self) -> str | None:
+        """What keeps cuDNN's attention from taking such a model, and the fix; None if it takes it.
+
+        The conditions are those of `jax.nn.dot_product_attention`, with the head width that every
+        GPU's kernels reach: up to 256 they depend on its generation.
+        """
+        if self.dtype != "bfloat16":
+            return f"dtype is {self.dtype}; set dtype to bfloat16"
+        if self.head_width % 8 or self.head_width > 128:
+            return f"head_width is {self.head_width}; set head_width to a multiple of 8 up to 128"
+        return None

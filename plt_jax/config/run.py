@@ -1,0 +1,67 @@
+"""The whole configuration of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import pydantic
+from pydantic import Field
+
+from plt_jax.config.data import DataConfig, TokenizerConfig
+from plt_jax.config.model import ModelConfig
+from plt_jax.config.training import (
+    CheckpointConfig,
+    EvaluationConfig,
+    GuardConfig,
+    MeshConfig,
+    OptimizerConfig,
+    ProcessesConfig,
+    TrainingConfig,
+)
+from plt_jax.config.types import PathText, Section
+
+
+class RunConfig(Section):
+    """Everything that determines a training run."""
+
+    run_dir: PathText | None = None
+    """Where the run is written; default runs/NAME for configs/NAME.yaml."""
+    start_from: PathText | None = None
+    """A run directory, or one of its checkpoints, whose parameters this run starts from; its model,
+    tokenizer and sequence length are then the defaults here."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of initialisation and of the data's order."""
+    model: ModelConfig = ModelConfig()
+    """Shape and arithmetic of the network."""
+    data: DataConfig = DataConfig()
+    """Where text comes from."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """The tokenizer."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and learning-rate schedule."""
+    training: TrainingConfig = TrainingConfig()
+    """The training loop."""
+    guard: GuardConfig = GuardConfig()
+    """Steps that are out of order."""
+    mesh: MeshConfig = MeshConfig()
+    """Device mesh."""
+    processes: ProcessesConfig = ProcessesConfig()
+    """The processes that train."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints kept."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Evaluation on held-out text."""
+
+    @pydantic.model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.sequence_length > self.model.max_length:
+            raise ValueError(
+                f"data.sequence_length {self.data.sequence_length} is above model.max_length "
+                f"{self.model.max_length}; lower the one or raise the other"
+            )
+        return self
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens per training example T."""
+        return self.data.sequence_length or self.model.max_length

@@ -1,0 +1,63 @@
+"""The types of the configuration's fields: numbers that devices can hold, text, paths; and the base
+of its sections."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import pydantic
+from pydantic import AfterValidator, Field
+
+# Devices compute with numbers of 32 bits: what does not fit them is refused, instead of becoming
+# 0, infinity, or an error in the middle of a run.
+LARGE, SMALL, LARGE_INT = 3.4e38, 1.2e-38, 2**31
+Number = Annotated[float, Field(ge=-LARGE, le=LARGE)]
+PositiveFloat = Annotated[float, Field(ge=SMALL, le=LARGE)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0, le=LARGE)]
+PositiveInt = Annotated[int, Field(gt=0, lt=LARGE_INT)]
+NonNegativeInt = Annotated[int, Field(ge=0, lt=LARGE_INT)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+AxisSize = Annotated[int, Field(ge=-1, lt=LARGE_INT)]
+LONGEST_NAME = 255
+"""Bytes of a file's or folder's name."""
+
+
+def _is_text(text: str) -> str:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!r} is not UTF-8; write it in UTF-8, or choose another") from error
+    return text
+
+
+def _is_path(path: str) -> str:
+    if "\0" in path:
+        raise ValueError(f"{path!r} holds a NUL character, which no path does; correct it")
+    if "://" in path:
+        raise ValueError(
+            f"{path} is no path of a file system; mount what it names, and give the path of that"
+        )
+    for name in path.split("/"):
+        if len(os.fsencode(name)) > LONGEST_NAME:
+            raise ValueError(
+                f"the name {name[:20]}... in it has more than {LONGEST_NAME} bytes; shorten it"
+            )
+    return path
+
+
+Text = Annotated[str, AfterValidator(_is_text)]
+PathText = Annotated[Text, AfterValidator(_is_path)]
+
+
+class Section(pydantic.BaseModel):
+    """Base of all sections: immutable, hashable, and strict about unknown keys."""
+
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """The positive divisors of a positive number, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]

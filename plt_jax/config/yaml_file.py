@@ -1,0 +1,107 @@
+"""Configurations as YAML files: read with overrides, written, their errors told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import pydantic
+import yaml
+
+from plt_jax.config import RunConfig
+from plt_jax.errors import InputError
+
+
+def load_resolved(path: Path) -> RunConfig:
+    """Reads what `dump_config` wrote: nothing is missing, so nothing is looked up elsewhere.
+
+    Raises:
+      InputError: as `load_config`.
+    """
+    return validate(path, read_yaml(path))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every field written out."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The mapping that a YAML file holds, not validated.
+
+    Raises:
+      InputError: the file cannot be read, or holds no mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = {} if values is None else values
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
+    return values
+
+
+def validate(path: Path, values: Mapping[str, Any]) -> RunConfig:
+    """The configuration of nested values.
+
+    Args:
+      path: the file that they came from, for the message.
+
+    Raises:
+      InputError: a value is refused; the message names the field, the value and what would be
+        right.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise InputError(f"{path}: {describe_errors(error)}") from error
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings with `top` laid over `base`."""
+    merged = dict(base)
+    for key, value in top.items():
+        under = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(under, Mapping)
+        merged[key] = merge(under, value) if both else value
+    return merged
+
+
+def describe_errors(error: pydantic.ValidationError) -> str:
+    """Pydantic's errors in one line: field, value, what would be right, nearest name for a typo."""
+    return "; ".join(_describe(entry) for entry in error.errors(include_url=False))
+
+
+def _describe(entry: Mapping[str, Any]) -> str:
+    name = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        known = _known_fields(entry["loc"][:-1])
+        near = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"unknown field {name}; {hint}"
+    if entry["type"] == "missing":
+        return f"{name} is missing"
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name} = {entry['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _known_fields(location: tuple[str | int, ...]) -> list[str]:
+    return list(annotation_at(location).model_fields)
+
+
+def annotation_at(location: Iterable[str | int]) -> Any:
+    """The type that the configuration declares at a place, such as ("model", "width")."""
+    annotation: Any = RunConfig
+    for part in location:
+        if isinstance(part, int):  # an item of a list
+            annotation, _ = get_args(annotation)
+        else:
+            annotation = annotation.model_fields[part].annotation
+    return annotation

@@ -1,0 +1,43 @@
+"""A checkpoint's parameters as a run directory of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from plt_jax.files import check_new_folder
+from plt_jax.interop.tokenizer_files import carried_files
+from plt_jax.runs.directory import create_run, find_checkpoint, read_params
+from plt_jax.runs.names import HUGGINGFACE, TOKENIZER
+
+
+def export_params(path: str | Path, destination: str | Path, dtype: str | None = None) -> str:
+    """Makes a run directory with one checkpoint, of step 0, that holds the parameters alone.
+
+    Args:
+      path: a run directory (its newest checkpoint) or one of its checkpoints/STEP.
+      dtype: what the parameters are stored as; default as they are.
+
+    Returns:
+      What was done, in two lines.
+
+    Raises:
+      InputError: there is no sound checkpoint, or the destination is taken; nothing is left then.
+    """
+    check_new_folder(destination)
+    found = find_checkpoint(path)
+    params = read_params(found, dtype=dtype)
+    tokenizer = found.directory / TOKENIZER
+    create_run(
+        found.config.model_copy(update={"run_dir": str(destination), "start_from": None}),
+        params,
+        tokenizer if tokenizer.exists() else None,
+        carried_files(found.directory / HUGGINGFACE),
+    )
+    leaves = jax.tree.leaves(params)
+    size, dtypes = sum(leaf.nbytes for leaf in leaves), sorted({leaf.dtype.name for leaf in leaves})
+    return (
+        f"exported {found.directory}, step {found.step}: {sum(leaf.size for leaf in leaves):,} "
+        f"parameters, {', '.join(dtypes)}, {size / 1e9:.2f} GB\nwritten to {destination}"
+    )

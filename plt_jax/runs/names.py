@@ -1,0 +1,68 @@
+"""The names in a run directory, and how a path leads to one.
+
+config.yaml      the resolved configuration
+tokenizer.json   the tokenizer (Hugging Face tokenizers)
+text.json        a fingerprint of the text, to know it by when the run resumes
+checkpoints/N/   orbax checkpoints by step
+metrics.jsonl    one JSON object per line; tensorboard/ has the same; loss.png draws it
+eval.json        what eval.py found last; by its options documents.json, loops.json, tasks.json and
+                 exact_match.json
+report.html      what plt_jax.training.report drew last
+huggingface/     of imported models: config.json and the tokenizer's files, as they came
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from plt_jax.errors import InputError
+from plt_jax.files import expand
+
+CONFIG, TOKENIZER, TEXT, CHECKPOINTS, METRICS, HUGGINGFACE = (
+    "config.yaml",
+    "tokenizer.json",
+    "text.json",
+    "checkpoints",
+    "metrics.jsonl",
+    "huggingface",
+)
+
+
+class Location(NamedTuple):
+    """What a path given by a user means."""
+
+    directory: Path
+    """The run directory, absolute."""
+    step: int | None
+    """The checkpoint, if the path names one."""
+
+
+def locate(path: str | Path) -> Location:
+    """Finds the run of a path: a run directory, its `checkpoints`, or one of its checkpoints/STEP.
+
+    Raises:
+      InputError: the path is none of these.
+    """
+    missing = f"{path} does not exist; give a run directory, or one of its checkpoints"
+    try:
+        path = expand(path).resolve()  # the name of a folder given as . tells what it is
+    except ValueError as error:  # of an impossible name
+        raise error if isinstance(error, InputError) else InputError(missing) from error
+    if not os.path.exists(path):  # False, too, where the name is impossible
+        raise InputError(missing)
+    directory, step = path, None
+    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+        directory, step = path.parent.parent, int(path.name)
+    elif path.name == CHECKPOINTS:
+        directory = path.parent
+    if not (directory / CONFIG).is_file():
+        advice = "train one with train.py"
+        if (path / "config.json").exists():
+            advice = "for a Hugging Face checkpoint, run python -m plt_jax.convert import first"
+        raise InputError(
+            f"{path} is neither a run directory nor a checkpoint of one: {directory / CONFIG} is "
+            f"missing; {advice}"
+        )
+    return Location(directory, step)
