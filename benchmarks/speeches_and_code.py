@@ -1,6 +1,6 @@
 """Writes the ablation's text: the State of the Union addresses and the standard library's source.
 
-python benchmarks/speeches_and_code.py corpora/text
+python -m benchmarks.speeches_and_code corpora/text
 python -m plt_jax.data.prepare corpora/text/speeches.jsonl corpora/text/code.jsonl \
     --out corpora/speeches_and_code --vocab_size 4096 --validation_fraction 0.02
 
@@ -20,7 +20,7 @@ LEFT_OUT = {"site-packages", "test", "tests", "idle_test"}
 
 
 def main() -> None:
-    parser = CommandParser(description=__doc__)
+    parser = CommandParser(prog="python -m benchmarks.speeches_and_code", description=__doc__)
     parser.add_argument("folder", help="where speeches.jsonl and code.jsonl go, made if need be")
     folder = expand(parser.parse_args().folder)
     folder.mkdir(parents=True, exist_ok=True)

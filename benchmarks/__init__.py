@@ -1,0 +1,1 @@
+"""Measurements of this repository alone, `python -m benchmarks.NAME` from a checkout's root."""
