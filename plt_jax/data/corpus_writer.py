@@ -1,7 +1,7 @@
 """Making a prepared corpus: units of text to shards, in parallel, going on where a kill left it.
 
-Beside what `corpus_reader.py` names, its folder holds `parts/`: plan.json, what it is made from, and a
-JSON file for each finished unit. A call makes the units whose shards are not there.
+Beside what `corpus_reader.py` names, its folder holds `parts/`: plan.json, what it is made from,
+and a JSON file for each finished unit. A call makes the units whose shards are not there.
 """
 
 from __future__ import annotations

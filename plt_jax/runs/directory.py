@@ -94,8 +94,8 @@ def open_trained(path: str | Path, mesh: Mesh | None = None, loops: int | None =
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
 
     Args:
-      mesh: where the parameters go, by the rules of distributed/mesh.py; default one device. It need not be
-        the one that they were trained on.
+      mesh: where the parameters go, by the rules of distributed/mesh.py; default one device. It
+        need not be the one that they were trained on.
       loops: that the model runs; default as many as it was trained with.
 
     Raises:
