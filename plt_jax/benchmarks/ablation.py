@@ -35,7 +35,7 @@ from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.decoding.generation import BLOCK
-from plt_jax.distributed import processes
+from plt_jax.distributed import processes, rendezvous
 from plt_jax.errors import EXIT_STOPPED, InputError
 from plt_jax.evaluation.exact_match import EXACT_MATCH, QUESTIONS, evaluate_exact_match
 from plt_jax.files import write_text
@@ -61,8 +61,8 @@ ROWS = (
 def main(words: Sequence[str] | None = None) -> int | None:
     words = list(sys.argv[1:] if words is None else words)
     arguments, config = parse(words)
-    processes.start(config.processes)
-    if not processes.alone():
+    rendezvous.initialize(config.processes)
+    if not processes.is_single():
         raise InputError("the ablation trains in one process, on all of its devices; start one")
     cases = [case for case in ROWS if arguments.rows is None or case.label in arguments.rows]
     folder = Path(config.run_dir)

@@ -73,7 +73,7 @@ class Checkpoints:
         self._patience = patience
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[Path, Future] | None = None
-        if processes.first() and self._directory.is_dir():
+        if processes.is_first() and self._directory.is_dir():
             for entry in self._directory.iterdir():
                 if _LEFTOVER.fullmatch(entry.name):
                     shutil.rmtree(entry, ignore_errors=True)
@@ -147,7 +147,7 @@ class Checkpoints:
           InputError: they cannot be read.
         """
         path = self._directory / str(step)
-        if not processes.alone():
+        if not processes.is_single():
             _wait_for(path, self._patience)
         wanted = {"params": params, "optimizer": optimizer, "data": None}
         # Earlier versions kept the data's state as one process's own.
@@ -174,7 +174,7 @@ class Checkpoints:
         _wait_for(unfinished, self._patience)
         own = take_checksums(unfinished, own_files(unfinished, jax.process_index()))
         gathered = processes.gather(f"checksums/{number}", json.dumps(own), self._patience)
-        if not processes.first():
+        if not processes.is_first():
             return
         files = {name: File(*file) for text in gathered for name, file in json.loads(text).items()}
         write_manifest(unfinished, files, loss)
@@ -196,7 +196,7 @@ class Checkpoints:
 def find_shared_damage(path: Path, inside: Collection[str] | None = None) -> list[str]:
     """What `find_damage` finds in this process's part of a checkpoint's files; says so in the first
     where there is nothing to check them against."""
-    if processes.first() and not has_checksums(path):
+    if processes.is_first() and not has_checksums(path):
         print(
             f"the checkpoint {path} has no checksums (an earlier version saved it), so it is read "
             "unverified",

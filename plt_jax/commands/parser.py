@@ -60,7 +60,7 @@ def _fail() -> NoReturn:
     if "jax" in sys.modules:  # else no other process was ever met
         from plt_jax.distributed import processes
 
-        if not processes.alone():
+        if not processes.is_single():
             os._exit(EXIT_FAILED)  # the other processes end too, and JAX would wait for them
     sys.exit(EXIT_FAILED)
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from plt_jax.decoding.cache import LayerCache, Quantized, Stored
 from plt_jax.decoding.layout import on_two_rows
 from plt_jax.decoding.placement import Part, placement
-from plt_jax.distributed.axes import divisible
+from plt_jax.distributed.axes import mesh_is_active
 from plt_jax.model.blockwise import MASKED, Partial, windowed_attention
 from plt_jax.model.kernels import Backend, cudnn_masked_attention
 
@@ -47,7 +47,7 @@ def attend_where_held(
       more: further arrays with a leading axis of B.
     """
     inputs = (q_BNTH, k_BKTH, v_BKTH, gate_BNT, held, lengths_B, *more)
-    if not divisible():
+    if not mesh_is_active():
         return attend(*inputs, part=Part())
     B, K, S, _ = held.keys[0].shape
     where = placement(B, K, S)

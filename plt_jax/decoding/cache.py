@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.placement import placement
-from plt_jax.distributed.axes import divisible, lay
+from plt_jax.distributed.axes import mesh_is_active, shard
 from plt_jax.errors import InputError
 from plt_jax.model.kernels import traced_platform
 
@@ -120,7 +120,7 @@ def init_cache(
     name = name if isinstance(name, str) else jnp.dtype(name).name
     if name not in DTYPES:
         raise InputError(f"cache dtype is {name}; it must be one of {', '.join(DTYPES)}")
-    empty = _empty_on_mesh if divisible() else _empty
+    empty = _empty_on_mesh if mesh_is_active() else _empty
     return empty(config, batch, max_length, name)
 
 
@@ -163,13 +163,13 @@ def _empty_on_mesh(config: ModelConfig, batch: int, max_length: int, dtype_name:
 
 def placed(cache: Cache) -> Cache:
     """The cache with its arrays laid over the current mesh, if there is one."""
-    if not divisible():
+    if not mesh_is_active():
         return cache
     batch, kv_heads = cache.keys[0][0].shape[:2]
     where = placement(batch, kv_heads, cache.capacity)
 
     def laid(tree, spec: PartitionSpec):
-        return jax.tree.map(lambda array: lay(array, *spec), tree)
+        return jax.tree.map(lambda array: shard(array, *spec), tree)
 
     return Cache(
         lengths=laid(cache.lengths, PartitionSpec(where.batch)),

@@ -18,7 +18,7 @@ from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.prefill import prefill
 from plt_jax.decoding.sampling import Sampling, sample
 from plt_jax.decoding.step import decode_step
-from plt_jax.distributed.axes import lay
+from plt_jax.distributed.axes import shard
 from plt_jax.errors import InputError
 
 PREFILL_CHUNK = 256  # Bounds prefill's memory, which grows with the chunk.
@@ -231,7 +231,7 @@ def advance(
 
     nothing = jnp.zeros((BLOCK, B), jnp.int32), jnp.zeros((BLOCK, B), jnp.float32)
     state, _, tokens_nB, logs_nB = jax.lax.while_loop(goes_on, step, (state, 0, *nothing))
-    return state.replace(index=lay(state.index)), lay(tokens_nB), lay(logs_nB)
+    return state.replace(index=shard(state.index)), shard(tokens_nB), shard(logs_nB)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -255,7 +255,7 @@ def _choose(
         logs_B = jnp.take_along_axis(logs_BV, tokens_B[:, None], axis=1)[:, 0]
     stopped_B = jnp.any(tokens_B[:, None] == stops_BM, axis=1)
     logs_B, running_B = jnp.where(state.running_B, logs_B, 0.0), state.running_B & ~stopped_B
-    return lay(tokens_B), lay(logs_B), lay(running_B)  # every process reads them
+    return shard(tokens_B), shard(logs_B), shard(running_B)  # every process reads them
 
 
 def prefill_prompts(

@@ -15,7 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig, MoEConfig
-from plt_jax.distributed.axes import axes_of, batch_axes, divisible, fitting, lay, unboxed
+from plt_jax.distributed.axes import (
+    batch_axes,
+    current_axes,
+    dividing_axes,
+    mesh_is_active,
+    shard,
+    unboxed,
+)
 from plt_jax.model.block import Products, stacks_of
 from plt_jax.model.expert_parallel import replicate_rows
 from plt_jax.model.grouped import grouped_product
@@ -51,7 +58,7 @@ def prepare_for_decode(config: ModelConfig, params: Params) -> Params:
     if isinstance(params["layers"], tuple):
         return params
     params = unboxed(params)
-    return _prepare_on_mesh(config, params) if divisible() else _prepare(config, params)
+    return _prepare_on_mesh(config, params) if mesh_is_active() else _prepare(config, params)
 
 
 def _prepare(config: ModelConfig, params: Params) -> Params:
@@ -120,25 +127,27 @@ EXPERT_AXES = {name: PREPARED_AXES[name] for name in ("expert_gate_up", "expert_
 def _placed(name: str, weight: jax.Array) -> jax.Array:
     """A prepared weight in its place on the current mesh; a side that does not divide by all of its
     axes is split over those that it divides by."""
-    if not divisible():
+    if not mesh_is_active():
         return weight
     axes = PREPARED_AXES.get(name, ())
     sides = zip(axes, weight.shape, strict=False)
-    return lay(weight, *(axis and fitting(axes_of(axis), size) for axis, size in sides))
+    return shard(
+        weight, *(axis and dividing_axes(current_axes(axis), size) for axis, size in sides)
+    )
 
 
 def lay_rows(x_BTD: jax.Array) -> jax.Array:
     """States laid out for products with prepared weights: split by sequence where those are not."""
-    if not divisible():
+    if not mesh_is_active():
         return x_BTD
-    return lay(x_BTD, batch_axes(x_BTD.shape[0], "decode_batch"))
+    return shard(x_BTD, batch_axes(x_BTD.shape[0], "decode_batch"))
 
 
 def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x [..., D] times a prepared weight [N, D] or [2, F, D], summed and returned in float32, the
     weight's leading axes behind those of x."""
     rows_MD, outputs = x.reshape(-1, x.shape[-1]), weight.shape[:-1]
-    if not divisible():
+    if not mesh_is_active():
         # CPUs have a fast product with a matrix alone; but a side that devices split cannot be
         # folded behind another without being gathered.
         weight = weight.reshape(-1, weight.shape[-1])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from plt_jax.distributed.axes import axes_of, batch_axes, fitting
+from plt_jax.distributed.axes import batch_axes, current_axes, dividing_axes
 
 
 class Part(NamedTuple):
@@ -62,7 +62,7 @@ def placement(batch: int, kv_heads: int, capacity: int) -> Placement:
         S a multiple of the devices.
     """
     rows = batch_axes(batch, "decode_batch")
-    heads = fitting(axes_of("kv_heads"), kv_heads)
-    idle = (*axes_of("decode_batch"), *axes_of("kv_heads"))
+    heads = dividing_axes(current_axes("kv_heads"), kv_heads)
+    idle = (*current_axes("decode_batch"), *current_axes("kv_heads"))
     left = [axis for axis in idle if axis not in (*rows, *heads)]
-    return Placement(rows, heads, fitting((*axes_of("cache_length"), *left), capacity))
+    return Placement(rows, heads, dividing_axes((*current_axes("cache_length"), *left), capacity))

@@ -1,115 +1,52 @@
-"""Several processes that train one model: how they find one another, agree, and wait.
+"""Several processes that train one model: how they exchange text, agree, and wait for one another.
 
-Of one process nothing here does anything. On TPU pods and under Slurm JAX finds the others by
-itself; elsewhere `processes.coordinator`, `.count` and `.index` say who they are.
+With a single process nothing here does anything. rendezvous.py connects the processes first.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import itertools
 import json
-import os
 import re
 import socket
-import sys
-import threading
-import time
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
-from jax._src import distributed  # its client has no public name; orbax and others use it so too
+from jax._src import distributed  # see _client
 from jax.experimental import multihost_utils
 
-from plt_jax.config import ProcessesConfig
 from plt_jax.errors import InputError, MissingProcessError
 
-SHUTDOWN_SECONDS = 30
-"""How long a process that ends waits for the others, and how much longer than we JAX waits for
-them: when it loses patience, it aborts with a stack trace."""
 
-
-def start(config: ProcessesConfig) -> None:
-    """Joins the other processes, if there are any; call it before anything that needs devices.
-
-    All but the first process print nothing from then on; errors still reach stderr.
-
-    Raises:
-      InputError: some of the processes did not come in time, which are named.
-    """
-    if jax.distributed.is_initialized() or not (config.coordinator or announced()):
-        return
-    settings = {
-        "initialization_timeout": config.timeout + SHUTDOWN_SECONDS,
-        "shutdown_timeout_seconds": SHUTDOWN_SECONDS,
-    }
-    if config.coordinator:
-        call_roll(config.coordinator, config.count, config.index, config.timeout)
-        settings |= {
-            "coordinator_address": config.coordinator,
-            "num_processes": config.count,
-            "process_id": config.index,
-            "cluster_detection_method": "deactivate",
-        }
-    # It would swallow SIGTERM, which training handles by itself.
-    jax.config.update("jax_enable_preemption_service", False)
-    try:
-        with _patience(config.timeout):
-            jax.distributed.initialize(**settings)
-    except (ValueError, RuntimeError) as error:
-        if not config.coordinator and not several_announced():
-            return  # TPU chips without metadata, or another device: nobody speaks of others
-        raise InputError(
-            f"JAX does not find the other processes ({' '.join(str(error).split())[:200]}); say "
-            "who is who with processes.coordinator, processes.count and processes.index"
-        ) from error
-    _client().key_value_set(f"host/{jax.process_index()}", socket.gethostname())
-    if not first():
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
-
-
-def announced() -> bool:
-    """Whether this process may be one of several: the environment says so, or there are TPU chips,
-    whose machine's metadata JAX asks."""
-    chips = glob.glob("/dev/accel[0-9]*") + glob.glob("/dev/vfio/[0-9]*")
-    if "TPU_WORKER_HOSTNAMES" in os.environ or "TPU_SKIP_MDS_QUERY" in os.environ:
-        chips = []  # the environment says who there is, or that there is nobody to ask
-    wanted = os.environ.get("JAX_PLATFORMS") or "tpu"
-    return several_announced() or (bool(chips) and "tpu" in wanted)
-
-
-def several_announced() -> bool:
-    """Whether the environment says that this process is one of several."""
-    counts = ["OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"]
-    if "SLURM_STEP_NODELIST" in os.environ:
-        counts.append("SLURM_NTASKS")  # set in a job's own shell too, where nobody else runs
-    several = any(os.environ.get(name, "1") not in ("", "0", "1") for name in counts)
-    return several or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-
-
-def first() -> bool:
-    """Whether this is the process that prints and writes for all."""
+def is_first() -> bool:
+    """Whether this is process 0, which prints and writes files for all."""
     return jax.process_index() == 0
 
 
-def alone() -> bool:
-    """Whether there is only this process."""
+def is_single() -> bool:
+    """Whether this is the only process."""
     return jax.process_count() == 1
 
 
+def publish_host() -> None:
+    """Stores the name of this process's machine, for messages about this process."""
+    _client().key_value_set(f"host/{jax.process_index()}", socket.gethostname())
+
+
 def barrier(what: str, timeout: int) -> None:
-    """Waits until all processes have come here.
+    """Waits until all processes have reached this call.
 
     Args:
-      what: what they have done then, for the message.
+      what: a clause for the error message: what has happened when all processes are here.
       timeout: seconds.
 
     Raises:
-      MissingProcessError: some did not; names them.
+      MissingProcessError: some processes did not come; the message names them.
     """
-    if alone():
+    if is_single():
         return
     try:
         _client().wait_at_barrier(f"plt_jax/{what}/{next(_numbers)}", timeout * 1000)
@@ -118,19 +55,24 @@ def barrier(what: str, timeout: int) -> None:
             reason = " ".join(str(error).split())[:300]
             raise MissingProcessError(f"a process was lost before {what}: {reason}") from error
         raise MissingProcessError(
-            f"{_missing(str(error))} did not come to the point where {what}, for {timeout} s; look "
-            "at its output, or raise processes.timeout"
+            f"{_late_processes(str(error))} did not come to the point where {what}, for {timeout} "
+            "s; look at its output, or raise processes.timeout"
         ) from error
 
 
 @contextlib.contextmanager
-def together(what: str, timeout: int) -> Iterator[None]:
-    """Runs a block in every process, and fails in all of them if it fails in one.
+def fail_together(what: str, timeout: int) -> Iterator[None]:
+    """Runs a block in every process; an error in one process fails the block in all of them.
+
+    Args:
+      what, timeout: see `barrier`.
 
     Raises:
-      InputError: the block's, here or elsewhere; or see `barrier`.
+      InputError: the block raised an error in another process. An error of the block in this
+        process is raised as it is.
+      MissingProcessError: see `barrier`.
     """
-    if alone():
+    if is_single():
         yield
         return
     key = f"plt_jax/{what}/{next(_numbers)}"
@@ -147,24 +89,24 @@ def together(what: str, timeout: int) -> Iterator[None]:
     for index in range(jax.process_count()):
         message = _client().blocking_key_value_get(f"{key}/{index}", timeout * 1000)
         if message:
-            raise InputError(f"{_name(index)}: {message}")
+            raise InputError(f"{_describe_process(index)}: {message}")
 
 
-def agree(values: dict[str, str], timeout: int) -> None:
+def check_equal(values: dict[str, str], timeout: int) -> None:
     """Checks that values are the same in all processes.
 
     Args:
-      values: by what they are.
+      values: the values, by what the error message calls them.
       timeout: seconds to wait for the other processes.
 
     Raises:
-      InputError: a process has another than the first; says which value.
+      InputError: a process has another value than process 0; the message says which.
     """
-    if alone():
+    if is_single():
         return
-    key = f"plt_jax/agree/{next(_numbers)}"
-    with together("values are compared", timeout):
-        if first():
+    key = f"plt_jax/equal/{next(_numbers)}"
+    with fail_together("values are compared", timeout):
+        if is_first():
             _client().key_value_set(key, json.dumps(values))
         right = json.loads(_client().blocking_key_value_get(key, timeout * 1000))
         for name, value in values.items():
@@ -172,11 +114,12 @@ def agree(values: dict[str, str], timeout: int) -> None:
                 raise InputError(f"the {name} here is not that of process 0; give all the same")
 
 
-def publish(key: str, text: str) -> None:
-    """Tells all processes a text, under a key; of several the last counts. From any thread.
+def put(key: str, text: str) -> None:
+    """Stores a text under a key, for all processes; it replaces an earlier one. Any thread may
+    call it.
 
     Raises:
-      MissingProcessError: the first process, which keeps it, is gone.
+      MissingProcessError: process 0, which holds the store, is gone.
     """
     try:
         _client().key_value_set(f"plt_jax/{key}", text, allow_overwrite=True)
@@ -184,11 +127,11 @@ def publish(key: str, text: str) -> None:
         raise _first_lost(error) from error
 
 
-def look_up(key: str) -> str | None:
-    """The text that some process has published under a key; None if there is none yet.
+def get(key: str) -> str | None:
+    """The text that some process has stored under a key; None if there is none yet.
 
     Raises:
-      MissingProcessError: the first process, which keeps it, is gone.
+      MissingProcessError: process 0, which holds the store, is gone.
     """
     try:
         return _client().key_value_try_get(f"plt_jax/{key}")
@@ -198,11 +141,11 @@ def look_up(key: str) -> str | None:
         raise _first_lost(error) from error
 
 
-def look_up_all(folder: str) -> dict[str, str]:
-    """What processes have published under keys `folder/NAME`, by name.
+def get_all(folder: str) -> dict[str, str]:
+    """The texts that processes have stored under keys `folder/NAME`, by name.
 
     Raises:
-      MissingProcessError: the first process, which keeps it, is gone.
+      MissingProcessError: process 0, which holds the store, is gone.
     """
     try:
         entries = _client().key_value_dir_get(f"plt_jax/{folder}/")
@@ -212,42 +155,42 @@ def look_up_all(folder: str) -> dict[str, str]:
 
 
 def gather(key: str, text: str, timeout: int) -> list[str]:
-    """In the first process a text from every one, in their order; in the others nothing.
+    """Collects a text of every process in process 0, ordered by process; the others get [].
 
-    Unlike the rest it may be called from any thread, and so in any order: all must give the same
-    key, `WHAT/NUMBER`, which is used once.
+    Unlike the other functions it may be called from any thread, and so in any order: all processes
+    must give the same key, `WHAT/NUMBER`, and each key may be used once.
 
     Raises:
-      MissingProcessError: one did not come within `timeout` seconds.
+      MissingProcessError: a process did not send its text within `timeout` seconds.
     """
-    if alone():
+    if is_single():
         return [text]
     folder = f"plt_jax/{key}"
     _client().key_value_set(f"{folder}/{jax.process_index()}", text)
     texts = []
-    for index in range(jax.process_count() if first() else 0):
+    for index in range(jax.process_count() if is_first() else 0):
         try:
             texts.append(_client().blocking_key_value_get(f"{folder}/{index}", timeout * 1000))
         except jax.errors.JaxRuntimeError as error:
             raise MissingProcessError(
-                f"{_name(index)} did not give its {key.split('/')[0]} for {timeout} s; look at its "
-                "output, or raise processes.timeout"
+                f"{_describe_process(index)} did not give its {key.split('/')[0]} for {timeout} s; "
+                "look at its output, or raise processes.timeout"
             ) from error
-    if first():
+    if is_first():
         _client().key_value_delete(folder)
     return texts
 
 
-def told_by_first(text: str, timeout: int) -> str:
-    """The first process's text, in all of them.
+def broadcast(text: str, timeout: int) -> str:
+    """The text of process 0, in all processes.
 
     Raises:
-      MissingProcessError: it did not say it within `timeout` seconds.
+      MissingProcessError: process 0 did not send it within `timeout` seconds.
     """
-    if alone():
+    if is_single():
         return text
-    key = f"plt_jax/told/{next(_numbers)}"
-    if first():
+    key = f"plt_jax/broadcast/{next(_numbers)}"
+    if is_first():
         _client().key_value_set(key, text)
     try:
         return _client().blocking_key_value_get(key, timeout * 1000)
@@ -256,106 +199,24 @@ def told_by_first(text: str, timeout: int) -> str:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether a flag is set in any process; all must ask."""
-    if alone():
+    """Whether the flag is set in any process; all processes must call it."""
+    if is_single():
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
-def call_roll(coordinator: str, count: int, index: int, timeout: int) -> None:
-    """Waits until all processes have reported to the first, at the address that JAX takes later.
-
-    JAX, waiting by itself, aborts without saying in one line who is missing.
-
-    Raises:
-      InputError: some did not come in time, or the address is none of this machine's.
-    """
-    host, _, port = coordinator.rpartition(":")
-    deadline = time.monotonic() + timeout
-    if index > 0:
-        answer = _report(host, int(port), index, deadline)
-        if answer is None:
-            raise InputError(
-                f"process 0 of {count} was not reached at {coordinator} for {timeout} s; start it, "
-                "or correct processes.coordinator"
-            )
-        absent = answer
-    else:
-        absent = _collect(int(port), count, deadline)
-    if absent:
-        plural = "es" if len(absent) > 1 else ""
-        raise InputError(
-            f"process{plural} {', '.join(map(str, absent))} of {count} did not come to "
-            f"{coordinator} for {timeout} s; start them, or correct processes.count and .index"
-        )
-
-
-def _collect(port: int, count: int, deadline: float) -> list[int]:
-    """Waits for reports; tells all that came who is missing, and returns it."""
-    try:
-        server = socket.create_server(("", port))
-    except OSError as error:
-        raise InputError(
-            f"cannot listen at port {port} ({error.strerror}); choose another in "
-            "processes.coordinator"
-        ) from error
-    absent, callers = set(range(1, count)), []
-    with server:
-        while absent and (left := deadline - time.monotonic()) > 0:
-            server.settimeout(left)
-            try:
-                caller, _ = server.accept()
-                caller.settimeout(5)
-                absent.discard(int(caller.makefile().readline()))
-            except (TimeoutError, ValueError, OSError):
-                continue  # nobody, or not one of ours
-            callers.append(caller)
-        for caller in callers:
-            with contextlib.suppress(OSError), caller:
-                caller.sendall((json.dumps(sorted(absent)) + "\n").encode())
-    return sorted(absent)
-
-
-def _report(host: str, port: int, index: int, deadline: float) -> list[int] | None:
-    """Reports to process 0 and waits for its answer, who is missing; None if it is not there."""
-    while (left := deadline - time.monotonic()) > 0:
-        try:
-            with socket.create_connection((host, port), timeout=left) as connection:
-                connection.sendall(f"{index}\n".encode())
-                connection.settimeout(max(deadline - time.monotonic(), 0) + 5)
-                return json.loads(connection.makefile().readline())
-        except (OSError, ValueError):
-            time.sleep(0.2)
-    return None
-
-
-@contextlib.contextmanager
-def _patience(timeout: int) -> Iterator[None]:
-    """Ends the process with one line where JAX would abort it later."""
-
-    def give_up() -> None:
-        print(
-            f"error: not all processes came within {timeout} s; see which of them did not start, "
-            "or raise processes.timeout",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(2)
-
-    timer = threading.Timer(timeout, give_up)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
 _numbers = itertools.count()
-"""Barriers and keys are used once each; processes meet in the same order at all of them."""
+"""Numbers of barriers and keys, each used once; processes call the functions above in the same
+order."""
 
 
-def _client():
+def _client() -> Any:
+    """The client of JAX's coordination service: its key-value store and its barriers.
+
+    JAX has no public name for it (jax.experimental.multihost_utils exchanges arrays through the
+    devices, which cannot name a missing process, nor be used from a second thread). This is the
+    only use of JAX's private modules; pyproject.toml bounds JAX's version because of it.
+    """
     return distributed.global_state.client
 
 
@@ -363,8 +224,8 @@ def _first_lost(error: Exception) -> MissingProcessError:
     return MissingProcessError(f"process 0 was lost: {' '.join(str(error).split())[:300]}")
 
 
-def _name(index: int) -> str:
-    """A process, with the host that it said it is on."""
+def _describe_process(index: int) -> str:
+    """A process, with the name of its machine."""
     try:
         host = _client().blocking_key_value_get(f"host/{index}", 1000)
     except jax.errors.JaxRuntimeError:
@@ -372,10 +233,10 @@ def _name(index: int) -> str:
     return f"process {index} of {jax.process_count()} (host {host})"
 
 
-def _missing(message: str) -> str:
-    """The processes that a barrier's error calls late."""
+def _late_processes(message: str) -> str:
+    """The processes that the error message of a barrier lists as late."""
     names = message.split("timed out task names:")[-1]
     late = re.findall(r"^\s*(?:/job:\S*task:)?(\d+)\s*$", names.split("RPC")[0], re.MULTILINE)
     if not late:
         return " ".join(message.split())[:300] + ": some process"
-    return ", ".join(_name(int(index)) for index in late)
+    return ", ".join(_describe_process(int(index)) for index in late)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.distributed.axes import split_axes
+from plt_jax.distributed.axes import sharded_axes
 from plt_jax.errors import InputError
 from plt_jax.model.blockwise import causal_attention, windowed_attention
 from plt_jax.model.context_parallel import spread_attention
@@ -133,7 +133,7 @@ def fastest_backend() -> Backend:
     """The fastest that the program's devices run, on their mesh, of models that it takes."""
     available = available_kernel()
     # cuDNN knows no offset between queries and keys.
-    return "xla" if available == "cudnn" and split_axes("length") else available
+    return "xla" if available == "cudnn" and sharded_axes("length") else available
 
 
 def choose_backend(config: ModelConfig) -> Backend:
@@ -179,7 +179,7 @@ def sequence_attention(
     backend = choose_backend(config)
     if window is not None:
         window = min(window, q_BNTH.shape[2])  # padded to it where devices share a sequence
-    if split_axes("length"):
+    if sharded_axes("length"):
         return spread_attention(backend, q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
     if backend == "splash":
         return splash_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT, window)

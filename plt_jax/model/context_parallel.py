@@ -16,7 +16,13 @@ import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import CausalMask, LocalMask
 from jax.sharding import NamedSharding, PartitionSpec
 
-from plt_jax.distributed.axes import axes_of, batch_axes, devices_along, on_each_device, split_axes
+from plt_jax.distributed.axes import (
+    batch_axes,
+    current_axes,
+    devices_along,
+    on_each_device,
+    sharded_axes,
+)
 from plt_jax.model.blockwise import MASKED, Partial, partial_attention, windowed_attention
 from plt_jax.model.kernels import Backend, run_splash, splash_blocks, splash_kernel
 
@@ -29,7 +35,7 @@ NO_DOCUMENT = -1
 
 def shift_right(x_BTD: jax.Array) -> jax.Array:
     """Moves positions one to the right, on all devices of a sequence; zero comes first."""
-    axes = split_axes("length")
+    axes = sharded_axes("length")
     if not axes:
         return _shift(x_BTD, jnp.zeros_like(x_BTD[:, :1]))
     spec = PartitionSpec(batch_axes(x_BTD.shape[0]), axes)
@@ -52,7 +58,7 @@ def spread_attention(
     window: int | None,
 ) -> jax.Array:
     """As `attention.sequence_attention`, over sequences that a mesh axis spreads."""
-    axes = split_axes("length")
+    axes = sharded_axes("length")
     if documents_BT is None:
         documents_BT = jnp.zeros((q_BNTH.shape[0], q_BNTH.shape[2]), jnp.int32)
     inputs = q_BNTH, k_BKTH, v_BKTH, documents_BT
@@ -62,7 +68,7 @@ def spread_attention(
     if backend != "splash":
         return on_each_device(partial(_causal, axes))(*inputs)
     T, devices = q_BNTH.shape[2], devices_along(axes)
-    heads = q_BNTH.shape[1] // devices_along(axes_of("heads"))
+    heads = q_BNTH.shape[1] // devices_along(current_axes("heads"))
     block, rows = mirrored_rows(T, devices)
     mask = CausalMask((len(rows), -(-T // block) * block))
     mask.q_sequence = rows

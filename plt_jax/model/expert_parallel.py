@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from plt_jax.config import MoEConfig
-from plt_jax.distributed.axes import axes_of, devices_along, divisible, fitting
+from plt_jax.distributed.axes import current_axes, devices_along, dividing_axes, mesh_is_active
 from plt_jax.errors import InputError
 from plt_jax.model.grouped import grouped_product
 from plt_jax.model.kernels import traced_platform
@@ -59,14 +59,14 @@ def routed_experts(
     Raises:
       InputError: the batch does not divide over the mesh.
     """
-    if not divisible():
+    if not mesh_is_active():
         return local_experts(moe, weights, x_BTD)
     x_spec = nn.logical_to_mesh_axes(("batch", "length", "activation"))
-    devices = devices_along(axes_of("batch"))
+    devices = devices_along(current_axes("batch"))
     if x_BTD.shape[0] % devices:
         raise InputError(
             f"a batch of {x_BTD.shape[0]} does not divide by the {devices} devices of mesh axes "
-            f"{' x '.join(axes_of('batch'))}; change either"
+            f"{' x '.join(current_axes('batch'))}; change either"
         )
     # The model's width is whole on every device, gathered in the compute dtype.
     specs = {
@@ -114,18 +114,18 @@ def replicate_rows(
         x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
         return run(experts, x_MD, routing.weight_Mk, chosen_Mk).reshape(x_BTD.shape)
 
-    if not divisible():
+    if not mesh_is_active():
         return apply(routers, experts, x_BTD)
-    spread = axes_of("expert")
-    width = fitting(axes_of("decode_width"), moe.expert_width)
+    spread = current_axes("expert")
+    width = dividing_axes(current_axes("decode_width"), moe.expert_width)
 
     def apply_own(routers: Weights, experts: Weights, x_BTD: jax.Array) -> jax.Array:
         held = moe.experts // jax.lax.axis_size(spread)
         out_BTD = apply(routers, experts, x_BTD, jax.lax.axis_index(spread) * held)
         return jax.lax.psum(out_BTD, spread + width)
 
-    rows = [axis for axis in axes_of("decode_batch") if axis not in spread]
-    x_spec = PartitionSpec(fitting(tuple(rows), x_BTD.shape[0]))
+    rows = [axis for axis in current_axes("decode_batch") if axis not in spread]
+    x_spec = PartitionSpec(dividing_axes(tuple(rows), x_BTD.shape[0]))
     over = {"expert": spread, "decode_width": width}
     specs = {
         name: PartitionSpec(*(over.get(axis) for axis in axes))
@@ -147,9 +147,9 @@ def _route_and_exchange(
     routing = route(moe, routers, x_BTD)
     expert_P = routing.chosen_Mk.ravel()
     swiglu = partial(expert_swiglu, grouped_product(moe), experts)
-    out_PD, sizes_X = exchange_experts(swiglu, moe.experts, x_MD, expert_P, axes_of("expert"))
+    out_PD, sizes_X = exchange_experts(swiglu, moe.experts, x_MD, expert_P, current_axes("expert"))
     out_MD = weighted_sum(routing.weight_Mk, out_PD)
-    if axes := axes_of("ffn"):
+    if axes := current_axes("ffn"):
         out_MD = jax.lax.psum(out_MD, axes)
     tokens = token_axes()
     means = routing._replace(
@@ -163,7 +163,7 @@ def _route_and_exchange(
 
 def token_axes() -> tuple[str, ...]:
     """The mesh axes whose devices have different tokens."""
-    return axes_of("batch") + axes_of("length")
+    return current_axes("batch") + current_axes("length")
 
 
 def exchange_experts(
@@ -282,7 +282,7 @@ class Trip:
     def rounds_needed(self) -> jax.Array:
         """The same on all devices: those that share no rows still meet in the same collectives."""
         rows = jnp.max(jnp.sum(self.size_SE, axis=0) if self.ragged else self.size_SE)
-        return jax.lax.pmax(-(-rows // self.room), token_axes() + axes_of("ffn"))
+        return jax.lax.pmax(-(-rows // self.room), token_axes() + current_axes("ffn"))
 
     def chunks(self, turn: int | jax.Array) -> Chunks:
         """What travels in a round."""

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.distributed.axes import devices_along, split_axes
+from plt_jax.distributed.axes import devices_along, sharded_axes
 from plt_jax.errors import InputError
 from plt_jax.model.block import (
     Context,
@@ -88,7 +88,7 @@ def positions_in_documents(documents_BT: jax.Array) -> jax.Array:
 
 def check_length(length: int) -> None:
     """Raises InputError for sequences that the current mesh cannot spread over its devices."""
-    axes = split_axes("length")
+    axes = sharded_axes("length")
     if axes and length % devices_along(axes):
         raise InputError(
             f"sequences of {length} do not divide by the {devices_along(axes)} devices of mesh "

@@ -41,7 +41,7 @@ class Journal:
         self._config, self._mesh, self._step = config, mesh, step
         self._bytes_per_target = bytes_per_target
         self._progress = ProgressReport(step, training.steps)
-        first = training.profile_from if processes.first() else None
+        first = training.profile_from if processes.is_first() else None
         self.profile = ProfileWindow(directory / EVENTS, first, training.profile_steps, self.say)
         self._metrics: MetricsWriter | NoMetrics = NoMetrics()
         self._open = ExitStack()
@@ -138,7 +138,7 @@ def arithmetic(config: RunConfig, mesh: Mesh, tokens_per_second: float) -> dict[
 
 def open_metrics(config: RunConfig, step: int) -> MetricsWriter | NoMetrics:
     """Where this process writes numbers: the first does so for all."""
-    if not processes.first():
+    if not processes.is_first():
         return NoMetrics()
     directory, project = Path(config.run_dir), config.training.wandb_project
     trackers = [TensorBoard(directory, step)]

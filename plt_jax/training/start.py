@@ -88,7 +88,7 @@ def choose_checkpoint(config: RunConfig) -> int | None:
         if not processes.any_process(bool(damage)):
             return step
         damage = [text for texts in gathered for text in json.loads(texts)]
-        if processes.first():
+        if processes.is_first():
             print(f"skipping: {describe_damage(folder / str(step), damage)}", flush=True)
     raise InputError(f"all checkpoints in {folder} are damaged; begin again in another --run_dir")
 

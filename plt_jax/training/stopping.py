@@ -72,7 +72,7 @@ class StopTogether:
             return
         self._thread.join()
         if isinstance(error, Exception) and not isinstance(error, MissingProcessError):
-            processes.publish(f"{self._key}/failed/{self._index}", f"{error}")
+            processes.put(f"{self._key}/failed/{self._index}", f"{error}")
             time.sleep(2 * POLL_SECONDS)  # until the others have seen it: the first keeps it
 
     def after(self, step: int) -> bool:
@@ -99,8 +99,8 @@ class StopTogether:
             while not self._closed.wait(POLL_SECONDS):
                 self._end_with_others()
                 if self._requested():
-                    processes.publish(notice, "")
-                if processes.look_up(notice) is not None:
+                    processes.put(notice, "")
+                if processes.get(notice) is not None:
                     break
             with self._condition:
                 self._agreeing = True
@@ -116,7 +116,7 @@ class StopTogether:
 
     def _end_with_others(self) -> None:
         """Ends this process where another has failed."""
-        for index, message in processes.look_up_all(f"{self._key}/failed").items():
+        for index, message in processes.get_all(f"{self._key}/failed").items():
             line = " ".join(message.split())
             print(f"error: process {index} of {self._count}: {line}", file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)  # the main thread may be waiting for the device
@@ -124,11 +124,11 @@ class StopTogether:
     def _agree(self) -> int | None:
         """The step to end with: no process has begun the one behind it. None if the run is over."""
         # Also at the end of the run, since others may be waiting for it.
-        processes.publish(f"{self._key}/step/{self._index}", str(self._step))
+        processes.put(f"{self._key}/step/{self._index}", str(self._step))
         steps = []
         for index in range(self._count):
             waited = 0
-            while (text := processes.look_up(f"{self._key}/step/{index}")) is None:
+            while (text := processes.get(f"{self._key}/step/{index}")) is None:
                 if self._closed.wait(POLL_SECONDS / 4):
                     return None
                 waited += POLL_SECONDS / 4

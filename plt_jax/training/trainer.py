@@ -20,7 +20,7 @@ from plt_jax.data.cache import fingerprint
 from plt_jax.data.load import Data, load_data
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import begin, stream_text
-from plt_jax.distributed import processes
+from plt_jax.distributed import processes, rendezvous
 from plt_jax.distributed.mesh import BatchLayout, make_mesh, use_mesh
 from plt_jax.errors import FailedError, InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate
@@ -98,7 +98,7 @@ def train(config: RunConfig) -> Outcome:
       FailedError: a checkpoint could not be saved, too many steps in a row were out of order (see
         GuardConfig), or a device's memory does not suffice.
     """
-    processes.start(config.processes)
+    rendezvous.initialize(config.processes)
     with Phases(config.training.hang_after) as phases, naming_what_memory_needs():
         return _train(config, phases)
 
@@ -122,18 +122,18 @@ def naming_what_memory_needs() -> Iterator[None]:
 def _train(config: RunConfig, phases: Phases) -> Outcome:
     patience = config.processes.timeout
     # Everything is checked before anything is written.
-    with processes.together("the configuration is checked", patience):
+    with processes.fail_together("the configuration is checked", patience):
         checked = check(config)
-    processes.agree(what_all_share(config, checked.data), patience)
-    with processes.together("the checkpoint to go on from is checked", patience):
+    processes.check_equal(shared_state(config, checked.data), patience)
+    with processes.fail_together("the checkpoint to go on from is checked", patience):
         resumed = choose_checkpoint(config)
-    with processes.together("the run directory is made", patience):
+    with processes.fail_together("the run directory is made", patience):
         params = start_params(config, checked.abstract)
-        if processes.first():
+        if processes.is_first():
             set_aside_damaged(config, resumed)
             write_directory(config, checked.data.tokenizer, checked.data.fingerprint)
     directory = Path(config.run_dir)
-    with processes.together("the run directory is seen", patience):
+    with processes.fail_together("the run directory is seen", patience):
         check_shared(directory)
     describe(config, checked)
     with (
@@ -154,7 +154,7 @@ def _train(config: RunConfig, phases: Phases) -> Outcome:
         with Journal(config, checked.mesh, checked.data.bytes_per_target, first, phases) as journal:
             state = train_steps(run, start, batches, journal, stop)
     step = int(state.step)
-    if processes.first():
+    if processes.is_first():
         plot_losses(directory)
     if step < config.training.steps:
         print(f"stopped at step {step}, saved; run the same command to go on")
@@ -184,7 +184,7 @@ def check(config: RunConfig) -> Checked:
     return Checked(changes, mesh, layout, abstract, kernels, data, evaluate)
 
 
-def what_all_share(config: RunConfig, data: Data) -> dict[str, str]:
+def shared_state(config: RunConfig, data: Data) -> dict[str, str]:
     """What must be the same in all processes, by name."""
     own = {"processes": ProcessesConfig(), "data": config.data.model_copy(update=CACHES)}
     return {
@@ -301,7 +301,7 @@ def go_back(run: Run, step: int, values: dict[str, jax.Array], lost: Guard, time
     processes.barrier("the last checkpoint is complete", patience)
     # As the first process sees the folder: others may see it later.
     steps = json.loads(
-        processes.told_by_first(json.dumps(list_steps(run.directory / CHECKPOINTS)), patience)
+        processes.broadcast(json.dumps(list_steps(run.directory / CHECKPOINTS)), patience)
     )
     if times > config.rollbacks or not steps:
         done = "there is no checkpoint to go back to"
@@ -313,7 +313,7 @@ def go_back(run: Run, step: int, values: dict[str, jax.Array], lost: Guard, time
             f"train on in another run, with a lower learning rate and --start_from {run.directory}"
         )
     if run.config.checkpoint.verify:
-        with processes.together("the checkpoint to go back to is checked", patience):
+        with processes.fail_together("the checkpoint to go back to is checked", patience):
             refuse_damaged(run.directory / CHECKPOINTS, steps[-1])
     print(
         f"going back from step {step} to {steps[-1]}, and on with the data behind: {problem}",
@@ -337,7 +337,7 @@ def describe(config: RunConfig, checked: Checked) -> None:
     )
     for line in checked.data.about:
         print(line)
-    several = "" if processes.alone() else f" in {jax.process_count()} processes"
+    several = "" if processes.is_single() else f" in {jax.process_count()} processes"
     print(f"devices: {mesh.devices.size} {jax.devices()[0].platform}{several} ({axes})")
     print(checked.kernels, flush=True)
 

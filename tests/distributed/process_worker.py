@@ -40,7 +40,7 @@ def stop(count: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     until = time.monotonic() + 60
     for index in range(count if count > 1 else 0):
-        while processes.look_up(f"stop/0/step/{index}") is None and time.monotonic() < until:
+        while processes.get(f"stop/0/step/{index}") is None and time.monotonic() < until:
             time.sleep(0.05)
 
 

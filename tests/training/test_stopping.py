@@ -15,18 +15,18 @@ from plt_jax.training.stopping import StopTogether
 
 @pytest.fixture(autouse=True)
 def store(monkeypatch):
-    """What processes have published, as JAX's coordination service keeps it."""
-    published = {}
-    monkeypatch.setattr(processes, "publish", published.__setitem__)
-    monkeypatch.setattr(processes, "look_up", published.get)
+    """The texts that processes have put into the store, as JAX's coordination service keeps it."""
+    stored = {}
+    monkeypatch.setattr(processes, "put", stored.__setitem__)
+    monkeypatch.setattr(processes, "get", stored.get)
 
-    def look_up_all(folder):
-        names = [key for key in list(published) if key.startswith(f"{folder}/")]
-        return {key.split("/")[-1]: published[key] for key in names}
+    def get_all(folder):
+        names = [key for key in list(stored) if key.startswith(f"{folder}/")]
+        return {key.split("/")[-1]: stored[key] for key in names}
 
-    monkeypatch.setattr(processes, "look_up_all", look_up_all)
+    monkeypatch.setattr(processes, "get_all", get_all)
     monkeypatch.setattr(stopping, "POLL_SECONDS", 0.002)
-    return published
+    return stored
 
 
 class Devices:
