@@ -1,11 +1,11 @@
-"""Disturbs small training runs in every way listed, and says what each came to.
+"""Disturbs small training runs in every way that kinds.py lists, and checks that they recover.
 
 python -m benchmarks.faults --out FOLDER [--only WORDS] [--seed N] [--home FOLDER]
 
-After each fault the run goes on as its user would let it, and must end with the metrics and the
-parameters of an undisturbed run, bit for bit (on another number of processes: but for rounding), or
-stop with the one right message and go on once what was wrong is mended. FOLDER/faults.jsonl has a
-line per fault and is gone on with; FOLDER/faults.txt is the table. Needs root, for small disks.
+After each fault the run is resumed as a user would. It must end with the metrics and parameters of
+an undisturbed run, bit for bit (within rounding if the number of processes changed), or stop with
+the one right message and go on once the cause is removed. FOLDER/faults.jsonl has a line per trial;
+a later call continues it. FOLDER/faults.txt is the table. Small disks need root.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.faults.campaign import judge, read_rows, table, undisturbed
-from benchmarks.faults.kinds import FAULTS, Case
+from benchmarks.faults.kinds import FAULTS
 from benchmarks.faults.sandbox import Sandbox
+from benchmarks.faults.trial import Trial
 from plt_jax.benchmarks.machine import machine
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.errors import EXIT_DONE, EXIT_FAILED, InputError
@@ -29,14 +30,16 @@ from plt_jax.files import write_text
 def main() -> int:
     parser = CommandParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--out", default="measured", help="folder for faults.jsonl and faults.txt")
-    parser.add_argument("--only", default="", help="kinds whose names hold this")
-    parser.add_argument("--seed", type=int, default=0, help="of moments, files and bits")
-    parser.add_argument("--count", type=int, help="of each kind; default as the table has it")
+    parser.add_argument("--only", default="", help="kinds whose names contain this")
+    parser.add_argument("--seed", type=int, default=0, help="seed of moments, files and bits")
+    parser.add_argument("--count", type=int, help="trials of each kind; default as kinds.py says")
     parser.add_argument("--home", help="folder to work in; default a temporary one")
     arguments = parser.parse_args()
     kinds = {name: fault for name, fault in FAULTS.items() if arguments.only in name}
     if not kinds:
-        raise InputError(f"--only {arguments.only}: no kind is called so; {', '.join(FAULTS)}")
+        raise InputError(
+            f"--only {arguments.only}: no kind is called so; known are {', '.join(FAULTS)}"
+        )
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(out / "faults.jsonl")
@@ -49,16 +52,16 @@ def main() -> int:
                 if name in rows:
                     continue
                 seed = f"{arguments.seed} {name}"
-                case = Case(sandbox, expected, name.replace(" ", "_"), random.Random(seed))
+                trial = Trial(sandbox, expected, name.replace(" ", "_"), random.Random(seed))
                 rows[name] = {"name": name, "kind": kind, "seed": arguments.seed}
-                rows[name] |= judge(case, fault)
+                rows[name] |= judge(trial, fault)
                 with open(out / "faults.jsonl", "a", encoding="utf-8") as lines:
                     lines.write(json.dumps(rows[name]) + "\n")
                 print(
                     f"{'ok' if rows[name]['ok'] else 'FAILED':7}{name}: {rows[name]['outcome']}",
                     flush=True,
                 )
-                for folder in sandbox.home.glob(f"{case.name}*"):
+                for folder in sandbox.home.glob(f"{trial.name}*"):
                     shutil.rmtree(folder, ignore_errors=True)
     text = table(rows)
     print(text)

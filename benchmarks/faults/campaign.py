@@ -1,4 +1,4 @@
-"""What a campaign of faults expects, and what it makes of what comes."""
+"""The campaign's parts: the undisturbed result, one trial's verdict, and the table."""
 
 from __future__ import annotations
 
@@ -9,40 +9,47 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faults.kinds import FAULTS, Case, Fault
-from benchmarks.faults.sandbox import Outcome, Sandbox
+from benchmarks.faults.kinds import FAULTS
+from benchmarks.faults.sandbox import RunResult, Sandbox
+from benchmarks.faults.trial import Fault, Trial
 from plt_jax.errors import InputError
 from plt_jax.reports.tables import aligned
 
 
-def undisturbed(sandbox: Sandbox) -> Outcome:
-    """What a run comes to that nobody disturbs, twice the same."""
-    outcomes = []
+def undisturbed(sandbox: Sandbox) -> RunResult:
+    """The result of a run that nothing disturbs.
+
+    Raises:
+      InputError: such a run fails, or two of them differ.
+    """
+    results = []
     for name in ("undisturbed", "again"):
         config = sandbox.config(name)
-        ended = sandbox.start(config).end()
+        ended = sandbox.start(config).wait()
         if ended.code:
             raise InputError(f"an undisturbed run ends with {ended.code}: {ended.error[-500:]}")
-        outcomes.append(sandbox.outcome(config))
-    if outcomes[0] != outcomes[1]:
-        raise InputError("two undisturbed runs differ: this machine cannot tell a fault from none")
-    return outcomes[0]
+        results.append(sandbox.result(config))
+    if results[0] != results[1]:
+        raise InputError(
+            "two undisturbed runs differ, so a fault's effect cannot be told on this machine"
+        )
+    return results[0]
 
 
-def judge(case: Case, fault: Fault) -> dict[str, Any]:
-    """What came of a fault."""
+def judge(trial: Trial, fault: Fault) -> dict[str, Any]:
+    """Runs a fault: whether all was as it should be, what happened, and the seconds it took."""
     start = time.monotonic()
     try:
-        found = {"ok": True, "outcome": fault(case)}
+        found = {"ok": True, "outcome": fault(trial)}
     except AssertionError as error:
         found = {"ok": False, "outcome": str(error)}
-    except Exception:  # the campaign goes on, and reports it
+    except Exception:  # a fault's own error is a result of the campaign
         found = {"ok": False, "outcome": traceback.format_exc(limit=3)}
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """What an earlier call found, by name."""
+    """Rows that an earlier call wrote, by the trial's name."""
     if not path.is_file():
         return {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -50,7 +57,7 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """A line per kind."""
+    """One line per kind of fault."""
     tried = Counter(row["kind"] for row in rows.values())
     fine = Counter(row["kind"] for row in rows.values() if row["ok"])
     lines = [["fault", "tried", "as it should", "for example"]]

@@ -1,4 +1,4 @@
-"""Small file systems, to be filled up and made read-only."""
+"""Small file systems that a test can fill and make read-only."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[None]:
-    """A file system in memory, mounted at a folder; needs root.
+    """Mounts a file system in memory at a folder, and unmounts it at the end; needs root.
 
     Args:
-      size: as tmpfs takes it, such as `64m`.
+      size: its size as tmpfs takes it, such as `64m`.
 
     Raises:
-      OSError, subprocess.CalledProcessError: this machine does not let us.
+      OSError, subprocess.CalledProcessError: this machine does not allow mounting.
     """
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
     subprocess.run(mount, check=True, capture_output=True)
@@ -27,12 +27,12 @@ def small_disk(folder: Path, size: str) -> Iterator[None]:
 
 
 def remount(folder: Path, options: str) -> None:
-    """Gives it another size (`size=1m`), or makes it read-only (`ro`) or writable (`rw`)."""
+    """Changes a mounted file system: its size (`size=1m`), read-only (`ro`), writable (`rw`)."""
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
 def fill(path: Path) -> None:
-    """Takes all the room that is left, with one file."""
+    """Writes one file that takes all the free space of its file system."""
     with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
         while file.write(bytes(4096)):
             pass

@@ -1,4 +1,4 @@
-"""A small training run to be disturbed, and what it comes to if nobody does."""
+"""A folder in which small training runs are started, disturbed and read."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from plt_jax.runs.names import CHECKPOINTS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, CHECKPOINT_EVERY = 40, 5
-PATIENCE = 180
-"""Seconds that anything may take before the campaign gives up on it."""
+TIMEOUT = 180
+"""Seconds that a process, or a step of one, may take."""
 
 SENTENCE = "the state of our union is strong and the work of peace goes on"
 
@@ -52,29 +52,29 @@ TRAINING = {
 }
 
 
-class Ended(NamedTuple):
+class ProcessExit(NamedTuple):
     """How a process ended."""
 
     code: int
-    """Negative for a signal."""
+    """Exit code; the negative number of the signal that ended it."""
     error: str
-    """What it wrote to stderr."""
+    """Its standard error."""
 
 
-class Outcome(NamedTuple):
-    """What a run has come to."""
+class RunResult(NamedTuple):
+    """What two runs must have in common to be equal bit for bit."""
 
     rows: list[dict[str, Any]]
-    """Of metrics.jsonl, but for times and speeds."""
+    """The rows of metrics.jsonl, without times and speeds."""
     parameters: str
-    """A hash of the last checkpoint's."""
+    """SHA-256 of the last checkpoint's parameters."""
 
 
 class Sandbox:
-    """A folder with a prepared corpus and a configuration, and runs in it."""
+    """A folder with a corpus, and with the configurations and directories of runs."""
 
     def __init__(self, home: Path):
-        """Prepares the corpus; everything lies below `home`."""
+        """Prepares the corpus in the folder `home`."""
         self.home = home
         self.texts = home / "texts.jsonl"
         self.corpus = home / "corpus"
@@ -86,7 +86,7 @@ class Sandbox:
         self.texts.write_text("".join(rows), encoding="utf-8")
         self.tokenizer = train_tokenizer(documents, MODEL["vocab_size"], 2)
         self.options = Options(validation_fraction=0.1, shard_bytes=2**14)
-        prepare([str(self.texts)], self.corpus, self.tokenizer, self.options, 1, _silently)
+        prepare([str(self.texts)], self.corpus, self.tokenizer, self.options, 1, _no_progress)
 
     def config(self, name: str, corpus: Path | None = None, **sections: Any) -> Path:
         """Writes the configuration of a run called `name`, and returns its path."""
@@ -104,29 +104,29 @@ class Sandbox:
         path.write_text(yaml.safe_dump(values), encoding="utf-8")
         return path
 
-    def start(self, config: Path, *options: str, script: str | None = None) -> Process:
-        """Starts training; `script` is Python to run first, in the same process."""
+    def start(self, config: Path, *options: str, script: str | None = None) -> TrainingProcess:
+        """Starts training; `script` is Python that runs first, in the same process."""
         command = [sys.executable, str(REPOSITORY / "train.py"), str(config), *options]
         if script is not None:
             command[1:2] = [
                 "-c",
                 f"{script}\nimport runpy\nrunpy.run_path({command[1]!r}, run_name='__main__')",
             ]
-        return Process(command, config.parent / "run", config.parent / "stderr")
+        return TrainingProcess(command, config.parent / "run", config.parent / "stderr")
 
-    def outcome(self, config: Path) -> Outcome:
-        """What a finished run has come to."""
+    def result(self, config: Path) -> RunResult:
+        """Reads a finished run."""
         directory = config.parent / "run"
         rows = [without_times(row) for row in read_metrics(directory)]
         leaves, _ = jax.tree.flatten(open_trained(directory).params)
         digest = hashlib.sha256()
         for leaf in leaves:
             digest.update(np.asarray(leaf).tobytes())
-        return Outcome(rows, digest.hexdigest())
+        return RunResult(rows, digest.hexdigest())
 
 
-class Process:
-    """A training process."""
+class TrainingProcess:
+    """A process that trains."""
 
     def __init__(self, command: list[str], run: Path, errors: Path):
         self.run = run
@@ -141,14 +141,18 @@ class Process:
             )
 
     def wait_for(self, condition: Callable[[], bool]) -> bool:
-        """Waits until a condition holds; False if the process ended first."""
-        deadline = time.monotonic() + PATIENCE
+        """Waits until a condition holds; returns False if the process ends first.
+
+        Raises:
+          TimeoutError: neither happens in time; the process is killed.
+        """
+        deadline = time.monotonic() + TIMEOUT
         while not condition():
             if self._process.poll() is not None:
                 return False
             if time.monotonic() > deadline:
                 self.kill()
-                raise TimeoutError(f"nothing happened for {PATIENCE} s in {self.run}")
+                raise TimeoutError(f"the condition did not hold within {TIMEOUT} s in {self.run}")
             time.sleep(0.001)
         return True
 
@@ -161,38 +165,38 @@ class Process:
         return self.wait_for(lambda: bool(list((self.run / CHECKPOINTS).glob("*.unfinished*"))))
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal, if the process is still there."""
+        """Sends a signal, unless the process has ended."""
         if self._process.poll() is None:
             self._process.send_signal(number)
 
-    def kill(self) -> Ended:
-        """SIGKILL."""
+    def kill(self) -> ProcessExit:
+        """Sends SIGKILL, and waits for the end."""
         self.signal(signal.SIGKILL)
-        return self.end()
+        return self.wait()
 
-    def end(self) -> Ended:
+    def wait(self) -> ProcessExit:
         """Waits for the end."""
-        code = self._process.wait(PATIENCE)
-        return Ended(code, self.said().strip())
+        code = self._process.wait(TIMEOUT)
+        return ProcessExit(code, self.read_errors().strip())
 
-    def said(self) -> str:
-        """What it wrote to stderr so far."""
+    def read_errors(self) -> str:
+        """Standard error so far."""
         return self._errors.read_text(encoding="utf-8", errors="replace")
 
 
 def last_step(run: Path) -> int:
-    """The newest logged step, 0 without one."""
+    """The newest logged step; 0 if there is none."""
     return max((row["step"] for row in read_metrics(run)), default=0)
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """Its folder, if there is one."""
+    """The folder of the newest checkpoint; None if there is none."""
     steps = list_steps(run / CHECKPOINTS)
     return run / CHECKPOINTS / str(steps[-1]) if steps else None
 
 
 def damage(path: Path, kind: str, draw: random.Random) -> str:
-    """Damages a file; returns what was done."""
+    """Damages a file as `kind` names (flipped, truncated or missing); returns what it did."""
     if kind == "missing":
         path.unlink()
         return f"{path.name} removed"
@@ -208,9 +212,9 @@ def damage(path: Path, kind: str, draw: random.Random) -> str:
 
 
 def copy_corpus(sandbox: Sandbox, name: str) -> Path:
-    """A corpus that a fault may damage."""
+    """Copies the corpus for a trial that damages it."""
     return Path(shutil.copytree(sandbox.corpus, sandbox.home / name / "corpus"))
 
 
-def _silently(*_):
+def _no_progress(*_):
     return lambda unit, done: None

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import campaign, kinds
-from benchmarks.faults.kinds import FAULTS, Case, require_line
-from benchmarks.faults.sandbox import Ended, Outcome, Sandbox, damage
+from benchmarks.faults import campaign, signals
+from benchmarks.faults.kinds import FAULTS
+from benchmarks.faults.sandbox import ProcessExit, RunResult, Sandbox, damage
+from benchmarks.faults.trial import Trial, require, require_error_line
 from tests.training.runs import assert_refused, command
 
 
@@ -19,8 +20,8 @@ def test_at_least_fifty_faults_are_tried():
 def test_damage_is_done(tmp_path, kind):
     path = tmp_path / "file"
     path.write_bytes(bytes(range(100)))
-    said = damage(path, kind, random.Random(1))
-    assert "file" in said
+    done = damage(path, kind, random.Random(1))
+    assert "file" in done
     if kind == "missing":
         assert not path.exists()
     else:
@@ -31,23 +32,24 @@ def test_damage_is_done(tmp_path, kind):
 @pytest.mark.parametrize(
     ("ended", "message"),
     [
-        (Ended(1, "error: the disk is full"), "exit code 1 instead of 2"),
-        (Ended(2, "Traceback\nerror: the disk"), "there is a stack trace"),
-        (Ended(2, "error: one\nerror: two"), "2 lines of error instead of one"),
-        (Ended(2, "error: something else"), "'disk' is not in the error"),
+        (ProcessExit(1, "error: the disk is full"), "exit code 1 instead of 2"),
+        (ProcessExit(2, "Traceback\nerror: the disk"), "there is a stack trace"),
+        (ProcessExit(2, "error: one\nerror: two"), "2 error lines instead of one"),
+        (ProcessExit(2, "error: something else"), "'disk' is not in the error"),
     ],
 )
 def test_what_is_not_the_one_right_message_is_a_failure(ended, message):
     with pytest.raises(AssertionError, match=message):
-        require_line(ended, 2, "disk")
-    assert require_line(Ended(2, "a warning\nerror: disk full"), 2, "disk") == "error: disk full"
+        require_error_line(ended, 2, "disk")
+    right = ProcessExit(2, "a warning\nerror: disk full")
+    assert require_error_line(right, 2, "disk") == "error: disk full"
 
 
 def test_a_fault_that_goes_wrong_is_reported_and_the_campaign_goes_on():
-    def wrong(case):
-        kinds.require(False, "the parameters differ")
+    def wrong(trial):
+        require(False, "the parameters differ")
 
-    def broken(case):
+    def broken(trial):
         raise OSError("no such device")
 
     assert campaign.judge(None, wrong)["ok"] is False
@@ -64,14 +66,14 @@ def test_a_fault_that_goes_wrong_is_reported_and_the_campaign_goes_on():
 
 def test_a_killed_preparation_is_gone_on_with(tmp_path):
     sandbox = Sandbox(tmp_path / "home")
-    case = Case(sandbox, Outcome([], ""), "one", random.Random(0))
-    assert "went on to the same corpus" in kinds.kill_preparation(case)
+    trial = Trial(sandbox, RunResult([], ""), "one", random.Random(0))
+    assert "went on to the same corpus" in signals.kill_preparation(trial)
     Path(sandbox.corpus / "manifest.json").unlink()
     with pytest.raises(ValueError, match="is no prepared corpus"):
-        kinds.kill_preparation(case._replace(name="two"))
+        signals.kill_preparation(trial._replace(name="two"))
 
 
 def test_an_unknown_kind_is_refused(tmp_path):
     words = ["--out", tmp_path, "--only", "earthquake"]
     result = command("benchmarks.faults", *words)
-    assert_refused(result, "no kind is called so; SIGKILL at a random moment")
+    assert_refused(result, "no kind is called so; known are SIGKILL at a random moment")

@@ -1,0 +1,160 @@
+"""Faults of storage: damaged and missing files, and disks that are full, read-only or slow."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+from benchmarks.faults.disks import fill, remount, small_disk
+from benchmarks.faults.sandbox import REPOSITORY, STEPS, copy_corpus, damage, newest_checkpoint
+from benchmarks.faults.trial import Fault, Trial, require, require_error_line
+from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.steps import list_steps
+from plt_jax.data.corpus_reader import MANIFEST, open_prepared
+from plt_jax.runs.names import CHECKPOINTS
+
+
+def damaged_checkpoint(kind: str) -> Fault:
+    """A fault: the newest checkpoint is damaged. It must be refused, and skipped if so chosen."""
+
+    def fault(trial: Trial) -> str:
+        config = trial.sandbox.config(trial.name, checkpoint={"keep": 3})
+        process = trial.sandbox.start(config)
+        process.wait_for_step(trial.draw.randint(12, STEPS - 3))
+        process.wait_for(lambda: len(list_steps(process.run / CHECKPOINTS)) > 1)
+        process.kill()
+        newest = newest_checkpoint(process.run)
+        assert newest is not None
+        files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
+        done = damage(trial.draw.choice(files), kind, trial.draw)
+        ended = trial.sandbox.start(config).wait()
+        require_error_line(ended, 2, str(newest), "damaged", "--checkpoint.skip_damaged")
+        trial.finish(config, "--checkpoint.skip_damaged", "true")
+        return f"{done}: named, refused; skipped by choice, bit for bit"
+
+    return fault
+
+
+def damaged_shard(kind: str) -> Fault:
+    """A fault: a shard of the corpus is damaged. The run must name it, or not depend on it."""
+
+    def fault(trial: Trial) -> str:
+        corpus = copy_corpus(trial.sandbox, trial.name)
+        config = trial.sandbox.config(trial.name, corpus)
+        shards = open_prepared(corpus).manifest.shards
+        shard = trial.draw.choice([one for one in shards if one.split == "training"])
+        process = trial.sandbox.start(config)
+        process.wait_for_step(trial.draw.randint(1, STEPS - 6))
+        process.kill()
+        path = corpus / shard.name
+        whole = path.read_bytes()
+        done = damage(path, kind, trial.draw)
+        ended = trial.sandbox.start(config).wait()
+        if ended.code == 0:  # the padding of a small shard holds no record
+            trial.compare(config)
+            found = subprocess.run(
+                [sys.executable, "-m", "plt_jax.data.verify", str(corpus)],
+                cwd=REPOSITORY,
+                capture_output=True,
+                text=True,
+            )
+            require(found.returncode == 1 and shard.name in found.stderr, "verify does not find it")
+            return f"{done}, in what pads the file: no token differs, bit for bit; verify names it"
+        require_error_line(ended, 2, shard.name)
+        path.write_bytes(whole)
+        trial.finish(config)
+        return f"{done}: named; brought back, bit for bit"
+
+    return fault
+
+
+def missing_corpus(trial: Trial) -> str:
+    """The corpus is removed while the run is stopped: it must be named."""
+    corpus = copy_corpus(trial.sandbox, trial.name)
+    config = trial.sandbox.config(trial.name, corpus)
+    process = trial.sandbox.start(config)
+    process.wait_for_step(trial.draw.randint(1, STEPS - 6))
+    process.kill()
+    shutil.rmtree(corpus)
+    require_error_line(trial.sandbox.start(config).wait(), 2, str(corpus), MANIFEST)
+    shutil.copytree(trial.sandbox.corpus, corpus)
+    trial.finish(config)
+    return "the corpus removed: named; brought back, bit for bit"
+
+
+def disk_too_small(trial: Trial) -> str:
+    """The run directory lies on a disk of 260 to 700 KiB, which one checkpoint fills."""
+    folder = trial.sandbox.home / trial.name / "run"
+    config = trial.sandbox.config(trial.name)
+    folder.mkdir(parents=True)
+    size = trial.draw.randint(260, 700)
+    with small_disk(folder, f"{size}k"):
+        ended = trial.sandbox.start(config).wait()
+        code = 2 if ended.code == 2 else 1  # 2 if the disk was full before the first step
+        error = require_error_line(ended, code, "No space left", alone=False)
+        remount(folder, "size=64m")
+        trial.finish(config)
+    what = error.partition(": ")[2].split(str(trial.sandbox.home))[0]
+    return f"a disk of {size} KiB: {what}... named; given more, bit for bit"
+
+
+def disk_fills_up(trial: Trial) -> str:
+    """Another file takes all the space of the run's disk after a step."""
+    folder = trial.sandbox.home / trial.name / "run"
+    config = trial.sandbox.config(trial.name)
+    folder.mkdir(parents=True)
+    with small_disk(folder, "64m"):
+        process = trial.sandbox.start(config)
+        step = trial.draw.randint(3, STEPS - 6)
+        process.wait_for_step(step)
+        fill(folder / "filler")
+        ended = process.wait()
+        require_error_line(ended, 1, "No space left", alone=False)
+        (folder / "filler").unlink()
+        trial.finish(config)
+    return f"the disk full after step {step}: named, exit code 1; emptied, bit for bit"
+
+
+def read_only_disk(trial: Trial) -> str:
+    """The run directory is read-only when the run is resumed."""
+    folder = trial.sandbox.home / trial.name / "run"
+    config = trial.sandbox.config(trial.name)
+    folder.mkdir(parents=True)
+    with small_disk(folder, "64m"):
+        process = trial.sandbox.start(config)
+        process.wait_for_step(trial.draw.randint(1, STEPS - 6))
+        process.kill()
+        remount(folder, "ro")
+        require_error_line(trial.sandbox.start(config).wait(), 2, "Read-only file system")
+        remount(folder, "rw")
+        trial.finish(config)
+    return "read-only when resuming: named; writable again, bit for bit"
+
+
+SLOW = """
+import time
+from plt_jax.checkpoint import store
+take = store.take_checksums
+def slowly(*arguments):
+    time.sleep({seconds})
+    return take(*arguments)
+store.take_checksums = slowly
+"""
+"""Python that makes every save take some seconds more."""
+
+
+def slow_disk(trial: Trial) -> str:
+    """Every save takes 1.5 to 3 s more, many times as long as the steps between two saves."""
+    config, seconds = trial.sandbox.config(trial.name), trial.draw.uniform(1.5, 3.0)
+    script = SLOW.format(seconds=seconds)
+    process = trial.sandbox.start(config, "--training.hang_after", "0.5", script=script)
+    process.wait_for_step(trial.draw.randint(11, STEPS - 6))
+    before = process.read_errors().count("saving has taken")
+    named = process.wait_for(lambda: process.read_errors().count("saving has taken") > before)
+    ended = process.kill()
+    require(named, f"no warning names the slow save: {ended.error[-300:]}")
+    newest = newest_checkpoint(process.run)
+    require(newest is not None and not find_damage(newest), "the last checkpoint is not intact")
+    trial.finish(config)
+    return f"each save takes {seconds:.1f} s more: named; killed, bit for bit"
