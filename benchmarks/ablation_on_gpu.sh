@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The ablation on one GPU: on questions in which depth shows, and on text at 32 million parameters.
+# The ablation on one GPU: on synthetic tasks that need depth, and on text at 32 million parameters.
 #
-#   benchmarks/ablation_on_gpu.sh questions|text FOLDER [SECONDS]
+#   benchmarks/ablation_on_gpu.sh synthetic|text FOLDER [SECONDS]
 #
 # Rows train side by side, since small models leave a GPU idle; what is not done after SECONDS is
 # stopped, and the same command goes on with it. The text is that of benchmarks/speeches_and_code.py,
 # in corpora/speeches_and_code. CONFIGS, ROWS, SEEDS and WORKERS change what is done, MORE adds options.
 set -euo pipefail
-what=${1:?questions or text} out=$(realpath -m "${2:?a folder}") limit=${3:-100000}
+what=${1:?synthetic or text} out=$(realpath -m "${2:?a folder}") limit=${3:-100000}
 cd "$(dirname "$0")/.."
 export PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 # Seeds share their programs, and programs as small as these gain nothing from trials.
@@ -15,9 +15,9 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$out/cache}
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 export XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false ${XLA_FLAGS:-}"
 case $what in
-    questions) configs=${CONFIGS:-permutations p_hop addition} seeds=${SEEDS:-3} workers=${WORKERS:-7} ;;
+    synthetic) configs=${CONFIGS:-permutations p_hop addition} seeds=${SEEDS:-3} workers=${WORKERS:-7} ;;
     text) configs=${CONFIGS:-30m} seeds=${SEEDS:-1} workers=${WORKERS:-3} ;;
-    *) echo "give questions or text, not $what" >&2; exit 2 ;;
+    *) echo "give synthetic or text, not $what" >&2; exit 2 ;;
 esac
 rows=${ROWS:-plt-3 no_loop-2x_layers plt-2 vanilla_loop-2 clp-2 clp_kv_share-2 no_loop}
 mkdir -p "$out/logs"

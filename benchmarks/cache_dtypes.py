@@ -63,7 +63,7 @@ def beginnings(trained: Trained, text: str | None, documents: int, tokens: int) 
     """The first tokens of evenly spaced documents that have so many, int32 [B, T].
 
     Raises:
-      InputError: no document is so long, the context is not, or the run read questions.
+      InputError: no document is so long, the context is not, or the run read a synthetic task.
     """
     if documents < 1 or not 2 <= tokens <= trained.config.model.max_length:
         raise InputError(

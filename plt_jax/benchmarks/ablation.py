@@ -5,8 +5,8 @@ python -m plt_jax.benchmarks.ablation CONFIG [--section.field value ...]
 Trains every row from the same seeds, in a run directory of its own below --run_dir: RUN_DIR/ROW/
 seed_N. Stopped at any moment, the same command goes on where it was; --rows takes some of them at a
 time. After every run it writes ablation.json, a table and plots of all that is there. A
-configuration with data.questions is scored by the questions answered rightly, others by bits per
-byte of held-out text. At last every row's decoding is timed (plt_jax.benchmarks.decode).
+configuration with data.synthetic is scored by the share of problems answered correctly, others by
+bits per byte of held-out text. At last every row's decoding is timed (plt_jax.benchmarks.decode).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.decoding.generation import BLOCK
 from plt_jax.distributed import processes, rendezvous
 from plt_jax.errors import EXIT_STOPPED, InputError
-from plt_jax.evaluation.exact_match import EXACT_MATCH, QUESTIONS, evaluate_exact_match
+from plt_jax.evaluation.exact_match import EXACT_MATCH, TEST_PROBLEMS, evaluate_exact_match
 from plt_jax.files import write_text
 from plt_jax.model.costs import count_parameters, flops_by_loop
 from plt_jax.runs.directory import check_directory
@@ -73,7 +73,7 @@ def main(words: Sequence[str] | None = None) -> int | None:
             if finished(run) is None:
                 if train(run).stopped:
                     return EXIT_STOPPED
-                if config.data.questions.task != "none":
+                if config.data.synthetic.task != "none":
                     print(evaluate_exact_match(run.run_dir).table(), flush=True)
                 jax.clear_caches()  # the next row's programs are others
                 write_report(words, config)
@@ -135,7 +135,7 @@ def write_report(words: Sequence[str], config: RunConfig) -> str:
             "command": command_of(words),
             "machine": machine(),
             "config": config.model_dump(mode="json"),
-            "task": config.data.questions.task,
+            "task": config.data.synthetic.task,
             "tokens": config.training.steps * config.training.batch_size * config.sequence_length,
             "rows": list(rows(config)),
             "decode": json.loads(decode.read_text(encoding="utf-8")) if decode.exists() else None,
@@ -162,7 +162,7 @@ def rows(config: RunConfig) -> Iterator[dict[str, Any]]:
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
-    """Scores of a run, if it is at its last step and has answered its questions.
+    """Scores of a run, if it is at its last step and its answers are scored.
 
     Raises:
       InputError: its directory holds a run of another configuration, or of another number of steps,
@@ -186,14 +186,14 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
         "validation_tokens": evaluations[-1]["validation_tokens"],
         "curve": [[row["step"], row["validation_loss"]] for row in evaluations],
     }
-    questions = config.data.questions
-    if questions.task != "none":
+    task = config.data.synthetic
+    if task.task != "none":
         if not (directory / EXACT_MATCH).exists():
             return None
         answers = json.loads((directory / EXACT_MATCH).read_text(encoding="utf-8"))
-        asked = tuple(row["difficulty"] for row in answers["by_difficulty"])
-        given = answers["step"], answers["limit"], asked
-        if given != (last, QUESTIONS, questions.test_difficulties):
+        tested = tuple(row["difficulty"] for row in answers["by_difficulty"])
+        given = answers["step"], answers["limit"], tested
+        if given != (last, TEST_PROBLEMS, task.test_difficulties):
             return None
         run["by_difficulty"] = answers["by_difficulty"]
     return run

@@ -50,7 +50,7 @@ TEXT = Measure(
 )
 ANSWERS = Measure(
     "right",
-    "questions of all difficulties answered rightly",
+    "problems of all difficulties answered correctly",
     "{:.1%}",
     lambda run: statistics.fmean(
         (row["accuracy"] for row in run["by_difficulty"]),
@@ -184,7 +184,7 @@ def difficulties_table(report: Report) -> str:
         lines.append([row["label"], *cells])
         if len(found) > 1:
             lines.append(["  +-", *(f"{one:.1%}" for one in found.std(axis=0, ddof=1))])
-    lines.append(["questions", *(str(one["questions"]) for one in asked)])
+    lines.append(["problems", *(str(one["questions"]) for one in asked)])
     note = "" if all(one["trained"] for one in asked) else "\n* not trained on"
     return aligned(lines) + note
 

@@ -37,14 +37,16 @@ def main() -> None:
         "--at_loops",
         help="numbers of loops, as 1,2,3, with which the model is evaluated besides its own",
     )
-    questions = parser.add_argument_group("questions, of a run that was trained on them")
-    questions.add_argument(
+    synthetic = parser.add_argument_group("test set of a run on a synthetic task")
+    synthetic.add_argument(
         "--exact_match",
         action="store_true",
-        help="how many held-out ones it answers rightly, by difficulty; writes exact_match.json",
+        help="share of held-out problems answered correctly, by difficulty; writes "
+        "exact_match.json",
     )
-    questions.add_argument(
-        "--difficulties", help="to ask, as 1,2,8; default data.questions.test_difficulties"
+    synthetic.add_argument(
+        "--difficulties",
+        help="difficulties to test, as 1,2,8; default data.synthetic.test_difficulties",
     )
     documents = parser.add_argument_group("each document by itself")
     documents.add_argument(
@@ -69,7 +71,7 @@ def main() -> None:
     tasks.add_argument(
         "--limit",
         type=int,
-        help="examples of each task, documents of --by_document, or questions of each difficulty",
+        help="examples of each task, documents of --by_document, or problems of each difficulty",
     )
     tasks.add_argument("--num-fewshot", type=int, help="examples in the prompt; default the task's")
     tasks.add_argument("--include-path", help="a folder of further tasks")
@@ -94,7 +96,7 @@ def chosen_use(arguments: Namespace) -> Callable[[Namespace], Any]:
         "--tasks and --suite": run_tasks if named_tasks(arguments) is not None else None,
         "--loops": run_loops if arguments.loops else None,
         "--by_document": run_documents if arguments.by_document else None,
-        "--exact_match": run_questions if arguments.exact_match else None,
+        "--exact_match": run_exact_match if arguments.exact_match else None,
     }
     asked = {name: run for name, run in uses.items() if run is not None} or {"scores": run_text}
     (name, run), *others = asked.items()
@@ -138,7 +140,7 @@ def run_loops(arguments: Namespace):
     return evaluate_loops(arguments.path, arguments.text, sequences)
 
 
-def run_questions(arguments: Namespace):
+def run_exact_match(arguments: Namespace):
     from plt_jax.evaluation.exact_match import evaluate_exact_match
 
     return evaluate_exact_match(

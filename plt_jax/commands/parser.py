@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from plt_jax.config.renamed import present_name
 from plt_jax.errors import (
     EXIT_BAD_INPUT,
     EXIT_DONE,
@@ -42,7 +43,9 @@ class CommandParser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments") and unknown:
             name = unknown[0].split("=")[0]
             near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else "see --help for the known ones"
+            renamed = f"--{present_name(name.removeprefix('--'))}"
+            meant = renamed if renamed in options else next(iter(near), None)
+            hint = f"did you mean {meant}?" if meant else "see --help for the known ones"
             message = f"unknown option {name}; {hint}"
         raise InputError(message)
 

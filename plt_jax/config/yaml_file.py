@@ -11,16 +11,18 @@ import pydantic
 import yaml
 
 from plt_jax.config import RunConfig
+from plt_jax.config.renamed import present_name, with_present_names
 from plt_jax.errors import InputError
 
 
 def load_resolved(path: Path) -> RunConfig:
-    """Reads what `dump_config` wrote: nothing is missing, so nothing is looked up elsewhere.
+    """Reads what `dump_config` wrote, in this version or an earlier one: no field is missing, so
+    nothing is looked up elsewhere.
 
     Raises:
       InputError: as `load_config`.
     """
-    return validate(path, read_yaml(path))
+    return validate(path, with_present_names(read_yaml(path)))
 
 
 def dump_config(config: RunConfig) -> str:
@@ -82,7 +84,8 @@ def _describe(entry: Mapping[str, Any]) -> str:
     if entry["type"] == "extra_forbidden":
         known = _known_fields(entry["loc"][:-1])
         near = difflib.get_close_matches(str(entry["loc"][-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        meant = present_name(name) or next(iter(near), None)
+        hint = f"did you mean {meant}?" if meant else f"known here: {', '.join(known)}"
         return f"unknown field {name}; {hint}"
     if entry["type"] == "missing":
         return f"{name} is missing"

@@ -14,11 +14,7 @@ from plt_jax.data.corpus_reader import SPLITS, Prepared, open_prepared
 from plt_jax.data.packing import Examples, PackedExamples
 from plt_jax.data.pipeline import Source, batches_of, epochs_read, training_dataset
 from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
-from plt_jax.data.synthetic_examples import (
-    QuestionExamples,
-    check_exam,
-    question_tokenizer,
-)
+from plt_jax.data.synthetic_examples import SyntheticExamples, byte_tokenizer, check_test_set
 from plt_jax.data.tokenizer import check_size, named_tokenizer, token_bytes, tokenizer_for
 from plt_jax.data.tokens import TokenizedDocuments, tokenize
 from plt_jax.errors import InputError, naming
@@ -63,8 +59,8 @@ def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
       InputError: the text, the tokenizer or the cache folder cannot be used, or the text is too
         short for one batch; see the functions that this calls.
     """
-    if config.data.questions.task != "none":
-        return _of_questions(config, rows)
+    if config.data.synthetic.task != "none":
+        return _load_synthetic(config, rows)
     text = _from_prepared(config) if config.data.sources else _from_text(config)
     counts = text.counts
     targets = counts["training_tokens"] - counts["training_documents"]  # all but each bos
@@ -85,8 +81,8 @@ def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> Examples:
     Raises:
       InputError: as `load_data`.
     """
-    if config.data.questions.task != "none":
-        return QuestionExamples(config, tokenizer, held_out=True)
+    if config.data.synthetic.task != "none":
+        return SyntheticExamples(config, tokenizer, held_out=True)
     if config.data.sources:
         corpora = open_sources(config)
         check_same_tokenizer(config, corpora, tokenizer)
@@ -201,25 +197,25 @@ def _from_prepared(config: RunConfig) -> _Text:
     return _Text(tokenizer, sources, held_out(corpora), counts, identity)
 
 
-def _of_questions(config: RunConfig, rows: np.ndarray | None) -> Data:
-    questions = config.data.questions
-    tokenizer = question_tokenizer(config)
+def _load_synthetic(config: RunConfig, rows: np.ndarray | None) -> Data:
+    task = config.data.synthetic
+    tokenizer = byte_tokenizer(config)
     bytes_V = token_bytes(tokenizer, config.model.vocab_size)
-    training = QuestionExamples(config, tokenizer, held_out=False)
-    validation = QuestionExamples(config, tokenizer, held_out=True)
-    check_exam(questions, config.model.max_length)
-    answers = [training[index] for index in range(len(validation))]
-    targets = sum(example["weights"].sum() for example in answers)
-    sizes = [example["weights"] * bytes_V[example["targets"]] for example in answers]
-    difficulties = ", ".join(map(str, questions.difficulties))
+    training = SyntheticExamples(config, tokenizer, held_out=False)
+    validation = SyntheticExamples(config, tokenizer, held_out=True)
+    check_test_set(task, config.model.max_length)
+    sample = [training[index] for index in range(len(validation))]
+    targets = sum(example["weights"].sum() for example in sample)
+    sizes = [example["weights"] * bytes_V[example["targets"]] for example in sample]
+    difficulties = ", ".join(map(str, task.difficulties))
     return Data(
         tokenizer,
         batches_of(config, training, rows),
         validation,
         bytes_V,
         float(np.sum(sizes) / targets),
-        [f"training on {config.data.text} of difficulty {difficulties}, made as they are needed"],
-        fingerprint([questions.model_dump_json(exclude={"test_difficulties"})]),
+        [f"training on {config.data.text}, difficulties {difficulties}, generated as needed"],
+        fingerprint([task.model_dump_json(exclude={"test_difficulties"})]),
     )
 
 

@@ -1,4 +1,4 @@
-"""Questions packed into examples of one length, addressable by index, as packing.py packs text."""
+"""Problems of synthetic tasks packed into examples of one length, as packing.py packs text."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from plt_jax.config import RunConfig
-from plt_jax.config.data import QuestionsConfig
+from plt_jax.config.data import SyntheticConfig
 from plt_jax.data.packing import Example
-from plt_jax.data.synthetic_tasks import TASKS, Question, draw, exam
+from plt_jax.data.synthetic_tasks import TASKS, Problem, draw_problems, make_test_set
 from plt_jax.data.tokenizer import (
     SMALLEST_VOCABULARY,
     bos_id,
@@ -25,50 +25,52 @@ from plt_jax.errors import InputError, naming
 VALIDATION_EXAMPLES = 64
 
 
-class QuestionEncoder:
-    """Questions as the tokens of a document: bos, the prompt's and the answer's bytes, eos."""
+class ProblemEncoder:
+    """Encodes a problem as a document: bos, the bytes of prompt and answer as tokens, eos."""
 
     def __init__(self, tokenizer: Tokenizer):
         self._ids = {chr(code): tokenizer.token_to_id(chr(code)) for code in range(33, 127)}
         self._bos, self.eos = bos_id(tokenizer), eos_id(tokenizer)
 
-    def prompt(self, question: Question) -> list[int]:
-        """What the model is given."""
-        return [self._bos, *map(self._ids.__getitem__, question.prompt)]
+    def prompt(self, problem: Problem) -> list[int]:
+        """The tokens that the model is given, bos first."""
+        return [self._bos, *map(self._ids.__getitem__, problem.prompt)]
 
-    def answer(self, question: Question) -> list[int]:
-        """What it must then say."""
-        return [*map(self._ids.__getitem__, question.answer), self.eos]
+    def answer(self, problem: Problem) -> list[int]:
+        """The tokens that the model must write, eos last."""
+        return [*map(self._ids.__getitem__, problem.answer), self.eos]
 
 
-class QuestionExamples:
-    """Whole questions one after the other, as long as the longest still fits; then padding.
+class SyntheticExamples:
+    """Examples of whole problems, addressable by index: a random-access source for grain.
 
-    Arrays are as `packing.PackedExamples` has them, but that weights are 1 on targets of answers
-    and their eos alone, and that no eos is an input, since nothing follows it. An example depends
-    on the configuration and its index alone.
+    Each example holds problems one after the other, as long as a longest one still fits, and then
+    padding. The arrays are those of `packing.PackedExamples`, with two differences: weights are 1
+    only where the target belongs to an answer or is its eos, and no eos is an input, because
+    nothing follows it. An example depends on the configuration and its index alone.
     """
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, *, held_out: bool):
         """
         Args:
-          config: its seed, data and model are read.
-          held_out: held-out questions, the same for any seed, VALIDATION_EXAMPLES of examples; else
-            endless ones to train on.
+          config: the run; its seed, data and model are read.
+          tokenizer: `byte_tokenizer`'s.
+          held_out: whether to make VALIDATION_EXAMPLES examples of held-out problems, which are the
+            same for any seed, or sys.maxsize examples to train on.
 
         Raises:
-          InputError: a difficulty has no such question, or one that T tokens do not hold.
+          InputError: a difficulty has no such problem, or one that T tokens cannot hold.
         """
-        self._questions, self._length = config.data.questions, config.sequence_length
+        self._task, self._length = config.data.synthetic, config.sequence_length
         self._held_out = held_out
         self._seed = "validation" if held_out else f"training {config.seed}"
-        self._encoder = QuestionEncoder(tokenizer)
-        difficulties = self._questions.difficulties
+        self._encoder = ProblemEncoder(tokenizer)
+        difficulties = self._task.difficulties
         for difficulty in difficulties:
-            tokens = inputs_of(self._questions, difficulty)
-            check_length(self._questions, difficulty, tokens, "data.sequence_length", self._length)
-            next(draw(self._questions, Random(0), [difficulty], held_out))
-        self._longest = max(inputs_of(self._questions, difficulty) for difficulty in difficulties)
+            tokens = longest_input(self._task, difficulty)
+            check_length(self._task, difficulty, tokens, "data.sequence_length", self._length)
+            next(draw_problems(self._task, Random(0), [difficulty], held_out))
+        self._longest = max(longest_input(self._task, difficulty) for difficulty in difficulties)
         self._made: list[Example] = []
         if held_out:
             self._made = [self._make(index) for index in range(VALIDATION_EXAMPLES)]
@@ -82,13 +84,13 @@ class QuestionExamples:
 
     def _make(self, index: int) -> Example:
         random = Random(f"{self._seed} {index}")
-        # Lists are faster to add a few numbers to than arrays.
+        # Appending a few numbers at a time is faster for lists than for arrays.
         tokens, targets, segment_ids, weights = [], [], [], []
-        drawn = draw(self._questions, random, self._questions.difficulties, self._held_out)
-        # One that might not fit is not drawn at all: long ones would be rarer than short ones.
+        problems = draw_problems(self._task, random, self._task.difficulties, self._held_out)
+        # Drawing only where any problem fits keeps long problems as frequent as short ones.
         while len(tokens) + self._longest <= self._length:
-            question, number = next(drawn), 1 + (segment_ids[-1] if segment_ids else 0)
-            prompt, answer = self._encoder.prompt(question), self._encoder.answer(question)
+            problem, number = next(problems), 1 + (segment_ids[-1] if segment_ids else 0)
+            prompt, answer = self._encoder.prompt(problem), self._encoder.answer(problem)
             tokens += prompt + answer[:-1]
             targets += prompt[1:] + answer
             segment_ids += [number] * (len(prompt) + len(answer) - 1)
@@ -102,43 +104,44 @@ class QuestionExamples:
         }
 
 
-def question_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer of questions: bytes, and the two special tokens.
+def byte_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer of synthetic tasks, which has 256 bytes and the two special tokens.
 
     Raises:
-      InputError: the run names another (tokenizer.path), or model.vocab_size does not hold it.
+      InputError: tokenizer.path names another tokenizer, or model.vocab_size is too small.
     """
     tokenizer = train_tokenizer([], config.model.vocab_size, min_frequency=1)
     if config.tokenizer.path is not None:
         with naming("tokenizer.path"):
             if load_tokenizer(config.tokenizer.path).to_str() != tokenizer.to_str():
                 raise InputError(
-                    f"{config.tokenizer.path} is not the tokenizer of questions, which is of bytes "
-                    f"and has {SMALLEST_VOCABULARY} tokens; drop it, or a start_from that has it"
+                    f"{config.tokenizer.path} is not the tokenizer of synthetic tasks, which has "
+                    f"{SMALLEST_VOCABULARY} tokens, one for each byte and two special ones; drop "
+                    "tokenizer.path, or start from a run that has this tokenizer"
                 )
     return tokenizer
 
 
-def check_exam(config: QuestionsConfig, max_length: int) -> None:
-    """Raises InputError where a test's difficulty has no question, or one that a context of
-    `max_length` tokens does not hold."""
+def check_test_set(config: SyntheticConfig, max_length: int) -> None:
+    """Raises InputError where a test difficulty has no problem, or one that a context of
+    `max_length` tokens cannot hold."""
     for difficulty in config.test_difficulties:
-        tokens = inputs_of(config, difficulty) + 1  # the eos, too, takes a place when it is written
+        tokens = longest_input(config, difficulty) + 1  # decoding writes the eos into the context
         check_length(config, difficulty, tokens, "model.max_length", max_length)
-        exam(config, difficulty, 1)
+        make_test_set(config, difficulty, 1)
 
 
-def inputs_of(config: QuestionsConfig, difficulty: int) -> int:
-    """Tokens of the longest question of a difficulty without its eos, which is no input."""
+def longest_input(config: SyntheticConfig, difficulty: int) -> int:
+    """Tokens of the longest problem of a difficulty, without its eos, which is never an input."""
     return 1 + TASKS[config.task].length(difficulty, config)
 
 
 def check_length(
-    config: QuestionsConfig, difficulty: int, tokens: int, limit_name: str, limit: int
+    config: SyntheticConfig, difficulty: int, tokens: int, limit_name: str, limit: int
 ) -> None:
-    """Raises InputError where a question of a difficulty takes more tokens than a limit."""
+    """Raises InputError where a difficulty's longest problem takes more tokens than the limit."""
     if tokens > limit:
         raise InputError(
-            f"a question of {config.task} of difficulty {difficulty} takes up to {tokens} tokens, "
-            f"more than {limit_name} {limit}; raise that, or drop the difficulty (data.questions)"
+            f"a problem of {config.task} of difficulty {difficulty} takes up to {tokens} tokens, "
+            f"more than {limit_name} {limit}; raise that, or drop the difficulty (data.synthetic)"
         )

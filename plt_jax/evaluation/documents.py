@@ -132,10 +132,10 @@ def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenSt
                     "again with that (--tokenizer RUN/tokenizer.json)"
                 )
             return held_out([prepared])
-    if text is None and config.data.questions.task != "none":
+    if text is None and config.data.synthetic.task != "none":
         raise InputError(
-            f"{trained.directory} was trained on questions, which are no documents; ask them with "
-            "--exact_match, or give a --text"
+            f"{trained.directory} was trained on a synthetic task, which has no documents; test it "
+            "with --exact_match, or give a --text"
         )
     if text is None and config.data.sources:
         corpora = open_sources(config)

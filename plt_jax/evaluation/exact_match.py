@@ -1,4 +1,4 @@
-"""How many held-out questions a model answers rightly, by difficulty, as it decodes."""
+"""Exact match: the share of a synthetic task's test set that greedy decoding answers correctly."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 import pydantic
 
 from plt_jax.config import MeshConfig, ModelConfig
-from plt_jax.config.data import QuestionsConfig
+from plt_jax.config.data import SyntheticConfig
 from plt_jax.config.yaml_file import describe_errors
-from plt_jax.data.synthetic_examples import QuestionEncoder, check_exam
-from plt_jax.data.synthetic_tasks import Question, exam
+from plt_jax.data.synthetic_examples import ProblemEncoder, check_test_set
+from plt_jax.data.synthetic_tasks import Problem, make_test_set
 from plt_jax.decoding.generation import generate
 from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
@@ -26,21 +26,22 @@ from plt_jax.reports.tables import table_of
 from plt_jax.runs.directory import Trained, open_trained
 
 EXACT_MATCH = "exact_match.json"
-QUESTIONS = 512
-"""Asked of each difficulty, where there are so many."""
+TEST_PROBLEMS = 512
+"""Default size of a difficulty's test set; fewer are tested where there are fewer."""
 
 
 class ExactMatchReport(NamedTuple):
-    """What was found, and where it was written."""
+    """The accuracies, and the file that holds them."""
 
     numbers: dict[str, Any]
-    """Accuracies, `by_difficulty`, and if asked the same `at_loops`."""
+    """What exact_match.json holds: accuracies `by_difficulty`, and if requested the same for other
+    numbers of loops, `at_loops`."""
     path: Path
 
     def table(self) -> str:
-        """A line for each difficulty, with the accuracy of each number of loops."""
+        """The accuracies as text: a line for each difficulty, a column for each number of loops."""
         columns = [
-            ("questions", "questions", "{}"),
+            ("questions", "problems", "{}"),
             ("trained", "trained on", "{}"),
             ("accuracy", "right", "{:.1%}"),
         ]
@@ -67,20 +68,21 @@ def evaluate_exact_match(
     batch_size: int | None = None,
     at_loops: Sequence[int] = (),
 ) -> ExactMatchReport:
-    """Asks a run or checkpoint the held-out questions of its task; writes exact_match.json.
+    """Tests a run or checkpoint on its synthetic task; writes exact_match.json.
 
-    An answer is right if greedy decoding writes it to its last byte, and ends there.
+    An answer is correct if greedy decoding writes it to its last byte, and then ends it.
 
     Args:
-      difficulties: default the run's data.questions.test_difficulties.
-      limit: questions of each difficulty; default QUESTIONS.
-      batch_size: questions on all devices together, raised to divide over them; default the run's
-        evaluation.batch_size.
-      at_loops: numbers of loops that it answers with besides.
+      path: a run directory, or one of its checkpoints/STEP folders.
+      difficulties: difficulties to test; default the run's data.synthetic.test_difficulties.
+      limit: problems of each difficulty; default TEST_PROBLEMS.
+      batch_size: problems on all devices together, rounded up to divide over them; default the
+        run's evaluation.batch_size.
+      at_loops: further numbers of loops to test the model with.
 
     Raises:
-      InputError: no such checkpoint, one that was not trained on questions, a difficulty that has
-        none or that the context does not hold, or an argument that is out of its range.
+      InputError: there is no such checkpoint, it was trained on text, a difficulty has no held-out
+        problem or one that the context cannot hold, or an argument is out of its range.
     """
     for name, value in (("--limit", limit), ("--batch_size", batch_size)):
         if value is not None and value < 1:
@@ -89,84 +91,88 @@ def evaluate_exact_match(
     trained = open_trained(path, mesh)
     size = whole_batch(batch_size or trained.config.evaluation.batch_size, mesh)
     others = {count: with_loops(trained.config.model, trained.params, count) for count in at_loops}
-    asked = questions_asked(trained, difficulties)
-    check_exam(asked, trained.config.model.max_length)
-    papers = {one: exam(asked, one, limit or QUESTIONS) for one in asked.test_difficulties}
-    encoder = QuestionEncoder(trained.tokenizer)
+    task = task_to_test(trained, difficulties)
+    check_test_set(task, trained.config.model.max_length)
+    test_sets = {
+        difficulty: make_test_set(task, difficulty, limit or TEST_PROBLEMS)
+        for difficulty in task.test_difficulties
+    }
+    encoder = ProblemEncoder(trained.tokenizer)
 
-    def answer(model: ModelConfig, params: Any) -> list[dict[str, Any]]:
+    def test(model: ModelConfig, params: Any) -> list[dict[str, Any]]:
         with use_mesh(mesh):
             weights = prepare_for_decode(model, params)
             return [
                 {
                     "difficulty": difficulty,
-                    "trained": difficulty in asked.difficulties,
-                    "questions": len(paper),
-                    "accuracy": np.mean(mark(model, weights, encoder, paper, size)).item(),
+                    "trained": difficulty in task.difficulties,
+                    "questions": len(problems),
+                    "accuracy": np.mean(score(model, weights, encoder, problems, size)).item(),
                 }
-                for difficulty, paper in papers.items()
+                for difficulty, problems in test_sets.items()
             ]
 
     numbers = {
         "step": trained.step,
-        "task": asked.task,
-        "limit": limit or QUESTIONS,
-        "by_difficulty": answer(trained.config.model, trained.params),
+        "task": task.task,
+        "limit": limit or TEST_PROBLEMS,
+        "by_difficulty": test(trained.config.model, trained.params),
     }
     if others:
         numbers["at_loops"] = [
-            {"loops": count, "by_difficulty": answer(*other)} for count, other in others.items()
+            {"loops": count, "by_difficulty": test(*other)} for count, other in others.items()
         ]
     target = trained.directory / EXACT_MATCH
     write_text(target, json.dumps(numbers, indent=2) + "\n")
     return ExactMatchReport(numbers, target)
 
 
-def questions_asked(trained: Trained, difficulties: Sequence[int]) -> QuestionsConfig:
-    """The run's task, with the difficulties to ask.
+def task_to_test(trained: Trained, difficulties: Sequence[int]) -> SyntheticConfig:
+    """The run's synthetic task, with the given difficulties to test or else its own.
 
     Raises:
-      InputError: it has none, or not such difficulties.
+      InputError: the run was trained on text, or the task refuses the difficulties.
     """
-    questions = trained.config.data.questions
-    if questions.task == "none":
+    task = trained.config.data.synthetic
+    if task.task == "none":
         raise InputError(
-            f"{trained.directory} was trained on text, not on questions (data.questions.task); "
-            "eval.py without --exact_match evaluates it"
+            f"{trained.directory} was trained on text, not on a synthetic task "
+            "(data.synthetic.task); eval.py without --exact_match evaluates it"
         )
     if not difficulties:
-        return questions
+        return task
     try:
-        return QuestionsConfig(**questions.model_dump() | {"test_difficulties": difficulties})
+        return SyntheticConfig(**task.model_dump() | {"test_difficulties": difficulties})
     except pydantic.ValidationError as error:
         raise InputError(f"--difficulties: {describe_errors(error)}") from error
 
 
-def mark(
+def score(
     config: ModelConfig,
     weights: Params,
-    encoder: QuestionEncoder,
-    questions: Sequence[Question],
+    encoder: ProblemEncoder,
+    problems: Sequence[Problem],
     batch_size: int,
 ) -> list[bool]:
-    """Whether greedy decoding writes each question's answer, and ends there.
+    """Whether greedy decoding writes each problem's answer, and then ends it.
 
     Args:
-      weights: as `prepare_for_decode` lays them out.
-      questions: of one difficulty: what fits the context of one fits all.
+      weights: from `prepare_for_decode`.
+      problems: problems of one difficulty; the context must hold the longest of them.
+      batch_size: problems to decode at a time.
     """
-    right = []
-    # Nothing behind an answer is compared: stopping there saves time.
+    correct = []
+    # What a model writes after an answer is not compared, so decoding can stop there.
     sampling = Sampling(stop_tokens=(encoder.eos,))
-    for start in range(0, len(questions), batch_size):
-        asked = questions[start : start + batch_size]
-        # All batches have as many rows, for which one program is compiled.
-        prompts = [encoder.prompt(question) for question in asked]
-        prompts += [prompts[-1]] * (batch_size - len(asked))
-        wanted = [encoder.answer(question) for question in asked]
-        tokens_BT = generate(config, weights, prompts, max(map(len, wanted)), sampling)
-        right += [
+    for start in range(0, len(problems), batch_size):
+        batch = problems[start : start + batch_size]
+        # All batches have as many rows, so that one program is compiled for all.
+        prompts = [encoder.prompt(problem) for problem in batch]
+        prompts += [prompts[-1]] * (batch_size - len(batch))
+        answers = [encoder.answer(problem) for problem in batch]
+        tokens_BT = generate(config, weights, prompts, max(map(len, answers)), sampling)
+        correct += [
             row[: len(answer)] == answer
-            for row, answer in zip(tokens_BT.tolist(), wanted, strict=False)
+            for row, answer in zip(tokens_BT.tolist(), answers, strict=False)
         ]
-    return right
+    return correct

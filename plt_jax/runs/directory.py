@@ -46,7 +46,7 @@ MAY_CHANGE = (
     "training.accumulate",  # but see may_change
     "data.cache_dir",
     "data.prefetch",
-    "data.questions.test_difficulties",
+    "data.synthetic.test_difficulties",
     "data.sources.path",  # what is there is compared
     "training.steps",
     "training.log_every",

@@ -103,9 +103,9 @@ def test_a_run_that_a_neighbour_is_making_is_passed_over(home):
     assert list(ablation.rows(config)) == []
 
 
-def test_questions_are_scored_by_their_answers(home):
-    questions = {"task": "addition", "difficulties": [1, 2], "test_difficulties": [1, 2, 3]}
-    sections = {"data": {"questions": questions}, "training": {"steps": 2}}
+def test_synthetic_tasks_are_scored_by_their_answers(home):
+    task = {"task": "addition", "difficulties": [1, 2], "test_difficulties": [1, 2, 3]}
+    sections = {"data": {"synthetic": task}, "training": {"steps": 2}}
     words = ["--seeds", "1", "--rows", "no_loop"]
     main([write(home, "sums", **sections), *words])
     (row,) = json.loads((home / "sums" / "ablation.json").read_text())["rows"]
@@ -113,13 +113,13 @@ def test_questions_are_scored_by_their_answers(home):
     text = (home / "sums" / "ablation.txt").read_text()
     assert "difficulty     1     2    3*" in text
     assert (home / "sums" / "difficulties.png").exists()
-    sections["data"]["questions"]["test_difficulties"] = [2]  # asked anew, of the same run
+    sections["data"]["synthetic"]["test_difficulties"] = [2]  # tested anew, of the same run
     before = (home / "sums" / "no_loop" / "seed_0" / "metrics.jsonl").read_text()
     main([write(home, "sums", **sections), *words])
     assert (home / "sums" / "no_loop" / "seed_0" / "metrics.jsonl").read_text() == before
     (row,) = json.loads((home / "sums" / "ablation.json").read_text())["rows"]
     assert [one["difficulty"] for one in row["runs"][0]["by_difficulty"]] == [2]
-    for option, old, new in (("data.questions.length", 32, 31), ("training.steps", 2, 3)):
+    for option, old, new in (("data.synthetic.length", 32, 31), ("training.steps", 2, 3)):
         message = rf"another config \({option}: {old} -> {new}\)"
         with pytest.raises(InputError, match=message):
             main([write(home, "sums", **sections), *words, f"--{option}", str(new)])
@@ -165,11 +165,11 @@ def test_differences_are_of_the_same_seeds():
     assert "vanilla_loop-2  " in text and "plt-2 - " not in text
 
 
-def of_questions(asked, rights):
-    """A report of runs that answered so many questions rightly, by row and seed, then difficulty.
+def synthetic_report(tested, rights):
+    """A report of runs that answered so many problems correctly, by row and seed, then difficulty.
 
     Args:
-      asked: of each difficulty, how many questions and whether it was trained on.
+      tested: of each difficulty, how many problems and whether it was trained on.
     """
     report = report_of(
         {label: dict.fromkeys(range(len(runs)), 0) for label, runs in rights.items()}
@@ -178,15 +178,15 @@ def of_questions(asked, rights):
         for run, right in zip(row["runs"], runs, strict=True):
             run["by_difficulty"] = [
                 {"difficulty": level, "questions": n, "trained": known, "accuracy": found / n}
-                for (level, (n, known)), found in zip(asked.items(), right, strict=True)
+                for (level, (n, known)), found in zip(tested.items(), right, strict=True)
             ]
     return report | {"task": "addition"}
 
 
-def test_answers_are_weighed_by_questions_and_listed_by_difficulty(tmp_path):
-    asked = {1: (10, True), 2: (90, True), 5: (100, False)}
+def test_answers_are_weighed_by_problems_and_listed_by_difficulty(tmp_path):
+    tested = {1: (10, True), 2: (90, True), 5: (100, False)}
     rights = {"no_loop": [(10, 30, 0), (8, 42, 10)], "vanilla_loop-2": [(10, 80, 50), (9, 81, 30)]}
-    report = of_questions(asked, rights)
+    report = synthetic_report(tested, rights)
     found = ablation_report.differences(report, "vanilla_loop-2", "no_loop")
     assert found == pytest.approx([0.5, 0.3])
     lines = ablation_report.write(report, tmp_path).splitlines()
@@ -194,13 +194,13 @@ def test_answers_are_weighed_by_questions_and_listed_by_difficulty(tmp_path):
     assert table[0].split() == ["difficulty", "1", "2", "5*"]
     assert table[1].split() == ["no_loop", "90.0%", "40.0%", "5.0%"]
     assert table[2].split() == ["+-", "14.1%", "9.4%", "7.1%"]
-    assert table[-2].split() == ["questions", "10", "90", "100"]
+    assert table[-2].split() == ["problems", "10", "90", "100"]
     assert table[-1] == "* not trained on"
     assert (tmp_path / "difficulties.png").exists()
 
 
 def test_a_report_of_unseen_difficulties_and_uneven_curves(tmp_path):
-    report = of_questions({9: (10, False)}, {"plt-2": [(3,), (4,)]})
+    report = synthetic_report({9: (10, False)}, {"plt-2": [(3,), (4,)]})
     report["rows"][0]["runs"][0]["curve"] = [[1, 2.0], [2, 1.5], [3, None]]
     report["rows"][0]["runs"][1]["curve"] = [[1, 2.0], [3, 1.0]]
     assert "plt-2" in ablation_report.write(report, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import cache_dtypes
 from benchmarks.cache_dtypes import beginnings, compare, predictions
-from plt_jax.config.data import QuestionsConfig
+from plt_jax.config.data import SyntheticConfig
 from plt_jax.data.corpus import load_corpus, read_documents
 from plt_jax.decoding.layout import prepare_for_decode
 from plt_jax.decoding.text import begin
@@ -69,11 +69,11 @@ def test_beginnings_are_those_of_the_held_out_documents(run_directory):
         assert found == [begin(trained.tokenizer, document)[:6] for document in source]
 
 
-def test_questions_have_no_documents(run_directory):
+def test_a_synthetic_task_has_no_documents(run_directory):
     trained = open_trained(run_directory)
-    data = trained.config.data.model_copy(update={"questions": QuestionsConfig(task="p_hop")})
+    data = trained.config.data.model_copy(update={"synthetic": SyntheticConfig(task="p_hop")})
     config = trained.config.model_copy(update={"data": data})
-    with pytest.raises(InputError, match="trained on questions, which are no documents"):
+    with pytest.raises(InputError, match="trained on a synthetic task, which has no documents"):
         beginnings(trained._replace(config=config), None, 1, 6)
 
 

@@ -1,4 +1,4 @@
-"""Questions as examples: what is packed, what is weighed, what an example depends on."""
+"""Problems as examples: what is packed, what is weighed, what an example depends on."""
 
 import itertools
 
@@ -11,35 +11,35 @@ from plt_jax.config import RunConfig
 from plt_jax.data.load import load_data, validation_examples
 from plt_jax.data.synthetic_examples import (
     VALIDATION_EXAMPLES,
-    QuestionExamples,
-    question_tokenizer,
+    SyntheticExamples,
+    byte_tokenizer,
 )
-from plt_jax.data.synthetic_tasks import Question, exam, is_held_out
+from plt_jax.data.synthetic_tasks import Problem, is_held_out, make_test_set
 from plt_jax.data.tokenizer import bos_id, eos_id
 from plt_jax.errors import InputError
 
 T = 48
 
 
-def config_of(task="permutations", seed=0, **questions) -> RunConfig:
-    settings = {"task": task, "difficulties": [1, 2, 3], "length": 14} | questions
+def config_of(task="permutations", seed=0, **fields) -> RunConfig:
+    settings = {"task": task, "difficulties": [1, 2, 3], "length": 14} | fields
     return RunConfig.model_validate(
         {
             "seed": seed,
             "model": {"vocab_size": 258, "max_length": T},
-            "data": {"questions": settings},
+            "data": {"synthetic": settings},
             "training": {"batch_size": 4},
         }
     )
 
 
-def examples_of(config, held_out=False) -> QuestionExamples:
-    return QuestionExamples(config, question_tokenizer(config), held_out=held_out)
+def examples_of(config, held_out=False) -> SyntheticExamples:
+    return SyntheticExamples(config, byte_tokenizer(config), held_out=held_out)
 
 
-def questions_in(config, example) -> list[Question]:
-    """The questions of an example, read back from its arrays alone."""
-    tokenizer, found = question_tokenizer(config), []
+def problems_in(config, example) -> list[Problem]:
+    """The problems of an example, read back from its arrays alone."""
+    tokenizer, found = byte_tokenizer(config), []
     for number in range(1, example["segment_ids"].max() + 1):
         inside = example["segment_ids"] == number
         tokens, targets = example["tokens"][inside], example["targets"][inside]
@@ -49,7 +49,7 @@ def questions_in(config, example) -> list[Question]:
         np.testing.assert_array_equal(tokens[1:], targets[:-1])
         assert not answers[: answers.argmax()].any() and answers[answers.argmax() :].all()
         prompt = tokens[1 : answers.argmax() + 1]
-        found.append(Question(tokenizer.decode(prompt), tokenizer.decode(targets[answers][:-1])))
+        found.append(Problem(tokenizer.decode(prompt), tokenizer.decode(targets[answers][:-1])))
     return found
 
 
@@ -59,7 +59,7 @@ def questions_in(config, example) -> list[Question]:
     st.integers(0, 10**6),
     st.booleans(),
 )
-def test_examples_hold_whole_questions_and_weigh_answers(task, index, held_out):
+def test_examples_hold_whole_problems_and_weigh_answers(task, index, held_out):
     config = config_of(task)
     index %= VALIDATION_EXAMPLES if held_out else 10**6
     example = examples_of(config, held_out)[index]
@@ -69,24 +69,24 @@ def test_examples_hold_whole_questions_and_weigh_answers(task, index, held_out):
         "segment_ids": "int32",
         "weights": "float32",
     }
-    questions = questions_in(config, example)
-    assert len(questions) >= 2
-    marks = [is_held_out(task, question) for question in questions]
-    assert marks == [held_out] * len(questions)
+    problems = problems_in(config, example)
+    assert len(problems) >= 2
+    flags = [is_held_out(task, problem) for problem in problems]
+    assert flags == [held_out] * len(problems)
     used = int((example["segment_ids"] > 0).sum())
-    assert used == sum(len(q.prompt) + len(q.answer) + 1 for q in questions)
+    assert used == sum(len(q.prompt) + len(q.answer) + 1 for q in problems)
     for name, array in example.items():
         assert array.shape == (T,), name
         assert not array[used:].any()
 
 
 @pytest.mark.parametrize("task", ["addition", "permutations"])
-def test_difficulties_come_in_equal_parts_however_long_their_questions(task):
+def test_difficulties_come_in_equal_parts_however_long_their_problems(task):
     config = config_of(task, difficulties=[1, 4, 8])
     examples = examples_of(config)
-    questions = [one for index in range(400) for one in questions_in(config, examples[index])]
+    problems = [one for index in range(400) for one in problems_in(config, examples[index])]
     # Digits of a summand, or swaps.
-    sizes = [len(question.prompt.rstrip("=").split("+")[0]) for question in questions]
+    sizes = [len(problem.prompt.rstrip("=").split("+")[0]) for problem in problems]
     for difficulty in (1, 4, 8):
         assert sizes.count(difficulty) / len(sizes) == pytest.approx(1 / 3, abs=0.05)
 
@@ -122,7 +122,7 @@ def test_a_run_reads_them_and_goes_on_where_it_was():
 
 @pytest.mark.parametrize("task", ["addition", "permutations"])
 def test_nothing_that_is_asked_in_tests_is_in_what_a_run_reads(task):
-    """Of so few questions all are read: whatever is not, is held out."""
+    """Of so few problems all are read: whatever is not, is held out."""
     config = config_of(task, difficulties=[1, 2], test_difficulties=[1, 2], symbols=None)
     data, examples = load_data(config), examples_of(config)
     batches = iter(data.training)
@@ -131,27 +131,29 @@ def test_nothing_that_is_asked_in_tests_is_in_what_a_run_reads(task):
         for batch in itertools.islice(batches, 1500)
         for row in range(4)
     ]
-    read = {question.prompt for row in rows for question in questions_in(config, row)}
-    asked = {q.prompt for level in (1, 2) for q in exam(config.data.questions, level, 10**6)}
-    validated = {q.prompt for one in data.validation for q in questions_in(config, one)}
+    read = {problem.prompt for row in rows for problem in problems_in(config, row)}
+    asked = {
+        q.prompt for level in (1, 2) for q in make_test_set(config.data.synthetic, level, 10**6)
+    }
+    validated = {q.prompt for one in data.validation for q in problems_in(config, one)}
     assert asked and validated
     assert read.isdisjoint(asked | validated)
     every = 100 + 90 * 90 if task == "addition" else 10 + 100
     assert len(read) > 0.9 * (every - len(asked))
-    assert read == {q.prompt for i in range(6000) for q in questions_in(config, examples[i])}
+    assert read == {q.prompt for i in range(6000) for q in problems_in(config, examples[i])}
 
 
 def test_what_is_said_of_the_data():
     config = config_of("addition")
     data = load_data(config)
-    line = "training on questions of addition of difficulty 1, 2, 3, made as they are needed"
+    line = "training on the synthetic task addition, difficulties 1, 2, 3, generated as needed"
     assert data.about == [line]
     np.testing.assert_equal(
         list(validation_examples(config, data.tokenizer)), list(data.validation)
     )
     drawn = itertools.islice(examples_of(config), 200)
-    questions = [one for example in drawn for one in questions_in(config, example)]
-    answers = [len(question.answer) for question in questions]
+    problems = [one for example in drawn for one in problems_in(config, example)]
+    answers = [len(problem.answer) for problem in problems]
     assert data.bytes_per_target == pytest.approx(
         sum(answers) / (sum(answers) + len(answers)), rel=0.01
     )
@@ -162,7 +164,7 @@ def test_what_is_said_of_the_data():
 
 
 @pytest.mark.parametrize(
-    ("questions", "message"),
+    ("fields", "message"),
     [
         (
             {"difficulties": [1, 60]},
@@ -174,18 +176,18 @@ def test_what_is_said_of_the_data():
         ),
         (
             {"task": "dyck", "difficulties": [2], "length": 2, "symbols": 1},
-            "dyck of difficulty 2 has no question for",
+            "dyck of difficulty 2 has too few problems: none is left for",
         ),
     ],
 )
-def test_what_cannot_be_asked_is_refused(questions, message):
+def test_what_cannot_be_tested_is_refused(fields, message):
     with pytest.raises(InputError, match=message):
-        load_data(config_of(**questions))
+        load_data(config_of(**fields))
 
 
 def test_another_tokenizer_is_refused(tmp_path):
     config = config_of()
-    tokenizer = question_tokenizer(config)
+    tokenizer = byte_tokenizer(config)
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_str())
     named = config.model_copy(
@@ -194,5 +196,5 @@ def test_another_tokenizer_is_refused(tmp_path):
     assert load_data(named).fingerprint == load_data(config).fingerprint
     tokenizer.add_tokens(["more"])
     path.write_text(tokenizer.to_str())
-    with pytest.raises(InputError, match="is not the tokenizer of questions"):
+    with pytest.raises(InputError, match="is not the tokenizer of synthetic tasks"):
         load_data(named)

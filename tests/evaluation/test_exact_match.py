@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plt_jax.data.synthetic_examples import QuestionEncoder
-from plt_jax.data.synthetic_tasks import Question, exam
+from plt_jax.data.synthetic_examples import ProblemEncoder
+from plt_jax.data.synthetic_tasks import Problem, make_test_set
 from plt_jax.decoding.layout import prepare_for_decode
 from plt_jax.errors import InputError
 from plt_jax.evaluation import exact_match
-from plt_jax.evaluation.exact_match import evaluate_exact_match, mark
+from plt_jax.evaluation.exact_match import evaluate_exact_match, score
 from plt_jax.model.looping import with_loops
 from plt_jax.runs.directory import open_trained
 from plt_jax.training.trainer import train
@@ -21,22 +21,22 @@ from tests.training.runs import assert_refused, command, tiny_config
 
 END = 12
 """A token that the models below write, some sooner and some later."""
-QUESTIONS = {"task": "permutations", "difficulties": [1, 2], "test_difficulties": [1, 2, 3]}
+TASK = {"task": "permutations", "difficulties": [1, 2], "test_difficulties": [1, 2, 3]}
 
 
-class Tokens(QuestionEncoder):
-    """Questions whose prompts and answers are tokens, written as numbers."""
+class Tokens(ProblemEncoder):
+    """Problems whose prompts and answers are tokens, written as numbers."""
 
     eos = END
 
     def __init__(self):
         pass
 
-    def prompt(self, question):
-        return [int(word) for word in question.prompt.split()]
+    def prompt(self, problem):
+        return [int(word) for word in problem.prompt.split()]
 
-    def answer(self, question):
-        return [int(word) for word in question.answer.split()]
+    def answer(self, problem):
+        return [int(word) for word in problem.answer.split()]
 
 
 def written_greedily(config, params, prompt, most=6) -> list[int]:
@@ -49,7 +49,7 @@ def written_greedily(config, params, prompt, most=6) -> list[int]:
 
 
 @pytest.mark.parametrize(("scheme", "count"), [("no_loop", 1), ("plt", 3), ("vanilla_loop", 2)])
-def test_marks_are_those_of_the_forward_pass(scheme, count):
+def test_scores_are_those_of_the_forward_pass(scheme, count):
     config = small_config(scheme, count)
     params = random_params(config)
     random = np.random.default_rng(0)
@@ -58,20 +58,20 @@ def test_marks_are_those_of_the_forward_pass(scheme, count):
     ends = {len(answer) for answer in answers if answer[-1] == END}
     assert len(ends) > 1 and any(answer[-1] != END for answer in answers)
     wrong = [[*answers[0][:-1], 30], [*answers[1], 30], [*answers[2][:-1], END]]
-    questions = [
-        Question(" ".join(map(str, prompt)), " ".join(map(str, answer)))
+    problems = [
+        Problem(" ".join(map(str, prompt)), " ".join(map(str, answer)))
         for prompt, answer in zip([*prompts, *prompts[:3]], [*answers, *wrong], strict=True)
     ]
     weights = prepare_for_decode(config, params)
-    found = mark(config, weights, Tokens(), questions, 4)
+    found = score(config, weights, Tokens(), problems, 4)
     assert found == [*[True] * 7, *[False] * 3]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A finished run on questions."""
-    home = tmp_path_factory.mktemp("questions")
-    config = tiny_config(home, home / "run", data={"questions": QUESTIONS})
+    """A finished run on a synthetic task."""
+    home = tmp_path_factory.mktemp("synthetic")
+    config = tiny_config(home, home / "run", data={"synthetic": TASK})
     train(config)
     return home / "run"
 
@@ -85,12 +85,12 @@ def test_the_command_scores_a_run_by_difficulty(run):
     assert [row["trained"] for row in rows] == [True, True, False]
     trained = open_trained(run)
     for row in rows:
-        paper = exam(trained.config.data.questions, row["difficulty"], 9)
-        assert row["questions"] == len(paper)
-        encoder = QuestionEncoder(trained.tokenizer)
+        problems = make_test_set(trained.config.data.synthetic, row["difficulty"], 9)
+        assert row["questions"] == len(problems)
+        encoder = ProblemEncoder(trained.tokenizer)
         weights = prepare_for_decode(trained.config.model, trained.params)
-        marks = mark(trained.config.model, weights, encoder, paper, 3)
-        assert row["accuracy"] == pytest.approx(np.mean(marks))
+        scores = score(trained.config.model, weights, encoder, problems, 3)
+        assert row["accuracy"] == pytest.approx(np.mean(scores))
     assert [one["loops"] for one in numbers["at_loops"]] == [1, 2]
     assert numbers["at_loops"][1]["by_difficulty"] == rows
     lines = result.out.splitlines()
@@ -101,12 +101,12 @@ def test_each_number_of_loops_answers_for_itself(run, monkeypatch):
     """Rightly if there are three, of which each has its weights."""
     trained = open_trained(run)
 
-    def right_with_three(config, weights, encoder, questions, size):
+    def right_with_three(config, weights, encoder, problems, size):
         own = with_loops(trained.config.model, trained.params, config.loop.count)
         jax.tree.map(np.testing.assert_array_equal, weights, prepare_for_decode(*own))
-        return [config.loop.count == 3] * len(questions)
+        return [config.loop.count == 3] * len(problems)
 
-    monkeypatch.setattr(exact_match, "mark", right_with_three)
+    monkeypatch.setattr(exact_match, "score", right_with_three)
     numbers = evaluate_exact_match(str(run), limit=4, at_loops=[1, 3]).numbers
     accuracies = {
         one["loops"]: {row["accuracy"] for row in one["by_difficulty"]}
@@ -120,7 +120,7 @@ def test_other_evaluations_read_its_held_out_answers(run):
     result = command("eval.py", run)
     assert result.code == 0, result
     assert json.loads((run / "eval.json").read_text())["text"] == (
-        "held out from questions of permutations"
+        "held out from the synthetic task permutations"
     )
 
 
@@ -137,13 +137,13 @@ def test_other_evaluations_read_its_held_out_answers(run):
         ({"at_loops": [0]}, "plt cannot run 0 loops"),
     ],
 )
-def test_what_cannot_be_asked_is_refused(run, arguments, message):
+def test_what_cannot_be_tested_is_refused(run, arguments, message):
     with pytest.raises(InputError, match=message):
         evaluate_exact_match(str(run), **arguments)
 
 
-def test_a_run_on_text_has_no_questions(finished):
-    with pytest.raises(InputError, match="was trained on text, not on questions"):
+def test_a_run_on_text_has_no_test_set(finished):
+    with pytest.raises(InputError, match="was trained on text, not on a synthetic task"):
         evaluate_exact_match(str(finished.directory))
     result = command("eval.py", finished.directory, "--difficulties", "1")
     assert_refused(result, "--difficulties is for --exact_match")
@@ -153,6 +153,8 @@ def test_a_run_on_text_has_no_questions(finished):
     assert_refused(result, "exclude one another")
 
 
-def test_documents_of_questions_are_refused(run):
+def test_documents_of_a_synthetic_task_are_refused(run):
     result = command("eval.py", run, "--by_document")
-    assert_refused(result, "was trained on questions, which are no documents", "--exact_match")
+    assert_refused(
+        result, "was trained on a synthetic task, which has no documents", "--exact_match"
+    )

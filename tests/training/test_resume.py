@@ -94,10 +94,10 @@ def test_a_run_stopped_twice_and_read_without_prefetch_goes_on_bit_for_bit(finis
     assert_same_run(config, finished.config)
 
 
-def test_a_run_on_questions_goes_on_bit_for_bit(tmp_path):
-    questions = {"task": "permutations", "difficulties": [1, 2, 3]}
+def test_a_run_on_a_synthetic_task_goes_on_bit_for_bit(tmp_path):
+    task = {"task": "permutations", "difficulties": [1, 2, 3]}
     whole, config = (
-        tiny_config(tmp_path, tmp_path / name, data={"questions": questions})
+        tiny_config(tmp_path, tmp_path / name, data={"synthetic": task})
         for name in ("whole", "stopped")
     )
     trainer.train(whole)
