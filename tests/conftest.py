@@ -1,6 +1,16 @@
-"""Settings of all tests: compiled programs are kept between runs, products are exact in float32."""
+"""Settings of all tests: compiled programs are kept on disk between runs, and not in memory between
+files; products are exact in float32; every test is fast, slow or opt-in.
 
+The three tiers are markers, which pyproject.toml explains:
+
+    pytest -m fast      tests of every room, within three minutes on two CPU cores
+    pytest              the whole suite; its summary names the opt-in tests that it left out
+"""
+
+import ctypes
+import gc
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -15,6 +25,43 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")
 settings.register_profile("plt_jax", deadline=None)  # no test fails for how long it takes
 settings.load_profile("plt_jax")
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks a test as fast unless it is slow or opt-in, and skips opt-in tests nobody asked for.
+
+    Raises:
+      pytest.UsageError: a `slow` marker without a reason, or an `opt_in` one without a variable.
+    """
+    for item in items:
+        slow, opt_in = item.get_closest_marker("slow"), item.get_closest_marker("opt_in")
+        if slow and not slow.kwargs.get("reason"):
+            raise pytest.UsageError(f"{item.nodeid}: write @pytest.mark.slow(reason=...)")
+        if opt_in and not (opt_in.args and opt_in.kwargs.get("reason")):
+            raise pytest.UsageError(f"{item.nodeid}: write @pytest.mark.opt_in(NAME, reason=...)")
+        if opt_in:
+            variable = opt_in.args[0]
+            reason = f"opt-in, set {variable}: {opt_in.kwargs['reason']}"
+            item.add_marker(pytest.mark.skipif(variable not in os.environ, reason=reason))
+        elif not slow:
+            item.add_marker(pytest.mark.fast)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Frees the compiled programs of a file when its last test has ended.
+
+    Hundreds of files' programs would otherwise add up to several gigabytes in each process.
+    """
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":  # the C library keeps what is freed until it is asked for it
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 @pytest.fixture(scope="session")

