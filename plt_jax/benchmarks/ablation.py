@@ -40,9 +40,9 @@ from plt_jax.errors import EXIT_STOPPED, InputError
 from plt_jax.evaluation.exact_match import EXACT_MATCH, TEST_PROBLEMS, evaluate_exact_match
 from plt_jax.files import write_text
 from plt_jax.model.costs import count_parameters, flops_by_loop
-from plt_jax.runs.directory import check_directory
 from plt_jax.runs.metrics_file import read_metrics
 from plt_jax.runs.names import CONFIG
+from plt_jax.runs.resume import check_directory
 from plt_jax.training.trainer import train
 
 ABLATION, DECODE, LOCK = "ablation.json", "decode.json", ".lock"

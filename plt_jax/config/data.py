@@ -8,13 +8,20 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from plt_jax.config.types import NonNegativeInt, PathText, PositiveFloat, PositiveInt, Section
+from plt_jax.config.types import (
+    MayChange,
+    NonNegativeInt,
+    PathText,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+)
 
 
 class SourceConfig(Section):
     """One of the tokenized corpora to train on."""
 
-    path: PathText
+    path: MayChange[PathText]
     """Folder that `python -m plt_jax.data.prepare` made."""
     weight: PositiveFloat | None = None
     """Share of the training examples, relative to the other sources' weights (all sources or none
@@ -42,7 +49,7 @@ class SyntheticConfig(Section):
     brackets; permutations: the order of items after `difficulty` swaps; none: train on text."""
     difficulties: tuple[PositiveInt, ...] = (1, 2, 3, 4)
     """Difficulties to train on, each as often as the others."""
-    test_difficulties: tuple[PositiveInt, ...] = ()
+    test_difficulties: MayChange[tuple[PositiveInt, ...]] = ()
     """Difficulties that eval.py --exact_match tests; default: those to train on."""
     length: PositiveInt = 32
     """Letters (p_hop) or brackets (dyck) in a prompt."""
@@ -108,9 +115,9 @@ class DataConfig(Section):
     document, the share of its end. Unused with a validation_source."""
     sequence_length: PositiveInt | None = None
     """Tokens per training example T; default model.max_length."""
-    cache_dir: PathText = "~/.cache/plt_jax"
+    cache_dir: MayChange[PathText] = "~/.cache/plt_jax"
     """Folder for trained tokenizers and tokenised corpora."""
-    prefetch: NonNegativeInt = 4
+    prefetch: MayChange[NonNegativeInt] = 4
     """Batches read ahead by a background thread; 0 for none."""
 
     @property
@@ -146,7 +153,7 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """The byte-level BPE tokenizer."""
 
-    path: PathText | None = None
+    path: MayChange[PathText | None] = None
     """An existing tokenizer.json (Hugging Face tokenizers); default: train one on the training text
     and cache it."""
     min_frequency: PositiveInt = 2

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from plt_jax.config.types import (
     LARGE,
+    MayChange,
     NonNegativeFloat,
     NonNegativeInt,
     Number,
@@ -142,7 +143,9 @@ class MoEConfig(Section):
     """Balancing without a loss: a bias per loop and expert is added to the router's logits when
     experts are chosen (not when they are weighed). After every step it moves by this much, up for
     experts with less than an even load, down for those with more. Null: there are no biases."""
-    grouped_product: Literal["auto", "ragged_dot", "blocks", "megablox", "tokamax"] = "auto"
+    grouped_product: MayChange[Literal["auto", "ragged_dot", "blocks", "megablox", "tokamax"]] = (
+        "auto"
+    )
     """What multiplies each expert's rows: XLA's ragged_dot, blocks of rows in a loop, JAX's Pallas
     kernel for TPUs, or tokamax (an optional package) for GPUs; auto takes the last of these that
     the devices run."""
@@ -201,13 +204,13 @@ class ModelConfig(Section):
     """RMSNorm on the feed-forward output before the residual sum."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, norms, softmax and logits stay float32."""
-    attention: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    attention: MayChange[Literal["auto", "xla", "cudnn", "splash"]] = "auto"
     """What computes attention over whole sequences: plain XLA, cuDNN on NVIDIA GPUs, or splash on
     TPUs; auto is the fastest that the devices, the dtype and the head width allow."""
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: MayChange[Literal["none", "full", "dots"]] = "none"
     """What the backward pass recomputes: nothing, every layer, or all but matrix products (those of
     experts it recomputes too)."""
-    layer_unroll: PositiveInt = 1
+    layer_unroll: MayChange[PositiveInt] = 1
     """Layers unrolled per step of the scan over layers; `layers` unrolls it all. Unrolled
     layers can lose most of what remat saves."""
     loop: LoopConfig = LoopConfig()

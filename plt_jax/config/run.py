@@ -18,15 +18,15 @@ from plt_jax.config.training import (
     ProcessesConfig,
     TrainingConfig,
 )
-from plt_jax.config.types import PathText, Section
+from plt_jax.config.types import MayChange, PathText, Section
 
 
 class RunConfig(Section):
     """Everything that determines a training run."""
 
-    run_dir: PathText | None = None
+    run_dir: MayChange[PathText | None] = None
     """Where the run is written; default runs/NAME for configs/NAME.yaml."""
-    start_from: PathText | None = None
+    start_from: MayChange[PathText | None] = None
     """A run directory, or one of its checkpoints, whose parameters this run starts from; its model,
     tokenizer and sequence length are then the defaults here."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -43,13 +43,13 @@ class RunConfig(Section):
     """The training loop."""
     guard: GuardConfig = GuardConfig()
     """Steps that are out of order."""
-    mesh: MeshConfig = MeshConfig()
+    mesh: MayChange[MeshConfig] = MeshConfig()
     """Device mesh."""
-    processes: ProcessesConfig = ProcessesConfig()
+    processes: MayChange[ProcessesConfig] = ProcessesConfig()
     """The processes that train."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
     """Checkpoints kept."""
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: MayChange[EvaluationConfig] = EvaluationConfig()
     """Evaluation on held-out text."""
 
     @pydantic.model_validator(mode="after")

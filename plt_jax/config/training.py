@@ -12,6 +12,7 @@ from plt_jax.config.types import (
     LARGE_INT,
     AxisSize,
     Fraction,
+    MayChange,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -61,31 +62,31 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """The training loop."""
 
-    steps: PositiveInt = 1000
+    steps: MayChange[PositiveInt] = 1000
     """Optimizer steps in total."""
     batch_size: PositiveInt = 32
     """Examples per optimizer step, over all devices and accumulation steps."""
-    accumulate: PositiveInt = 1
+    accumulate: MayChange[PositiveInt] = 1
     """Micro-batches that a step's gradient is summed over; must divide batch_size."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser of the output softmax, added to the loss."""
-    log_every: PositiveInt = 10
+    log_every: MayChange[PositiveInt] = 10
     """Steps between lines of metrics."""
-    evaluate_every: PositiveInt = 200
+    evaluate_every: MayChange[PositiveInt] = 200
     """Steps between evaluations on held-out text; the last step is always evaluated."""
-    checkpoint_every: PositiveInt = 200
+    checkpoint_every: MayChange[PositiveInt] = 200
     """Steps between checkpoints; the last step is always saved."""
-    hang_after: PositiveFloat | None = 600.0
+    hang_after: MayChange[PositiveFloat | None] = 600.0
     """Seconds in one phase of training (waiting for data, computing a step, saving, ...) after
     which a line says which it is; null for never."""
-    sample_prompt: Text = ""
+    sample_prompt: MayChange[Text] = ""
     """Prompt of the sample printed at the end."""
-    profile_from: PositiveInt | None = None
+    profile_from: MayChange[PositiveInt | None] = None
     """Step that a traced window begins with (its trace is among the run's TensorBoard events); null
     for none."""
-    profile_steps: PositiveInt = 3
+    profile_steps: MayChange[PositiveInt] = 3
     """Steps in that window."""
-    wandb_project: Annotated[Text, Field(min_length=1)] | None = None
+    wandb_project: MayChange[Annotated[Text, Field(min_length=1)] | None] = None
     """Weights & Biases project that metrics go to besides (pip install 'plt_jax[wandb]'); null for
     none."""
 
@@ -112,10 +113,10 @@ class GuardConfig(Section):
     above the median of the window changes nothing either; null for no such limit."""
     window: Annotated[int, Field(ge=8, lt=LARGE_INT)] = 128
     """Steps that a spike is measured against; before there are so many, nothing is one."""
-    patience: PositiveInt = 10
+    patience: MayChange[PositiveInt] = 10
     """Steps skipped in a row after which training goes back to the newest checkpoint, and on with
     the data behind that which led there; at most the window."""
-    rollbacks: NonNegativeInt = 3
+    rollbacks: MayChange[NonNegativeInt] = 3
     """Times that one start of a run does so before it stops with an error."""
 
     @pydantic.model_validator(mode="after")

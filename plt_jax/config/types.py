@@ -4,7 +4,7 @@ of its sections."""
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, Field
@@ -19,6 +19,16 @@ PositiveInt = Annotated[int, Field(gt=0, lt=LARGE_INT)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=LARGE_INT)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 AxisSize = Annotated[int, Field(ge=-1, lt=LARGE_INT)]
+Value = TypeVar("Value")
+MAY_CHANGE = "may change"
+MayChange = Annotated[Value, MAY_CHANGE]
+"""The type of a field, or of a whole section, that may have another value when a run is resumed, as
+in `steps: MayChange[PositiveInt] = 1000`.
+
+No step's result depends on such a field, but for rounding. The exceptions are `training.steps`,
+which moves the end of the learning-rate schedule (to train longer is a fair wish), and fields that
+name a file whose contents are compared instead (tokenizer.path, data.sources.path).
+"""
 LONGEST_NAME = 255
 """Bytes of a file's or folder's name."""
 

@@ -28,8 +28,8 @@ from plt_jax.model.attention import choose_backend, fastest_backend
 from plt_jax.model.grouped import choose_form
 from plt_jax.model.kernels import traced_platform
 from plt_jax.reports.loss_plot import plot_losses
-from plt_jax.runs.directory import check_directory, check_text, write_directory
 from plt_jax.runs.names import CHECKPOINTS, CONFIG
+from plt_jax.runs.resume import check_directory, check_text, write_directory
 from plt_jax.training.guard import LAG, Guard, what_is_wrong
 from plt_jax.training.journal import Journal
 from plt_jax.training.phases import COMPILING, DATA, EVALUATION, SAVING, STEPS, Phases

@@ -8,8 +8,9 @@ import pytest
 from plt_jax.config import RunConfig
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.model.moe import experts_per_step
-from plt_jax.runs.directory import check_directory, open_trained
+from plt_jax.runs.directory import open_trained
 from plt_jax.runs.metrics_file import read_metrics
+from plt_jax.runs.resume import check_directory
 from plt_jax.training import trainer
 from plt_jax.training.guard import what_is_wrong
 from plt_jax.training.step import init_state, make_train_step
