@@ -10,7 +10,7 @@ from typing import Any, get_origin
 
 from pydantic_settings import BaseSettings, CliSettingsSource, SettingsError
 
-from plt_jax.commands.parser import CommandParser
+from plt_jax.commands.parser import CommandParser, with_underscores
 from plt_jax.config import RunConfig
 from plt_jax.config.yaml_file import annotation_at
 from plt_jax.errors import InputError
@@ -34,8 +34,8 @@ def parse_run_config(parser: CommandParser, arguments: Sequence[str] | None = No
         overrides = source()
     except SettingsError as error:
         raise InputError(
-            f"{_broken_json(words)} is not valid JSON, which whole sections and lists are given "
-            "as; correct it, or give fields one by one"
+            f"{_broken_json(words)} is not valid JSON, the form of whole sections and lists; "
+            "correct it, or give fields one by one"
         ) from error
     return load_config(parser.parse_args(words).config, overrides)
 
@@ -45,16 +45,16 @@ def _is_structured(annotation: Any) -> bool:
 
 
 def _broken_json(words: Sequence[str]) -> str:
-    """The first option, with its value, of a section or list that is no JSON."""
-    pairs = [word.split("=", 1) for word in words if "=" in word]
-    pairs += itertools.pairwise(words)
-    for option, value in pairs:
+    """The first option of a section or list whose value is not JSON, with that value."""
+    joined = (word.partition("=")[::2] for word in words if "=" in word)
+    for option, value in itertools.chain(joined, itertools.pairwise(words)):
+        option = with_underscores(option)
         try:
             declared = annotation_at(option.removeprefix("--").split("."))
             if option.startswith("--") and _is_structured(declared):
                 json.loads(value)
         except (KeyError, AttributeError):
-            continue  # no option
+            continue  # it is not an option of the configuration
         except json.JSONDecodeError:
             return f"{option} {value}"
     return "an option's value"

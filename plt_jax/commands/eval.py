@@ -1,126 +1,227 @@
-"""Evaluates a trained model: python eval.py RUN_OR_CHECKPOINT [--tasks TASK,TASK]."""
+"""Evaluates a trained model: python eval.py RUN_OR_CHECKPOINT [--tasks TASK,TASK].
 
+OPTIONS declares every option once, with the modes that take it; the parser, the help and the
+refusals are made from it.
+"""
+
+from __future__ import annotations
+
+import argparse
 import json
 from argparse import Namespace
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from plt_jax.commands.parser import CommandParser
 from plt_jax.errors import InputError
 
-OPTIONS = {
-    "scores": ("text", "batch_size", "at_loops"),
-    "--exact_match": ("difficulties", "limit", "batch_size", "at_loops"),
-    "--by_document": ("text", "corpus", "stride", "limit", "batch_size"),
-    "--loops": ("text", "sequences"),
-    "--tasks and --suite": ("limit", "num_fewshot", "include_path", "run_code", "batch_size"),
-}
-"""What each use takes."""
-HYPHENS = ("num_fewshot", "include_path", "run_code")
-"""Options that the harness spells with hyphens."""
+SCORES = "scores"
+EXACT_MATCH = "--exact_match"
+BY_DOCUMENT = "--by_document"
+LOOPS = "--loops"
+TASKS = "--tasks and --suite"
+"""The modes of evaluation. SCORES is the one without an option that chooses it."""
+
+
+class Report(Protocol):
+    """The outcome of an evaluation."""
+
+    @property
+    def path(self) -> Path:
+        """The file that holds it."""
+        ...
+
+    def table(self) -> str:
+        """Its numbers as lines of text."""
+        ...
+
+
+class Mode(NamedTuple):
+    """One of the ways to evaluate a model."""
+
+    title: str
+    """Heading of its options in --help."""
+    description: str
+    """Text below that heading."""
+    run: Callable[[Namespace], Report]
+
+
+class Option(NamedTuple):
+    """One option of the command."""
+
+    name: str
+    modes: tuple[str, ...]
+    """The modes that take it."""
+    help: str
+    type: Callable[[str], Any] = str
+    """Converts its value; `bool` is for an option without a value."""
+    chooses_mode: bool = False
+    """Whether giving it chooses its mode."""
+
+
+def numbers(text: str) -> list[int]:
+    """Converts whole numbers that are separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, as 1,2,3") from error
+
+
+OPTIONS = (
+    Option(
+        "text",
+        (SCORES, BY_DOCUMENT, LOOPS),
+        "text file, or folder of .txt files, to evaluate on instead of the run's held-out "
+        "documents",
+    ),
+    Option(
+        "batch_size",
+        (SCORES, EXACT_MATCH, BY_DOCUMENT, TASKS),
+        "sequences per batch; default the run's evaluation.batch_size",
+        int,
+    ),
+    Option(
+        "at_loops",
+        (SCORES, EXACT_MATCH),
+        "further numbers of loops to evaluate the model with, as 1,2,3",
+        numbers,
+    ),
+    Option(
+        "limit",
+        (EXACT_MATCH, BY_DOCUMENT, TASKS),
+        "largest number of problems of each difficulty, of documents, or of examples of each task",
+        int,
+    ),
+    Option(
+        "exact_match",
+        (EXACT_MATCH,),
+        "measure the share of held-out problems that the model answers correctly, by difficulty",
+        bool,
+        chooses_mode=True,
+    ),
+    Option(
+        "difficulties",
+        (EXACT_MATCH,),
+        "difficulties to test, as 1,2,8; default data.synthetic.test_difficulties",
+        numbers,
+    ),
+    Option(
+        "by_document",
+        (BY_DOCUMENT,),
+        "score each document separately, long ones in overlapping windows",
+        bool,
+        chooses_mode=True,
+    ),
+    Option(
+        "corpus",
+        (BY_DOCUMENT,),
+        "folder of a tokenized corpus, whose held-out documents are scored instead of the run's",
+    ),
+    Option("stride", (BY_DOCUMENT,), "new tokens in each window; default half of the context", int),
+    Option(
+        "loops",
+        (LOOPS,),
+        "measure what each loop changes in states, attention and predictions",
+        bool,
+        chooses_mode=True,
+    ),
+    Option(
+        "sequences",
+        (LOOPS,),
+        "number of sequences, evenly spaced over the text; default 16",
+        int,
+    ),
+    Option("tasks", (TASKS,), "names of tasks or groups, as a,b", chooses_mode=True),
+    Option(
+        "suite",
+        (TASKS,),
+        "the PLT paper's tasks: paper_moe or paper_dense",
+        chooses_mode=True,
+    ),
+    Option("num_fewshot", (TASKS,), "examples in the prompt; default each task's own number", int),
+    Option("include_path", (TASKS,), "folder with further tasks"),
+    Option(
+        "run_code",
+        (TASKS,),
+        "allow tasks to run the code that the model writes (humaneval, mbpp)",
+        bool,
+    ),
+)
 
 
 def main() -> None:
-    parser = CommandParser(
-        description="Loss, perplexity and bits per byte of a trained model on held-out text, for "
-        "the last loop and read out at every loop (writes eval.json in the run directory); or one "
-        "of --exact_match, --by_document, --loops, --tasks and --suite."
-    )
-    parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
-    parser.add_argument(
-        "--text",
-        help="a text file, or a folder of .txt files, to evaluate on instead of the run's held-out "
-        "documents",
-    )
-    parser.add_argument("--batch_size", type=int, help="sequences per batch instead of the run's")
-    parser.add_argument(
-        "--at_loops",
-        help="numbers of loops, as 1,2,3, with which the model is evaluated besides its own",
-    )
-    synthetic = parser.add_argument_group("test set of a run on a synthetic task")
-    synthetic.add_argument(
-        "--exact_match",
-        action="store_true",
-        help="share of held-out problems answered correctly, by difficulty; writes "
-        "exact_match.json",
-    )
-    synthetic.add_argument(
-        "--difficulties",
-        help="difficulties to test, as 1,2,8; default data.synthetic.test_difficulties",
-    )
-    documents = parser.add_argument_group("each document by itself")
-    documents.add_argument(
-        "--by_document",
-        action="store_true",
-        help="long documents in windows that overlap; writes documents.json and documents.jsonl",
-    )
-    documents.add_argument("--corpus", help="a prepared corpus, of its held-out documents")
-    documents.add_argument("--stride", type=int, help="new tokens of each window; half the context")
-    loops = parser.add_argument_group("what each loop does")
-    loops.add_argument(
-        "--loops",
-        action="store_true",
-        help="to states, attention and predictions; writes loops.json and a page, loops.html",
-    )
-    loops.add_argument("--sequences", type=int, help="evenly spaced over the text; default 16")
-    tasks = parser.add_argument_group(
-        "tasks of the lm-evaluation-harness", "pip install 'plt_jax[lm_eval]'; writes tasks.json"
-    )
-    tasks.add_argument("--tasks", help="names of tasks or groups, as a,b")
-    tasks.add_argument("--suite", help="the PLT paper's tasks: paper_moe or paper_dense")
-    tasks.add_argument(
-        "--limit",
-        type=int,
-        help="examples of each task, documents of --by_document, or problems of each difficulty",
-    )
-    tasks.add_argument("--num-fewshot", type=int, help="examples in the prompt; default the task's")
-    tasks.add_argument("--include-path", help="a folder of further tasks")
-    tasks.add_argument(
-        "--run-code",
-        action="store_true",
-        help="let tasks run the code that the model writes (humaneval, mbpp)",
-    )
-    arguments = parser.parse_args()
-    report = chosen_use(arguments)(arguments)
+    arguments = make_parser().parse_args()
+    report = MODES[choose_mode(arguments)].run(arguments)
     print(report.table())
     print(f"written to {report.path}")
 
 
-def chosen_use(arguments: Namespace) -> Callable[[Namespace], Any]:
-    """What the model is evaluated by.
+def make_parser() -> CommandParser:
+    """The parser of OPTIONS, in whose help each mode has a section."""
+    parser = CommandParser(
+        description="Evaluate a trained model. By default: loss, perplexity and bits per byte on "
+        "held-out text, for the last loop and read out at every loop; writes eval.json in the run "
+        "directory. --exact_match, --by_document, --loops, --tasks and --suite choose another "
+        "evaluation."
+    )
+    parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
+    sections = {
+        mode: parser.add_argument_group(about.title, about.description)
+        for mode, about in MODES.items()
+        if mode != SCORES
+    }
+    for option in OPTIONS:
+        section, text = parser, f"{option.help} (for {', '.join(option.modes)})"
+        if len(option.modes) == 1:
+            section, text = sections[option.modes[0]], option.help
+        if option.type is bool:
+            section.add_argument(f"--{option.name}", action="store_true", help=text)
+        else:
+            section.add_argument(f"--{option.name}", type=option.type, help=text)
+    return parser
+
+
+def choose_mode(arguments: Namespace) -> str:
+    """The mode that the given options choose.
 
     Raises:
-      InputError: by two things at once, or with an option that is for another.
+      InputError: the options choose several modes, or one of them is for another mode.
     """
-    uses = {
-        "--tasks and --suite": run_tasks if named_tasks(arguments) is not None else None,
-        "--loops": run_loops if arguments.loops else None,
-        "--by_document": run_documents if arguments.by_document else None,
-        "--exact_match": run_exact_match if arguments.exact_match else None,
-    }
-    asked = {name: run for name, run in uses.items() if run is not None} or {"scores": run_text}
-    (name, run), *others = asked.items()
-    if others:
-        raise InputError(f"{' and '.join(asked)} exclude one another; give one of them")
-    for option in sorted({option for options in OPTIONS.values() for option in options}):
-        if option not in OPTIONS[name] and getattr(arguments, option) not in (None, False):
-            of = ", ".join(use for use, options in OPTIONS.items() if option in options)
-            spelt = option.replace("_", "-") if option in HYPHENS else option
-            raise InputError(f"--{spelt} is for {of}")
-    return run
+    given = [option for option in OPTIONS if getattr(arguments, option.name) not in (None, False)]
+    chosen = {mode: None for option in given if option.chooses_mode for mode in option.modes}
+    if len(chosen) > 1:
+        raise InputError(f"{' and '.join(chosen)} exclude one another; give one of them")
+    (mode,) = chosen or {SCORES: None}
+    for option in given:
+        if mode not in option.modes:
+            raise InputError(f"--{option.name} is for {', '.join(option.modes)}")
+    return mode
 
 
-def run_text(arguments: Namespace):
+def run_scores(arguments: Namespace) -> Report:
     from plt_jax.evaluation.report import evaluate_trained
 
     report = evaluate_trained(
-        arguments.path, arguments.text, arguments.batch_size, numbers_of(arguments, "at_loops")
+        arguments.path, arguments.text, arguments.batch_size, arguments.at_loops or []
     )
     print(json.dumps(report.numbers, indent=2))
     return report
 
 
-def run_documents(arguments: Namespace):
+def run_exact_match(arguments: Namespace) -> Report:
+    from plt_jax.evaluation.exact_match import evaluate_exact_match
+
+    return evaluate_exact_match(
+        arguments.path,
+        arguments.difficulties or [],
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        at_loops=arguments.at_loops or [],
+    )
+
+
+def run_documents(arguments: Namespace) -> Report:
     from plt_jax.evaluation.documents import evaluate_documents
 
     return evaluate_documents(
@@ -133,31 +234,24 @@ def run_documents(arguments: Namespace):
     )
 
 
-def run_loops(arguments: Namespace):
+def run_loops(arguments: Namespace) -> Report:
     from plt_jax.evaluation.loops import SEQUENCES, evaluate_loops
 
     sequences = SEQUENCES if arguments.sequences is None else arguments.sequences
     return evaluate_loops(arguments.path, arguments.text, sequences)
 
 
-def run_exact_match(arguments: Namespace):
-    from plt_jax.evaluation.exact_match import evaluate_exact_match
+def run_tasks(arguments: Namespace) -> Report:
+    from plt_jax.evaluation.tasks import SUITES, evaluate_tasks
 
-    return evaluate_exact_match(
-        arguments.path,
-        numbers_of(arguments, "difficulties"),
-        limit=arguments.limit,
-        batch_size=arguments.batch_size,
-        at_loops=numbers_of(arguments, "at_loops"),
-    )
-
-
-def run_tasks(arguments: Namespace):
-    from plt_jax.evaluation.tasks import evaluate_tasks
-
+    tasks = arguments.tasks.split(",") if arguments.tasks is not None else []
+    if arguments.suite is not None:
+        if arguments.suite not in SUITES:
+            raise InputError(f"no suite is called {arguments.suite}; there are {', '.join(SUITES)}")
+        tasks = [*SUITES[arguments.suite], *filter(None, tasks)]
     return evaluate_tasks(
         arguments.path,
-        named_tasks(arguments),
+        tasks,
         limit=arguments.limit,
         shots=arguments.num_fewshot,
         include_path=arguments.include_path,
@@ -166,22 +260,21 @@ def run_tasks(arguments: Namespace):
     )
 
 
-def numbers_of(arguments: Namespace, name: str) -> list[int]:
-    """The numbers of an option that takes several, none if it is not given."""
-    text = getattr(arguments, name)
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError as error:
-        raise InputError(f"--{name} is {text}; give numbers, as 1,2,3") from error
-
-
-def named_tasks(arguments: Namespace) -> list[str] | None:
-    """The tasks that are asked for, if there are any."""
-    from plt_jax.evaluation.tasks import SUITES
-
-    if arguments.suite is None:
-        return None if arguments.tasks is None else arguments.tasks.split(",")
-    if arguments.suite not in SUITES:
-        raise InputError(f"no suite is called {arguments.suite}; there are {', '.join(SUITES)}")
-    more = arguments.tasks.split(",") if arguments.tasks else []
-    return [*SUITES[arguments.suite], *more]
+MODES = {
+    SCORES: Mode("loss, perplexity and bits per byte", "", run_scores),
+    EXACT_MATCH: Mode(
+        "test set of a run on a synthetic task",
+        "Writes exact_match.json.",
+        run_exact_match,
+    ),
+    BY_DOCUMENT: Mode(
+        "each document separately", "Writes documents.json and documents.jsonl.", run_documents
+    ),
+    LOOPS: Mode("what each loop does", "Writes loops.json and a page, loops.html.", run_loops),
+    TASKS: Mode(
+        "tasks of the lm-evaluation-harness",
+        "Needs pip install 'plt_jax[lm_eval]'; writes tasks.json.",
+        run_tasks,
+    ),
+}
+"""All modes, in the order of --help."""

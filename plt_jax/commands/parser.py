@@ -1,6 +1,7 @@
-"""What all commands share: their argument parser, and how they end.
+"""The argument parser of all commands, and how commands end.
 
-Nothing here imports JAX, so that `--help` and refusals of options answer at once.
+Commands import JAX only after they have parsed their arguments, so that `--help` and refusals of
+options answer at once.
 """
 
 from __future__ import annotations
@@ -25,53 +26,87 @@ from plt_jax.errors import (
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults where there are any."""
+    """Shows the defaults of options that have one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        # An option without a value is off by default.
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose refusals are one line that names the nearest known option."""
+    """The argument parser of all commands.
+
+    Options are spelled with underscores. Hyphens in their place are read as underscores, so that
+    `--batch-size` is `--batch_size`. A refusal is one line, which names the nearest known option.
+    """
 
     def __init__(self, **settings):
         super().__init__(allow_abbrev=False, formatter_class=_Formatter, **settings)
 
-    def error(self, message: str):
-        options = [option for action in self._actions for option in action.option_strings]
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args(list(map(self._with_underscores, words)), namespace)
+
+    def error(self, message: str) -> NoReturn:
         unknown = [word for word in message.split() if word.startswith("--")]
         if message.startswith("unrecognized arguments") and unknown:
             name = unknown[0].split("=")[0]
-            near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-            renamed = f"--{present_name(name.removeprefix('--'))}"
-            meant = renamed if renamed in options else next(iter(near), None)
+            known, spelled = self._known(), with_underscores(name)
+            near = difflib.get_close_matches(spelled, known, n=1, cutoff=0.5)
+            renamed = f"--{present_name(spelled.removeprefix('--'))}"
+            meant = renamed if renamed in known else next(iter(near), None)
             hint = f"did you mean {meant}?" if meant else "see --help for the known ones"
             message = f"unknown option {name}; {hint}"
         raise InputError(message)
 
+    def _with_underscores(self, word: str) -> str:
+        """A word of the command line, in which a known option has underscores."""
+        name, equals, value = word.partition("=")
+        known = self._option_string_actions
+        if name in known or with_underscores(name) not in known:
+            return word
+        return with_underscores(name) + equals + value
 
-def _reader_gone() -> bool:
-    """Whether whoever read the output, such as `head`, has ended."""
-    if sys.stdout is None:
-        return False
+    def _known(self) -> list[str]:
+        """The options of this parser and of its sub-commands."""
+        known = list(self._option_string_actions)
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command in action.choices.values():
+                    known += command._option_string_actions
+        return known
+
+
+def with_underscores(option: str) -> str:
+    """The spelling of a long option with underscores; other words stay as they are."""
+    return "--" + option[2:].replace("-", "_") if option.startswith("--") else option
+
+
+def _output_is_closed() -> bool:
+    """Whether the program that read the output, such as `head`, has ended."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _fail() -> NoReturn:
-    if "jax" in sys.modules:  # else no other process was ever met
+    if "jax" in sys.modules:  # without JAX there are no other processes
         from plt_jax.distributed import processes
 
         if not processes.is_single():
-            os._exit(EXIT_FAILED)  # the other processes end too, and JAX would wait for them
+            # At an ordinary exit JAX would wait for the other processes, which end as well.
+            os._exit(EXIT_FAILED)
     sys.exit(EXIT_FAILED)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-    """Runs a command's main function and exits; bad input becomes one line and exit code 2,
-    and what failed around the program one line and exit code 1. Output that nobody reads any more
-    ends it silently, with exit code 1."""
+    """Runs a command's main function and exits with its code.
+
+    An InputError becomes one line and exit code 2, a FailedError one line and exit code 1. If the
+    program that read the output has ended, the command ends silently with exit code 1.
+    """
     try:
         code = main()
         if sys.stdout is not None:
@@ -79,15 +114,16 @@ def run_command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, MissingProcessError):
-            os._exit(EXIT_BAD_INPUT)  # JAX would wait for that process at an ordinary exit, too
+            # At an ordinary exit JAX would wait for the missing process.
+            os._exit(EXIT_BAD_INPUT)
         sys.exit(EXIT_BAD_INPUT)
     except FailedError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _fail()
     except BrokenPipeError:
-        if not _reader_gone():
+        if sys.stdout is None or not _output_is_closed():
             raise
-        # Python flushes once more at exit, and would complain.
+        # Python flushes the output again at exit, which would fail with a message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _fail()
     sys.exit(EXIT_DONE if code is None else code)

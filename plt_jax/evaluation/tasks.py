@@ -96,9 +96,9 @@ def evaluate_tasks(
     if limit is not None and limit < 1:
         raise InputError(f"--limit is {limit}; it must be at least 1")
     if shots is not None and shots < 0:
-        raise InputError(f"--num-fewshot is {shots}; it must be at least 0")
+        raise InputError(f"--num_fewshot is {shots}; it must be at least 0")
     if include_path is not None and not os.path.isdir(include_path):
-        raise InputError(f"--include-path {include_path} is no folder")
+        raise InputError(f"--include_path {include_path} is no folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
@@ -136,7 +136,7 @@ def check_names(manager: TaskManager, patterns: Sequence[str], run_code: bool) -
         if not manager.match_tasks([pattern]):
             raise InputError(
                 f"no task is called {pattern}; lm_eval ls tasks lists the harness's, "
-                "--include-path adds a folder"
+                "--include_path adds a folder"
             )
     names = manager.match_tasks(list(patterns))
     _check_code([name for name in names if _runs_code(manager, name)], run_code)
@@ -175,7 +175,7 @@ def load_tasks(manager: TaskManager, names: Sequence[str], run_code: bool) -> li
 def _check_code(names: Sequence[str], run_code: bool) -> None:
     if names and not run_code:
         raise InputError(
-            f"{', '.join(names)} would run the code that the model writes; add --run-code to let "
+            f"{', '.join(names)} would run the code that the model writes; add --run_code to let "
             "it, or leave the task out"
         )
 

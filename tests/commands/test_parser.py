@@ -1,5 +1,6 @@
 """Command lines: overrides of the configuration, help, and exit codes."""
 
+import argparse
 import os
 import re
 import subprocess
@@ -110,6 +111,44 @@ def test_what_cannot_be_parsed_is_refused_in_one_line(parse, words, message):
         parse(*words)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def parse_words(*words: str) -> argparse.Namespace:
+    """Parses words behind a sub-command `go`, which has --batch_size and --text."""
+    parser = CommandParser(prog="name")
+    command = parser.add_subparsers(dest="command").add_parser("go")
+    command.add_argument("--batch_size", type=int)
+    command.add_argument("--text")
+    return parser.parse_args(["go", *words])
+
+
+@pytest.mark.parametrize("words", [["--batch-size", "3"], ["--batch-size=3"]])
+def test_hyphens_are_read_as_underscores(words):
+    assert parse_words(*words).batch_size == 3
+
+
+def test_hyphens_in_values_stay():
+    assert parse_words("--text", "a-b_c").text == "a-b_c"
+    assert parse_words("--text=--batch-size").text == "--batch-size"
+
+
+def test_hyphens_in_options_of_the_configuration_are_read_as_underscores(parse):
+    assert parse("--training.batch-size", "7").training.batch_size == 7
+    with pytest.raises(InputError, match=r"^--model.rope_scaling .* is not valid JSON"):
+        parse("--model.rope-scaling", "{factor: 2")
+
+
+@pytest.mark.parametrize("word", ["--batch-siz", "--batch_siz", "--bach-size=3"])
+def test_an_unknown_option_of_a_sub_command_has_a_hint_with_underscores(word):
+    with pytest.raises(InputError) as refusal:
+        parse_words(word)
+    name = word.partition("=")[0]
+    assert str(refusal.value) == f"unknown option {name}; did you mean --batch_size?"
+
+
+def test_a_refused_value_is_named_with_underscores():
+    with pytest.raises(InputError, match="argument --batch_size: invalid int value: 'x'"):
+        parse_words("--batch-size", "x")
 
 
 def test_the_config_is_required_and_must_exist(tmp_path):

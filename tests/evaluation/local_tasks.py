@@ -1,4 +1,4 @@
-"""Tasks for the harness on rows at hand, in a folder for --include-path."""
+"""Tasks for the harness on rows at hand, in a folder for --include_path."""
 
 import json
 from collections.abc import Sequence

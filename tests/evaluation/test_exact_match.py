@@ -148,7 +148,7 @@ def test_a_run_on_text_has_no_test_set(finished):
     result = command("eval.py", finished.directory, "--difficulties", "1")
     assert_refused(result, "--difficulties is for --exact_match")
     result = command("eval.py", finished.directory, "--exact_match", "--difficulties", "hard")
-    assert_refused(result, "--difficulties is hard; give numbers, as 1,2,3")
+    assert_refused(result, "argument --difficulties: hard is not a list of numbers, as 1,2,3")
     result = command("eval.py", finished.directory, "--exact_match", "--loops")
     assert_refused(result, "exclude one another")
 

@@ -278,7 +278,7 @@ def tasks(tmp_path):
 
 def test_a_local_task_as_its_user_runs_it(run, copy, tasks, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    result = command("eval.py", copy, "--tasks", "choices", "--include-path", tasks)
+    result = command("eval.py", copy, "--tasks", "choices", "--include_path", tasks)
     assert result.code == 0, result.err
     written = json.loads((copy / "tasks.json").read_text())
     right = 0
@@ -309,15 +309,15 @@ def test_the_harness_itself_knows_the_model(copy, tasks, monkeypatch):
         (["--suite", "nosuch"], "no suite is called nosuch; there are paper_moe, paper_dense"),
         (["--limit", "3"], "--limit is for --exact_match, --by_document, --tasks and --suite"),
         (["--tasks", "choices", "--text", "x"], "--text is for scores, --by_document, --loops"),
-        (["--run-code"], "--run-code is for --tasks and --suite"),
+        (["--run_code"], "--run_code is for --tasks and --suite"),
         (
             ["--suite", "paper_moe"],
-            "humaneval, mbpp would run the code that the model writes; add --run-code",
+            "humaneval, mbpp would run the code that the model writes; add --run_code",
         ),
         (["--tasks", "humaneval_infilling"], "humaneval_infilling would run the code"),
         (["--tasks", "choices", "--limit", "0"], "--limit is 0; it must be at least 1"),
-        (["--tasks", "choices", "--num-fewshot", "-1"], "--num-fewshot is -1"),
-        (["--tasks", "choices", "--include-path", "/no/where"], "--include-path /no/where is no"),
+        (["--tasks", "choices", "--num_fewshot", "-1"], "--num_fewshot is -1"),
+        (["--tasks", "choices", "--include_path", "/no/where"], "--include_path /no/where is no"),
     ],
 )
 def test_what_is_asked_wrongly_is_one_line(copy, words, message):
@@ -339,7 +339,7 @@ def test_a_task_that_runs_code_by_what_it_includes_is_refused(tmp_path, monkeypa
 def test_a_task_whose_data_is_not_there_is_one_line(copy, tasks, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tasks / "rows.jsonl").unlink()
-    result = command("eval.py", copy, "--tasks", "choices", "--include-path", tasks)
+    result = command("eval.py", copy, "--tasks", "choices", "--include_path", tasks)
     assert_refused(result, "choices cannot be loaded: ")
 
 
@@ -349,5 +349,5 @@ def test_a_tokenizer_of_more_tokens_than_the_model_is_one_line(copy, tasks):
         tokenizer["added_tokens"][0] | {"id": 270, "content": "<one more>"}
     )
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    result = command("eval.py", copy, "--tasks", "choices", "--include-path", tasks)
+    result = command("eval.py", copy, "--tasks", "choices", "--include_path", tasks)
     assert_refused(result, "271 tokens")

@@ -243,7 +243,7 @@ def test_eval_writes_the_numbers_and_a_page(copy):
         (["--loops", "--sequences", "0"], "--sequences is 0; it must be at least 1"),
         (["--sequences", "3"], "--sequences is for --loops"),
         (["--loops", "--batch_size", "2"], "--batch_size is for scores, --exact_match, --by_doc"),
-        (["--loops", "--by_document"], "--loops and --by_document exclude one another"),
+        (["--loops", "--by_document"], "--by_document and --loops exclude one another"),
         (["--loops", "--limit", "2"], "--limit is for --exact_match, --by_document, --tasks"),
         (["--loops", "--text", "/no/where"], "/no/where"),
     ],

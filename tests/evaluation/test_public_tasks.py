@@ -49,7 +49,7 @@ def copy(tmp_path_factory, tmp_path):
 def evaluate(copy, folder, name, monkeypatch, limit):
     """The results of a local task."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = ["--tasks", name, "--include-path", folder, "--limit", limit]
+    words = ["--tasks", name, "--include_path", folder, "--limit", limit]
     result = command("eval.py", copy, *words)
     assert result.code == 0, result.err
     return json.loads((copy / "tasks.json").read_text())["results"][name]

@@ -160,7 +160,7 @@ def test_other_numbers_of_loops_stand_in_the_table(copy):
 @pytest.mark.parametrize(
     ("loops", "message"),
     [
-        ("1,two", "--at_loops is 1,two; give numbers, as 1,2,3"),
+        ("1,two", "argument --at_loops: 1,two is not a list of numbers, as 1,2,3"),
         ("0", "plt cannot run 0 loops; give 1 or more"),
     ],
 )
