@@ -1,8 +1,6 @@
 """The house: which room may import which. docs/design.md draws it."""
 
 import ast
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,12 +78,3 @@ def test_entrances_only_call_a_command(name):
     lines = (PACKAGE / name).read_text(encoding="utf-8").splitlines()
     assert len(lines) == 7
     assert lines[2].startswith("from plt_jax.commands.")
-
-
-def test_jax_is_not_imported_before_arguments_are_parsed():
-    code = (
-        "import sys, plt_jax, plt_jax.commands.config_options, plt_jax.commands.train\n"
-        "print('jax' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"

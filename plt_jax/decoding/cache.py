@@ -16,12 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from plt_jax.config import ModelConfig
+from plt_jax.decoding.options import DTYPES
 from plt_jax.decoding.placement import placement
 from plt_jax.distributed.axes import mesh_is_active, shard
 from plt_jax.errors import InputError
 from plt_jax.model.kernels import traced_platform
-
-DTYPES = ("float32", "bfloat16", "int8")
 
 
 @flax.struct.dataclass
