@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from plt_jax.benchmarks.machine import machine
-from plt_jax.benchmarks.rounds import interleave, numbers, spread
+from plt_jax.benchmarks.rounds import interleave, positive_integers, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import RunConfig
 from plt_jax.data.corpus_reader import Prepared, open_prepared
@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("corpus", help="folder that plt_jax.data.prepare made")
     parser.add_argument("--inputs", nargs="*", default=[], help="files and folders to prepare")
     parser.add_argument("--text_field", default=Options().text_field, help="of those files")
-    parser.add_argument("--lengths", type=numbers, default=[256, 2048, 4096], help="of examples")
+    parser.add_argument(
+        "--lengths", type=positive_integers, default=[256, 2048, 4096], help="of examples"
+    )
     parser.add_argument("--batch", type=int, default=32, help="examples of a batch")
     parser.add_argument("--batches", type=int, default=20, help="read for one figure")
     parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")

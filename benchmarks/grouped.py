@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plt_jax.benchmarks.machine import machine
-from plt_jax.benchmarks.rounds import interleave, numbers, spread
+from plt_jax.benchmarks.rounds import interleave, positive_integers, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.errors import InputError
 from plt_jax.model.grouped import FORMS, available_forms
@@ -41,10 +41,14 @@ def main() -> None:
     parser = CommandParser(
         prog="python -m benchmarks.grouped", description="Measure grouped products."
     )
-    parser.add_argument("--tokens", type=numbers, default=[1024], help="tokens of a batch")
-    parser.add_argument("--experts", type=numbers, default=[8, 64], help="experts")
+    parser.add_argument(
+        "--tokens", type=positive_integers, default=[1024], help="tokens of a batch"
+    )
+    parser.add_argument("--experts", type=positive_integers, default=[8, 64], help="experts")
     parser.add_argument("--per_token", type=int, default=2, help="experts that a token chooses")
-    parser.add_argument("--widths", type=numbers, default=[192, 768], help="inputs of a weight")
+    parser.add_argument(
+        "--widths", type=positive_integers, default=[192, 768], help="inputs of a weight"
+    )
     parser.add_argument("--outputs", type=int, default=512, help="outputs of a weight")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
-from plt_jax.benchmarks.rounds import interleave, numbers, spread
+from plt_jax.benchmarks.rounds import interleave, positive_integers, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.decoding.layout import linear
 
@@ -45,7 +45,9 @@ def main() -> None:
         prog="python -m benchmarks.products",
         description="Measure the forms of a product of a few rows with a weight.",
     )
-    parser.add_argument("--rows", type=numbers, default=[1, 2, 3, 8, 64, 256], help="rows of x")
+    parser.add_argument(
+        "--rows", type=positive_integers, default=[1, 2, 3, 8, 64, 256], help="rows of x"
+    )
     parser.add_argument("--inputs", type=int, default=768, help="inputs D of a weight")
     parser.add_argument("--outputs", type=int, default=6144, help="outputs N of a weight")
     parser.add_argument("--megabytes", type=int, default=200, help="of all weights together")

@@ -1,11 +1,11 @@
-"""How fast checkpoints are written, checked and read, beside the disk, and what they cost training.
+"""How fast checkpoints are saved, verified and restored, compared with the disk's own speed.
 
 python -m benchmarks.saving CONFIG --folder FOLDER
 
-The real train step on random tokens, and its whole state (parameters and optimizer). Every round
-takes the same number of steps with a save at their start and without one, in turns, so many that
-the save ends among them: what the first take longer is what a save costs. The disk is measured by
-one file of the state's size, in the same folder; files leave the page cache before they are read.
+It saves the whole training state (parameters and optimizer) while it takes train steps on random
+tokens. Every round takes a number of steps with a save at their start, and as many without one; the
+save ends before the last step. The difference is the cost of a save. The disk's own speed is that
+of one file of the state's size in the same folder. Files leave the page cache before they are read.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import Any
 
 import jax
 
-from plt_jax.benchmarks.decode import Case, nbytes
+from plt_jax.benchmarks.decode import nbytes
 from plt_jax.benchmarks.machine import machine
 from plt_jax.benchmarks.rounds import interleave, spread
-from plt_jax.benchmarks.train import Run
+from plt_jax.benchmarks.train import CompiledStep
+from plt_jax.benchmarks.variants import Variant
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.commands.config_options import parse_run_config
@@ -40,9 +41,11 @@ from plt_jax.reports.tables import table_of
 from plt_jax.training.guard import Limits
 from plt_jax.training.step import abstract_state, init_state
 
-PIECE = 64 * 2**20  # bytes that the disk's own file is written and read by
-SLACK = 1.5  # how much longer the steps take than a save alone
-MOST_STEPS = 500
+PIECE = 64 * 2**20
+"""Bytes of one write or read of the file that measures the disk."""
+SLACK = 1.5
+"""How long the steps beside a save take, as a multiple of the save alone."""
+MAX_STEPS = 500
 
 COLUMNS = (
     ("seconds", "seconds", "{:.2f}"),
@@ -56,9 +59,11 @@ COLUMNS = (
 def main(words: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words)
     parser = CommandParser(prog="python -m benchmarks.saving", description=__doc__)
-    parser.add_argument("--folder", help="on the disk to be measured; default a temporary one")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured")
-    parser.add_argument("--out", help="file for the figures, JSON")
+    parser.add_argument(
+        "--folder", help="folder on the disk to measure; default a temporary folder"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="how many times each is measured")
+    parser.add_argument("--out", help="JSON file for the figures")
     config = parse_run_config(parser, words)
     arguments = parser.parse_args(words)
     if arguments.rounds < 1:
@@ -66,9 +71,9 @@ def main(words: list[str] | None = None) -> None:
     if arguments.folder is not None and not os.path.isdir(arguments.folder):
         raise InputError(f"--folder {arguments.folder} does not exist; make it on that disk")
     loop = config.model.loop
-    run = Run.compiled(Case(loop.scheme, loop.count), config, make_mesh(config.mesh))
+    step = CompiledStep.compile(Variant(loop.scheme, loop.count), config, make_mesh(config.mesh))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        found = Measured(run, Path(folder)).all(arguments.rounds)
+        found = SaveBenchmark(step, Path(folder)).measure(arguments.rounds)
     report = {
         "command": " ".join(["python -m benchmarks.saving", *words]),
         "machine": machine(),
@@ -79,29 +84,29 @@ def main(words: list[str] | None = None) -> None:
         write_text(Path(arguments.out), json.dumps(report, indent=1) + "\n")
 
 
-class Measured:
-    """One run's state, which steps move on and checkpoints hold."""
+class SaveBenchmark:
+    """A training state that steps change and checkpoints hold."""
 
-    def __init__(self, run: Run, folder: Path):
-        self.run, self.folder = run, folder
-        self.state = init_state(run.config, run.mesh)
+    def __init__(self, step: CompiledStep, folder: Path):
+        self.step, self.folder = step, folder
+        self.state = init_state(step.config, step.mesh)
         self.bytes = nbytes(self.state)
         self.checkpoints = Checkpoints(
             folder / "checkpoints", CheckpointConfig(keep=1, keep_best=0)
         )
         self.saved = 0
 
-    def all(self, rounds: int) -> dict[str, Any]:
-        """The figures; the steps' are of one step, and all seconds medians with their spread."""
-        self.take_steps(1)  # the first copies to and from the device are slower
+    def measure(self, rounds: int) -> dict[str, Any]:
+        """The report's figures; times are in seconds, medians with their smallest and largest."""
+        self.take_steps(1)  # the first copies between host and device are slower
         self.save()
         self.checkpoints.wait()
         alone = interleave(
             {
                 "disk written": self.write_file,
                 "disk read": self.read_file,
-                "save, until steps go on": self.save_blocks,
-                "save, until complete": self.save_whole,
+                "save, until steps go on": self.save_until_copied,
+                "save, until complete": self.save_until_complete,
                 "verify": self.verify,
                 "restore": self.restore,
             },
@@ -109,7 +114,7 @@ class Measured:
         )
         step = statistics.median(self.take_steps(1) for _ in range(5))
         longest = max(alone["save, until complete"])
-        steps = min(math.ceil(SLACK * longest / step), MOST_STEPS)
+        steps = min(math.ceil(SLACK * longest / step), MAX_STEPS)
         beside = interleave(
             {
                 "without": functools.partial(self.take_steps, steps),
@@ -120,9 +125,9 @@ class Measured:
         with_save, without = beside["with"], beside["without"]
         cost = [one - other for one, other in zip(with_save, without, strict=True)]
         step = statistics.median(without) / steps
-        every = self.run.config.training.checkpoint_every
+        every = self.step.config.training.checkpoint_every
         return {
-            "model": self.run.config.model.model_dump(mode="json"),
+            "model": self.step.config.model.model_dump(mode="json"),
             "state_bytes": self.bytes,
             "rows": rows_of(alone, self.bytes),
             "steps_a_round": steps,
@@ -135,14 +140,14 @@ class Measured:
         }
 
     def take_steps(self, steps: int, saving: bool = False) -> float:
-        """Seconds of some steps, one ahead at most, as training takes them."""
+        """Seconds of some steps. Like training, it starts a step before the last one has ended."""
         jax.block_until_ready(self.state)
         before = None
         start = time.perf_counter()
         if saving:
             self.save()
         for _ in range(steps):
-            self.state, metrics = self.run.step(self.state, self.run.batch, Limits())
+            self.state, metrics = self.step.program(self.state, self.step.batch, Limits())
             jax.block_until_ready(before)
             before = metrics
         jax.block_until_ready(before)
@@ -155,22 +160,27 @@ class Measured:
         optimizer = {"step": self.state.step, "opt_state": self.state.opt_state}
         self.checkpoints.save(self.saved, self.state.params, optimizer, {"step": self.saved})
 
-    def save_blocks(self) -> float:
-        """Seconds until the arrays are copied, and steps go on."""
+    def save_until_copied(self) -> float:
+        """Seconds until the arrays are copied, after which steps continue."""
         start = time.perf_counter()
         self.save()
         taken = time.perf_counter() - start
         self.checkpoints.wait()
         return taken
 
-    def save_whole(self) -> float:
-        """Seconds until the checkpoint is complete, its checksums included."""
+    def save_until_complete(self) -> float:
+        """Seconds until the checkpoint and its checksums are on the disk."""
         start = time.perf_counter()
         self.save()
         self.checkpoints.wait()
         return time.perf_counter() - start
 
     def verify(self) -> float:
+        """Seconds of checking the newest checkpoint's checksums.
+
+        Raises:
+          AssertionError: it is damaged.
+        """
         forget(self.newest().rglob("*"))
         start = time.perf_counter()
         if damage := find_damage(self.newest()):
@@ -178,8 +188,9 @@ class Measured:
         return time.perf_counter() - start
 
     def restore(self) -> float:
+        """Seconds of reading the newest checkpoint onto the devices."""
         forget(self.newest().rglob("*"))
-        abstract = abstract_state(self.run.config, self.run.mesh)
+        abstract = abstract_state(self.step.config, self.step.mesh)
         optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
         start = time.perf_counter()
         restored = self.checkpoints.restore(self.saved, abstract.params, optimizer)
@@ -190,7 +201,7 @@ class Measured:
         return self.folder / "checkpoints" / str(self.saved)
 
     def write_file(self) -> float:
-        """One file of the state's size, until it is on the disk."""
+        """Seconds of writing one file of the state's size, until it is on the disk."""
         piece = os.urandom(PIECE)
         start = time.perf_counter()
         with (self.folder / "file").open("wb", buffering=0) as file:
@@ -200,6 +211,7 @@ class Measured:
         return time.perf_counter() - start
 
     def read_file(self) -> float:
+        """Seconds of reading that file."""
         forget([self.folder / "file"])
         piece = bytearray(PIECE)
         start = time.perf_counter()
@@ -210,7 +222,7 @@ class Measured:
 
 
 def forget(paths: Iterable[Path]) -> None:
-    """Has the page cache drop files, which must be on the disk for that."""
+    """Writes files to the disk, and removes them from the page cache."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in paths:
@@ -221,7 +233,7 @@ def forget(paths: Iterable[Path]) -> None:
 
 
 def rows_of(seconds: dict[str, list[float]], size: int) -> list[dict[str, Any]]:
-    """A row per figure; what writes is beside the disk written, what reads beside the disk read."""
+    """One row per figure; saves are compared with writing the file, the others with reading it."""
     rows = []
     for label, found in seconds.items():
         row = {"label": label, **spread("seconds", found)}
@@ -236,7 +248,7 @@ def rows_of(seconds: dict[str, list[float]], size: int) -> list[dict[str, Any]]:
 
 
 def text_of(report: dict[str, Any]) -> str:
-    """The figures as a table, and what a save costs."""
+    """The figures as a table, and the cost of a save."""
     about, cost = report["machine"], report["save_costs"]
     return "\n".join(
         [
@@ -244,8 +256,8 @@ def text_of(report: dict[str, Any]) -> str:
             f"({about['processor']}, {about['cores']} cores), Python {about['python']}, "
             f"jax {about['jax']}",
             table_of(COLUMNS, report["rows"]),
-            f"of {report['steps_a_round']} steps, {1e3 * report['step_seconds']:.1f} ms each, a "
-            f"save takes {cost['seconds']:.2f} s ({cost['seconds_min']:.2f} to "
+            f"beside {report['steps_a_round']} steps of {1e3 * report['step_seconds']:.1f} ms, a "
+            f"save costs {cost['seconds']:.2f} s ({cost['seconds_min']:.2f} to "
             f"{cost['seconds_max']:.2f}): {report['share_of_step_time']:.2%} of step time with "
             f"one every {report['checkpoint_every']} steps",
         ]

@@ -191,7 +191,7 @@ def table(rows: dict[str, Row]) -> str:
     The last columns compare `fastest` with that of one loop, and with that of the smallest slice of
     the same chip.
     """
-    lines = [HEADINGS]
+    lines: list[tuple[str, ...]] = [HEADINGS]
     for case in all_cases():
         if case.name in rows:
             lines.append(line(rows, case))

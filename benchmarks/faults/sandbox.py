@@ -175,8 +175,16 @@ class TrainingProcess:
         return self.wait()
 
     def wait(self) -> ProcessExit:
-        """Waits for the end."""
-        code = self._process.wait(TIMEOUT)
+        """Waits for the end.
+
+        Raises:
+          subprocess.TimeoutExpired: it does not end in time, and is killed.
+        """
+        try:
+            code = self._process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
         return ProcessExit(code, self.read_errors().strip())
 
     def read_errors(self) -> str:

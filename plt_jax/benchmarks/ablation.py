@@ -1,12 +1,12 @@
-"""The paper's ablation (PLT, Table 2): what each part of the scheme changes, on the same tokens.
+"""The paper's ablation (PLT, Table 2): what each part of PLT changes, on the same tokens.
 
 python -m plt_jax.benchmarks.ablation CONFIG [--section.field value ...]
 
-Trains every row from the same seeds, in a run directory of its own below --run_dir: RUN_DIR/ROW/
-seed_N. Stopped at any moment, the same command goes on where it was; --rows takes some of them at a
-time. After every run it writes ablation.json, a table and plots of all that is there. A
-configuration with data.synthetic is scored by the share of problems answered correctly, others by
-bits per byte of held-out text. At last every row's decoding is timed (plt_jax.benchmarks.decode).
+It trains every row of the table from the same seeds; each run has its own directory,
+RUN_DIR/ROW/seed_N. If the command is stopped, the same command continues; --rows restricts it to
+some rows. After every run it writes ablation.json, a table and plots of all finished runs. Runs on
+data.synthetic are scored by exact match, others by bits per byte of held-out text. At the end it
+times every row's decoding (plt_jax.benchmarks.decode).
 """
 
 from __future__ import annotations
@@ -23,14 +23,9 @@ from typing import Any
 import jax
 
 from plt_jax.benchmarks import ablation_report
-from plt_jax.benchmarks.decode import (
-    Case,
-    Cell,
-    Settings,
-    random_weights,
-    with_scheme,
-)
+from plt_jax.benchmarks.decode import DecodeSettings, Workload, random_weights
 from plt_jax.benchmarks.machine import machine
+from plt_jax.benchmarks.variants import NO_LOOP, Variant
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig, RunConfig
@@ -47,15 +42,15 @@ from plt_jax.training.trainer import train
 
 ABLATION, DECODE, LOCK = "ablation.json", "decode.json", ".lock"
 ROWS = (
-    Case("no_loop", 1),
-    Case("vanilla_loop", 2),
-    Case("clp", 2),
-    Case("clp_kv_share", 2),
-    Case("plt", 2),
-    Case("plt", 3),
-    Case("no_loop", 1, depth=2),
+    NO_LOOP,
+    Variant("vanilla_loop", 2),
+    Variant("clp", 2),
+    Variant("clp_kv_share", 2),
+    Variant("plt", 2),
+    Variant("plt", 3),
+    Variant("no_loop", 1, depth=2),
 )
-"""Those of Table 2, and as much arithmetic as two loops' with weights of its own."""
+"""The rows of Table 2, and one of twice the layers, which has the FLOPs of two loops."""
 
 
 def main(words: Sequence[str] | None = None) -> int | None:
@@ -64,21 +59,21 @@ def main(words: Sequence[str] | None = None) -> int | None:
     rendezvous.initialize(config.processes)
     if not processes.is_single():
         raise InputError("the ablation trains in one process, on all of its devices; start one")
-    cases = [case for case in ROWS if arguments.rows is None or case.label in arguments.rows]
-    folder = Path(config.run_dir)
+    variants = [row for row in ROWS if arguments.rows is None or row.label in arguments.rows]
+    folder = run_folder(config)
     for seed in range(config.seed, config.seed + arguments.seeds):
-        for case in cases:
-            run = config_of(config, case, seed)
-            print(f"== {case.label}, seed {seed}", flush=True)
+        for variant in variants:
+            run = run_config(config, variant, seed)
+            print(f"== {variant.label}, seed {seed}", flush=True)
             if finished(run) is None:
                 if train(run).stopped:
                     return EXIT_STOPPED
                 if config.data.synthetic.task != "none":
-                    print(evaluate_exact_match(run.run_dir).table(), flush=True)
-                jax.clear_caches()  # the next row's programs are others
+                    print(evaluate_exact_match(str(run_folder(run))).table(), flush=True)
+                jax.clear_caches()  # the next row has programs of its own
                 write_report(words, config)
     if arguments.decode_rounds and arguments.rows is None:
-        settings = Settings(rounds=arguments.decode_rounds)
+        settings = DecodeSettings(rounds=arguments.decode_rounds)
         figures = time_decoding(config.model, ROWS, arguments.decode_batch, settings)
         about = {"command": command_of(words), "machine": machine()}
         write_text(folder / DECODE, json.dumps(about | figures, indent=1) + "\n")
@@ -91,19 +86,23 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument(
         "--rows",
         type=lambda text: text.split(","),
-        help=f"some of {','.join(case.label for case in ROWS)}; default all",
+        help=f"some of {','.join(variant.label for variant in ROWS)}; default all",
     )
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row, from --seed on")
-    parser.add_argument("--decode_batch", type=int, default=4, help="sequences decoded at once")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="runs of each row; seeds count from --seed"
+    )
+    parser.add_argument(
+        "--decode_batch", type=int, default=4, help="batch size at which decoding is timed"
+    )
     parser.add_argument(
         "--decode_rounds",
         type=int,
-        default=Settings().rounds,
-        help="times that each row's decoding is timed; 0 for not at all, as with --rows",
+        default=DecodeSettings().rounds,
+        help="how many times each row's decoding is timed; 0, or --rows: not at all",
     )
     config = parse_run_config(parser, words)
     arguments = parser.parse_args(words)
-    labels = [case.label for case in ROWS]
+    labels = [variant.label for variant in ROWS]
     if unknown := [name for name in arguments.rows or () if name not in labels]:
         raise InputError(f"--rows has no row {unknown[0]}; there are {', '.join(labels)}")
     for name, least in (("seeds", 1), ("decode_batch", 1), ("decode_rounds", 0)):
@@ -112,22 +111,30 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     return arguments, config
 
 
-def config_of(config: RunConfig, case: Case, seed: int) -> RunConfig:
-    """One run of a row."""
-    directory = str(Path(config.run_dir, case.label, f"seed_{seed}"))
-    model = with_scheme(config.model, case)
+def run_config(config: RunConfig, variant: Variant, seed: int) -> RunConfig:
+    """The configuration of a row's run with a seed."""
+    directory = str(run_folder(config) / variant.label / f"seed_{seed}")
+    model = variant.apply(config.model)
     return config.model_copy(update={"model": model, "seed": seed, "run_dir": directory})
 
 
+def run_folder(config: RunConfig) -> Path:
+    """The folder that holds all runs of an ablation, or one of them."""
+    assert config.run_dir is not None  # parse_run_config has a default
+    return Path(config.run_dir)
+
+
 def command_of(words: Sequence[str]) -> str:
-    """As it was typed."""
+    """The command as it was typed."""
     return " ".join(["python -m plt_jax.benchmarks.ablation", *words])
 
 
 def write_report(words: Sequence[str], config: RunConfig) -> str:
-    """Writes ablation.json, the table and the plots of all runs that are finished; returns the
-    table. Commands that train side by side take turns."""
-    folder = Path(config.run_dir)
+    """Writes ablation.json, the table and the plots of all finished runs; returns the table.
+
+    A lock lets commands that train different rows at the same time write one after another.
+    """
+    folder = run_folder(config)
     decode = folder / DECODE
     with (folder / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -145,16 +152,16 @@ def write_report(words: Sequence[str], config: RunConfig) -> str:
 
 
 def rows(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """What is known of each row, and its finished runs by seed."""
-    for case in ROWS:
-        model = with_scheme(config.model, case)
-        found = Path(config.run_dir, case.label).glob("seed_*")
+    """Every row with a finished run: its parameters, its training FLOPs per token, and its runs."""
+    for variant in ROWS:
+        model = variant.apply(config.model)
+        found = (run_folder(config) / variant.label).glob("seed_*")
         numbers = [re.fullmatch(r"seed_(\d+)", path.name) for path in found]
         seeds = sorted(int(number[1]) for number in numbers if number)
-        runs = [finished(config_of(config, case, seed)) for seed in seeds]
+        runs = [finished(run_config(config, variant, seed)) for seed in seeds]
         if any(runs):
             yield {
-                "label": case.label,
+                "label": variant.label,
                 "parameters": count_parameters(model).total,
                 "flops": 3 * sum(one.total for one in flops_by_loop(model, config.sequence_length)),
                 "runs": [run for run in runs if run],
@@ -162,15 +169,15 @@ def rows(config: RunConfig) -> Iterator[dict[str, Any]]:
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
-    """Scores of a run, if it is at its last step and its answers are scored.
+    """A run's scores; None until it has trained its last step and been scored.
 
     Raises:
       InputError: its directory holds a run of another configuration, or of another number of steps,
-        whose learning rates were others.
+        whose learning rates were different.
     """
-    directory, last = Path(config.run_dir), config.training.steps
+    directory, last = run_folder(config), config.training.steps
     if not (directory / CONFIG).exists():
-        return None  # a command beside this one may be making it
+        return None  # another command may be creating it
     changes = check_directory(config)
     if longer := [change for change in changes if change.startswith("training.steps")]:
         raise InputError(
@@ -200,13 +207,13 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
 
 
 def time_decoding(
-    model: ModelConfig, cases: Sequence[Case], batch: int, settings: Settings
+    model: ModelConfig, variants: Sequence[Variant], batch: int, settings: DecodeSettings
 ) -> dict[str, Any]:
-    """Latency, and bytes of the cache, of every row at the end of the context."""
+    """Every row's decode latency and cache size, at the end of the context."""
     print("timing decoding ...", flush=True)
     base = model.model_copy(update={"max_length": model.max_length + BLOCK})
-    weights = random_weights(with_scheme(base, Case("no_loop", 1)))
-    return Cell(base, weights, batch, model.max_length, settings).measure(cases)
+    weights = random_weights(NO_LOOP.apply(base))
+    return Workload(base, weights, batch, model.max_length, settings).measure(variants)
 
 
 if __name__ == "__main__":

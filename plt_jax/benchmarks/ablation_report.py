@@ -1,4 +1,4 @@
-"""The ablation's table, its comparisons with their spread, and plots."""
+"""The ablation's tables and plots."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from plt_jax.benchmarks.decode_report import pyplot, save
+from plt_jax.benchmarks.decode_report import new_figure, save_figure
 from plt_jax.files import write_text
 from plt_jax.reports.tables import aligned, table_of
 
@@ -19,36 +19,36 @@ COMPARISONS = (
     ("vanilla_loop-2", "no_loop", "a second loop"),
     ("clp-2", "vanilla_loop-2", "the shift"),
     ("clp_kv_share-2", "clp-2", "sharing keys and values"),
-    ("plt-2", "clp_kv_share-2", "windows beside what is shared"),
-    ("plt-2", "vanilla_loop-2", "all that makes one pass of two"),
+    ("plt-2", "clp_kv_share-2", "windows of own keys and values"),
+    ("plt-2", "vanilla_loop-2", "everything that PLT changes"),
     ("plt-3", "plt-2", "a third loop"),
-    ("no_loop-2x_layers", "plt-2", "as many more layers instead of a loop"),
+    ("no_loop-2x_layers", "plt-2", "twice the layers instead of a loop"),
 )
-"""A row, that which it is compared with, and the difference between them."""
+"""Pairs of rows that are compared, and what the first one has that the second has not."""
 
 
-def number(value: float | None) -> float:
-    """A number as JSON has it, null where it is not finite."""
+def from_json(value: float | None) -> float:
+    """A number of the report, whose JSON has null for a number that is not finite."""
     return math.nan if value is None else value
 
 
-class Measure(NamedTuple):
-    """What runs are scored by."""
+class Metric(NamedTuple):
+    """The score by which runs are compared."""
 
     name: str
     title: str
     form: str
-    of: Callable[[Mapping[str, Any]], float]
+    score: Callable[[Mapping[str, Any]], float]
     """A run's score."""
 
 
-TEXT = Measure(
+BITS_PER_BYTE = Metric(
     "bits per byte",
     "bits per byte of held-out text (less is better)",
     "{:.4f}",
-    lambda run: number(run["bits_per_byte"]),
+    lambda run: from_json(run["bits_per_byte"]),
 )
-ANSWERS = Measure(
+EXACT_MATCH = Metric(
     "right",
     "problems of all difficulties answered correctly",
     "{:.1%}",
@@ -59,9 +59,9 @@ ANSWERS = Measure(
 )
 
 
-def measure_of(report: Report) -> Measure:
-    """What the report's runs are scored by."""
-    return TEXT if report["task"] == "none" else ANSWERS
+def metric_of(report: Report) -> Metric:
+    """The metric of the report's task."""
+    return BITS_PER_BYTE if report["task"] == "none" else EXACT_MATCH
 
 
 def write(report: Report, folder: Path) -> str:
@@ -77,7 +77,7 @@ def write(report: Report, folder: Path) -> str:
 
 
 def text_of(report: Report) -> str:
-    """All tables."""
+    """All tables, below a line about the runs and the machine."""
     about, count = report["machine"], max((len(row["runs"]) for row in report["rows"]), default=0)
     seeds = "one seed" if count == 1 else f"{count} seeds (+-: their standard deviation)"
     parts = [
@@ -92,13 +92,13 @@ def text_of(report: Report) -> str:
 
 
 def scores_table(report: Report) -> str:
-    """A line per row: its score, its costs, and its decoding."""
-    measure = measure_of(report)
+    """One line per row: its mean score, its costs, and its decode latency."""
+    metric = metric_of(report)
     decode = {row["label"]: row for row in (report["decode"] or {"rows": []})["rows"]}
     plain = next((row for row in report["rows"] if row["label"] == "no_loop"), None)
     lines = []
     for row in report["rows"]:
-        scores = [measure.of(run) for run in row["runs"]]
+        scores = [metric.score(run) for run in row["runs"]]
         line = {
             "label": row["label"],
             "parameters": row["parameters"] / 1e6,
@@ -118,8 +118,8 @@ def scores_table(report: Report) -> str:
         ("parameters", "M parameters", "{:.2f}"),
         ("flops", "x training FLOPs", "{:.2f}"),
         ("seeds", "seeds", "{}"),
-        ("score", measure.name, measure.form),
-        ("deviation", "+-", measure.form),
+        ("score", metric.name, metric.form),
+        ("deviation", "+-", metric.form),
         ("ms", "ms/token", "{:.3f}"),
         ("ratio", "x no_loop", "{:.2f}"),
         ("kv_bytes", "KV kB", "{:.0f}"),
@@ -135,10 +135,10 @@ def scores_table(report: Report) -> str:
 
 
 def differences(report: Report, label: str, other: str) -> list[float]:
-    """By how much a row's score is above another's, seed by seed."""
-    measure = measure_of(report)
+    """A row's score minus another's, for every seed that both have."""
+    metric = metric_of(report)
     scores = {
-        row["label"]: {run["seed"]: measure.of(run) for run in row["runs"]}
+        row["label"]: {run["seed"]: metric.score(run) for run in row["runs"]}
         for row in report["rows"]
         if row["label"] in (label, other)
     }
@@ -147,8 +147,8 @@ def differences(report: Report, label: str, other: str) -> list[float]:
 
 
 def differences_table(report: Report) -> str:
-    """The steps from row to row, from the same seeds on the same tokens."""
-    form = measure_of(report).form.replace("{:", "{:+")
+    """The differences between compared rows: mean, standard deviation, and seed by seed."""
+    form = metric_of(report).form.replace("{:", "{:+")
     lines = [["difference", "by", "mean", "+-", "seed by seed"]]
     for label, other, what in COMPARISONS:
         found = differences(report, label, other)
@@ -161,17 +161,17 @@ def differences_table(report: Report) -> str:
 
 
 def accuracies(row: Mapping[str, Any]) -> np.ndarray:
-    """By seed and difficulty."""
+    """A row's accuracies, float [seeds, difficulties]."""
     return np.array([[one["accuracy"] for one in run["by_difficulty"]] for run in row["runs"]])
 
 
 def difficulties(report: Report) -> Sequence[Mapping[str, Any]]:
-    """What was asked, whose accuracies are not read."""
+    """The difficulties of the test set, in order; their accuracies are those of the first run."""
     return report["rows"][0]["runs"][0]["by_difficulty"]
 
 
 def difficulties_table(report: Report) -> str:
-    """Accuracy by row and difficulty."""
+    """The accuracy of every row at every difficulty: mean and standard deviation over seeds."""
     if not report["rows"]:
         return ""
     asked = difficulties(report)
@@ -190,45 +190,48 @@ def difficulties_table(report: Report) -> str:
 
 
 def plot_scores(report: Report, path: Path) -> None:
-    """Every run's score, and each row's mean."""
-    measure = measure_of(report)
+    """Plots every run's score, and each row's mean."""
+    metric = metric_of(report)
     rows = report["rows"][::-1]
-    figure, axis = pyplot().subplots(figsize=(8, 0.45 * len(rows) + 1.4))
+    figure = new_figure(8, 0.45 * len(rows) + 1.4)
+    axis = figure.subplots()
     for place, row in enumerate(rows):
-        scores = [measure.of(run) for run in row["runs"]]
+        scores = [metric.score(run) for run in row["runs"]]
         axis.plot(scores, [place] * len(scores), "o", color="tab:blue", alpha=0.6)
         axis.plot([statistics.fmean(scores)], [place], "|", color="black", markersize=16)
     axis.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axis.set(xlabel=f"{measure.title}: every seed, and the mean", ylim=(-0.6, len(rows) - 0.4))
+    axis.set(xlabel=f"{metric.title}: every seed, and the mean", ylim=(-0.6, len(rows) - 0.4))
     axis.grid(axis="x", alpha=0.3)
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(report: Report, path: Path) -> None:
-    """Held-out loss by step: the mean over seeds, and their range.
+    """Plots the held-out loss by step: the mean over seeds, and their range.
 
-    The last is over all that is held out, those before over evaluation.sequences of it.
+    The last point is over all held-out sequences, the others over evaluation.sequences of them.
     """
-    figure, axis = pyplot().subplots(figsize=(8, 4.8))
-    for label, color, dash, row in drawn(report):
+    figure = new_figure(8, 4.8)
+    axis = figure.subplots()
+    for label, color, dash, row in styled_rows(report):
         curves = [dict(run["curve"]) for run in row["runs"]]
         steps = [step for step in curves[0] if all(step in curve for curve in curves)]
-        losses = np.array([[number(curve[step]) for step in steps] for curve in curves])
+        losses = np.array([[from_json(curve[step]) for step in steps] for curve in curves])
         axis.plot(steps, losses.mean(axis=0), color=color, linestyle=dash, label=label)
         axis.fill_between(steps, losses.min(axis=0), losses.max(axis=0), color=color, alpha=0.15)
     what = "text" if report["task"] == "none" else "answers, teacher-forced"
     axis.set(xlabel="step", ylabel=f"held-out loss of {what}, nats per token")
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_difficulties(report: Report, path: Path) -> None:
-    """Accuracy by difficulty: the mean over seeds, and their range."""
-    figure, axis = pyplot().subplots(figsize=(8, 4.8))
+    """Plots the accuracy by difficulty: the mean over seeds, and their range."""
+    figure = new_figure(8, 4.8)
+    axis = figure.subplots()
     asked = difficulties(report)
     levels = [one["difficulty"] for one in asked]
-    for label, color, dash, row in drawn(report):
+    for label, color, dash, row in styled_rows(report):
         found = 100 * accuracies(row)
         axis.plot(levels, found.mean(axis=0), color=color, linestyle=dash, marker="o", label=label)
         axis.fill_between(levels, found.min(axis=0), found.max(axis=0), color=color, alpha=0.12)
@@ -243,11 +246,11 @@ def plot_difficulties(report: Report, path: Path) -> None:
     axis.set_xticks(levels)
     axis.grid(alpha=0.3)
     axis.legend(fontsize="small")
-    save(figure, path)
+    save_figure(figure, path)
 
 
-def drawn(report: Report) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
-    """Label, colour, dash and row: black without loops, dashed with three or with more layers."""
+def styled_rows(report: Report) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
+    """Label, colour, line style and row: no_loop is black; three loops and 2x layers are dashed."""
     looped = iter(f"C{index}" for index in range(10))
     for row in report["rows"]:
         plain = row["label"].startswith("no_loop")

@@ -2,10 +2,10 @@
 
 python -m plt_jax.benchmarks.decode CONFIG --batch 1,4 --context 1024 --schemes no_loop,plt
 
-Every round measures every scheme in turn, beginning with another one each time, so that all meet
-the same moods of the machine; figures are medians over the rounds, and ratios are medians of each
-round's own ratios. What is timed is greedy generation's own loop on the device, at the end of a
-context whose keys and values are noise.
+Every round measures every scheme once, and each round begins with another one, so that a change of
+the machine's speed affects all of them. Figures are medians over the rounds; ratios are medians of
+each round's own ratios. What is timed is the loop of greedy generation on the device, at the end of
+a context whose keys and values are random.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import functools
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +25,11 @@ import numpy as np
 
 from plt_jax.benchmarks import decode_report
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
-from plt_jax.benchmarks.rounds import interleave, numbers, ratios, spread
+from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
+from plt_jax.benchmarks.variants import NO_LOOP, Variant, variants_of
 from plt_jax.commands.parser import CommandParser, run_command
-from plt_jax.config import SCHEMES, ModelConfig
+from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import DTYPES, Cache, init_cache
 from plt_jax.decoding.generation import (
     BLOCK,
@@ -45,22 +46,8 @@ from plt_jax.model.transformer import Transformer
 from plt_jax.runs.configuration import load_config
 
 
-class Case(NamedTuple):
-    """One scheme with its number of loops."""
-
-    scheme: str
-    loops: int
-    depth: int = 1
-    """How many times the config's layers it has."""
-
-    @property
-    def label(self) -> str:
-        name = self.scheme if self.scheme == "no_loop" else f"{self.scheme}-{self.loops}"
-        return name if self.depth == 1 else f"{name}-{self.depth}x_layers"
-
-
-class Settings(NamedTuple):
-    """How cells are measured; see the command's options."""
+class DecodeSettings(NamedTuple):
+    """How a workload is measured; the fields are options of the command."""
 
     tokens: int = 16
     rounds: int = 9
@@ -72,9 +59,9 @@ class Settings(NamedTuple):
 def main() -> None:
     arguments = parse()
     base = base_config(arguments)
-    cases = list(all_cases(arguments.schemes, arguments.loops))
-    weights = random_weights(with_scheme(base, Case("no_loop", 1)))
-    settings = Settings(**{name: getattr(arguments, name) for name in Settings._fields})
+    variants = variants_of(arguments.schemes, arguments.loops)
+    weights = random_weights(NO_LOOP.apply(base))
+    settings = DecodeSettings(**{name: getattr(arguments, name) for name in DecodeSettings._fields})
     report = {
         "command": " ".join(["python -m plt_jax.benchmarks.decode", *sys.argv[1:]]),
         "machine": machine(),
@@ -88,8 +75,8 @@ def main() -> None:
     }
     print(decode_report.heading(report), flush=True)
     for context, batch in itertools.product(arguments.context, arguments.batch):
-        cell = Cell(base, weights, batch, context, settings)
-        report["cells"].append(cell.measure(cases))
+        workload = Workload(base, weights, batch, context, settings)
+        report["cells"].append(workload.measure(variants))
         print(decode_report.table(report, report["cells"][-1]), flush=True)
         if arguments.out:
             decode_report.write(report, Path(arguments.out))
@@ -100,42 +87,59 @@ def parse() -> argparse.Namespace:
         prog="python -m plt_jax.benchmarks.decode",
         description="Measure the latency, memory traffic and cache size of decoding.",
     )
-    parser.add_argument("config", help="YAML file; its model's shape is measured in every scheme")
-    parser.add_argument("--batch", type=numbers, default=[1], help="sequences, as 1,4,16")
-    parser.add_argument("--context", type=numbers, default=[1024], help="tokens already decoded")
+    parser.add_argument("config", help="YAML file, whose model is measured with every scheme")
+    parser.add_argument(
+        "--batch", type=positive_integers, default=[1], help="batch sizes, such as 1,4,16"
+    )
+    parser.add_argument(
+        "--context",
+        type=positive_integers,
+        default=[1024],
+        help="tokens in the cache before the timed steps",
+    )
     parser.add_argument(
         "--schemes",
         type=lambda text: text.split(","),
         default=["no_loop", "vanilla_loop", "clp", "clp_kv_share", "plt"],
         help="looping schemes",
     )
-    parser.add_argument("--loops", type=numbers, default=[2, 3], help="loops of each but no_loop")
+    parser.add_argument(
+        "--loops",
+        type=positive_integers,
+        default=[2, 3],
+        help="numbers of loops, for each scheme but no_loop",
+    )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute dtype; default the config's"
     )
     parser.add_argument(
-        "--cache_dtype", choices=DTYPES, help="of keys and values; default the dtype"
+        "--cache_dtype", choices=DTYPES, help="dtype of keys and values; default the compute dtype"
     )
-    usual = Settings()
+    defaults = DecodeSettings()
     parser.add_argument(
-        "--tokens", type=int, default=usual.tokens, help=f"tokens a round, below {BLOCK}"
+        "--tokens",
+        type=int,
+        default=defaults.tokens,
+        help=f"tokens timed in a round, below {BLOCK}",
     )
     parser.add_argument(
-        "--rounds", type=int, default=usual.rounds, help="times that each scheme is measured"
+        "--rounds", type=int, default=defaults.rounds, help="how many times each scheme is measured"
     )
     parser.add_argument(
-        "--prompt", type=int, default=usual.prompt, help="prompt to time prefill with; 0: none"
+        "--prompt",
+        type=int,
+        default=defaults.prompt,
+        help="tokens of the prompt whose prefill is timed; 0: prefill is not timed",
     )
     parser.add_argument(
         "--torch",
         nargs="?",
         const=sys.executable,
-        help="also time transformers' llama of the same shape; optionally the Python that has it",
+        help="also time a Llama of the same shape in PyTorch's transformers, with this Python "
+        "interpreter; default this one",
     )
-    parser.add_argument("--out", help="folder for decode.json and the plots")
+    parser.add_argument("--out", help="folder for decode.json, decode.txt and the plots")
     arguments = parser.parse_args()
-    if unknown := [name for name in arguments.schemes if name not in SCHEMES]:
-        raise InputError(f"no scheme {unknown[0]}; known are {', '.join(SCHEMES)}")
     if not 1 <= arguments.tokens < BLOCK:
         raise InputError(f"--tokens is {arguments.tokens}; it must be 1 to {BLOCK - 1}")
     if arguments.rounds < 1:
@@ -153,29 +157,18 @@ def base_config(arguments: argparse.Namespace) -> ModelConfig:
     return ModelConfig(**settings | ({"dtype": arguments.dtype} if arguments.dtype else {}))
 
 
-def with_scheme(config: ModelConfig, case: Case) -> ModelConfig:
-    """The model with a case's scheme and depth; all else stays the config's."""
-    loop = config.loop.model_dump() | {"scheme": case.scheme, "count": case.loops}
-    changed = {"loop": loop, "layers": case.depth * config.layers}
-    return ModelConfig(**config.model_dump() | changed)
-
-
-def all_cases(schemes: list[str], loops: list[int]) -> Iterator[Case]:
-    for scheme in schemes:
-        for count in [1] if scheme == "no_loop" else loops:
-            yield Case(scheme, count)
-
-
 def random_weights(config: ModelConfig) -> Params:
-    """Prepared parameters of the model without loops, as initialised."""
+    """A model's parameters as initialised, prepared for decoding."""
     init = jax.jit(Transformer(config).init)
     declared = init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return jax.block_until_ready(prepare_for_decode(config, declared))
 
 
-def with_scheme_weights(config: ModelConfig, weights: Params) -> Params:
-    """The same arrays, so that all schemes share them, with what a scheme has besides: its gates,
-    and copies of layers where it has more of them."""
+def variant_weights(config: ModelConfig, weights: Params) -> Params:
+    """A variant's weights: the arrays of `weights`, which all variants share, and its gates.
+
+    A deeper variant has copies of the last layer.
+    """
     layers = weights["layers"]
     copies = (jax.tree.map(jnp.copy, layers[-1]) for _ in range(config.layers - len(layers)))
     weights = weights | {"layers": (*layers, *copies)}
@@ -188,8 +181,20 @@ def with_scheme_weights(config: ModelConfig, weights: Params) -> Params:
     return weights | {"layers": tuple(layer | gates for layer in weights["layers"])}
 
 
-class Cell:
-    """All schemes at one batch size and context."""
+class PreparedVariant(NamedTuple):
+    """A variant with its model's configuration and the weights that decoding reads."""
+
+    variant: Variant
+    config: ModelConfig
+    weights: Params
+
+    @property
+    def label(self) -> str:
+        return self.variant.label
+
+
+class Workload:
+    """A batch size and a context, at which all variants are measured."""
 
     def __init__(
         self,
@@ -197,19 +202,19 @@ class Cell:
         weights: Params,
         batch: int,
         context: int,
-        settings: Settings,
+        settings: DecodeSettings,
     ):
         self.base, self.weights, self.batch, self.context = base, weights, batch, context
         self.settings = settings
         self.capacity = context + BLOCK
 
-    def measure(self, cases: Sequence[Case]) -> dict[str, Any]:
-        """Medians of all cases, and the peer's."""
-        rows = [self.row(case) for case in cases]
+    def measure(self, variants: Sequence[Variant]) -> dict[str, Any]:
+        """The figures of all variants, and of PyTorch where it is asked for."""
+        rows = [self.prepare(variant) for variant in variants]
         timers: dict[str, Callable[[], float]] = {
-            row.case.label: functools.partial(self.decode_seconds, row) for row in rows
+            row.label: functools.partial(self.decode_seconds, row) for row in rows
         }
-        prefills = {row.case.label: functools.partial(self.prefill_seconds, row) for row in rows}
+        prefills = {row.label: functools.partial(self.prefill_seconds, row) for row in rows}
         peers = self.start_peers()
         timers |= {name: lambda peer=peer: peer(self.settings.tokens) for name, peer in peers}
         try:
@@ -223,15 +228,15 @@ class Cell:
             "context": self.context,
             "capacity": self.capacity,
             "prompt": self.settings.prompt,
-            "rows": [self.report(row, decode, prefill) for row in rows],
+            "rows": [self.figures(row, decode, prefill) for row in rows],
             "peers": [
                 {"label": name, **peer.about, **self.timing(name, decode)} for name, peer in peers
             ],
         }
 
-    def row(self, case: Case) -> Row:
-        config = with_scheme(self.base, case)
-        return Row(case, config, with_scheme_weights(config, self.weights))
+    def prepare(self, variant: Variant) -> PreparedVariant:
+        config = variant.apply(self.base)
+        return PreparedVariant(variant, config, variant_weights(config, self.weights))
 
     def start_peers(self) -> list[tuple[str, TorchLlama]]:
         if not self.settings.torch:
@@ -242,25 +247,28 @@ class Cell:
         ]
 
     def timing(self, label: str, decode: dict[str, list[float]]) -> dict[str, Any]:
-        """Milliseconds per token, in every round too, and ratios to no_loop where that is there."""
+        """Milliseconds per token, also by round, and ratios to no_loop if that is measured."""
         ms = [1e3 * seconds / self.settings.tokens for seconds in decode[label]]
-        figures = spread("ms", ms) | {"rounds_ms": ms}
+        figures: dict[str, Any] = {**spread("ms", ms), "rounds_ms": ms}
         figures["tokens_per_second"] = self.batch * 1e3 / figures["ms"]
         if "no_loop" in decode:
             figures |= spread("ratio_to_no_loop", ratios(decode[label], decode["no_loop"]))
         return figures
 
-    def report(
-        self, row: Row, decode: dict[str, list[float]], prefill: dict[str, list[float]]
+    def figures(
+        self,
+        row: PreparedVariant,
+        decode: dict[str, list[float]],
+        prefill: dict[str, list[float]],
     ) -> dict[str, Any]:
-        """All figures of one case."""
-        label, vanilla = row.case.label, f"vanilla_loop-{row.case.loops}"
+        """All figures of one variant."""
+        label, vanilla = row.label, f"vanilla_loop-{row.variant.loops}"
         shape = jax.eval_shape(lambda: self.cache(row.config))
         moved = bytes_moved(row.config, row.weights, shape)
         figures = {
             "label": label,
-            "scheme": row.case.scheme,
-            "loops": row.case.loops,
+            "scheme": row.variant.scheme,
+            "loops": row.variant.loops,
             "cache_bytes": nbytes(shape),
             "kv_bytes": nbytes((shape.keys, shape.values, shape.ring_keys, shape.ring_values)),
             **moved,
@@ -276,16 +284,19 @@ class Cell:
         return figures
 
     def cache(self, config: ModelConfig) -> Cache:
-        """Full of noise up to the context: memory that nobody wrote may not be there at all."""
+        """A cache of random keys and values, whose lengths are the context.
+
+        Memory that was never written may not be allocated yet, and would be read too fast.
+        """
         cache = init_cache(config, self.batch, self.capacity, self.settings.cache_dtype)
         lengths = jnp.full_like(cache.lengths, self.context)
         return fill_with_noise(cache).replace(lengths=lengths)
 
-    def decode_seconds(self, row: Row) -> float:
-        """Seconds of `tokens` decode steps, after one that does not count."""
+    def decode_seconds(self, row: PreparedVariant) -> float:
+        """Seconds of `tokens` decode steps, after one step that is not timed."""
         state = GenerationState(
             self.cache(row.config),
-            # Of all kinds, or all sequences would choose the same experts.
+            # Different tokens, or all sequences would choose the same experts.
             jnp.arange(self.batch, dtype=jnp.int32) % row.config.vocab_size,
             jnp.ones(self.batch, bool),
             jnp.int32(0),
@@ -304,7 +315,7 @@ class Cell:
         jax.block_until_ready(run(state, self.settings.tokens))
         return time.perf_counter() - start
 
-    def prefill_seconds(self, row: Row) -> float:
+    def prefill_seconds(self, row: PreparedVariant) -> float:
         """Seconds from the prompts to the first token's logits."""
         prompts = np.arange(self.batch * self.settings.prompt) % row.config.vocab_size
         prompts = prompts.reshape(self.batch, -1).tolist()
@@ -326,19 +337,11 @@ def fill_with_noise(cache: Cache) -> Cache:
     return jax.tree.map(noise, cache)
 
 
-class Row(NamedTuple):
-    """One case in a cell."""
-
-    case: Case
-    config: ModelConfig
-    weights: Params
-
-
 def bytes_moved(config: ModelConfig, weights: Params, cache: Cache) -> dict[str, int]:
-    """Bytes that a decode step reads: weights, once per pass, and keys and values.
+    """Bytes that a decode step reads: weights (once per pass), and keys and values.
 
-    Of the experts, rows read those that any of them chose: counted as if choices were even and
-    independent.
+    A step reads the experts that any row chose. Their expected number is counted, for choices that
+    are uniform and independent.
     """
     loop, moe = config.loop, config.moe
     passes = 1 if loop.shifted else loop.count

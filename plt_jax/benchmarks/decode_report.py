@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from plt_jax.reports.tables import table_of
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Report = dict[str, Any]
 COLUMNS = (
@@ -25,7 +28,7 @@ COLUMNS = (
 
 
 def heading(report: Report) -> str:
-    """What was measured, on what."""
+    """The line above the tables: the model, the machine and its memory's speed."""
     about = report["machine"]
     return (
         f"{report['parameters'] / 1e6:.0f}M parameters, {report['dtype']}, cache "
@@ -36,7 +39,7 @@ def heading(report: Report) -> str:
 
 
 def table(report: Report, cell: Report) -> str:
-    """One batch size and context, a row per scheme."""
+    """The table of one batch size and context, with one row per scheme."""
     rows = [with_derived(report, row) for row in [*cell["rows"], *cell["peers"]]]
     title = f"batch {cell['batch']}, context {cell['context']}"
     if cell["prompt"]:
@@ -45,7 +48,7 @@ def table(report: Report, cell: Report) -> str:
 
 
 def with_derived(report: Report, row: Report) -> Report:
-    """A row with what the table shows besides."""
+    """A row with the figures that only the table shows: ranges, and shares of the copy's speed."""
     derived = {"range": f"({row['ms_min']:.2f}-{row['ms_max']:.2f})"}
     if "ratio_to_no_loop" in row:
         smallest, largest = row["ratio_to_no_loop_min"], row["ratio_to_no_loop_max"]
@@ -57,7 +60,7 @@ def with_derived(report: Report, row: Report) -> Report:
 
 
 def write(report: Report, folder: Path) -> None:
-    """Writes decode.json, decode.txt and the plots that the cells allow."""
+    """Writes decode.json, decode.txt, and plots over all that the cells have several of."""
     folder.mkdir(parents=True, exist_ok=True)
     cells = report["cells"]
     (folder / "decode.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -76,10 +79,10 @@ def write(report: Report, folder: Path) -> None:
 
 
 def plot_table(report: Report, cell: Report, path: Path) -> None:
-    """Latency and cache of every scheme, as in the paper's Table 2."""
-    plt = pyplot()
+    """Plots every scheme's latency and cache, as in the paper's Table 2."""
     rows = [*cell["rows"], *cell["peers"]][::-1]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 0.45 * len(rows) + 1.6), sharey=True)
+    figure = new_figure(10, 0.45 * len(rows) + 1.6)
+    axes = figure.subplots(1, 2, sharey=True)
     labels = [row["label"] for row in rows]
     errors = [
         [row["ms"] - row["ms_min"] for row in rows],
@@ -90,13 +93,13 @@ def plot_table(report: Report, cell: Report, path: Path) -> None:
     axes[1].barh(labels, [row.get("kv_bytes", 0) / 1e6 for row in rows], color="tab:orange")
     axes[1].set_xlabel("keys and values, MB")
     figure.suptitle(title(report, f"batch {cell['batch']}, context {cell['context']}"))
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_lines(report: Report, cells: list[Report], over: str, path: Path) -> None:
-    """Latency, its ratio to no_loop, and cache against the batch size or the context."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4.4))
+    """Plots latency, its ratio to no_loop, and the cache, by batch size or context."""
+    figure = new_figure(14, 4.4)
+    axes = figure.subplots(1, 3)
     x = [cell[over] for cell in cells]
     columns = (
         ("ms", "ms per token", 1.0),
@@ -115,13 +118,13 @@ def plot_lines(report: Report, cells: list[Report], over: str, path: Path) -> No
     axes[0].legend(fontsize="small")
     fixed = "context" if over == "batch" else "batch"
     figure.suptitle(title(report, f"{fixed} {cells[0][fixed]}"))
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_loops(report: Report, cells: list[Report], path: Path) -> None:
-    """Latency and bytes of keys and values that a step reads against the number of loops."""
-    plt = pyplot()
-    figure, axes = plt.subplots(len(cells), 2, figsize=(10, 3.6 * len(cells)), squeeze=False)
+    """Plots latency, and the bytes of keys and values that a step reads, by number of loops."""
+    figure = new_figure(10, 3.6 * len(cells))
+    axes = figure.subplots(len(cells), 2, squeeze=False)
     for (latency, reads), cell in zip(axes, cells, strict=True):
         plain = [row for row in cell["rows"] if row["scheme"] == "no_loop"]
         for scheme in sorted({row["scheme"] for row in cell["rows"]} - {"no_loop"}):
@@ -138,23 +141,22 @@ def plot_loops(report: Report, cells: list[Report], path: Path) -> None:
             axis.grid(alpha=0.3)
     axes[0][0].legend(fontsize="small")
     figure.suptitle(title(report, f"batch {cells[0]['batch']}"))
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def title(report: Report, what: str) -> str:
+    """A plot's title: the model, and what all of the plot has in common."""
     return f"{report['parameters'] / 1e6:.0f}M parameters, {report['dtype']}, {what}"
 
 
-def pyplot():
-    import matplotlib
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, of so many inches."""
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+    return Figure(figsize=(width, height))
 
 
-def save(figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG."""
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot().close(figure)

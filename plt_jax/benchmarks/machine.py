@@ -1,4 +1,4 @@
-"""What a measurement ran on, and how fast its memory is."""
+"""The machine that a measurement ran on, and the speed of its memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "safetensors")
 
 
 def machine() -> dict[str, str | int | None]:
-    """Processor, devices and versions."""
+    """Processor, cores, device, platform, and the versions of Python and packages."""
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "processor": processor(),
@@ -29,7 +29,7 @@ def machine() -> dict[str, str | int | None]:
 
 
 def processor() -> str:
-    """The processor's own name, where the system tells."""
+    """The processor's model name; on systems without /proc/cpuinfo what Python knows."""
     information = Path("/proc/cpuinfo")
     if information.is_file():
         for line in information.read_text(encoding="utf-8").splitlines():
@@ -39,9 +39,9 @@ def processor() -> str:
 
 
 def copy_bandwidth(rounds: int = 9) -> float:
-    """Bytes per second that a copy of a large array reads and writes on the first device."""
+    """Bytes per second that a copy of a large array reads and writes, on the first device."""
     size = 2**29 if jax.default_backend() == "cpu" else 2**31
-    # Into an array that is there already: new memory is dear on some systems.
+    # The target is donated: allocating new memory is slow on some systems.
     copy = jax.jit(lambda source, target: source + 1, donate_argnums=1, keep_unused=True)
     source, target = jnp.zeros(size // 4, jnp.float32), jnp.ones(size // 4, jnp.float32)
     target = copy(source, target).block_until_ready()

@@ -1,4 +1,4 @@
-"""Rounds of measurements: what is compared takes turns; figures are medians with their spread."""
+"""Measurements in rounds, in which the things compared are timed in turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from collections.abc import Callable
 
 
 def interleave(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each in every round, after one that warms up and does not count."""
+    """The seconds that each timer returns, by round; a first call of each warms up.
+
+    Each round begins with another timer, so that none always follows the same one.
+    """
     for timer in timers.values():
         timer()
     seconds: dict[str, list[float]] = {name: [] for name in timers}
@@ -21,12 +24,12 @@ def interleave(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str,
 
 
 def ratios(seconds: list[float], others: list[float]) -> list[float]:
-    """Round by round."""
+    """Ratios of two timers' seconds, by round."""
     return [one / other for one, other in zip(seconds, others, strict=True)]
 
 
 def spread(name: str, values: list[float]) -> dict[str, float]:
-    """The median under a name, and the smallest and largest under names of their own."""
+    """The median as `name`, and the smallest and largest as `name_min` and `name_max`."""
     return {
         name: statistics.median(values),
         f"{name}_min": min(values),
@@ -34,8 +37,12 @@ def spread(name: str, values: list[float]) -> dict[str, float]:
     }
 
 
-def numbers(text: str) -> list[int]:
-    """Positive whole numbers, separated by commas."""
+def positive_integers(text: str) -> list[int]:
+    """Parses an option: positive whole numbers, separated by commas.
+
+    Raises:
+      argparse.ArgumentTypeError: one is below 1.
+    """
     values = [int(part) for part in text.split(",")]
     if min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text} holds a number below 1")

@@ -1,9 +1,9 @@
-"""Hugging Face transformers' llama with a static cache, timed beside ours: a process of its own.
+"""Times the Llama of Hugging Face transformers with a static cache, in a process of its own.
 
-Imports nothing of plt_jax, so that it runs in any interpreter that has torch and transformers:
-`PYTHON torch_llama.py SHAPE`, SHAPE a JSON object (see `main`). It prints one line of JSON when it
-is ready; then each line on its standard input, a number of tokens, is answered by one line with the
-seconds that decoding them took.
+It imports nothing of plt_jax, so that any interpreter with torch and transformers can run it:
+`PYTHON torch_llama.py SHAPE`, where SHAPE is a JSON object (see `main`). It prints one line of JSON
+when it is ready. Then it reads lines from standard input, each a number of tokens, and answers each
+with one line: the seconds that decoding them took.
 """
 
 import json
@@ -11,9 +11,14 @@ import os
 import sys
 import time
 
-import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+# Only the interpreter that runs this file needs these two packages.
+import torch  # pyright: ignore[reportMissingImports]
+import transformers  # pyright: ignore[reportMissingImports]
+from transformers import (  # pyright: ignore[reportMissingImports]
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+)
 
 ENVIRONMENT = ("ONEDNN_MAX_CPU_ISA", "TRANSFORMERS_SDPA_FORCE_GQA")
 
@@ -42,7 +47,7 @@ def main() -> None:
         mode = "reduce-overhead" if device == "cuda" else "default"
         step = torch.compile(model.forward, mode=mode, fullgraph=True)
     decode = Decoder(model, step, config, shape, device)
-    decode(3)  # compiles, and fills the caches of libraries
+    decode(3)  # the first call compiles
     about = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -57,13 +62,13 @@ def main() -> None:
 
 
 class Decoder:
-    """Greedy decoding at the end of a context whose cache is filled with noise."""
+    """Greedy decoding at the end of a context whose keys and values are random."""
 
     def __init__(self, model, step, config, shape, device):
         self.step, self.shape, self.device = step, shape, device
         self.cache = StaticCache(config=config, max_cache_len=shape["capacity"])
         self.token = torch.zeros((shape["batch"], 1), dtype=torch.long, device=device)
-        with torch.no_grad():  # the first call makes the cache's arrays
+        with torch.no_grad():  # the first call allocates the cache
             model.forward(
                 input_ids=self.token,
                 past_key_values=self.cache,
@@ -75,7 +80,7 @@ class Decoder:
 
     @torch.no_grad()
     def __call__(self, tokens: int) -> float:
-        """Seconds for so many tokens of every sequence, from the same context each time."""
+        """Seconds of decoding so many tokens of every sequence, always after the same context."""
         start = self.shape["context"]
         positions = [torch.tensor([start + i], device=self.device) for i in range(tokens)]
         self._rewind(start)
@@ -90,7 +95,7 @@ class Decoder:
         return time.perf_counter() - begin
 
     def _rewind(self, position: int) -> None:
-        """Newer versions count the cache's tokens themselves."""
+        """Resets the cache's length, which newer versions of transformers keep in the cache."""
         for layer in self.cache.layers:
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length.fill_(position)

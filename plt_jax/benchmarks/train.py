@@ -2,10 +2,10 @@
 
 python -m plt_jax.benchmarks.train CONFIG --schemes no_loop,vanilla_loop,plt --loops 2
 
-The real train step on random tokens, one document a sequence. Every round trains every scheme in
-turn, from a fresh state, beginning with another one each time; figures are medians over the rounds,
-and ratios are medians of each round's own ratios. MFU counts the model's own arithmetic, loop by
-loop (model/costs.py), not what the backward pass computes again.
+It times the train step of `plt_jax.train` on random tokens, one document per sequence. Every round
+trains every scheme from a fresh state, and each round begins with another one. Figures are medians
+over the rounds; ratios are medians of each round's own ratios. MFU counts the model's FLOPs
+(model/costs.py), without those that rematerialisation repeats.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from plt_jax.benchmarks.decode import Case, all_cases, with_scheme
 from plt_jax.benchmarks.machine import machine
+from plt_jax.benchmarks.rounds import positive_integers, ratios
+from plt_jax.benchmarks.variants import NO_LOOP, Variant, variants_of
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
-from plt_jax.config import SCHEMES, RunConfig
+from plt_jax.config import RunConfig
 from plt_jax.distributed.chips import peak_flops
 from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.errors import InputError
@@ -50,6 +51,7 @@ Report = dict[str, Any]
 def main(words: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if words is None else words)
     arguments, config = parse(words)
+    variants = variants_of(arguments.schemes, arguments.loops)
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh):
         attention = choose_backend(config.model)
@@ -68,14 +70,12 @@ def main(words: Sequence[str] | None = None) -> None:
         "rows": [],
     }
     print(heading(report), flush=True)
-    runs = [
-        Run.compiled(case, config, mesh) for case in all_cases(arguments.schemes, arguments.loops)
-    ]
-    seconds: dict[Case, list[float]] = {run.case: [] for run in runs}
+    steps = [CompiledStep.compile(variant, config, mesh) for variant in variants]
+    seconds: dict[Variant, list[float]] = {step.variant: [] for step in steps}
     for index in range(arguments.rounds):
-        for run in runs[index % len(runs) :] + runs[: index % len(runs)]:
-            seconds[run.case].append(run.time_steps(arguments.steps))
-        report["rows"] = [row(report, run, seconds) for run in runs]
+        for step in steps[index % len(steps) :] + steps[: index % len(steps)]:
+            seconds[step.variant].append(step.time_steps(arguments.steps))
+        report["rows"] = [row(report, step, seconds) for step in steps]
         if arguments.out:
             write_text(Path(arguments.out), json.dumps(report, indent=2) + "\n")
     print(table_of(COLUMNS, report["rows"]))
@@ -94,63 +94,65 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     )
     parser.add_argument(
         "--loops",
-        type=lambda text: [int(part) for part in text.split(",")],
+        type=positive_integers,
         default=[2],
-        help="loops of each but no_loop",
+        help="numbers of loops, for each scheme but no_loop",
     )
     parser.add_argument(
-        "--steps", type=int, default=4, help="steps a round, behind one that is not"
+        "--steps", type=int, default=4, help="steps timed in a round, after one that is not"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="times that each scheme is measured")
-    parser.add_argument("--out", help="file for the figures, JSON")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="how many times each scheme is measured"
+    )
+    parser.add_argument("--out", help="JSON file for the figures")
     config = parse_run_config(parser, words)
     arguments = parser.parse_args(words)
-    if unknown := [name for name in arguments.schemes if name not in SCHEMES]:
-        raise InputError(f"no scheme {unknown[0]}; known are {', '.join(SCHEMES)}")
     for name in ("steps", "rounds"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
-    if min(arguments.loops) < 1:
-        raise InputError(f"--loops holds {min(arguments.loops)}; it must be at least 1")
     return arguments, config
 
 
-class Run(NamedTuple):
-    """One scheme's compiled step, and what it needs."""
+class CompiledStep(NamedTuple):
+    """A variant's compiled train step, with its configuration and a batch."""
 
-    case: Case
+    variant: Variant
     config: RunConfig
     mesh: jax.sharding.Mesh
-    step: jax.stages.Compiled
+    program: jax.stages.Compiled
     batch: Batch
 
     @classmethod
-    def compiled(cls, case: Case, config: RunConfig, mesh: jax.sharding.Mesh) -> Run:
-        config = config.model_copy(update={"model": with_scheme(config.model, case)})
-        print(f"compiling {case.label} ...", flush=True)
+    def compile(cls, variant: Variant, config: RunConfig, mesh: jax.sharding.Mesh) -> CompiledStep:
+        config = config.model_copy(update={"model": variant.apply(config.model)})
+        print(f"compiling {variant.label} ...", flush=True)
         with use_mesh(mesh):
             lowered = jit_train_step(config, mesh).lower(
                 abstract_state(config, mesh), abstract_batch(config, mesh), Limits()
             )
-        return cls(case, config, mesh, lowered.compile(), random_batch(config, mesh))
+        return cls(variant, config, mesh, lowered.compile(), random_batch(config, mesh))
 
     def time_steps(self, steps: int) -> float:
-        """Seconds of a step, from a fresh state, the first not counted."""
+        """Seconds per step, from a fresh state; a first step is not timed.
+
+        Raises:
+          FloatingPointError: the loss is not finite.
+        """
         state = init_state(self.config, self.mesh)
-        state, metrics = self.step(state, self.batch, Limits())
+        state, metrics = self.program(state, self.batch, Limits())
         jax.block_until_ready(metrics)
         start = time.perf_counter()
         for _ in range(steps):
-            state, metrics = self.step(state, self.batch, Limits())
+            state, metrics = self.program(state, self.batch, Limits())
         jax.block_until_ready((state, metrics))
         taken = (time.perf_counter() - start) / steps
         if not np.isfinite(metrics["loss"]):
-            raise FloatingPointError(f"{self.case.label}: the loss is {float(metrics['loss'])}")
+            raise FloatingPointError(f"{self.variant.label}: the loss is {float(metrics['loss'])}")
         return taken
 
 
 def random_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:
-    """Random tokens, every sequence one document."""
+    """A batch of random tokens, in which every sequence is one document."""
     layout = training_layout(config, mesh)
     shape = len(layout.rows), config.sequence_length
     random = np.random.default_rng(config.seed)
@@ -165,14 +167,15 @@ def random_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:
     )
 
 
-def row(report: Report, run: Run, seconds: dict[Case, list[float]]) -> Report:
-    """One scheme's figures."""
-    own, T = seconds[run.case], report["sequence_length"]
+def row(report: Report, step: CompiledStep, seconds: dict[Variant, list[float]]) -> Report:
+    """One variant's figures."""
+    own, T = seconds[step.variant], report["sequence_length"]
     tokens, median = report["batch_size"] * T, statistics.median(own)
-    flops = train_flops(run.config).model
-    memory = run.step.memory_analysis()
+    flops = train_flops(step.config).model
+    memory = step.program.memory_analysis()
+    assert memory is not None  # every backend that trains reports it
     made: Report = {
-        "label": run.case.label,
+        "label": step.variant.label,
         "seconds": own,
         "ms": 1e3 * median,
         "range": f"({1e3 * min(own):.1f}-{1e3 * max(own):.1f})",
@@ -185,12 +188,11 @@ def row(report: Report, run: Run, seconds: dict[Case, list[float]]) -> Report:
         peak = report["peak_flops"] * np.prod(list(report["mesh"].values()))
         made["mfu"] = float(flops / median / peak)
     for name, other in (
-        ("ratio_to_no_loop", Case("no_loop", 1)),
-        ("ratio_to_vanilla", Case("vanilla_loop", run.case.loops)),
+        ("ratio_to_no_loop", NO_LOOP),
+        ("ratio_to_vanilla", Variant("vanilla_loop", step.variant.loops)),
     ):
         if other in seconds and len(seconds[other]) == len(own):
-            ratios = [one / two for one, two in zip(own, seconds[other], strict=True)]
-            made[name] = statistics.median(ratios)
+            made[name] = statistics.median(ratios(own, seconds[other]))
     return made
 
 
@@ -208,7 +210,7 @@ COLUMNS = (
 
 
 def heading(report: Report) -> str:
-    """What is measured, on what."""
+    """The line above the table: the model, the batch and the machine."""
     about, model = report["machine"], report["model"]
     return (
         f"{model['layers']} layers of width {model['width']}, {model['dtype']}, remat "

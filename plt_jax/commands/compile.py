@@ -1,9 +1,9 @@
-"""Compiles a step for TPUs that are not here.
+"""Compiles a step for TPU slices, on a machine without a TPU.
 
 python -m plt_jax.compile CONFIG --topology v5p:4x4x8 [--section.field value ...]
 
-No TPU is needed, only the package libtpu. What it prints is the compiler's memory, the program's
-collectives, and times estimated from them.
+It needs the package libtpu. It prints the memory that the compiler allots, the program's
+collectives, and bounds of the step's time.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from plt_jax.errors import InputError
 from plt_jax.files import write_text
 
 DESCRIPTION = """\
-Compile a configuration's train step, or its decode step, for TPU slices that are not here, and
-report what it takes of each device: memory, collectives, arithmetic, and a step time between two
-bounds. Needs the package libtpu, but no TPU."""
+Compile a configuration's train step, or its decode step, for TPU slices, and report its memory,
+collectives and FLOPs on each device, and bounds of the step's time. Needs the package libtpu, but
+no TPU."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -33,11 +33,15 @@ def main(words: Sequence[str] | None = None) -> None:
         metavar="CHIP:SHAPE",
         help=f"a slice, such as v5e:16x16 or v5p:4x4x8; chips are {', '.join(CHIPS)}",
     )
-    parser.add_argument("--slices", type=int, default=1, help="how many such slices")
-    parser.add_argument("--decode", action="store_true", help="the decode step instead")
-    parser.add_argument("--batch", type=int, help="sequences decoded together (with --decode)")
-    parser.add_argument("--context", type=int, help="positions of the cache (with --decode)")
-    parser.add_argument("--json", metavar="FILE", help="where to write everything as JSON, too")
+    parser.add_argument("--slices", type=int, default=1, help="number of such slices")
+    parser.add_argument(
+        "--decode", action="store_true", help="compile the decode step instead of the train step"
+    )
+    parser.add_argument("--batch", type=int, help="batch size of the decode step (with --decode)")
+    parser.add_argument(
+        "--context", type=int, help="positions of the decode step's cache (with --decode)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="JSON file for the whole estimate")
     words = list(sys.argv[1:] if words is None else words)
     config = parse_run_config(parser, words)
     arguments = parser.parse_args(words)
@@ -56,15 +60,15 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def check_decode(arguments: argparse.Namespace, config: RunConfig) -> None:
-    """Fills in the defaults of --batch and --context.
+    """Sets the defaults of --batch and --context.
 
     Raises:
-      InputError: they are given without --decode, or are not sizes.
+      InputError: they are given without --decode, or are below 1.
     """
     for name, default in (("batch", 1), ("context", config.model.max_length)):
         value = getattr(arguments, name)
         if value is not None and not arguments.decode:
-            raise InputError(f"--{name} is of decoding; add --decode, or leave it out")
+            raise InputError(f"--{name} is an option of decoding; add --decode, or leave it out")
         value = default if value is None else value
         if value < 1:
             raise InputError(f"--{name} is {value}; it must be at least 1")

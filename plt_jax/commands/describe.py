@@ -1,4 +1,4 @@
-"""What a configuration's model costs: python -m plt_jax.describe CONFIG [--section.field value]."""
+"""Prints a model's costs: python -m plt_jax.describe CONFIG [--section.field value ...]."""
 
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser
@@ -8,8 +8,8 @@ from plt_jax.config import RunConfig
 def main() -> None:
     parser = CommandParser(
         prog="python -m plt_jax.describe",
-        description="Print a model's total and active parameters, its keys and values, and the "
-        "arithmetic of each loop.",
+        description="Print a model's total and active parameters, the bytes of keys and "
+        "values, and the FLOPs of each loop.",
     )
     print(description(parse_run_config(parser)))
 
@@ -22,7 +22,7 @@ def description(config: RunConfig) -> str:
     count, cache = count_parameters(model), cache_bytes(model)
     kind = f"{moe.experts_per_token} of {moe.experts} experts" if moe.experts else "dense"
     if moe.dense_layers:
-        kind += f" behind {moe.dense_layers} dense layers"
+        kind += f" after {moe.dense_layers} dense layers"
     flops = flops_by_loop(model, config.sequence_length)
     lines = [
         f"{loop.scheme}, loops {loop.count}, {model.layers} layers of width {model.width}, {kind}",

@@ -1,1 +1,1 @@
-"""Ahead-of-time compiles for TPU slices on machines without a TPU, and what they tell."""
+"""Ahead-of-time compiles for TPU slices, on machines without a TPU, and their analysis."""

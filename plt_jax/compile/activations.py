@@ -1,8 +1,8 @@
-"""What a train step keeps of its forward pass for the backward pass, counted from the real program.
+"""The activations that a train step keeps for its backward pass, counted in the traced program.
 
-`jax.vjp` of the loss is traced; what its pullback holds and depends on the batch is counted. Copies
-of parameters (casts) do not count. The compiler may keep less: it makes some of these arrays again,
-above all those of the size of the logits. What it keeps is part of its temporaries.
+`jax.vjp` of the loss is traced. Counted are the arrays that its pullback holds and that depend on
+the batch; copies of parameters (casts) are not. The compiler may keep less: it computes some arrays
+again, mostly those of the logits' size. What it keeps is a part of the program's temporaries.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from plt_jax.distributed.mesh import mesh_axes, use_mesh
 
 
 class Activations(NamedTuple):
-    """Bytes on one device of what one micro-batch keeps."""
+    """Bytes of one micro-batch's activations, on one device."""
 
     layers: int
-    """States, keys and values, and whatever else is as large as the model is wide."""
+    """Arrays of the layers: hidden states, keys, values and others without a vocabulary axis."""
     logits: int
-    """Arrays with the vocabulary as an axis."""
+    """Arrays with an axis of the vocabulary's size."""
 
 
 def kept_activations(config: RunConfig, mesh: Mesh) -> Activations:
-    """What the backward pass of a step's loss is given.
+    """The bytes that the forward pass of one micro-batch's loss keeps for the backward pass.
 
-    Arrays are divided by the devices over which sequences and positions lie; a tensor axis, which
-    splits some of them further, is left out.
+    Sizes are divided by the number of devices along the batch and length axes. The tensor axis,
+    which divides some arrays further, is not taken into account.
     """
     from plt_jax.training.step import abstract_batch, abstract_state, batch_loss
 
@@ -53,10 +53,10 @@ def kept_activations(config: RunConfig, mesh: Mesh) -> Activations:
 
     with use_mesh(mesh):
         traced = jax.make_jaxpr(kept)(params, batch).jaxpr
-    of_batch = [False] * len(jax.tree.leaves(params)) + [True] * len(jax.tree.leaves(batch))
+    from_batch = [False] * len(jax.tree.leaves(params)) + [True] * len(jax.tree.leaves(batch))
     arrays = {
         value: value.aval
-        for value, varies in zip(traced.outvars, depends(traced, of_batch), strict=True)
+        for value, varies in zip(traced.outvars, depends(traced, from_batch), strict=True)
         if varies and value not in traced.invars
     }
     sizes = {True: 0, False: 0}
@@ -75,7 +75,11 @@ def _bytes(array: Any) -> int:
 
 
 def depends(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
-    """Which outputs of a traced function depend on some of its inputs."""
+    """For each output of a traced function, whether it depends on a marked input.
+
+    Args:
+      inputs: for each input, whether it is marked.
+    """
     marked = {value for value, mark in zip(jaxpr.invars, inputs, strict=True) if mark}
 
     def is_marked(value: Any) -> bool:
@@ -84,14 +88,15 @@ def depends(jaxpr: Jaxpr, inputs: Sequence[bool]) -> list[bool]:
     for equation in jaxpr.eqns:
         marks = [is_marked(value) for value in equation.invars]
         if any(marks):
-            outputs = _of_equation(equation, marks)
+            outputs = _marked_outputs(equation, marks)
             marked.update(
                 value for value, mark in zip(equation.outvars, outputs, strict=True) if mark
             )
     return [is_marked(value) for value in jaxpr.outvars]
 
 
-def _of_equation(equation: Any, marks: list[bool]) -> list[bool]:
+def _marked_outputs(equation: Any, marks: list[bool]) -> list[bool]:
+    """The same for one equation; all outputs depend if its function cannot be followed."""
     inner = [
         value.jaxpr if isinstance(value, ClosedJaxpr) else value
         for value in equation.params.values()
@@ -102,9 +107,9 @@ def _of_equation(equation: Any, marks: list[bool]) -> list[bool]:
     if equation.primitive.name != "scan":
         outputs = depends(inner[0], marks)
         return outputs if len(outputs) == len(equation.outvars) else [True] * len(equation.outvars)
-    # What a scan carries has the shape outside that it has inside; what it stacks has an axis more.
-    carried = _alike(inner[0].outvars, equation.outvars)
-    constants = _alike(inner[0].invars, equation.invars) - carried
+    # A scan's carry has the same axes outside as in the body; stacked values have one more outside.
+    carried = _count_same_rank(inner[0].outvars, equation.outvars)
+    constants = _count_same_rank(inner[0].invars, equation.invars) - carried
     while True:
         outputs = depends(inner[0], marks)
         grown = list(marks)
@@ -115,7 +120,7 @@ def _of_equation(equation: Any, marks: list[bool]) -> list[bool]:
         marks = grown
 
 
-def _alike(inside: Sequence[Any], outside: Sequence[Any]) -> int:
-    """How many values have as many axes inside a scan's body as outside."""
+def _count_same_rank(inside: Sequence[Any], outside: Sequence[Any]) -> int:
+    """How many values have as many axes in a scan's body as outside."""
     pairs = zip(inside, outside, strict=True)
     return sum(one.aval.ndim == other.aval.ndim for one, other in pairs)

@@ -22,32 +22,32 @@ KINDS = (
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind among the same devices."""
+    """The collectives of one kind among the same devices, in one step."""
 
     kind: str
     group: tuple[int, ...]
-    """Partitions (devices in mesh order, of one slice) of one of the groups that communicate."""
+    """One of the groups that communicate: indices of devices in the mesh order of one slice."""
     slices: int
-    """Slices between which it communicates over the data-center network; 1 if within each."""
+    """Slices that communicate over the data-center network; 1 if it stays within each slice."""
     count: int
-    """How many a step does."""
+    """Collectives of this kind in one step."""
     bytes: int
-    """Of all of them on one device: the whole array of a gather, reduction or scatter, what a
-    device sends of the others (itself included)."""
+    """Bytes of all of them on one device: the whole array of a gather, reduction or scatter; of the
+    other kinds what a device sends, its own part included."""
     certain: bool = True
-    """False in branches of the program that a step may leave out."""
+    """False in a branch of the program that a step may not run."""
     pairs: tuple[tuple[int, int], ...] = ()
-    """Of a permutation: every source and its target."""
+    """Source and target devices of a permutation."""
     gathered_bytes: int = 0
-    """Of `bytes`: an all-reduce's arrays that are zero but for this device's part. They are gathers
-    in disguise, of shards that are narrower than a TPU's 128 lanes."""
+    """The part of `bytes` in all-reduces of arrays that are zero outside the device's own part.
+    They are gathers of shards that are narrower than a TPU's 128 lanes."""
 
 
 def read_collectives(program: Program, devices: int = 1) -> list[Collective]:
-    """What a step communicates, alike ones taken together; the largest first.
+    """The collectives of a step, equal ones merged; the largest first.
 
     Args:
-      devices: partitions of one slice; collectives without groups are among them all.
+      devices: devices of one slice; a collective without groups is among all of them.
     """
     merged: dict[Collective, Collective] = {}
     for computation, times, certain in executions(program):
@@ -64,7 +64,7 @@ def read_collectives(program: Program, devices: int = 1) -> list[Collective]:
 
 
 def _collectives(program: Program, caller: Computation, devices: int) -> Iterator[Collective]:
-    """Those of one run of a computation, its fusions included."""
+    """The collectives of one execution of a computation, those in its fusions included."""
     chains = set()
     for one in caller.instructions:
         within, instructions = caller, [one]
@@ -74,8 +74,8 @@ def _collectives(program: Program, caller: Computation, devices: int) -> Iterato
         for instruction in instructions:
             kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS or _between_slices(instruction):
-                # A TPU's asynchronous collective is spread over the fusions that it runs beside,
-                # which all hold it, with the number of their chain.
+                # A TPU program may hold one asynchronous collective in several fusions, which run
+                # while it communicates; they share the number of a chain.
                 chain = re.search(r'chain_id="(\d+)"', instruction.attributes)
                 if chain and chain[1] in chains:
                     continue
@@ -84,7 +84,7 @@ def _collectives(program: Program, caller: Computation, devices: int) -> Iterato
 
 
 def _between_slices(instruction: Instruction) -> str | None:
-    """The kind of what is sent over the data-center network; None if nothing is."""
+    """The kind of a collective over the data-center network; None if it is none."""
     if instruction.opcode != "send":
         return None
     kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
@@ -105,11 +105,11 @@ def _collective(
     if kind == "reduce-scatter":
         size = sum(operand.bytes for operand in operands)
     elif kind == "ragged-all-to-all":
-        # The first operand holds what is sent, the second where it lands: the smaller is what there
-        # can be at most, buffers being larger.
+        # The operands are the buffers to send from and to receive into; no more can be sent than
+        # the smaller one holds.
         size = min(operand.bytes for operand in operands[:2])
     elif kind == "collective-permute" or one.opcode == "all-gather-start":
-        # The start of an asynchronous one makes a pair of its operand and its result.
+        # The result of an asynchronous start is a pair: the operand and the final result.
         size = max(array.bytes for array in one.arrays)
     else:
         size = one.bytes
@@ -122,7 +122,7 @@ def _collective(
 
 
 def _holds_own_part(program: Program, within: Computation, one: Instruction) -> bool:
-    """Whether an array is one that the device has written its own part into."""
+    """Whether an array is the result of writing the device's own part into a larger array."""
     while one.opcode in ("copy-done", "copy-start", "copy", "bitcast"):
         before = within.by_name.get(one.operands[0])
         if before is None:
@@ -135,10 +135,11 @@ def _holds_own_part(program: Program, within: Computation, one: Instruction) -> 
 
 
 def first_group(attributes: str) -> tuple[int, ...] | None:
-    """The first group of partitions that an instruction's attributes list; None if they list none.
+    """The first group of devices that an instruction's attributes list; None if they list none.
 
-    Forms: `{{0,1},{2,3}}`, `[2,2]<=[4]` (transposed: `[2,2]<=[2,2]T(1,0)`), and axes of a mesh,
-    `mesh['data'=2,'fsdp'=2] {'fsdp'}`; pairs of source and target for permutations.
+    The attributes have one of these forms: `{{0,1},{2,3}}`; `[2,2]<=[4]`, or transposed
+    `[2,2]<=[2,2]T(1,0)`; axes of a mesh, `mesh['data'=2,'fsdp'=2] {'fsdp'}`; and for permutations
+    pairs of source and target.
     """
     pairs = source_target_pairs(attributes)
     if pairs:
@@ -148,7 +149,7 @@ def first_group(attributes: str) -> tuple[int, ...] | None:
         return tuple(int(number) for number in listed[1].split(","))
     counted = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
     if counted:
-        return _counted(*(_numbers(text) for text in counted.groups()))
+        return _iota_group(*(_numbers(text) for text in counted.groups()))
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
     if mesh:
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
@@ -161,14 +162,14 @@ def first_group(attributes: str) -> tuple[int, ...] | None:
 
 
 def source_target_pairs(attributes: str) -> tuple[tuple[int, int], ...]:
-    """Those that an instruction's attributes list."""
+    """The pairs of source and target that an instruction's attributes list."""
     listed = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
     found = re.findall(r"(\d+),(\d+)", listed[1]) if listed else ()
     return tuple((int(source), int(target)) for source, target in found)
 
 
 def _cycle(pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """Who a permutation connects: the partitions that the first moving one's data could reach."""
+    """The devices that data of the first moving device reaches if the permutation is repeated."""
     targets = dict(pairs)
     start = next((source for source, target in pairs if source != target), pairs[0][0])
     reached = [start]
@@ -181,19 +182,21 @@ def _numbers(text: str | None) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split(",")) if text else ()
 
 
-def _counted(
+def _iota_group(
     groups: tuple[int, ...], dims: tuple[int, ...], order: tuple[int, ...]
 ) -> tuple[int, ...]:
+    """The first group of the form `[groups]<=[dims]T(order)`."""
     numbers = np.arange(np.prod(dims)).reshape(dims)
     numbers = numbers.transpose(order) if order else numbers
     return tuple(numbers.reshape(groups)[0].flatten().tolist())
 
 
 def axes_between(group: Sequence[int], sizes: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh axes along which a group's partitions differ.
+    """The mesh axes along which a group's devices differ.
 
     Args:
-      sizes: of the mesh whose devices in order are the partitions.
+      group: indices of devices in mesh order.
+      sizes: the mesh's axes and their sizes, in order.
     """
     places = np.stack(np.unravel_index(np.asarray(group), tuple(sizes.values())))
     differs = (places != places[:, :1]).any(axis=1)

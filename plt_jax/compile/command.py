@@ -1,4 +1,4 @@
-"""A configuration and a topology to an estimate."""
+"""Compiles a configuration's step for a topology, and estimates its cost."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from plt_jax.model.arithmetic import decode_flops, train_flops
 def compile_config(
     config: RunConfig, topology: Topology, decode: tuple[int, int] | None = None
 ) -> Estimate:
-    """Compiles a configuration's step for a topology, and estimates what it takes.
+    """Compiles a configuration's step for a topology, and estimates its memory and time.
 
     Args:
-      decode: the batch and the cache's positions of a decode step; None for the train step.
+      decode: the decode step's batch size and cache positions; None for the train step.
 
     Raises:
       InputError: libtpu is missing, or the configuration does not fit the devices.

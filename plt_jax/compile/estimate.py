@@ -1,4 +1,4 @@
-"""From a compiled step to what it takes on each device: memory, collectives, times."""
+"""Reads a compiled step's cost on each device: memory, collectives and time."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ from plt_jax.model.arithmetic import StepFlops
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """A kind of collective over some mesh axes, of one step on one device."""
+class CollectiveTraffic:
+    """The collectives of one kind over the same mesh axes, in one step on one device."""
 
     kind: str
     axes: tuple[str, ...]
     """Mesh axes; "slices" for the data-center network between them."""
     devices: int
-    """That communicate with one another."""
+    """Devices that communicate with one another; slices, for the data-center network."""
     count: int
     bytes: int
     gathered_bytes: int
-    """Of `bytes`, gathers that the program does as all-reduces."""
+    """The part of `bytes` in gathers that the program does as all-reduces."""
     seconds: float
     certain: bool
-    """False for branches of the program that a step may leave out: those are in no sum."""
+    """False in a branch of the program that a step may not run; no sum counts it."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a step takes on each device of a topology."""
+    """The cost of a step on each device of a topology."""
 
     topology: Topology
     mesh: dict[str, int]
     tokens: int
-    """Of one step, on all devices."""
+    """Tokens of one step, over all devices."""
     flops: StepFlops
     compiled: Compiled
     activations: Activations | None
-    """None for decoding."""
-    collectives: tuple[Traffic, ...]
+    """None for a decode step."""
+    collectives: tuple[CollectiveTraffic, ...]
     hbm_bytes: int
-    """Moved by one device."""
+    """Bytes that one device reads from and writes to its main memory (HBM)."""
     times: Times | None
-    """None if the program was refused."""
+    """None if the compiler refused the program."""
 
     @property
     def hbm_capacity(self) -> int:
-        """Bytes of memory of one device: what the compiler said, else the chip's."""
+        """Bytes of HBM of one device: the compiler's figure if it gave one, else the chip's."""
         chip = self.topology.chip
         return self.compiled.memory.available or int(chip.hbm_bytes / chip.devices)
 
@@ -68,10 +68,11 @@ class Estimate:
 
     @property
     def dominating(self) -> str | None:
-        """The largest of the times, with the collective that takes most of it."""
+        """The resource with the largest time; of links and networks the slowest collective."""
         if self.times is None:
             return None
-        name = max(self.times._asdict(), key=self.times._asdict().get)
+        by_name = self.times._asdict()
+        name = max(by_name, key=by_name.__getitem__)
         if name not in ("ici", "dcn"):
             return name
         over = [one for one in self.collectives if (one.axes == ("slices",)) == (name == "dcn")]
@@ -79,15 +80,15 @@ class Estimate:
         return f"{most.kind} over {' x '.join(most.axes)}"
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs per second as a share of the peak, for a step of so many seconds."""
+        """Model FLOP/s as a share of the chips' peak, if a step takes so many seconds."""
         return self.flops.model / seconds / (self.topology.chip.flops * self.topology.chips)
 
     def tokens_per_second(self, seconds: float) -> float:
-        """Of one chip."""
+        """Tokens per second of one chip, if a step takes so many seconds."""
         return self.tokens / seconds / self.topology.chips
 
     def as_json(self) -> dict[str, Any]:
-        """All of it in plain types."""
+        """The estimate in types that JSON has."""
         made: dict[str, Any] = {
             "topology": self.topology.name,
             "slices": self.topology.slices,
@@ -134,7 +135,13 @@ def estimate(
     tokens: int,
     activations: Activations | None = None,
 ) -> Estimate:
-    """Reads a compiled step; of a refused one only its memory is known."""
+    """Estimates a compiled step's cost; of a refused one only the memory is known.
+
+    Args:
+      flops: FLOPs of one step, over all devices.
+      tokens: tokens of one step, over all devices.
+      activations: those of a train step.
+    """
     traffic, moved, times = (), 0, None
     if compiled.text is not None:
         program = parse_program(compiled.text)
@@ -152,7 +159,7 @@ def estimate(
 
 
 def _sizes_within(mesh: Mesh, devices: Sequence[Any], within: Sequence[Any]) -> dict[str, int]:
-    """The axis sizes of one slice's part of a mesh."""
+    """The axis sizes of the part of a mesh that lies within one slice."""
     inside = {one.id for one in within} if len(within) < len(devices) else None
     if inside is None:
         return dict(mesh.shape)
@@ -167,8 +174,8 @@ def _sizes_within(mesh: Mesh, devices: Sequence[Any], within: Sequence[Any]) -> 
 
 def _by_axes(
     seconds: Sequence[tuple[Collective, float]], sizes: dict[str, int]
-) -> tuple[Traffic, ...]:
-    """Collectives of one kind over the same mesh axes taken together; the slowest first."""
+) -> tuple[CollectiveTraffic, ...]:
+    """Sums collectives of one kind over the same mesh axes; the slowest first."""
     merged: dict[tuple, list[tuple[Collective, float]]] = {}
     for one, taken in seconds:
         axes = ("slices",) if one.slices > 1 else axes_between(one.group, sizes)
@@ -176,7 +183,7 @@ def _by_axes(
         if axes:
             merged.setdefault((one.kind, axes, members, one.certain), []).append((one, taken))
     made = [
-        Traffic(
+        CollectiveTraffic(
             *(kind, axes, members),
             count=sum(one.count for one, _ in found),
             bytes=sum(one.bytes for one, _ in found),

@@ -1,6 +1,6 @@
-"""Reads the text of a compiled program (HLO): its computations, and how often each one runs.
+"""Parses the text of a compiled program (HLO), and counts how often each computation runs.
 
-XLA's own `cost_analysis()` counts the body of a loop once; here it counts as often as it runs.
+XLA's own `cost_analysis()` counts the body of a loop once, however often it runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 ITEM_BITS = {"pred": 8, "token": 0}
-"""Of types whose names do not tell their size."""
+"""Bits of the types whose names do not contain their size."""
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
@@ -24,12 +24,12 @@ _TILE = re.compile(r"T\(([\d,]+)\)")
 
 
 class Array(NamedTuple):
-    """An array's type and how it lies in memory."""
+    """An array's type and its layout in memory."""
 
     dtype: str
     dims: tuple[int, ...]
     layout: str = ""
-    """As printed: dimensions from the fastest on, tiles, and the memory space."""
+    """As printed: dimensions from minor to major, tiles, and the memory space."""
 
     @property
     def item_bytes(self) -> float:
@@ -39,13 +39,16 @@ class Array(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of its elements."""
+        """Bytes of its elements, without padding."""
         return int(math.prod(self.dims) * self.item_bytes)
 
     @property
     def hbm_bytes(self) -> int:
-        """That it takes in a device's main memory, padded to whole tiles; 0 if it lies in another
-        memory: `S(1)` is a TPU's on-chip vector memory, others hold scalars and flags."""
+        """Bytes that it takes in a device's main memory, padded to whole tiles.
+
+        0 if it lies in another memory: `S(1)` is a TPU's on-chip vector memory, others hold scalars
+        and flags.
+        """
         if re.search(r"S\([1-9]\d*\)", self.layout):
             return 0
         order, _, rest = self.layout.partition(":")
@@ -60,7 +63,7 @@ class Array(NamedTuple):
 
 
 def parse_arrays(shape: str) -> tuple[Array, ...]:
-    """All arrays of a printed type; those of a tuple in order."""
+    """The arrays of a printed type; those of a tuple in order."""
     return tuple(
         Array(dtype, tuple(int(size.lstrip("<=")) for size in dims.split(",") if size), layout)
         for dtype, dims, layout in _ARRAY.findall(shape)
@@ -76,7 +79,7 @@ class Instruction:
     opcode: str
     operands: tuple[str, ...]
     argument: str
-    """What stands between the parentheses: a constant's value, a parameter's number."""
+    """The text between the parentheses: a constant's value, a parameter's number."""
     attributes: str
     root: bool
 
@@ -86,7 +89,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the elements of all its arrays."""
+        """Bytes of the elements of all its arrays."""
         return sum(array.bytes for array in self.arrays)
 
     def called(self, attribute: str) -> str | None:
@@ -95,12 +98,12 @@ class Instruction:
         return match and match[1]
 
     def callee(self) -> str:
-        """The computation that a call lists; empty if there is none."""
+        """The computation that `called_computations` names; empty if there is none."""
         match = re.search(r"called_computations=\{%?([\w.\-]+)", self.attributes)
         return match[1] if match else ""
 
     def branches(self) -> list[str]:
-        """The computations of a conditional."""
+        """The computations of a conditional's branches."""
         match = re.search(r"branch_computations=\{([^}]*)\}", self.attributes)
         if match:
             return _NAME.findall(match[1])
@@ -121,7 +124,7 @@ class Computation:
 
     @cached_property
     def users(self) -> dict[str, list[Instruction]]:
-        """The instructions that read each one."""
+        """For each instruction's name, the instructions that read its result."""
         users = defaultdict(list)
         for instruction in self.instructions:
             for operand in set(instruction.operands):
@@ -141,14 +144,14 @@ class Computation:
 
 @dataclass
 class Program:
-    """A compiled program of one device."""
+    """The compiled program that each device runs."""
 
     computations: dict[str, Computation]
     entry: str
 
 
 def parse_program(text: str) -> Program:
-    """Reads what `compiled.as_text()` gives."""
+    """Parses the text that `compiled.as_text()` returns."""
     computations, entry, current = {}, "", None
     for line in text.splitlines():
         if not line:
@@ -180,19 +183,19 @@ def _instruction(line: str, match: re.Match) -> Instruction:
 
 
 class Execution(NamedTuple):
-    """A computation that a step runs."""
+    """A computation that a step runs, and how often."""
 
     computation: Computation
     times: int
     certain: bool
-    """False in branches that a step may leave out."""
+    """False in a branch that a step may not run."""
 
 
 def executions(program: Program) -> Iterator[Execution]:
-    """The computations that a step runs, each caller's once: the entry, bodies of loops, branches,
-    and what they call, but not what a fusion consists of.
+    """The computations that a step runs: the entry, bodies of loops, branches, and what they call.
 
-    Of a conditional's branches the shortest is certain, the others are not.
+    A computation appears once for each instruction that calls it. The bodies of fusions are left
+    out. The branch of a conditional that does least is certain, the others are not.
     """
     yield from _executions(program, program.entry, 1, True)
 
@@ -205,19 +208,19 @@ def _executions(program: Program, name: str, times: int, certain: bool) -> Itera
     for one in computation.instructions:
         if one.opcode == "while":
             turns = trip_count(program, computation, one)
-            yield from _executions(program, one.called("body"), times * (turns or 1), certain)
+            yield from _executions(program, one.called("body") or "", times * (turns or 1), certain)
         elif one.opcode == "conditional":
             names = sorted(one.branches(), key=lambda branch: work(program, branch))
             for index, branch in enumerate(names):
                 yield from _executions(program, branch, times, certain and not index)
         elif one.opcode in ("call", "call-start", "async-start", "custom-call-start"):
-            # Also what a TPU's sparse cores run: some of its collectives.
+            # A TPU's sparse cores run some collectives in such calls.
             callee = one.called("to_apply") or one.called("calls")
             yield from _executions(program, callee or one.callee(), times, certain)
 
 
 def work(program: Program, name: str) -> int:
-    """Instructions of a computation and of all that it runs: which of two branches does less."""
+    """Instructions that a computation and all it calls run: a measure to compare branches by."""
     return sum(
         len(execution.computation.instructions) * execution.times
         for execution in _executions(program, name, 1, True)
@@ -225,7 +228,7 @@ def work(program: Program, name: str) -> int:
 
 
 def trip_count(program: Program, computation: Computation, loop: Instruction) -> int | None:
-    """How often a loop's body runs; None if the text does not tell."""
+    """How often a loop's body runs; None if the text does not say so."""
     known = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
@@ -238,10 +241,10 @@ def trip_count(program: Program, computation: Computation, loop: Instruction) ->
 
 
 def _limit(program: Program, condition: Computation) -> tuple[int, int] | None:
-    """What a condition compares its counter with, and the counter's place in the loop's tuple."""
-    compare, arguments = condition.root, {}
+    """The limit of a condition's counter, and the counter's index in the loop's tuple."""
+    compare, body, arguments = condition.root, None, {}
     if compare.opcode == "fusion":
-        body = program.computations[compare.called("calls")]
+        body = program.computations[compare.called("calls") or ""]
         parameters = (parameter.name for parameter in body.parameters)
         arguments = dict(zip(parameters, compare.operands, strict=True))
         compare = body.root
@@ -251,19 +254,20 @@ def _limit(program: Program, condition: Computation) -> tuple[int, int] | None:
     limit = counter = None
     for operand in compare.operands:
         one = condition.by_name.get(arguments.get(operand, operand))
-        if one is None and arguments:
+        if one is None and body is not None:
             one = body.by_name.get(operand)
         if one is not None and one.opcode == "constant" and one.argument.lstrip("-").isdigit():
             limit = int(one.argument)
         elif one is not None and one.opcode == "get-tuple-element":
-            counter = int(re.search(r"index=(\d+)", one.attributes)[1])
+            index = re.search(r"index=(\d+)", one.attributes)
+            counter = int(index[1]) if index else None
     if limit is None or counter is None:
         return None
     return limit + (direction[1] == "LE"), counter
 
 
 def _initial_value(computation: Computation, loop: Instruction, index: int) -> int:
-    """What a loop's counter starts with; 0 if the text does not tell."""
+    """The value that a loop's counter starts with; 0 if the text does not say so."""
     one = computation.by_name.get(loop.operands[0])
     if one is not None and one.opcode == "tuple":
         one = computation.by_name.get(one.operands[index])

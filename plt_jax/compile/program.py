@@ -1,4 +1,4 @@
-"""Compiles a step for TPU slices that are not here: shapes and shardings only, no arrays."""
+"""Compiles a step for TPU slices without a TPU, from shapes and shardings instead of arrays."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from plt_jax.distributed.mesh import abstract_arrays, make_mesh, use_mesh
 from plt_jax.errors import InputError
 
 QUIET = {
-    "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks a metadata server that only TPU machines have
-    "TPU_ACCELERATOR_TYPE": "v5p-128",  # these two it wants to know, but does not use here
+    "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask a metadata server that only TPU machines have
+    "TPU_ACCELERATOR_TYPE": "v5p-128",  # libtpu wants these two, but does not use them here
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no device that processes could quarrel over
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # processes share no device here
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
     "TF_CPP_MIN_LOG_LEVEL": "3",
@@ -35,7 +35,7 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def tpu_mesh(config: RunConfig, topology: Topology) -> Mesh:
-    """The configuration's mesh over the devices of a topology.
+    """Lays the configuration's mesh over the devices of a topology.
 
     Raises:
       InputError: libtpu is missing or refuses the topology, or the mesh does not fit the devices.
@@ -47,11 +47,11 @@ def tpu_mesh(config: RunConfig, topology: Topology) -> Mesh:
         )
     os.environ.update({name: os.environ.get(name, value) for name, value in QUIET.items()})
     jax.config.update("jax_platforms", "cpu")
-    # Programs for devices that are not here can be kept there, but not read back.
+    # The cache stores programs for absent devices, but cannot load them again.
     jax.config.update("jax_enable_compilation_cache", False)
-    options = {"num_slices": topology.slices} if topology.slices > 1 else {}
+    options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
     if math.prod(topology.shape) == 1:
-        options["chips_per_host_bounds"] = [1, 1, 1]  # else hosts have four, or two
+        options["chips_per_host_bounds"] = [1, 1, 1]  # by default a host has two or four
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.name, **options
@@ -60,57 +60,57 @@ def tpu_mesh(config: RunConfig, topology: Topology) -> Mesh:
         raise InputError(f"libtpu has no {topology.name}: {error}") from error
     if len(description.devices) != topology.devices:
         raise InputError(
-            f"libtpu makes {len(description.devices)} devices of {topology.name}, not the "
-            f"{topology.devices} that were expected; use another version of it"
+            f"libtpu makes {len(description.devices)} devices of {topology.name} instead of "
+            f"{topology.devices}; use another version of libtpu"
         )
     return make_mesh(config.mesh, description.devices)
 
 
 @dataclass
 class Memory:
-    """Bytes on one device."""
+    """The bytes of memory that a step takes on one device."""
 
     parts: dict[str, int]
-    """What a step is given: parameters, optimizer state, batch, or weights and cache."""
+    """Arguments by name: parameters, optimizer state and batch, or weights, cache and tokens."""
     arguments: int = 0
-    """Of all that, as the compiler lays it out."""
+    """All arguments, in the compiler's layouts."""
     outputs: int = 0
-    """What a step returns and does not write over its arguments."""
+    """Results that do not reuse the memory of arguments."""
     temporaries: int = 0
-    """What the program needs besides."""
+    """Arrays that the program holds while it runs."""
     code: int = 0
     refused: str | None = None
-    """The compiler's own words, if it refused the program for want of memory."""
+    """The compiler's message, if it refused the program because memory does not suffice."""
     needed: int = 0
-    """Of the whole program: the sum, or what the compiler said that it would take."""
+    """The whole program: the sum of the above, or the compiler's figure if it refused."""
     available: int = 0
-    """What the compiler allows, if it said so; else 0."""
+    """The compiler's limit, if its refusal names it; else 0."""
 
 
 @dataclass
 class Compiled:
-    """A compiled step, or what the compiler said about one that it refused."""
+    """A compiled step, or one that the compiler refused because memory does not suffice."""
 
     memory: Memory
     text: str | None
-    """The program; None if it was refused."""
+    """The program's HLO text; None if it was refused."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """That it took to trace and lower, and to compile."""
+    """Seconds of tracing and lowering, and of compiling."""
 
 
 @dataclass
 class Step:
-    """A step that can be compiled."""
+    """A step that can be compiled: a function and its abstract arguments."""
 
     function: Callable
-    """Jitted."""
+    """The function, jitted."""
     arguments: tuple[Any, ...]
     parts: Mapping[str, Any]
-    """Which of the abstract arguments are what."""
+    """The arguments by the names that reports use."""
 
 
 def train_step(config: RunConfig, mesh: Mesh) -> Step:
-    """The train step of a configuration, for its batch.
+    """The train step of a configuration.
 
     Raises:
       InputError: sizes do not divide over the mesh.
@@ -135,8 +135,8 @@ def train_step(config: RunConfig, mesh: Mesh) -> Step:
 def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step:
     """The decode step of `batch` sequences, with a cache of `context` positions.
 
-    Weights and cache lie as `prepare_for_decode` and `init_cache` lay them over the mesh, which is
-    learned by compiling those two.
+    `prepare_for_decode` and `init_cache` are compiled, too, to learn how they lay weights and cache
+    over the mesh.
 
     Raises:
       InputError: sizes do not divide over the mesh.
@@ -149,8 +149,8 @@ def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step
     model = config.model
     params = abstract_arrays(abstract_params(model), mesh)
     with use_mesh(mesh):
-        weights = _laid_out(lambda params: prepare_for_decode(model, params), params)
-        cache = _laid_out(lambda: init_cache(model, batch, context))
+        weights = _abstract_outputs(lambda params: prepare_for_decode(model, params), params)
+        cache = _abstract_outputs(lambda: init_cache(model, batch, context))
     whole = NamedSharding(mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=whole)
     function = jax.jit(step, static_argnums=0, donate_argnums=3)
@@ -158,8 +158,8 @@ def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step
     return Step(function, (model, weights, tokens, cache), parts)
 
 
-def _laid_out(make: Callable, *arguments: Any) -> Any:
-    """Shapes, dtypes and shardings of what a function makes when it is compiled."""
+def _abstract_outputs(make: Callable, *arguments: Any) -> Any:
+    """Shapes, dtypes and shardings of a function's results when it is compiled."""
     lowered = jax.jit(make).lower(*arguments)
     shapes = jax.eval_shape(make, *arguments)
     shardings = lowered.compile().output_shardings
@@ -171,7 +171,7 @@ def _laid_out(make: Callable, *arguments: Any) -> Any:
 
 
 def compile_step(step: Step, mesh: Mesh) -> Compiled:
-    """Compiles a step for the devices of its mesh; a program too large for them is an answer too.
+    """Compiles a step for the devices of its mesh, or records that their memory does not suffice.
 
     Raises:
       InputError: tracing refuses the configuration.
@@ -208,9 +208,10 @@ def device_bytes(tree: Any) -> int:
 
 
 def refusal(memory: Memory, message: str) -> Memory:
-    """What a refusal tells.
+    """Adds what the compiler's refusal says to `memory`, and returns it.
 
-    `Used 454.2G of 95.73G hbm`, or `HLO temporaries (454G) exceeds available HBM (95.73G)`.
+    The message holds `Used 454.2G of 95.73G hbm`, or `HLO temporaries (454G) exceeds available HBM
+    (95.73G)`.
     """
     memory.refused = " ".join(message.split())
     size = r"\(?([\d.]+)([KMGT]?)i?B?\)?"

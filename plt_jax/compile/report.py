@@ -1,18 +1,20 @@
-"""What an estimate says, as lines of text."""
+"""An estimate as text."""
 
 from __future__ import annotations
 
 from plt_jax.compile.estimate import Estimate
+from plt_jax.compile.roofline import Times
 from plt_jax.config import RunConfig
 from plt_jax.distributed.chips import GIB
 from plt_jax.model.kernels import LANES
 
 
 def report(config: RunConfig, estimate: Estimate) -> str:
-    """The whole report."""
+    """The report that `python -m plt_jax.compile` prints."""
     sections = [_heading(config, estimate), _memory(estimate)]
     if estimate.times is not None:
-        sections += [_collectives(estimate), _arithmetic(estimate), _times(estimate)]
+        times = _times(estimate, estimate.times)
+        sections += [_collectives(estimate), _arithmetic(estimate), times]
     return "\n\n".join("\n".join(lines) for lines in (*sections, _verdict(config, estimate)))
 
 
@@ -50,18 +52,20 @@ def _memory(estimate: Estimate) -> list[str]:
     for name, size in memory.parts.items():
         row(name, size)
     if memory.refused is None:
-        row("these as the compiler lays them out", memory.arguments)
+        row("these in the compiler's layouts", memory.arguments)
     if memory.temporaries:
         row("temporaries", memory.temporaries)
     if memory.refused is None:
-        row("outputs not in place of arguments", memory.outputs)
+        row("outputs", memory.outputs)
         row("program", memory.code)
-    row("in all", memory.needed)
-    row("there is", estimate.hbm_capacity)
+    row("total", memory.needed)
+    row("available", estimate.hbm_capacity)
     if estimate.activations is not None:
-        lines.append("kept for the backward pass, as traced; the compiler may keep less of it")
+        lines.append(
+            "kept for the backward pass, in the traced program; the compiler may keep less"
+        )
         row("activations of a micro-batch's layers", estimate.activations.layers)
-        row("arrays of its logits' size", estimate.activations.logits)
+        row("arrays of the size of its logits", estimate.activations.logits)
     return lines
 
 
@@ -74,9 +78,9 @@ def _collectives(estimate: Estimate) -> list[str]:
     for one in estimate.collectives:
         note = ""
         if one.gathered_bytes:
-            note = f"  {one.gathered_bytes / 1e9:.3f} GB of it are gathers of narrow shards"
+            note = f"  {one.gathered_bytes / 1e9:.3f} GB of this are gathers of narrow shards"
         if not one.certain:
-            note += "  (in a branch not always taken; in no sum)"
+            note += "  (in a branch that a step may not run; not in any sum)"
         lines.append(
             f"  {one.kind:<22}{' x '.join(one.axes):<20}{one.devices:>8}{one.count:>8}"
             f"{one.bytes / 1e9:>10.3f}{1e3 * one.seconds:>10.3f}{note}"
@@ -90,46 +94,45 @@ def _arithmetic(estimate: Estimate) -> list[str]:
     for index, count in enumerate(flops.by_loop):
         lines.append(f"  loop {index + 1:<35}{count / chips / 1e12:>12.3f}")
     for name, value, note in (
-        ("  model, all loops", flops.model / chips / 1e12, "what MFU counts"),
+        ("  model, all loops", flops.model / chips / 1e12, "MFU counts these"),
         (
             "  executed",
             flops.executed / chips / 1e12,
-            "with what is computed again, and what attention masks in its blocks",
+            "with rematerialisation, and with what attention masks in its blocks",
         ),
         (
             "HBM traffic of a device and step, GB",
             estimate.hbm_bytes / 1e9,
-            "read off the program; kernels' arguments counted once",
+            "from the program; a kernel's arguments count once",
         ),
     ):
         lines.append(f"{name:<42}{value:>12.3f}  {note}")
     return lines
 
 
-def _times(estimate: Estimate) -> list[str]:
-    times = estimate.times
+def _times(estimate: Estimate, times: Times) -> list[str]:
     names = {
         "compute": "arithmetic at peak",
         "hbm": "memory",
         "ici": "links",
         "dcn": "network between slices",
     }
-    lines = ["seconds of a step, at least"]
+    lines = ["seconds of a step, lower bounds"]
     lines += [
         f"  {names[name]:<40}{taken:>12.6f}"
         for name, taken in times._asdict().items()
         if taken or name != "dcn"
     ]
     for name, taken in (
-        ("if all overlaps", times.fastest),
-        ("if nothing does", times.slowest),
+        ("if all of these overlap", times.fastest),
+        ("if none overlaps", times.slowest),
     ):
         lines.append(
             f"  {name:<40}{taken:>12.6f}  MFU {100 * estimate.mfu(taken):.1f} %, "
             f"{estimate.tokens_per_second(taken):,.0f} tokens/s a chip"
         )
     lines.append(
-        "  (bounds by the chip's numbers, not a measurement: no latencies, no lost cycles)"
+        "  (bounds from the chip's published numbers, without latencies; not a measurement)"
     )
     return lines
 
@@ -150,7 +153,7 @@ def _verdict(config: RunConfig, estimate: Estimate) -> list[str]:
 
 
 def memory_hint(config: RunConfig, estimate: Estimate) -> str:
-    """A remedy for a step that does not fit."""
+    """A change that makes a step need less memory."""
     memory = estimate.compiled.memory
     held = sum(memory.parts.values())
     if "cache" in memory.parts:
@@ -167,14 +170,16 @@ def memory_hint(config: RunConfig, estimate: Estimate) -> str:
     accumulate = 2 * config.training.accumulate
     if rows % (accumulate * split) == 0:
         return f"set training.accumulate to {accumulate} or more"
-    return "a sequence per device is too much; use more devices along mesh.context or mesh.tensor"
+    return "one sequence per device is too much; use more devices along mesh.context or mesh.tensor"
 
 
 def speed_hint(config: RunConfig, estimate: Estimate) -> str | None:
-    """A remedy for what takes most of a step's time, where one is known."""
+    """A change that makes a step faster, if one is known for what takes most of its time."""
     gathered = [one for one in estimate.collectives if one.certain and one.gathered_bytes]
     wasted = sum(one.seconds * one.gathered_bytes / one.bytes for one in gathered)
     fsdp, width = estimate.mesh["fsdp"], config.model.width
+    if estimate.times is None or estimate.dominating is None:
+        return None
     if wasted > 0.1 * estimate.times.slowest and width // fsdp < LANES:
         return (
             f"shards of width {width} / mesh.fsdp {fsdp} are {width // fsdp} numbers wide, fewer "
@@ -189,5 +194,5 @@ def speed_hint(config: RunConfig, estimate: Estimate) -> str | None:
     if term.startswith(("all-gather", "reduce-scatter")) and config.training.accumulate > 1:
         return "lower training.accumulate: weights are gathered for every micro-batch"
     if term.startswith(("all-to-all", "ragged-all-to-all")):
-        return "lower mesh.expert: tokens then travel less far"
+        return "lower mesh.expert, so that tokens are sent less far"
     return None

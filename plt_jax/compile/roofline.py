@@ -1,26 +1,25 @@
-"""How long a step takes at least, from what it computes and moves and from the chip's numbers.
+"""Bounds of a step's time, from its FLOPs and bytes and from the chip's published numbers.
 
-Three resources bound it: arithmetic at peak, main memory, and links. If all of them overlapped
-perfectly, a step would take as long as the largest (`fastest`), if none did, their sum (`slowest`).
-Neither counts latencies, nor arithmetic below peak: real steps are slower than `fastest`, and may
-be slower than `slowest`.
+Three resources bound a step: arithmetic, main memory, and links. If they overlapped perfectly, it
+would take the largest of their times (`fastest`); if not at all, their sum (`slowest`). Neither
+counts latencies or arithmetic below the peak, so a real step is slower than `fastest` and may be
+slower than `slowest`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from plt_jax.compile.collectives import Collective
 from plt_jax.distributed.chips import Chip, Topology
 
 ON_CHIP_LINKS = 6
-"""How many links of the torus the one between a TPU7x chip's two devices is worth (Google Cloud's
-page of TPU7x)."""
+"""Bandwidth between the two devices of a TPU7x chip, in links of the torus (Google Cloud's page of
+TPU7x)."""
 
 
 class Times(NamedTuple):
@@ -43,18 +42,18 @@ class Times(NamedTuple):
 
 
 class Ring(NamedTuple):
-    """One dimension of a slice's torus, as a group of devices lies along it."""
+    """A group of devices along one dimension of a slice's torus."""
 
     chips: int
-    """Of the group along it."""
+    """Chips of the group along the dimension."""
     links: int
-    """Directions in which a chip can send: both where the group is a whole ring, else one."""
+    """Directions in which a chip can send: 2 if the group is a whole ring, else 1."""
     stride: int
-    """Chips from one of the group to the next; as many groups share each link."""
+    """Distance between neighbours of the group, in chips; as many groups share each link."""
 
 
 class Route(NamedTuple):
-    """How a group of devices is connected."""
+    """The connections of a group of devices."""
 
     rings: tuple[Ring, ...]
     chips: int
@@ -62,7 +61,7 @@ class Route(NamedTuple):
 
 
 def route(coordinates: Sequence[Sequence[int]], topology: Topology) -> Route:
-    """How devices are connected, from their chips' coordinates in the slice."""
+    """The connections of devices, from their chips' coordinates in the slice."""
     places = np.asarray(coordinates)
     rings = []
     wraps = topology.chip.wraps(topology.shape)
@@ -76,15 +75,15 @@ def route(coordinates: Sequence[Sequence[int]], topology: Topology) -> Route:
 
 
 def ici_seconds(kind: str, size: int, where: Route, chip: Chip) -> float:
-    """A collective's time on the links of a slice.
+    """Seconds of a collective on the links of a slice.
 
-    Ring formulas: a device of n receives (n-1)/n of a gathered array, sends as much of a scattered
-    one, and both for a reduction, over all dimensions of the torus that the group spans at once. Of
-    an all-to-all a dimension of n chips carries n/8 of what a device sends per link of a ring, and
-    n/4 of a line.
+    The formulas are those of rings, over all dimensions of the torus that the group spans at once.
+    In a group of n, a device receives (n-1)/n of a gathered array, sends (n-1)/n of a scattered
+    one, and does both in a reduction. In an all-to-all, each link of a dimension of n chips carries
+    n/8 of what a device sends if the dimension is a ring, and n/4 if it is a line.
 
     Args:
-      size: bytes as `Collective.bytes` has them.
+      size: bytes, as in `Collective.bytes`.
     """
     if not where.rings:  # the devices of one chip
         parts = (2 if kind == "all-reduce" else 1) * (where.devices - 1)
@@ -92,7 +91,7 @@ def ici_seconds(kind: str, size: int, where: Route, chip: Chip) -> float:
     if kind in ("all-to-all", "ragged-all-to-all"):
         worst = max(ring.chips * ring.stride / (4 * ring.links) for ring in where.rings)
         return size * chip.devices * worst / chip.link_bandwidth
-    # Devices of one chip in one group share what arrives; those of different groups share links.
+    # Devices of one chip share its links, and what arrives if they are in the same group.
     share = where.devices / where.chips / chip.devices
     bandwidth = share * sum(ring.links / ring.stride for ring in where.rings) * chip.link_bandwidth
     passes = 2 if kind == "all-reduce" else 1
@@ -100,7 +99,7 @@ def ici_seconds(kind: str, size: int, where: Route, chip: Chip) -> float:
 
 
 def dcn_seconds(kind: str, size: int, slices: int, chip: Chip) -> float:
-    """A collective's time between slices, each device sending its own part."""
+    """Seconds of a collective between slices, in which each device sends its own part."""
     moved = {
         "all-reduce": 2 * size * (slices - 1) / slices,
         "all-gather": size * (slices - 1),
@@ -109,13 +108,13 @@ def dcn_seconds(kind: str, size: int, slices: int, chip: Chip) -> float:
 
 
 def permutation_seconds(
-    permutations: Sequence[Collective], devices: Sequence[jax.Device], topology: Topology
+    permutations: Sequence[Collective], devices: Sequence[Any], topology: Topology
 ) -> list[float]:
-    """Times of permutations on the links of a slice.
+    """Seconds of permutations on the links of a slice.
 
-    Each goes by dimension after dimension, the shorter way around rings. Those in opposite
-    directions, of which rings are made, use different links, so that together they take as long as
-    the link that carries most; each is given its share of it.
+    Data travels one dimension after another, the shorter way around rings. Permutations in opposite
+    directions use different links and run at the same time. Together they take as long as the link
+    that carries most; each one gets the share of that time that its bytes are of all bytes.
     """
     loads: Counter[tuple] = Counter()
     near = 0.0
@@ -133,7 +132,7 @@ def permutation_seconds(
 
 
 def _hops(source: Sequence[int], target: Sequence[int], topology: Topology) -> Iterator[tuple]:
-    """The links on the way from one chip to another: where each begins, its axis and direction."""
+    """The links from one chip to another, each as its first chip, axis and direction."""
     place = list(source)
     wraps = topology.chip.wraps(topology.shape)
     for axis, (size, wrap) in enumerate(zip(topology.shape, wraps, strict=True)):
@@ -147,12 +146,12 @@ def _hops(source: Sequence[int], target: Sequence[int], topology: Topology) -> I
 
 
 def all_seconds(
-    collectives: Sequence[Collective], devices: Sequence[jax.Device], topology: Topology
+    collectives: Sequence[Collective], devices: Sequence[Any], topology: Topology
 ) -> list[tuple[Collective, float]]:
-    """Each collective with its time, all of its runs in a step together.
+    """Each collective with the seconds that it takes in one step.
 
     Args:
-      devices: of one slice, in mesh order.
+      devices: the TPU devices of one slice, in mesh order.
     """
     taken = []
     for certain in (True, False):
@@ -162,9 +161,7 @@ def all_seconds(
     return taken + [(one, _collective_seconds(one, devices, topology)) for one in others]
 
 
-def _collective_seconds(
-    one: Collective, devices: Sequence[jax.Device], topology: Topology
-) -> float:
+def _collective_seconds(one: Collective, devices: Sequence[Any], topology: Topology) -> float:
     if one.slices > 1:
         return dcn_seconds(one.kind, one.bytes, one.slices, topology.chip)
     if len(one.group) < 2:
@@ -179,12 +176,12 @@ def step_times(
     seconds: Sequence[tuple[Collective, float]],
     chip: Chip,
 ) -> Times:
-    """A step's times on one device.
+    """The times of a step on one device.
 
     Args:
-      flops: executed on one device.
-      hbm_bytes: moved by one device.
-      seconds: of each collective; uncertain ones do not count.
+      flops: FLOPs that one device executes.
+      hbm_bytes: bytes that one device moves to and from HBM.
+      seconds: each collective with its seconds; those that are not certain do not count.
     """
     between = [(one.slices > 1, taken) for one, taken in seconds if one.certain]
     return Times(

@@ -1,9 +1,9 @@
-"""Bytes that a compiled program moves between a device's arithmetic and its main memory (HBM).
+"""Bytes that a compiled program reads from and writes to a device's main memory (HBM).
 
-Counted instruction by instruction: what each reads and writes, arrays in on-chip memory left out.
-Within a fusion nothing touches memory but its inputs and outputs. Of an array of which a slice is
-read or written, the slice counts. Kernels (Pallas) count their arguments and results once, though
-they may read an argument several times: the sum is a lower bound there.
+The sum is over instructions. Arrays in on-chip memory do not count. A fusion counts its inputs and
+outputs only. If a slice of an array is read or written, only the slice counts. A kernel (Pallas)
+counts its arguments and results once, though it may read an argument several times, so that the sum
+is a lower bound there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def hbm_bytes(program: Program) -> int:
-    """Bytes that one step reads and writes on one device; branches that it may leave out aside."""
+    """Bytes that one step moves on one device, without branches that it may not run."""
     return sum(
         times * sum(_moved(program, computation, one) for one in computation.instructions)
         for computation, times, certain in executions(program)
@@ -37,11 +37,11 @@ def _moved(program: Program, computation: Computation, one: Instruction) -> int:
     if one.opcode == "fusion":
         body = program.computations.get(one.called("calls") or "")
         if body is not None:
-            return _of_fusion(body, computation, one)
+            return _fusion_bytes(body, computation, one)
     operands = [computation.by_name[name] for name in one.operands if name in computation.by_name]
     kind = one.opcode.removesuffix("-start")
     if kind in _SLICES:
-        # Started, it makes a tuple of its operand, its result and a context.
+        # The result of an asynchronous start is a tuple: operand, final result and context.
         result = one.arrays[-2 if kind != one.opcode else 0]
         read = result.bytes if any(map(_size, operands[:1])) else 0
         return read + result.hbm_bytes
@@ -49,7 +49,7 @@ def _moved(program: Program, computation: Computation, one: Instruction) -> int:
         target, update = operands[:2]
         return _size(update) + (update.bytes if _size(target) else 0)
     if kind != one.opcode and kind in (*KINDS, "copy"):
-        # The pair of its operand and its result.
+        # The result of an asynchronous start is a pair: operand and final result.
         return sum(array.hbm_bytes for array in one.arrays[:2])
     return _size(one) + sum(map(_size, operands))
 
@@ -58,8 +58,8 @@ def _size(one: Instruction) -> int:
     return sum(array.hbm_bytes for array in one.arrays)
 
 
-def _of_fusion(body: Computation, computation: Computation, fusion: Instruction) -> int:
-    """What a fusion reads and writes."""
+def _fusion_bytes(body: Computation, computation: Computation, fusion: Instruction) -> int:
+    """Bytes that a fusion reads and writes."""
     total, outputs = 0, list(fusion.arrays)
     results = [body.root]
     if body.root.opcode == "tuple":
@@ -68,14 +68,14 @@ def _of_fusion(body: Computation, computation: Computation, fusion: Instruction)
         total += _written(body, result, array.hbm_bytes)
     for parameter, name in zip(body.parameters, fusion.operands, strict=False):
         operand = computation.by_name.get(name)
-        # The fusion's own parameter does not tell the memory in which its caller has it.
+        # The layout of a fusion's parameter does not name the memory space; its operand's does.
         size = _size(operand if operand is not None else parameter)
         total += min(size, _read(body, parameter, size))
     return total
 
 
 def _written(body: Computation, result: Instruction, size: int) -> int:
-    """Of a fusion's result: an update in place writes no more than it changes."""
+    """Bytes written for a fusion's result; an update in place writes only what it changes."""
     while result.opcode == "bitcast":
         result = body.by_name[result.operands[0]]
     if result.opcode == "parameter":
@@ -86,7 +86,7 @@ def _written(body: Computation, result: Instruction, size: int) -> int:
 
 
 def _read(body: Computation, value: Instruction, size: int) -> int:
-    """Of an input: where only slices of it are used, those; where it is updated in place, none."""
+    """Bytes read of a fusion's input: only slices if it is sliced, 0 if it is updated in place."""
     total = 0
     for user in body.users.get(value.name, ()):
         if user.opcode in _SLICES and user.operands[0] == value.name:

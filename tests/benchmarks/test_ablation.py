@@ -6,8 +6,9 @@ import statistics
 import pytest
 
 from plt_jax.benchmarks import ablation, ablation_report
-from plt_jax.benchmarks.ablation import ROWS, config_of, main, parse
-from plt_jax.benchmarks.decode import Case, Settings, with_scheme
+from plt_jax.benchmarks.ablation import ROWS, main, parse, run_config
+from plt_jax.benchmarks.decode import DecodeSettings
+from plt_jax.benchmarks.variants import Variant
 from plt_jax.errors import InputError
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.training.trainer import Outcome
@@ -26,26 +27,26 @@ def write(home, name, **sections):
 
 def test_the_rows_are_the_papers_and_the_bound():
     labels = ["no_loop", "vanilla_loop-2", "clp-2", "clp_kv_share-2", "plt-2", "plt-3"]
-    assert [case.label for case in ROWS] == [*labels, "no_loop-2x_layers"]
+    assert [variant.label for variant in ROWS] == [*labels, "no_loop-2x_layers"]
     for label, other, _ in ablation_report.COMPARISONS:
-        assert {label, other} <= {case.label for case in ROWS}
+        assert {label, other} <= {variant.label for variant in ROWS}
 
 
 def test_rows_differ_in_the_scheme_alone(home):
     _, config = parse([write(home, "runs", seed=4)])
-    for case in ROWS:
-        run = config_of(config, case, 7)
-        assert run.run_dir.endswith(f"runs/{case.label}/seed_7")
-        assert (run.model.loop.scheme, run.model.loop.count) == (case.scheme, case.loops)
-        assert run.model.layers == case.depth * config.model.layers
+    for variant in ROWS:
+        run = run_config(config, variant, 7)
+        assert run.run_dir.endswith(f"runs/{variant.label}/seed_7")
+        assert (run.model.loop.scheme, run.model.loop.count) == (variant.scheme, variant.loops)
+        assert run.model.layers == variant.depth * config.model.layers
         back = {"model": config.model, "seed": config.seed, "run_dir": config.run_dir}
         assert run.model_copy(update=back) == config
         loop = config.model.loop.model_copy(update={"scheme": "plt", "count": 2})
         same = run.model.model_copy(update={"layers": config.model.layers, "loop": loop})
         assert same == config.model.model_copy(update={"loop": loop})
     deep, looped = (
-        flops_by_loop(with_scheme(config.model, case), 16)
-        for case in (ROWS[-1], Case("vanilla_loop", 2))
+        flops_by_loop(variant.apply(config.model), 16)
+        for variant in (ROWS[-1], Variant("vanilla_loop", 2))
     )
     assert sum(one.layers for one in deep) == sum(one.layers for one in looped)
 
@@ -77,10 +78,10 @@ def test_it_trains_once_and_goes_on(home, capsys, monkeypatch):
 
 
 def test_every_rows_decoding_is_timed(home):
-    model = with_scheme(parse([write(home, "runs")])[1].model, Case("plt", 2))
-    timed = ablation.time_decoding(model, ROWS, 2, Settings(tokens=2, rounds=1))["rows"]
+    model = Variant("plt", 2).apply(parse([write(home, "runs")])[1].model)
+    timed = ablation.time_decoding(model, ROWS, 2, DecodeSettings(tokens=2, rounds=1))["rows"]
     timed = {row["label"]: row for row in timed}
-    assert set(timed) == {case.label for case in ROWS}
+    assert set(timed) == {variant.label for variant in ROWS}
     assert timed["no_loop-2x_layers"]["kv_bytes"] == 2 * timed["no_loop"]["kv_bytes"]
     read = {label: row["weight_bytes_read"] for label, row in timed.items()}
     assert read["no_loop-2x_layers"] == read["vanilla_loop-2"]

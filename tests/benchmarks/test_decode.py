@@ -9,9 +9,10 @@ import pytest
 
 from plt_jax import init_cache, prepare_for_decode
 from plt_jax.benchmarks import decode, decode_report
-from plt_jax.benchmarks.decode import Case, bytes_moved, nbytes
+from plt_jax.benchmarks.decode import bytes_moved, nbytes
 from plt_jax.benchmarks.rounds import interleave, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
+from plt_jax.benchmarks.variants import Variant
 from plt_jax.errors import InputError
 from tests.models import random_params, small_config
 
@@ -55,7 +56,7 @@ def rows(report):
             yield cell, row, {row["label"]: row for row in cell["rows"]}
 
 
-def test_every_cell_has_every_case(report):
+def test_every_cell_has_every_variant(report):
     report, _ = report
     cells = [(cell["batch"], cell["context"]) for cell in report["cells"]]
     assert cells == [(1, 40), (2, 40)]
@@ -186,9 +187,9 @@ def test_ratios_pair_rounds():
     assert spread("x", [3.0, 1.0, 8.0]) == {"x": 3.0, "x_min": 1.0, "x_max": 8.0}
 
 
-def test_a_case_keeps_the_configs_window_and_gates():
+def test_a_variant_keeps_the_configs_window_and_gates():
     config = small_config("plt", 2, window=7, gate_input="hidden")
-    loop = decode.with_scheme(config, Case("loop_kv_share_window", 3)).loop
+    loop = Variant("loop_kv_share_window", 3).apply(config).loop
     assert (loop.scheme, loop.count, loop.window, loop.gate_input) == (
         "loop_kv_share_window",
         3,

@@ -47,7 +47,7 @@ def test_a_known_device_has_a_share_of_its_peak(config, tmp_path, monkeypatch):
     [
         (["--schemes", "plt,loopy"], "no scheme loopy; known are no_loop"),
         (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
-        (["--loops", "0"], "--loops holds 0"),
+        (["--loops", "0"], "--loops: 0 holds a number below 1"),
         (["--mesh.tensor", "3"], "so mesh.data = -1 has no size"),
     ],
 )

@@ -1,0 +1,49 @@
+"""What benchmarks compare: one model with another looping scheme, number of loops or depth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from plt_jax.config import SCHEMES, ModelConfig
+from plt_jax.errors import InputError
+
+
+class Variant(NamedTuple):
+    """A looping scheme with its number of loops, and a depth."""
+
+    scheme: str
+    loops: int
+    depth: int = 1
+    """The number of layers, as a multiple of the configuration's."""
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and reports, such as `no_loop` or `plt-2`."""
+        name = self.scheme if self.scheme == "no_loop" else f"{self.scheme}-{self.loops}"
+        return name if self.depth == 1 else f"{name}-{self.depth}x_layers"
+
+    def apply(self, config: ModelConfig) -> ModelConfig:
+        """The model with this scheme, number of loops and depth; all else stays."""
+        loop = config.loop.model_dump() | {"scheme": self.scheme, "count": self.loops}
+        changed = {"loop": loop, "layers": self.depth * config.layers}
+        return ModelConfig(**config.model_dump() | changed)
+
+
+NO_LOOP = Variant("no_loop", 1)
+"""The plain transformer, to which others are compared."""
+
+
+def variants_of(schemes: Sequence[str], loops: Sequence[int]) -> list[Variant]:
+    """Every scheme with every number of loops; no_loop has one loop only.
+
+    Raises:
+      InputError: a scheme is unknown.
+    """
+    if unknown := [name for name in schemes if name not in SCHEMES]:
+        raise InputError(f"no scheme {unknown[0]}; known are {', '.join(SCHEMES)}")
+    return [
+        Variant(scheme, count)
+        for scheme in schemes
+        for count in ([1] if scheme == "no_loop" else loops)
+    ]
