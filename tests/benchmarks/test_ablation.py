@@ -51,6 +51,7 @@ def test_rows_differ_in_the_scheme_alone(home):
     assert sum(one.layers for one in deep) == sum(one.layers for one in looped)
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_it_trains_once_and_goes_on(home, capsys, monkeypatch):
     path = write(home, "text", training={"steps": 4, "evaluate_every": 2})
     assert main([path, "--seeds", "1", "--rows", "no_loop"]) is None

@@ -22,6 +22,7 @@ def on_eight_devices():
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow(reason="a process of its own simulates eight devices")
 @pytest.mark.parametrize(
     ("case", "expected"),
     [

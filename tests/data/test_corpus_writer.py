@@ -111,6 +111,7 @@ def test_what_is_finished_is_not_made_again(corpus, lines, tokenizer, tmp_path):
     assert not list(out.glob(".*.unfinished"))
 
 
+@pytest.mark.slow(reason="starts processes")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_any_moment_it_goes_on(corpus, lines, tokenizer, tmp_path, workers):
     out, path = tmp_path / "made", tmp_path / "tokenizer.json"
@@ -152,6 +153,7 @@ def make_when_free(*arguments):
     return make(*arguments)
 
 
+@pytest.mark.slow(reason="starts processes")
 def test_a_worker_that_is_killed_is_said_to_be(lines, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_writer, "_work", _die)
     with pytest.raises(InputError, match=r"a worker was killed.*finished shards are kept"):

@@ -120,6 +120,7 @@ def test_a_run_reads_them_and_goes_on_where_it_was():
     np.testing.assert_array_equal(half["tokens"], read[0]["tokens"][[1, 3]])
 
 
+@pytest.mark.slow(reason="draws all examples of a run")
 @pytest.mark.parametrize("task", ["addition", "permutations"])
 def test_nothing_that_is_asked_in_tests_is_in_what_a_run_reads(task):
     """Of so few problems all are read: whatever is not, is held out."""

@@ -51,6 +51,7 @@ def test_a_few_queries(heads, kv_heads, queries, dtype):
     np.testing.assert_allclose(out.astype(jnp.float32), plain(q, k, v, mask), atol=tolerance)
 
 
+@pytest.mark.slow(reason="compiles a program for every example")
 @settings(max_examples=25, derandomize=True)
 @given(
     chunk=st.integers(1, 9),

@@ -75,6 +75,7 @@ def test_a_chunk_writes_each_slot_of_a_ring_once(window):
         assert len(set(written.tolist())) == len(written) == min(window, length)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_raw_boxed_and_prepared_params_answer_alike():
     config = small_config("no_loop", 1)
     tokens, lengths, cache = jnp.ones((2, 3), int), jnp.array([3, 2]), init_cache(config, 2, 8)

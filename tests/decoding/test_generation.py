@@ -44,6 +44,7 @@ def test_ragged_prompts_continue_as_the_forward_pass_says(continuation):
     np.testing.assert_array_equal(tokens, continuation)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("scheme", ["no_loop", "loop_kv_share_window"])
 def test_schemes_that_decode_in_other_ways(scheme):
     config = small_config(scheme, 1 if scheme == "no_loop" else 2, window=3)
@@ -55,6 +56,7 @@ def test_prompt_alone_continues_as_among_others(continuation):
     np.testing.assert_array_equal(run([PROMPTS[0]]), continuation[:1])
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_prompts_longer_than_a_chunk(continuation, monkeypatch, chunk):
     """Here prompts end in different chunks, inside one and at its end."""
@@ -93,6 +95,7 @@ def test_a_row_does_not_depend_on_other_prompts():
     assert np.any(first[0] != second[0])
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_equal_prompts_draw_differently_by_row_and_step():
     """One key would give each row, or each step, the same draw."""
     tokens = run([[0]] * 3, new=12, sampling=Sampling(temperature=100.0), seed=3)
@@ -100,6 +103,7 @@ def test_equal_prompts_draw_differently_by_row_and_step():
     assert all(len(set(row)) > 4 for row in tokens.tolist())
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_a_key_for_each_prompt_goes_where_it_goes():
     """The draws of a prompt are its key's, in whatever row and company."""
     keys = jax.random.split(jax.random.key(4), 3)
@@ -123,6 +127,7 @@ def test_old_style_keys_draw_as_new_ones():
 # ---- log-probabilities ----
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize(("sampling", "seed"), [(Sampling(), None), (SAMPLING, 5)], ids=str)
 def test_log_probabilities_are_the_models_own(sampling, seed):
     """At temperature 1, before tokens are left out; 0 for repeated stop tokens."""
@@ -156,6 +161,7 @@ def test_tokens_do_not_depend_on_blocks(continuation, monkeypatch, block):
     np.testing.assert_array_equal(np.stack(steps, axis=1), continuation)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_more_tokens_than_a_block(monkeypatch):
     """Two blocks and a part of one, against one token at a time."""
     new = 2 * generation.BLOCK // 8 + 3
@@ -168,6 +174,7 @@ def test_more_tokens_than_a_block(monkeypatch):
     generation.advance.clear_cache()
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 def test_dtypes_of_the_cache(dtype):
     """Rounded keys may choose other tokens in the end, but the first comes from near them."""

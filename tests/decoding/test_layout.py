@@ -50,6 +50,7 @@ def test_a_weight_that_is_used_twice_is_not_copied():
     assert temporaries < weight.nbytes
 
 
+@pytest.mark.slow(reason="compiles a mixture of experts for every case")
 @pytest.mark.parametrize(
     ("tokens", "chosen", "held"),
     [(1, 2, 4), (1, 2, 3), (1, 4, 1), (3, 1, 4), (3, 4, 2), (70, 2, 4), (70, 3, 2)],

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plt_jax import ModelConfig, decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.decoding.cache import Cache, ring_positions
 from tests.models import ALL, compiled, forward, random_params, random_tokens, small_config
+from tests.tiers import slow_but
 
 TOLERANCE = 1e-4
 B, CAPACITY = 3, 24
@@ -55,6 +56,9 @@ CASES = {
         },
     ),
 }
+
+NOT_MODIFIED = ["plt-3", "clp-3", "vanilla_loop-3"]
+PROGRAMS = "compiles prefill and the decode step of another model"
 
 operations = st.lists(
     st.just(STEP) | st.tuples(*[st.sampled_from((0, 1, 2, 4, 7, 15))] * B), min_size=1, max_size=8
@@ -141,7 +145,7 @@ def meaningful(config: ModelConfig, cache: Cache):
     )
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow_but(["no_loop-1", "plt-2"], CASES, PROGRAMS))
 @settings(max_examples=10, derandomize=True)
 @given(operations)
 @example([STEP] * CAPACITY)
@@ -161,7 +165,9 @@ def test_any_split_is_the_forward_pass(case, operations):
     )
 
 
-@pytest.mark.parametrize("case", ["plt-3", "clp-3", "vanilla_loop-3"])
+@pytest.mark.parametrize(
+    "case", slow_but(["plt-3"], ["plt-3", "clp-3", "vanilla_loop-3"], PROGRAMS)
+)
 def test_a_cache_is_not_modified(case):
     """Two calls from one cache answer alike: it can be kept, as the state after a shared prompt."""
     config = CASES[case]
@@ -177,6 +183,7 @@ def test_a_cache_is_not_modified(case):
     jax.tree.map(np.testing.assert_array_equal, before, kept)
 
 
+@pytest.mark.slow(reason="compiles a program for every example")
 @settings(max_examples=5, derandomize=True)
 @given(
     operations,
@@ -198,7 +205,7 @@ def loops_of(scheme):
 ROUNDED = ["no_loop", "vanilla_loop", "clp", "plt", "loop_kv_share_window"]
 
 
-@pytest.mark.parametrize("scheme", ROUNDED)
+@pytest.mark.parametrize("scheme", slow_but(["plt"], ROUNDED, PROGRAMS))
 def test_eight_bits(scheme):
     """Keys and values in eight bits move the logits by at most a tenth of their spread."""
     config = small_config(scheme, loops_of(scheme), window=3)
@@ -208,7 +215,7 @@ def test_eight_bits(scheme):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(decoder.cache.keys)} == {"int8", "float32"}
 
 
-@pytest.mark.parametrize("scheme", ROUNDED)
+@pytest.mark.parametrize("scheme", slow_but(["plt"], ROUNDED, PROGRAMS))
 def test_bfloat16(scheme):
     """All in bfloat16 moves the float32 forward pass's logits by at most a fifth of their spread.
 

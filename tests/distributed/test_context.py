@@ -5,6 +5,8 @@ import pytest
 from tests.distributed.context_worker import CASES, MESHES
 from tests.distributed.processes import run_worker
 
+pytestmark = pytest.mark.slow(reason="a process of its own simulates eight devices")
+
 
 @pytest.fixture(scope="module")
 def found():

@@ -6,6 +6,8 @@ from plt_jax.config import SCHEMES
 from tests.distributed.decode_worker import CASES
 from tests.distributed.processes import run_worker
 
+pytestmark = pytest.mark.slow(reason="a process of its own simulates eight devices")
+
 
 @pytest.fixture(scope="module")
 def found():

@@ -7,6 +7,8 @@ import pytest
 from tests.distributed.experts_worker import EXCHANGES, MESHES
 from tests.distributed.processes import run_worker
 
+pytestmark = pytest.mark.slow(reason="a process of its own simulates eight devices")
+
 
 @pytest.fixture(scope="module")
 def found():

@@ -24,6 +24,8 @@ from tests.training.runs import (
 )
 from tests.training.test_guarding import bad_data
 
+pytestmark = pytest.mark.slow(reason="starts several processes that train together")
+
 STOP, STEPS = 20, 24
 TRAINING = {"steps": STEPS, "batch_size": 8, "evaluate_every": 10, "checkpoint_every": 10}
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}

@@ -17,6 +17,8 @@ from tests.distributed.processes import run_worker
 from tests.distributed.worker import MESHES, SHAPE
 from tests.training.runs import STEPS, flat, losses
 
+pytestmark = pytest.mark.slow(reason="a process of its own simulates eight devices")
+
 CASES = [mesh for mesh in MESHES if mesh != "one"]
 
 

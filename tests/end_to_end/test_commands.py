@@ -26,6 +26,8 @@ from tests.training.runs import (
     write_config,
 )
 
+pytestmark = pytest.mark.slow(reason="starts every command as its users do")
+
 
 def run(*words: object, cwd=REPOSITORY) -> Result:
     """Runs Python in another process."""

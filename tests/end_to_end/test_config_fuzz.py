@@ -51,6 +51,7 @@ def fuzz(folder, devices: int, cases: int, seed: int) -> dict[str, Any]:
     return json.loads(line)
 
 
+@pytest.mark.slow(reason="starts processes")
 @pytest.mark.parametrize("devices", CASES)
 def test_a_random_config_is_refused_by_a_field_or_trains(tmp_path, devices):
     cases = int(os.environ.get("PLT_FUZZ", CASES[devices]))
@@ -63,6 +64,7 @@ def test_a_random_config_is_refused_by_a_field_or_trains(tmp_path, devices):
     assert min(counts["trained"], counts["refused"]) >= cases // 5
 
 
+@pytest.mark.slow(reason="draws four hundred configurations")
 def test_every_field_is_drawn_fair_and_unfair(tmp_path):
     seen = {name for case in drawn(tmp_path, 400, seed=0) for name in case.values}
     fields = dict(all_fields())

@@ -7,6 +7,8 @@ import pytest
 from plt_jax.config import SCHEMES
 from tests.training.runs import command, json_rows, tiny_values, write_config
 
+pytestmark = pytest.mark.slow(reason="trains every scheme")
+
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_every_scheme_trains_evaluates_and_generates(finished, tmp_path, scheme):

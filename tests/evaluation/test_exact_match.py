@@ -48,6 +48,7 @@ def written_greedily(config, params, prompt, most=6) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize(("scheme", "count"), [("no_loop", 1), ("plt", 3), ("vanilla_loop", 2)])
 def test_scores_are_those_of_the_forward_pass(scheme, count):
     config = small_config(scheme, count)
@@ -76,6 +77,7 @@ def run(tmp_path_factory):
     return home / "run"
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_the_command_scores_a_run_by_difficulty(run):
     result = command("eval.py", run, "--exact_match", "--limit", "9", "--at_loops", "1,2")
     assert result.code == 0, result

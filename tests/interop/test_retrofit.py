@@ -34,6 +34,7 @@ def still(scheme, count, **settings) -> LoopConfig:
     return LoopConfig(scheme=scheme, count=count, window=3, hidden_scale=0.0, **settings)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize(
     ("loop", "gate_bias"),
     [
@@ -53,6 +54,7 @@ def test_without_hidden_states_and_window_the_logits_are_the_sources(loop, gate_
     )
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_experts_and_their_balance_are_kept_in_every_loop():
     moe = {"experts": 4, "expert_width": 8, "dense_layers": 1, "bias_update_rate": 0.1}
     config = small_config("no_loop", 1, max_length=32, moe=moe)
@@ -64,6 +66,7 @@ def test_experts_and_their_balance_are_kept_in_every_loop():
     )
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize(
     ("loop", "gate_bias"),
     [
@@ -82,6 +85,7 @@ def test_every_other_start_is_elsewhere(loop, gate_bias):
     assert np.abs(logits_of(*looped) - logits_of(DENSE, params)).max() > 1e-3
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_a_more_closed_gate_is_nearer():
     params = random_params(DENSE)
     starts = [
@@ -122,6 +126,7 @@ def test_the_weights_are_kept_and_the_gates_are_new(gate_input):
     assert np.all(looped["layers"]["gate_weight"] == 0.0)
 
 
+@pytest.mark.slow(reason="compiles every scheme")
 @pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "no_loop"])
 def test_an_imported_model_takes_any_scheme(scheme):
     config, params = load_huggingface(TRANSFORMERS / "qwen2")

@@ -42,6 +42,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
 
 
+@pytest.mark.slow(reason="compiles a program for every example")
 @settings(max_examples=12)
 @given(exportable_configs(), st.sampled_from(DTYPES), st.integers(1, 2000))
 def test_out_and_in_and_out(config, dtype, shard_bytes):

@@ -25,6 +25,7 @@ from tests.models import (
     reference_settings,
     small_config,
 )
+from tests.tiers import slow_but
 
 TOLERANCE = 1e-4
 B, T = 2, 24
@@ -89,13 +90,16 @@ def check_against_reference(config: ModelConfig, tokens, segment_ids, positions=
     assert largest_difference(logits, expected["logits"]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("scheme", "count"), ALL)
+MOSTLY_SLOW = slow_but([("no_loop", 1), ("plt", 2)], ALL, "compiles another scheme")
+
+
+@pytest.mark.parametrize(("scheme", "count"), MOSTLY_SLOW)
 def test_packed_documents(scheme, count):
     config = small_config(scheme, count)
     check_against_reference(config, random_tokens(config, B, T), SEGMENTS)
 
 
-@pytest.mark.parametrize(("scheme", "count"), ALL)
+@pytest.mark.parametrize(("scheme", "count"), MOSTLY_SLOW)
 def test_whole_rows(scheme, count):
     config = small_config(scheme, count)
     params, tokens = random_params(config), random_tokens(config, 3, T, seed=1)
@@ -117,6 +121,7 @@ def test_explicit_positions_are_ropes_alone(segment_ids):
     check_against_reference(config, random_tokens(config, B, T), segment_ids, positions)
 
 
+@pytest.mark.slow(reason="compares many packings with the reference")
 @pytest.mark.parametrize("scheme", ["plt", "clp", "loop_kv_share_window"])
 @settings(max_examples=12, derandomize=True)
 @given(seed=st.integers(0, 1000), share=st.sampled_from([0.05, 0.3, 0.9]))

@@ -75,6 +75,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow(reason="compiles every form for every case")
 @pytest.mark.parametrize("outputs_first", [False, True])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("name", ["ragged_dot", "megablox", "tokamax"])

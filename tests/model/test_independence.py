@@ -6,6 +6,7 @@ import pytest
 
 from plt_jax import ModelConfig, Transformer
 from tests.models import THREE_LOOPS, compiled, forward, random_params, small_config
+from tests.tiers import slow_but
 
 T = 80  # Beyond MIN_BLOCK, so attention runs in blocks.
 LENGTHS = (10, 1, 58, 11)
@@ -30,7 +31,10 @@ def influence(config: ModelConfig, segment_ids) -> np.ndarray:
     return np.stack(rows)
 
 
-@pytest.mark.parametrize(("scheme", "count"), THREE_LOOPS)
+MOSTLY_SLOW = slow_but([("plt", 3)], THREE_LOOPS, "compiles another scheme")
+
+
+@pytest.mark.parametrize(("scheme", "count"), MOSTLY_SLOW)
 def test_no_gradient_from_later_tokens_nor_other_documents(scheme, count):
     config = small_config(scheme, count, vocab_size=T, max_length=T)
     visible = np.tri(T, dtype=bool) & (DOCUMENTS[:, None] == DOCUMENTS)
@@ -48,7 +52,7 @@ def test_no_gradient_from_later_tokens_of_a_whole_row(scheme):
     assert np.all(derivative[visible] > 0)
 
 
-@pytest.mark.parametrize(("scheme", "count"), THREE_LOOPS)
+@pytest.mark.parametrize(("scheme", "count"), MOSTLY_SLOW)
 def test_packed_documents_equal_each_alone(scheme, count):
     config = small_config(scheme, count, vocab_size=T, max_length=T)
     params = random_params(config)

@@ -70,6 +70,7 @@ def reference(q, k, v, documents, window):
     return windowed_attention(q, k, v, documents, window)
 
 
+@pytest.mark.slow(reason="interprets a TPU kernel")
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize(("length", "window"), [(300, None), (600, None), (600, 65), (300, 1)])
 def test_splash_is_the_reference(interpreted, length, window, packed):
@@ -90,6 +91,7 @@ def test_splash_is_the_reference(interpreted, length, window, packed):
         np.testing.assert_allclose(actual, right, atol=1e-4)
 
 
+@pytest.mark.slow(reason="interprets a TPU kernel")
 def test_the_model_with_splash_is_the_model(interpreted, devices_run):
     devices_run("splash")
     config = small_config("plt", 2, width=32)
@@ -103,6 +105,7 @@ def test_the_model_with_splash_is_the_model(interpreted, devices_run):
     np.testing.assert_allclose(logits("splash"), logits("xla"), atol=1e-4)
 
 
+@pytest.mark.slow(reason="interprets a TPU kernel")
 def test_splash_of_bfloat16_rounds_only_what_it_reads_and_writes(interpreted):
     *inputs, documents = random_inputs(100, jnp.bfloat16)
     out = compiled(lambda *x: splash_attention(*x, documents, None))(*inputs)
@@ -111,6 +114,7 @@ def test_splash_of_bfloat16_rounds_only_what_it_reads_and_writes(interpreted):
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.04)
 
 
+@pytest.mark.slow(reason="interprets a TPU kernel on simulated devices")
 def test_splash_on_a_mesh_is_the_reference():
     done = subprocess.run(
         [sys.executable, "-m", "tests.model.kernels_worker"],
@@ -205,6 +209,7 @@ def pod():
     return make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), topology.devices)
 
 
+@pytest.mark.slow(reason="compiles for a TPU pod")
 def test_a_pod_gets_splash_and_compiles_it(pod):
     sizes = {"vocab_size": 32, "max_length": 600, "dtype": "bfloat16"}
     config = small_config("plt", 2, window=65, **sizes)
@@ -223,6 +228,7 @@ def test_a_pod_gets_splash_and_compiles_it(pod):
         assert f"splash_mha_{phase}_segmented" in program
 
 
+@pytest.mark.slow(reason="compiles for a TPU pod")
 def test_a_pod_spreads_sequences_and_runs_splash_on_each_part(pod):
     config = small_config("plt", 2, window=65, vocab_size=32, max_length=1100, dtype="bfloat16")
     mesh = make_mesh(MeshConfig(data=1, context=4), pod.devices.ravel())
@@ -240,6 +246,7 @@ def test_a_pod_spreads_sequences_and_runs_splash_on_each_part(pod):
     assert "collective-permute" in program
 
 
+@pytest.mark.slow(reason="compiles for a TPU pod")
 def test_a_pod_exchanges_experts_and_multiplies_them_by_kernels(pod):
     """Forward and backward, of widths that are no multiples of a tile."""
     moe = {"experts": 4, "expert_width": 336, "shared_width": 64, "dense_layers": 1}

@@ -304,6 +304,7 @@ def test_numbers_that_are_not_finite_leave_gaps(recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
+@pytest.mark.slow(reason="draws the figures of a long run")
 def test_long_runs_make_small_pages():
     rows = full_rows(100_000)
     rows += [evaluated(step, 3e5 + step) for step in range(1_000_000, 1_020_000)]

@@ -25,6 +25,8 @@ from tests.training.runs import (
     tiny_config,
 )
 
+pytestmark = pytest.mark.slow(reason="trains several runs")
+
 SKIP = CheckpointConfig(skip_damaged=True)
 
 

@@ -114,6 +114,7 @@ def test_biases_take_no_gradient_and_no_decay():
     assert config.optimizer.weight_decay > 0
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_run_with_experts_logs_and_opens_and_may_change_its_products(finished, tmp_path):
     moe = MOE | {"dense_layers": 1, "bias_update_rate": 0.01, "grouped_product": "ragged_dot"}
     config = tiny_config(finished.home, tmp_path / "run", model={"moe": moe}, training={"steps": 2})

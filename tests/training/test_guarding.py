@@ -25,6 +25,8 @@ from tests.training.runs import (
     tiny_config,
 )
 
+pytestmark = pytest.mark.slow(reason="trains several runs")
+
 BATCH = 4
 PATIENT = {"patience": 2}
 NOTICED = 2 + LAG

@@ -22,6 +22,8 @@ from tests.training.runs import (
     write_config,
 )
 
+pytestmark = pytest.mark.slow(reason="trains several runs")
+
 
 @pytest.fixture(scope="module")
 def corpora(tmp_path_factory, finished):

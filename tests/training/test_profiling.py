@@ -43,6 +43,7 @@ def test_the_steps_of_the_window_are_traced(tmp_path):
     assert said == [f"the profile is in {tmp_path}; TensorBoard shows it"]
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_a_window_that_a_stop_cuts_short_ends_with_the_run(tmp_path):
     _, (trace,) = run_window(tmp_path, 3, 9, 4)
     assert steps_traced(trace) == [3, 4]
@@ -62,6 +63,7 @@ def test_a_profiler_that_is_taken_is_said_and_ends_nothing(tmp_path):
     assert len(said) == 1 and said[0].startswith("no profile: ")
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_a_run_writes_its_profile_among_its_events(finished, tmp_path, capsys):
     training = {"profile_from": 2, "profile_steps": 2, "steps": 4}
     config = tiny_config(finished.home, tmp_path / "run", training=training)

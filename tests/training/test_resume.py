@@ -31,6 +31,8 @@ from tests.training.runs import (
     write_config,
 )
 
+pytestmark = pytest.mark.slow(reason="trains several runs")
+
 
 @pytest.fixture(autouse=True)
 def unhandled():

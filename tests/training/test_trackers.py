@@ -60,6 +60,7 @@ def test_rows_go_there_with_their_step(tmp_path, wandb):
     assert run.settings["name"] == tmp_path.name and run.settings["id"] is None
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_all_starts_of_a_run_are_one_there(finished, tmp_path, wandb):
     config = tiny_config(finished.home, tmp_path / "run", **PROJECT)
 
@@ -96,6 +97,7 @@ def test_a_package_that_is_not_there_is_refused_before_anything_is_written(
     check_wandb(None)
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_the_package_itself_takes_a_run_offline(finished, tmp_path, monkeypatch):
     pytest.importorskip("wandb", reason="needs wandb (pip install 'plt_jax[wandb]')")
     monkeypatch.setenv("WANDB_MODE", "offline")
