@@ -19,8 +19,8 @@ from plt_jax.benchmarks.machine import machine
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import DTYPES, Cache, init_cache
-from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.step import decode_step
+from plt_jax.decoding.weights import Params, prepare_for_decode
 from plt_jax.errors import InputError
 from plt_jax.evaluation.documents import documents_of, stream_of
 from plt_jax.runs.directory import Trained, open_trained

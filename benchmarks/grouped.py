@@ -22,7 +22,7 @@ from plt_jax.benchmarks.machine import machine
 from plt_jax.benchmarks.rounds import interleave, positive_integers, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.errors import InputError
-from plt_jax.model.grouped import FORMS, available_forms
+from plt_jax.model.grouped import KERNELS, available_kernels
 
 Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -34,7 +34,7 @@ def dense(rows_MD: jax.Array, weight_XDN: jax.Array, sizes_X: jax.Array) -> jax.
 
 def forms_here() -> dict[str, Product]:
     """The forms that this machine's devices run, the dense product first."""
-    return {"dense": dense} | {name: FORMS[name] for name in available_forms()}
+    return {"dense": dense} | {name: KERNELS[name] for name in available_kernels()}
 
 
 def main() -> None:

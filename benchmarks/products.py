@@ -1,7 +1,7 @@
 """The forms that a product of a few rows with a weight can take, where decode spends its time.
 
 python -m benchmarks.products times each form over as many weights as memory, not a
-processor's cache, has to deliver. `decoding/layout.py` takes the fastest on each backend.
+processor's cache, has to deliver. `decoding/linear.py` takes the fastest on each backend.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
 from plt_jax.benchmarks.rounds import interleave, positive_integers, spread
 from plt_jax.commands.parser import CommandParser, run_command
-from plt_jax.decoding.layout import linear
+from plt_jax.decoding.linear import linear
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -36,7 +36,7 @@ FORMS: dict[str, tuple[str, Form]] = {
     "product, inputs first": ("DN", product("MD,DN->MN")),
     "product, outputs first": ("ND", product("MD,ND->MN")),
     "fused sum, outputs first": ("ND", fused_sum),
-    "decoding.layout.linear": ("ND", linear),
+    "decoding.linear.linear": ("ND", linear),
 }
 
 

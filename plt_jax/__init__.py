@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from plt_jax.config import LoopConfig, ModelConfig, MoEConfig, RunConfig
     from plt_jax.decoding.cache import Cache, init_cache
     from plt_jax.decoding.generation import generate
-    from plt_jax.decoding.layout import prepare_for_decode
     from plt_jax.decoding.prefill import prefill
     from plt_jax.decoding.sampling import Sampling
     from plt_jax.decoding.step import decode_step
+    from plt_jax.decoding.weights import prepare_for_decode
     from plt_jax.errors import InputError
     from plt_jax.interop.huggingface import load_huggingface, save_huggingface
     from plt_jax.model.transformer import Transformer
@@ -35,7 +35,7 @@ _HOME = {
     "load_config": "runs.configuration",
     "load_huggingface": "interop.huggingface",
     "prefill": "decoding.prefill",
-    "prepare_for_decode": "decoding.layout",
+    "prepare_for_decode": "decoding.weights",
     "save_huggingface": "interop.huggingface",
 }
 

@@ -86,7 +86,7 @@ def forward_with_states(config: ModelConfig) -> Callable[..., tuple[jax.Array, L
 
     def logits_and_states(model, *inputs):
         states = model.loop_states(*inputs)
-        return model.logits(states.handed_LBTD[-1]), states
+        return model.logits(states.output_LBTD[-1]), states
 
     model = Transformer(config)
     return compiled(

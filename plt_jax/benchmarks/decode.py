@@ -38,8 +38,8 @@ from plt_jax.decoding.generation import (
     advance,
     prefill_prompts,
 )
-from plt_jax.decoding.layout import EXPERT_AXES, Params, prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
+from plt_jax.decoding.weights import EXPERT_AXES, DecodeWeights, prepare_for_decode
 from plt_jax.errors import InputError
 from plt_jax.model.attention import gate_parameters
 from plt_jax.model.transformer import Transformer
@@ -157,28 +157,28 @@ def base_config(arguments: argparse.Namespace) -> ModelConfig:
     return ModelConfig(**settings | ({"dtype": arguments.dtype} if arguments.dtype else {}))
 
 
-def random_weights(config: ModelConfig) -> Params:
+def random_weights(config: ModelConfig) -> DecodeWeights:
     """A model's parameters as initialised, prepared for decoding."""
     init = jax.jit(Transformer(config).init)
     declared = init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     return jax.block_until_ready(prepare_for_decode(config, declared))
 
 
-def variant_weights(config: ModelConfig, weights: Params) -> Params:
+def variant_weights(config: ModelConfig, weights: DecodeWeights) -> DecodeWeights:
     """A variant's weights: the arrays of `weights`, which all variants share, and its gates.
 
     A deeper variant has copies of the last layer.
     """
-    layers = weights["layers"]
+    layers = weights.layers
     copies = (jax.tree.map(jnp.copy, layers[-1]) for _ in range(config.layers - len(layers)))
-    weights = weights | {"layers": (*layers, *copies)}
+    weights = weights.replace(layers=(*layers, *copies))
     if config.loop.later_attention != "gated":
         return weights
     gates = {
         name: gate.initializer(jax.random.key(0), gate.shape, jnp.float32)
         for name, gate in gate_parameters(config).items()
     }
-    return weights | {"layers": tuple(layer | gates for layer in weights["layers"])}
+    return weights.replace(layers=tuple(layer | gates for layer in weights.layers))
 
 
 class PreparedVariant(NamedTuple):
@@ -186,7 +186,7 @@ class PreparedVariant(NamedTuple):
 
     variant: Variant
     config: ModelConfig
-    weights: Params
+    weights: DecodeWeights
 
     @property
     def label(self) -> str:
@@ -199,7 +199,7 @@ class Workload:
     def __init__(
         self,
         base: ModelConfig,
-        weights: Params,
+        weights: DecodeWeights,
         batch: int,
         context: int,
         settings: DecodeSettings,
@@ -337,7 +337,7 @@ def fill_with_noise(cache: Cache) -> Cache:
     return jax.tree.map(noise, cache)
 
 
-def bytes_moved(config: ModelConfig, weights: Params, cache: Cache) -> dict[str, int]:
+def bytes_moved(config: ModelConfig, weights: DecodeWeights, cache: Cache) -> dict[str, int]:
     """Bytes that a decode step reads: weights (once per pass), and keys and values.
 
     A step reads the experts that any row chose. Their expected number is counted, for choices that
@@ -345,10 +345,10 @@ def bytes_moved(config: ModelConfig, weights: Params, cache: Cache) -> dict[str,
     """
     loop, moe = config.loop, config.moe
     passes = 1 if loop.shifted else loop.count
-    head = weights.get("head", weights["embedding"])
-    layers = nbytes(weights["layers"])
+    head = weights.embedding if weights.head is None else weights.head
+    layers = nbytes(weights.layers)
     if moe.experts:
-        mixtures = [layer for layer in weights["layers"] if "router" in layer]
+        mixtures = [layer for layer in weights.layers if "router" in layer]
         experts = nbytes([[layer[name] for name in EXPERT_AXES] for layer in mixtures])
         rows = cache.lengths.shape[0] * loop.count // passes
         untouched = (1 - moe.experts_per_token / moe.experts) ** rows

@@ -142,8 +142,8 @@ def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step
       InputError: sizes do not divide over the mesh.
     """
     from plt_jax.decoding.cache import init_cache
-    from plt_jax.decoding.layout import prepare_for_decode
     from plt_jax.decoding.step import decode_step as step
+    from plt_jax.decoding.weights import prepare_for_decode
     from plt_jax.model.transformer import abstract_params
 
     model = config.model

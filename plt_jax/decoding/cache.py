@@ -1,8 +1,8 @@
 """The decoding state of a batch of sequences.
 
-Per sequence: loop 1's keys and values (one such cache per loop only in the schemes that share
-nothing), a ring of the last W keys and values per layer for each later loop with a window, and the
-vector that each loop but the last hands to the next position. No second full cache exists.
+Per sequence there are: the keys and values of loop 1 (of every loop in the schemes that share
+nothing); per layer a ring of the last W keys and values for each later loop that has a window; and
+the output of each loop but the last at the newest position. No second full cache exists.
 """
 
 from __future__ import annotations
@@ -43,35 +43,35 @@ Stored = jax.Array | Quantized
 
 @flax.struct.dataclass
 class Cache:
-    """Decoding state of B sequences; outer tuples hold one entry per layer."""
+    """Decoding state of B sequences; the outer tuples hold one entry per layer."""
 
     lengths: jax.Array
-    """int32 [B]: tokens processed."""
+    """int32 [B], the number of tokens processed."""
     keys: tuple[tuple[Stored, ...], ...]
-    """[B, K, S, H] for each of R loops: R = 1 (loop 1's, shared by all loops) or L (each its own).
-    Apart, so that a loop's keys are read where they lie."""
+    """[B, K, S, H] for each of R loops: R = 1 (loop 1, shared by all loops) or L (each its own).
+    They are separate arrays, so that the keys of one loop are read without a copy."""
     values: tuple[tuple[Stored, ...], ...]
-    """As keys."""
+    """The values, in the shapes of `keys`."""
     ring_keys: tuple[jax.Array, ...]
     """[B, L-1, K, W, H]: the last W keys of loops 2..L, with W at most S; position p is in slot
     p mod W. Empty without a window."""
     ring_values: tuple[jax.Array, ...]
-    """As ring_keys."""
+    """The values, in the shapes of `ring_keys`."""
     carried: jax.Array
-    """[B, L-1, D]: what loops 1..L-1 handed on at the last position; zero at the start. [B, 0, D]
+    """[B, L-1, D], the outputs of loops 1..L-1 at the newest position; zero at the start. [B, 0, D]
     in the schemes without a shift."""
 
     @property
     def capacity(self) -> int:
-        """Tokens that fit, S."""
+        """Number of tokens that fit, S."""
         return self.keys[0][0].shape[2]
 
     def layers(self) -> list[LayerCache]:
-        """What is held of each layer."""
+        """The cache of each layer."""
         none = (None,) * len(self.keys)
         return [
-            LayerCache(*held)
-            for held in zip(
+            LayerCache(*arrays)
+            for arrays in zip(
                 self.keys,
                 self.values,
                 self.ring_keys or none,
@@ -81,14 +81,14 @@ class Cache:
         ]
 
     def with_layers(self, layers: list[LayerCache]) -> Cache:
-        """The cache with other contents of its layers."""
+        """The cache with its layers replaced."""
         keys, values, *rings = zip(*layers, strict=True)
         ring_keys, ring_values = rings if self.ring_keys else ((), ())
         return self.replace(keys=keys, values=values, ring_keys=ring_keys, ring_values=ring_values)
 
 
 class LayerCache(NamedTuple):
-    """What a cache holds of one layer; see `Cache`."""
+    """The cache of one layer; see `Cache`."""
 
     keys: tuple[Stored, ...]
     values: tuple[Stored, ...]
@@ -101,12 +101,12 @@ def init_cache(
 ) -> Cache:
     """An empty cache for `batch` sequences of at most `max_length` tokens.
 
-    Under a mesh it lies as placement.py says, each part made on its device.
+    Under a mesh it is placed as placement.py says, and each device makes its own part.
 
     Args:
-      dtype: float32 or bfloat16, of keys, values and carried vectors; or int8, for the keys and
-        values that grow with the length, each head's at each position with a float32 scale, while
-        rings and carried vectors are of the compute dtype. Default: the model's compute dtype.
+      dtype: "float32" or "bfloat16", for keys, values and carried outputs; or "int8", for the keys
+        and values of the full cache, with one float32 scale per head and position, while rings and
+        carried outputs have the compute dtype. Default: the model's compute dtype.
 
     Raises:
       InputError: a size below 1, or another dtype.
@@ -157,33 +157,33 @@ def _empty(config: ModelConfig, batch: int, max_length: int, dtype_name: str) ->
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty_on_mesh(config: ModelConfig, batch: int, max_length: int, dtype_name: str) -> Cache:
-    return placed(_empty(config, batch, max_length, dtype_name))
+    return shard_cache(_empty(config, batch, max_length, dtype_name))
 
 
-def placed(cache: Cache) -> Cache:
-    """The cache with its arrays laid over the current mesh, if there is one."""
+def shard_cache(cache: Cache) -> Cache:
+    """The cache, sharded over the current mesh if there is one."""
     if not mesh_is_active():
         return cache
     batch, kv_heads = cache.keys[0][0].shape[:2]
     where = placement(batch, kv_heads, cache.capacity)
 
-    def laid(tree, spec: PartitionSpec):
+    def sharded(tree, spec: PartitionSpec):
         return jax.tree.map(lambda array: shard(array, *spec), tree)
 
     return Cache(
-        lengths=laid(cache.lengths, PartitionSpec(where.batch)),
-        keys=laid(cache.keys, where.full),
-        values=laid(cache.values, where.full),
-        ring_keys=laid(cache.ring_keys, where.ring),
-        ring_values=laid(cache.ring_values, where.ring),
-        carried=laid(cache.carried, PartitionSpec(where.batch)),
+        lengths=sharded(cache.lengths, PartitionSpec(where.batch)),
+        keys=sharded(cache.keys, where.full),
+        values=sharded(cache.values, where.full),
+        ring_keys=sharded(cache.ring_keys, where.ring),
+        ring_values=sharded(cache.ring_values, where.ring),
+        carried=sharded(cache.carried, PartitionSpec(where.batch)),
     )
 
 
 def write(stored: Stored, new_BKTH: jax.Array, slots_BT: jax.Array) -> Stored:
     """Writes T keys or values of every sequence into their slots.
 
-    A slot at or beyond S is dropped (a negative one would wrap around: no caller makes one).
+    Writes to slots at or beyond S are dropped. No caller gives a negative slot, which would wrap.
     """
     if isinstance(stored, Quantized):
         return jax.tree.map(
@@ -197,7 +197,7 @@ def write(stored: Stored, new_BKTH: jax.Array, slots_BT: jax.Array) -> Stored:
 
 
 def _write_one(stored: jax.Array, new_BK1H: jax.Array, slots_B: jax.Array) -> jax.Array:
-    """As `write`, row by row: for a scatter a TPU lays the cache out anew, and copies it."""
+    """Does what `write` does, sequence by sequence: for a scatter, a TPU copies the whole cache."""
 
     def write_row(row: jax.Array, stored: jax.Array) -> jax.Array:
         at = (row, 0, jnp.minimum(slots_B[row], stored.shape[2] - 1), 0)
@@ -210,7 +210,7 @@ def _write_one(stored: jax.Array, new_BK1H: jax.Array, slots_B: jax.Array) -> ja
 
 
 def quantize(x_BKTH: jax.Array) -> Quantized:
-    """Eight bits per number, symmetric around zero."""
+    """Rounds to eight bits per number, symmetric around zero."""
     wide = x_BKTH.astype(jnp.float32)
     scales = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
     values = jnp.round(wide / jnp.maximum(scales, jnp.finfo(jnp.float32).tiny))
@@ -220,7 +220,10 @@ def quantize(x_BKTH: jax.Array) -> Quantized:
 def write_rings(
     ring_BRKWH: jax.Array, new_BRKTH: jax.Array, slots_BT: jax.Array, first: int
 ) -> jax.Array:
-    """Writes T keys or values of the rings `first`, ... into their slots; slots from W on drop."""
+    """Writes T keys or values of R rings, from ring `first` on, into their slots.
+
+    Writes to slots at or beyond W are dropped.
+    """
     rows = jnp.arange(ring_BRKWH.shape[0])[:, None]
     rings = slice(first, first + new_BRKTH.shape[1])
     new_BTRKH = jnp.moveaxis(new_BRKTH, 3, 1).astype(ring_BRKWH.dtype)
@@ -228,12 +231,14 @@ def write_rings(
 
 
 def _written(array: jax.Array) -> jax.Array:
-    """Keeps XLA from fusing a write into what reads it, which on a CPU writes once more, into a
-    copy; on a TPU it is the barrier that costs one."""
+    """Keeps XLA from fusing a write into its reader.
+
+    Fused, a CPU writes a second time, into a copy. On a TPU the barrier itself would cost a copy.
+    """
     return jax.lax.optimization_barrier(array) if traced_platform() == "cpu" else array
 
 
 def ring_positions(lengths_B: jax.Array, window: int) -> jax.Array:
-    """The position held by each slot of a ring after `lengths` tokens, [B, W]; negative: none."""
+    """The position in each slot of a ring after `lengths` tokens, [B, W]; negative where empty."""
     last_B1 = lengths_B[:, None] - 1
     return last_B1 - (last_B1 - jnp.arange(window)[None, :]) % window

@@ -1,9 +1,10 @@
-"""Where a cache lies on a mesh.
+"""Placement of a cache on a mesh.
 
-Sequences are split over the batch's axes, heads over the tensor axis, and the positions of the
-cache that grows over the context and fsdp axes, and over those that sequences or heads do not
-divide by, as far as their number divides: of one long sequence every device holds a part. Each
-attends to what it holds, and small sums put the parts together (`attention.attend_where_held`).
+Sequences are split over the mesh axes of the batch, and heads over the tensor axis. The positions
+of the full cache are split over the context and fsdp axes, and over the axes that sequences or
+heads do not divide by, as far as the number of positions divides. So of one long sequence every
+device holds a part. Each device attends to what it holds, and small all-reduces merge the results
+(`attention.shard_map_attention`).
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from jax.sharding import PartitionSpec
 from plt_jax.distributed.axes import batch_axes, current_axes, dividing_axes
 
 
-class Part(NamedTuple):
-    """What a device holds of the positions of a cache."""
+class CacheShard(NamedTuple):
+    """The positions of a cache that one device holds."""
 
     start: jax.Array | int = 0
-    """Its first position."""
+    """The first of them."""
     axes: tuple[str, ...] = ()
-    """The mesh axes along which others hold the rest."""
+    """The mesh axes along which other devices hold the other positions."""
 
     def slots(self, positions: jax.Array, capacity: int) -> jax.Array:
-        """Where positions lie among the `capacity` held; `capacity`, for those that do not."""
+        """The slots of positions among the `capacity` held here; `capacity` for all others."""
         here = positions - self.start
         return jnp.where((here >= 0) & (here < capacity), here, capacity)
 
@@ -40,17 +41,17 @@ class Placement(NamedTuple):
 
     @property
     def full(self) -> PartitionSpec:
-        """Of keys and values [B, K, S, H]."""
+        """Sharding of keys and values [B, K, S, H]."""
         return PartitionSpec(self.batch, self.heads, self.positions)
 
     @property
     def ring(self) -> PartitionSpec:
-        """Of keys and values of windows [B, L-1, K, W, H]."""
+        """Sharding of the rings' keys and values [B, L-1, K, W, H]."""
         return PartitionSpec(self.batch, None, self.heads)
 
     @property
     def rows(self) -> PartitionSpec:
-        """Of queries and new keys and values [B, N or K, T, H]."""
+        """Sharding of queries and of new keys and values [B, N or K, T, H]."""
         return PartitionSpec(self.batch, self.heads)
 
 
@@ -58,8 +59,8 @@ def placement(batch: int, kv_heads: int, capacity: int) -> Placement:
     """The placement of a cache's arrays on the current mesh.
 
     Args:
-      batch, kv_heads, capacity: B, K and S. An axis that none of them divides by is not used: make
-        S a multiple of the devices.
+      batch, kv_heads, capacity: B, K and S. A mesh axis that divides none of them is not used; a
+        capacity that is a multiple of the devices uses all.
     """
     rows = batch_axes(batch, "decode_batch")
     heads = dividing_axes(current_axes("kv_heads"), kv_heads)

@@ -1,6 +1,6 @@
 """Prefill: the next chunk of every sequence, parallel over positions and serial over loops.
 
-A chunk may start anywhere, so a prompt can come in any split of chunks and decode steps.
+A chunk may start at any position, so a prompt can come in any split of chunks and decode steps.
 """
 
 from __future__ import annotations
@@ -11,44 +11,43 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.decoding.attention import attend_causally, attend_where_held, attend_window
-from plt_jax.decoding.cache import Cache, LayerCache, placed, write, write_rings
+from plt_jax.decoding.attention import attend_causally, attend_window, shard_map_attention
+from plt_jax.decoding.cache import Cache, LayerCache, shard_cache, write, write_rings
 from plt_jax.decoding.checks import check_chunk
-from plt_jax.decoding.layout import (
-    PREPARED_LAYOUT,
-    Params,
-    lay_rows,
-    logits_of,
-    prepare_for_decode,
-)
-from plt_jax.decoding.placement import Part
+from plt_jax.decoding.ops import DECODE_OPS, head_logits
+from plt_jax.decoding.placement import CacheShard
+from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
 from plt_jax.model.attention import blend, choose_backend
 from plt_jax.model.block import apply_block
 from plt_jax.model.kernels import Backend
 from plt_jax.model.layers import Rotation, embed, rms_norm, rope_rotation
-from plt_jax.model.looping import loop_input
-from plt_jax.model.moe import of_loops
+from plt_jax.model.looping import loop_output, next_loop_input
+from plt_jax.model.moe import weights_of_loop
 
 
 def prefill(
-    config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, cache: Cache
+    config: ModelConfig,
+    params: Params | DecodeWeights,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: Cache,
 ) -> tuple[jax.Array, Cache]:
     """Appends a chunk to every sequence.
 
     Args:
-      params: as `Transformer.init` gives them, or as `prepare_for_decode` lays them out.
+      params: as `Transformer.init` returns them, or as `prepare_for_decode` lays them out.
       tokens: int32 [B, C], padded on the right.
-      lengths: int32 [B], how many tokens of each row are real, 0 to C.
-      cache: unchanged; wrap the call in a jit that donates it to update it in place.
+      lengths: int32 [B], the number of tokens of each row that are not padding, 0 to C.
+      cache: is not changed. To update it in place, wrap the call in a jit that donates it.
 
     Returns:
-      The logits of each sequence's last real token, float32 [B, V] (of no meaning where the length
-      is 0), and the cache after the chunk.
+      The logits of each sequence's last token of the chunk, float32 [B, V] (meaningless where the
+      length is 0), and the cache after the chunk.
 
     Raises:
-      InputError: shapes disagree, the chunk is longer than the cache, or, of values that are known
-        (inside a jit of yours they are not, and such tokens are lost or wrong), tokens outside the
-        vocabulary or more of them than the cache has room for.
+      InputError: shapes disagree; the chunk is longer than the cache; a token lies outside of the
+        vocabulary; or the cache has no room for the tokens. The last two are checked only outside
+        of jit, where values are known: inside, such tokens are lost or give wrong logits.
     """
     check_chunk(config, tokens, lengths, cache)
     return _prefill(config, params, tokens, lengths, cache)
@@ -56,63 +55,80 @@ def prefill(
 
 @partial(jax.jit, static_argnums=0)
 def _prefill(
-    config: ModelConfig, params: Params, tokens: jax.Array, lengths: jax.Array, cache: Cache
+    config: ModelConfig,
+    params: Params | DecodeWeights,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    params = prepare_for_decode(config, params)
+    weights = prepare_for_decode(config, params)
     loop = config.loop
     positions_BC = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     rotation = rope_rotation(config, positions_BC)
-    embeddings_BCD = embed(tokens, params["embedding"], jnp.dtype(config.dtype))
+    embeddings_BCD = embed(tokens, weights.embedding, jnp.dtype(config.dtype))
+    normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
     last_B = jnp.maximum(lengths - 1, 0)
 
-    x_BCD, carried = embeddings_BCD, []
+    x_BCD, output_BCD, carried = embeddings_BCD, embeddings_BCD, []
     for index in range(loop.count):
         if index > 0:
+            before_B1D = cache.carried[:, index - 1 : index].astype(embeddings_BCD.dtype)
+            shift = partial(_shift_chunk, before_B1D=before_B1D)
             if loop.shifted:
-                before_B1D = cache.carried[:, index - 1 : index].astype(x_BCD.dtype)
-                carried.append(_last_or(x_BCD, last_B, lengths, before_B1D))
-                x_BCD = jnp.concatenate([before_B1D, x_BCD[:, :-1]], axis=1)
-            x_BCD = loop_input(loop, embeddings_BCD, x_BCD)
-        x_BCD, cache = _run_loop(config, params, index, x_BCD, lengths, rotation, cache)
-        if loop.normalize_between_loops or index == loop.count - 1:
-            x_BCD = rms_norm(x_BCD, params["final_norm"], config.norm_epsilon)
+                carried.append(_last_or(output_BCD, last_B, lengths, before_B1D))
+            x_BCD = next_loop_input(loop, embeddings_BCD, output_BCD, shift)
+        hidden_BCD, cache = _run_loop(config, weights, index, x_BCD, lengths, rotation, cache)
+        output_BCD = loop_output(loop, hidden_BCD, normalize, is_last=index == loop.count - 1)
     if carried:
         cache = cache.replace(carried=jnp.concatenate(carried, axis=1).astype(cache.carried.dtype))
-    last_B1D = jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
-    cache = placed(cache.replace(lengths=cache.lengths + lengths))
-    return logits_of(params, last_B1D)[:, 0], cache
+    last_B1D = jnp.take_along_axis(output_BCD, last_B[:, None, None], axis=1)
+    cache = shard_cache(cache.replace(lengths=cache.lengths + lengths))
+    return head_logits(weights, last_B1D)[:, 0], cache
+
+
+def _shift_chunk(output_BCD: jax.Array, before_B1D: jax.Array) -> jax.Array:
+    """Moves outputs one position to the right; `before` is the output ahead of the chunk."""
+    return jnp.concatenate([before_B1D, output_BCD[:, :-1]], axis=1)
 
 
 def _last_or(
     x_BCD: jax.Array, last_B: jax.Array, lengths_B: jax.Array, before_B1D: jax.Array
 ) -> jax.Array:
-    """The state at each row's last real token, or `before` where the row has none, [B, 1, D]."""
+    """The state at each row's last token, or `before` where the row has none, [B, 1, D]."""
     last_B1D = jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
     return jnp.where((lengths_B > 0)[:, None, None], last_B1D, before_B1D)
 
 
 def _run_loop(
     config: ModelConfig,
-    params: Params,
+    weights: DecodeWeights,
     index: int,
     x_BCD: jax.Array,
     lengths_B: jax.Array,
     rotation: Rotation,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """One loop (0 for the first) over the chunk: its raw output, and the cache with its keys."""
+    """Runs one loop (0 for the first) over the chunk: its hidden states [B, C, D], and the cache
+    with its keys and values."""
     attend_chunk = partial(_attend_chunk, config, index, choose_backend(config))
-    layers = cache.layers()
-    for layer, weights in enumerate(params["layers"]):
-
-        def attend(q, k, v, gate_BNT, layer=layer):
-            out, layers[layer] = attend_where_held(
-                attend_chunk, q, k, v, gate_BNT, layers[layer], cache.lengths, lengths_B
-            )
-            return out
-
-        weights = of_loops(weights, index)
-        x_BCD, _ = apply_block(config, weights, lay_rows(x_BCD), rotation, attend, PREPARED_LAYOUT)
+    layers = []
+    for layer_weights, layer_cache in zip(weights.layers, cache.layers(), strict=True):
+        attend = partial(
+            shard_map_attention,
+            attend_chunk,
+            cache=layer_cache,
+            lengths_B=cache.lengths,
+            more=(lengths_B,),
+        )
+        x_BCD, layer_cache, _ = apply_block(
+            config,
+            weights_of_loop(layer_weights, index),
+            shard_rows(x_BCD),
+            rotation,
+            attend,
+            DECODE_OPS,
+        )
+        layers.append(layer_cache)
     return x_BCD, cache.with_layers(layers)
 
 
@@ -124,32 +140,34 @@ def _attend_chunk(
     k_BKCH: jax.Array,
     v_BKCH: jax.Array,
     gate_BNC: jax.Array | None,
-    held: LayerCache,
+    cache: LayerCache,
     before_B: jax.Array,
     lengths_B: jax.Array,
-    part: Part,
+    shard: CacheShard,
 ) -> tuple[jax.Array, LayerCache]:
-    """One layer's attention of a chunk in loop `index`; see `attend_where_held`."""
+    """Attention of a chunk in loop `index` and one layer; see `shard_map_attention`."""
     loop = config.loop
     own = index == 0 or loop.later_attention == "own"
     row = index if own else 0
-    capacity, C = held.keys[0].shape[2], q_BNCH.shape[2]
+    capacity, C = cache.keys[0].shape[2], q_BNCH.shape[2]
     real_BC = jnp.arange(C) < lengths_B[:, None]
     positions_BC = before_B[:, None] + jnp.arange(C)
-    seen_BC = jnp.where(real_BC, positions_BC, 0)  # what is not real need not look far
+    seen_BC = jnp.where(real_BC, positions_BC, 0)  # padding need not look far
     if own:
-        slots_BC = jnp.where(real_BC, part.slots(positions_BC, capacity), capacity)
-        keys, values = list(held.keys), list(held.values)
+        slots_BC = jnp.where(real_BC, shard.slots(positions_BC, capacity), capacity)
+        keys, values = list(cache.keys), list(cache.values)
         keys[row], values[row] = (
             write(keys[row], k_BKCH, slots_BC),
             write(values[row], v_BKCH, slots_BC),
         )
-        held = held._replace(keys=tuple(keys), values=tuple(values))
-    everything = attend_causally(q_BNCH, held.keys[row], held.values[row], seen_BC, backend, part)
+        cache = cache._replace(keys=tuple(keys), values=tuple(values))
+    global_BNCH = attend_causally(
+        q_BNCH, cache.keys[row], cache.values[row], seen_BC, backend, shard
+    )
     if own or loop.later_attention == "shared":
-        return everything, held
-    rings = held.ring_keys, held.ring_values
-    local = attend_window(
+        return global_BNCH, cache
+    rings = cache.ring_keys, cache.ring_values
+    local_BNCH = attend_window(
         q_BNCH, (k_BKCH, v_BKCH), tuple(ring[:, index - 1] for ring in rings), before_B
     )
     ring_slots_BC = ring_slots_of_chunk(rings[0].shape[3], positions_BC, lengths_B, before_B)
@@ -157,17 +175,17 @@ def _attend_chunk(
         write_rings(ring, new[:, None], ring_slots_BC, index - 1)
         for ring, new in zip(rings, (k_BKCH, v_BKCH), strict=True)
     )
-    held = held._replace(ring_keys=ring_keys, ring_values=ring_values)
-    return blend(gate_BNC, everything, local), held
+    cache = cache._replace(ring_keys=ring_keys, ring_values=ring_values)
+    return blend(gate_BNC, global_BNCH, local_BNCH), cache
 
 
 def ring_slots_of_chunk(
     window: int, positions_BC: jax.Array, lengths_B: jax.Array, before_B: jax.Array
 ) -> jax.Array:
-    """The ring's slot of each key of a chunk, [B, C]; W, which drops it, where none stays.
+    """The ring's slot of each key of a chunk, int32 [B, C]; W for keys that are not written.
 
-    Those are the keys that are not real and those that later ones of the chunk overwrite, since
-    which of two writes to one slot stays is not defined.
+    Not written are padding and the keys that later ones of the chunk would overwrite: which of two
+    writes to one slot remains is undefined.
     """
     end_B1 = (before_B + lengths_B)[:, None]
     kept_BC = (positions_BC < end_B1) & (positions_BC >= end_B1 - window)

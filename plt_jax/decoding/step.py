@@ -1,112 +1,145 @@
 """The decode step: one token of every sequence, all loops in ONE pass of the stack.
 
-With the shift, loop l at position i needs only the previous loop's state at position i - 1, which
-the step before left behind (Algorithm 1 of the PLT paper). So the rows a·E[i] + b·H^(l-1)[i-1] of
-all loops go through the layers together: each weight is read once for all loops, and so is loop 1's
-cache, because the loops are just more queries at the same position.
+With the shift, loop l at position i needs only the previous loop's output at position i - 1, which
+the step before has left in the cache (Algorithm 1 of the PLT paper). So the rows
+a·E[i] + b·H^(l-1)[i-1] of all loops go through the layers together: the step reads each weight once
+for all loops, and loop 1's keys and values too, because the loops are further queries at the same
+position.
 """
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.decoding.attention import attend, attend_own, attend_where_held
+from plt_jax.decoding.attention import attend, attend_own, shard_map_attention
 from plt_jax.decoding.cache import (
     Cache,
     LayerCache,
     Stored,
-    placed,
     ring_positions,
+    shard_cache,
     write,
     write_rings,
 )
 from plt_jax.decoding.checks import check_step
-from plt_jax.decoding.layout import (
-    PREPARED_LAYOUT,
-    Params,
-    lay_rows,
-    logits_of,
-    prepare_for_decode,
-)
-from plt_jax.decoding.placement import Part
+from plt_jax.decoding.ops import DECODE_OPS, head_logits
+from plt_jax.decoding.placement import CacheShard
+from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
 from plt_jax.model.attention import blend
 from plt_jax.model.block import apply_block
 from plt_jax.model.layers import embed, rms_norm, rope_rotation
-from plt_jax.model.looping import loop_input
-from plt_jax.model.moe import of_loops
+from plt_jax.model.looping import loop_output, next_loop_input
+from plt_jax.model.moe import weights_of_loop
+
+
+class UnpreparedWeightsWarning(UserWarning):
+    """`decode_step` was given parameters that it has to lay out anew at every call."""
 
 
 def decode_step(
-    config: ModelConfig, params: Params, tokens: jax.Array, cache: Cache
+    config: ModelConfig, params: Params | DecodeWeights, tokens: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """Appends one token to every sequence.
 
-    Schemes without a shift cannot run their loops together and take one pass per loop.
+    Schemes without a shift cannot run their loops together; they take one pass for each loop.
 
     Args:
-      params: as `prepare_for_decode` lays them out (fast), or as `Transformer.init` gives them.
+      params: as `prepare_for_decode` lays them out. Those that `Transformer.init` returns are laid
+        out anew at every call, which costs more than the step; the first such call of a process
+        warns with UnpreparedWeightsWarning.
       tokens: int32 [B].
-      cache: unchanged; wrap the call in a jit that donates it to update it in place.
+      cache: is not changed. To update it in place, wrap the call in a jit that donates it.
 
     Returns:
       Logits of the next token, float32 [B, V], and the cache after this one.
 
     Raises:
-      InputError: batch sizes disagree, or, of values that are known (inside a jit of yours they are
-        not, and such a token is lost or wrong), a token outside the vocabulary or a sequence that
-        fills the cache already.
+      InputError: batch sizes disagree; a token lies outside of the vocabulary; or a sequence fills
+        the cache already. The last two are checked only outside of jit, where values are known:
+        inside, such tokens are lost or give wrong logits.
     """
     check_step(config, tokens, cache)
+    if not isinstance(params, DecodeWeights):
+        # Python's default filter shows it once for each line of code that calls.
+        warnings.warn(
+            "decode_step lays the parameters out anew at every call; call "
+            "plt_jax.prepare_for_decode(config, params) once, and pass what it returns",
+            UnpreparedWeightsWarning,
+            stacklevel=2,
+        )
     return _decode_step(config, params, tokens, cache)
 
 
 @partial(jax.jit, static_argnums=0)
 def _decode_step(
-    config: ModelConfig, params: Params, tokens: jax.Array, cache: Cache
+    config: ModelConfig, params: Params | DecodeWeights, tokens: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    params = prepare_for_decode(config, params)
+    weights = prepare_for_decode(config, params)
+    E_B1D = embed(tokens[:, None], weights.embedding, jnp.dtype(config.dtype))
+    one_pass = config.loop.shifted or config.loop.count == 1
+    run_loops = _run_loops_together if one_pass else _run_loops_in_turn
+    output_B1D, cache = run_loops(config, weights, E_B1D, cache)
+    cache = shard_cache(cache.replace(lengths=cache.lengths + 1))
+    return head_logits(weights, output_B1D)[:, 0], cache
+
+
+def _run_loops_together(
+    config: ModelConfig, weights: DecodeWeights, E_B1D: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """All loops in one pass: the last loop's output [B, 1, D], and the cache after it."""
     loop = config.loop
-    E_B1D = embed(tokens[:, None], params["embedding"], jnp.dtype(config.dtype))
-    if loop.shifted or loop.count == 1:
-        later_BLD = loop_input(loop, E_B1D, cache.carried.astype(E_B1D.dtype))
-        x_BLD = jnp.concatenate([E_B1D, later_BLD], axis=1) if loop.count > 1 else E_B1D
-        raw_BLD, cache = _run_rows(config, params, range(loop.count), x_BLD, cache)
-        normed_BLD = rms_norm(raw_BLD, params["final_norm"], config.norm_epsilon)
-        handed_BLD = normed_BLD if loop.normalize_between_loops else raw_BLD
-        carried_BLD = handed_BLD[:, : cache.carried.shape[1]].astype(cache.carried.dtype)
-        cache, last_B1D = cache.replace(carried=carried_BLD), normed_BLD[:, -1:]
-    else:
-        last_B1D = E_B1D
-        for index in range(loop.count):
-            last_B1D, cache = _run_rows(config, params, range(index, index + 1), last_B1D, cache)
-            if loop.normalize_between_loops or index == loop.count - 1:
-                last_B1D = rms_norm(last_B1D, params["final_norm"], config.norm_epsilon)
-    return logits_of(params, last_B1D)[:, 0], placed(cache.replace(lengths=cache.lengths + 1))
+    normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
+    x_BLD = E_B1D
+    if loop.count > 1:
+        # The cache holds the outputs of the position before: they are shifted already.
+        previous = cache.carried.astype(E_B1D.dtype)
+        later_BLD = next_loop_input(loop, E_B1D, previous, shift=lambda output: output)
+        x_BLD = jnp.concatenate([E_B1D, later_BLD], axis=1)
+    hidden_BLD, cache = _run_rows(config, weights, range(loop.count), x_BLD, cache)
+    is_last_L1 = jnp.arange(loop.count)[:, None] == loop.count - 1
+    output_BLD = loop_output(loop, hidden_BLD, normalize, is_last_L1)
+    carried_BLD = output_BLD[:, : cache.carried.shape[1]].astype(cache.carried.dtype)
+    return output_BLD[:, -1:], cache.replace(carried=carried_BLD)
+
+
+def _run_loops_in_turn(
+    config: ModelConfig, weights: DecodeWeights, E_B1D: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """One pass for each loop: the last loop's output [B, 1, D], and the cache after it."""
+    loop = config.loop
+    normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
+    output_B1D = E_B1D
+    for index in range(loop.count):
+        hidden_B1D, cache = _run_rows(config, weights, range(index, index + 1), output_B1D, cache)
+        output_B1D = loop_output(loop, hidden_B1D, normalize, is_last=index == loop.count - 1)
+    return output_B1D, cache
 
 
 def _run_rows(
-    config: ModelConfig, params: Params, loops: range, x_BRD: jax.Array, cache: Cache
+    config: ModelConfig, weights: DecodeWeights, loops: range, x_BRD: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """All layers over one row per loop of `loops`: raw outputs [B, R, D], and the cache after."""
+    """All layers over one row for each loop of `loops`: hidden states [B, R, D], and the cache."""
     rotation = rope_rotation(config, cache.lengths[:, None])
-    layers = cache.layers()
-    for layer, declared in enumerate(params["layers"]):
-
-        def attend(q, k, v, gate_BNR, layer=layer):
-            out, layers[layer] = attend_where_held(
-                partial(_attend_rows, config, loops),
-                *(q, k, v, gate_BNR),
-                layers[layer],
-                cache.lengths,
-            )
-            return out
-
-        weights = of_loops(declared, jnp.arange(loops.start, loops.stop))
-        x_BRD, _ = apply_block(config, weights, lay_rows(x_BRD), rotation, attend, PREPARED_LAYOUT)
+    attend_rows = partial(_attend_rows, config, loops)
+    layers = []
+    for layer_weights, layer_cache in zip(weights.layers, cache.layers(), strict=True):
+        attend_layer = partial(
+            shard_map_attention, attend_rows, cache=layer_cache, lengths_B=cache.lengths
+        )
+        x_BRD, layer_cache, _ = apply_block(
+            config,
+            weights_of_loop(layer_weights, jnp.arange(loops.start, loops.stop)),
+            shard_rows(x_BRD),
+            rotation,
+            attend_layer,
+            DECODE_OPS,
+        )
+        layers.append(layer_cache)
     return x_BRD, cache.with_layers(layers)
 
 
@@ -117,20 +150,22 @@ def _attend_rows(
     k_BKRH: jax.Array,
     v_BKRH: jax.Array,
     gate_BNR: jax.Array | None,
-    held: LayerCache,
+    cache: LayerCache,
     lengths_B: jax.Array,
-    part: Part,
+    shard: CacheShard,
 ) -> tuple[jax.Array, LayerCache]:
-    """One layer's attention of one row per loop, all at the position behind `lengths`; see
-    `attend_where_held`."""
+    """Attention of one row for each loop, in one layer; see `shard_map_attention`.
+
+    All rows of a sequence are at the position behind its `lengths`.
+    """
     loop = config.loop
-    capacity, slots_B1 = held.keys[0].shape[2], lengths_B[:, None]
-    own_B1 = part.slots(slots_B1, capacity)
-    mask_B1S = part.start + jnp.arange(capacity) <= slots_B1[:, :, None]
+    capacity, slots_B1 = cache.keys[0].shape[2], lengths_B[:, None]
+    own_B1 = shard.slots(slots_B1, capacity)
+    mask_B1S = shard.start + jnp.arange(capacity) <= slots_B1[:, :, None]
     later = [row for row, index in enumerate(loops) if index > 0]
 
     def written(stored: tuple[Stored, ...], new_BKRH: jax.Array, rows: dict[int, int]):
-        """With the new rows of some loops, by loop."""
+        """The arrays of all loops, with the new rows of those in `rows`, by loop."""
         return tuple(
             write(old, new_BKRH[:, :, rows[index] : rows[index] + 1], own_B1)
             if index in rows
@@ -140,34 +175,34 @@ def _attend_rows(
 
     own = loop.later_attention == "own"
     rows = {index: row for row, index in enumerate(loops) if own or index == 0}
-    held = held._replace(
-        keys=written(held.keys, k_BKRH, rows), values=written(held.values, v_BKRH, rows)
+    cache = cache._replace(
+        keys=written(cache.keys, k_BKRH, rows), values=written(cache.values, v_BKRH, rows)
     )
     if own:
         outs = [
             attend(
-                *(q_BNRH[:, :, row : row + 1], held.keys[index], held.values[index], mask_B1S),
-                part.axes,
+                *(q_BNRH[:, :, row : row + 1], cache.keys[index], cache.values[index], mask_B1S),
+                shard.axes,
             )
             for index, row in rows.items()
         ]
-        return jnp.concatenate(outs, axis=2), held
-    # Loops are a second query axis here: the shared cache is read once for all of them.
-    everything = attend(q_BNRH, held.keys[0], held.values[0], mask_B1S, part.axes)
+        return jnp.concatenate(outs, axis=2), cache
+    # Loops are a second axis of queries here: the shared cache is read once for all of them.
+    global_BNRH = attend(q_BNRH, cache.keys[0], cache.values[0], mask_B1S, shard.axes)
     if loop.later_attention == "shared" or not later:
-        return everything, held
+        return global_BNRH, cache
     first, rings = later[0], slice(loops[later[0]] - 1, loops[-1])
-    window = held.ring_keys.shape[3]
+    window = cache.ring_keys.shape[3]
 
     def in_ring(ring_BRKWH: jax.Array, new_BKRH: jax.Array) -> jax.Array:
         new_BRK1H = new_BKRH[:, :, first:].swapaxes(1, 2)[:, :, :, None]
         return write_rings(ring_BRKWH, new_BRK1H, slots_B1 % window, rings.start)
 
-    held = held._replace(
-        ring_keys=in_ring(held.ring_keys, k_BKRH), ring_values=in_ring(held.ring_values, v_BKRH)
+    cache = cache._replace(
+        ring_keys=in_ring(cache.ring_keys, k_BKRH), ring_values=in_ring(cache.ring_values, v_BKRH)
     )
     ring_mask_B1W = (ring_positions(lengths_B + 1, window) >= 0)[:, None]
-    seen = (held.ring_keys[:, rings], held.ring_values[:, rings])
-    local = attend_own(q_BNRH[:, :, first:], *seen, ring_mask_B1W)
-    blended = blend(gate_BNR[:, :, first:], everything[:, :, first:], local)
-    return jnp.concatenate([everything[:, :, :first], blended], axis=2), held
+    seen = (cache.ring_keys[:, rings], cache.ring_values[:, rings])
+    local_BNRH = attend_own(q_BNRH[:, :, first:], *seen, ring_mask_B1W)
+    blended = blend(gate_BNR[:, :, first:], global_BNRH[:, :, first:], local_BNRH)
+    return jnp.concatenate([global_BNRH[:, :, :first], blended], axis=2), cache

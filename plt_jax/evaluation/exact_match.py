@@ -16,8 +16,8 @@ from plt_jax.config.yaml_file import describe_errors
 from plt_jax.data.synthetic_examples import ProblemEncoder, check_test_set
 from plt_jax.data.synthetic_tasks import Problem, make_test_set
 from plt_jax.decoding.generation import generate
-from plt_jax.decoding.layout import Params, prepare_for_decode
 from plt_jax.decoding.sampling import Sampling
+from plt_jax.decoding.weights import Params, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.files import write_text

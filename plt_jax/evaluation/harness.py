@@ -19,10 +19,10 @@ from rich.progress import Progress
 
 from plt_jax.config import MeshConfig
 from plt_jax.data.tokenizer import bos_id, eos_id
-from plt_jax.decoding.generation import stream
-from plt_jax.decoding.layout import prepare_for_decode
+from plt_jax.decoding.generation import GenerationRequest, stream
 from plt_jax.decoding.sampling import Sampling
-from plt_jax.decoding.text import begin
+from plt_jax.decoding.text import encode_prompt
+from plt_jax.decoding.weights import prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.evaluation.likelihood import Scored, likelihoods
@@ -38,7 +38,7 @@ LOOK_EVERY = 8  # steps between two looks for texts that end a generation
 class HarnessModel(LM):
     """A run or checkpoint, on all devices, of which each takes its rows of a batch.
 
-    Every text begins a document, with the begin token before it, as in training.
+    Every text begins a document, with the encode_prompt token before it, as in training.
     """
 
     def __init__(
@@ -134,7 +134,9 @@ class HarnessModel(LM):
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
-        tokens, whole = (begin(self.tokenizer, text) for text in (kept, kept + continuation))
+        tokens, whole = (
+            encode_prompt(self.tokenizer, text) for text in (kept, kept + continuation)
+        )
         if whole[: len(tokens)] == tokens:
             return tokens, whole[len(tokens) :]
         return tokens, self._tokens(continuation)
@@ -250,7 +252,7 @@ class HarnessModel(LM):
         until, sampling, most = read_settings(settings, self.eot_token_id)
         most = min(most, self.max_length // 2)
         room = self.max_length - most
-        prompts = [begin(self.tokenizer, context)[-room:] for context in contexts]
+        prompts = [encode_prompt(self.tokenizer, context)[-room:] for context in contexts]
         # All batches have as many rows, for which one program is compiled.
         missing = self.batch_size - len(prompts)
         prompts += [prompts[-1]] * missing
@@ -258,7 +260,8 @@ class HarnessModel(LM):
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(self._seed), number))
         made: list[list[int]] = [[] for _ in contexts]
         with use_mesh(self._mesh):
-            steps = stream(self._config, self._weights, prompts, most, sampling, key=keys(numbers))
+            request = GenerationRequest(prompts, most, sampling, keys(numbers))
+            steps = stream(self._config, self._weights, request)
             for count, column in enumerate(steps, start=1):
                 for tokens, token in zip(made, column.tolist(), strict=False):
                     tokens.append(token)

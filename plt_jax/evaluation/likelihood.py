@@ -142,7 +142,7 @@ def _score(
 
     def scores(model: Transformer) -> tuple[jax.Array, jax.Array]:
         states = model.loop_states(tokens_BT)
-        return in_turns(model, states.handed_LBTD[-1], targets_BT)
+        return in_turns(model, states.output_LBTD[-1], targets_BT)
 
     return Transformer(config).apply({"params": params}, method=scores)
 
@@ -158,7 +158,7 @@ def nll_by_loop(
             nll_BT, _ = in_turns(model, model.normalize(raw_BTD), targets_BT)
             return nll_BT
 
-        return jax.lax.map(of_loop, model.loop_states(tokens_BT).raw_LBTD)
+        return jax.lax.map(of_loop, model.loop_states(tokens_BT).hidden_LBTD)
 
     nll_LBT = Transformer(config).apply({"params": params}, method=scores)
     return (jnp.moveaxis(nll_LBT, 0, 1),)

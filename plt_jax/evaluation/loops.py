@@ -23,10 +23,10 @@ from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
 from plt_jax.files import write_text
 from plt_jax.model.attention import blend
-from plt_jax.model.block import apply_block, stacks_of
-from plt_jax.model.layers import embed, logits_from, rms_norm, rope_rotation
-from plt_jax.model.looping import hand_to_next, loop_input, with_loops
-from plt_jax.model.moe import of_loops
+from plt_jax.model.block import KeysValues, apply_block, stacks_of
+from plt_jax.model.layers import Rotation, embed, logits_from, rms_norm, rope_rotation
+from plt_jax.model.looping import loop_output, next_loop_input, shift_states, with_loops
+from plt_jax.model.moe import weights_of_loop
 from plt_jax.model.transformer import number_documents, positions_in_documents
 from plt_jax.reports.loops_page import loops_page
 from plt_jax.reports.tables import aligned
@@ -224,110 +224,116 @@ def log_p_of(config: ModelConfig, params: Any, raw_TD: jax.Array) -> jax.Array:
 def run_loops(
     config: ModelConfig, params: Any, tokens_1T: jax.Array, documents_1T: jax.Array
 ) -> tuple[jax.Array, Values]:
-    """The states h(0) (embeddings), h(1), ..., each loop's raw output, float32 [R+1, T, D]; and by
-    loop, layer and position, [R, J, T], what attention does there, nan where a loop has none."""
+    """Runs all loops over one example.
+
+    Returns:
+      The states h(0) (the embeddings) and h(1), ..., h(L), each loop's hidden states, float32
+      [L+1, T, D]; and measures of attention by loop, layer and position, [L, J, T], nan where a
+      loop has none.
+    """
     loop = config.loop
     rotation = rope_rotation(config, positions_in_documents(documents_1T))
     embeddings_1TD = embed(tokens_1T, params["embedding"], jnp.dtype(config.dtype))
-    states = [embeddings_1TD]
-    x_1TD, first, before_JNTS, maps = embeddings_1TD, None, None, []
+    normalize = partial(rms_norm, scale=params["final_norm"], epsilon=config.norm_epsilon)
+    shift = partial(shift_states, documents_BT=documents_1T)
+    states, measured = [embeddings_1TD], []
+    x_1TD, shared, before_JNTS = embeddings_1TD, None, None
     for index in range(loop.count):
-        if index > 0:
-            previous = states[-1]
-            if loop.normalize_between_loops:
-                previous = rms_norm(previous, params["final_norm"], config.norm_epsilon)
-            if loop.shifted:
-                previous = hand_to_next(previous, documents_1T)
-            x_1TD = loop_input(loop, embeddings_1TD, previous)
-        x_1TD, made, before_JNTS, seen = run_stack(
-            config, params, index, x_1TD, rotation, documents_1T, first, before_JNTS
+        hidden_1TD, keys_values, before_JNTS, values = run_stacks(
+            config, params, index, x_1TD, rotation, documents_1T, shared, before_JNTS
         )
-        first = made if first is None else first
-        states.append(x_1TD)
-        maps.append(seen)
-    together = {name: jnp.stack([one[name] for one in maps]) for name in maps[0]}
-    return jnp.stack(states)[:, 0].astype(jnp.float32), together
+        shared = keys_values if shared is None else shared
+        states.append(hidden_1TD)
+        measured.append(values)
+        output_1TD = loop_output(loop, hidden_1TD, normalize, is_last=index == loop.count - 1)
+        x_1TD = next_loop_input(loop, embeddings_1TD, output_1TD, shift)
+    by_loop = {name: jnp.stack([values[name] for values in measured]) for name in measured[0]}
+    return jnp.stack(states)[:, 0].astype(jnp.float32), by_loop
 
 
-def run_stack(
+def run_stacks(
     config: ModelConfig,
     params: Any,
     index: int,
     x_1TD: jax.Array,
-    rotation: Any,
+    rotation: Rotation,
     documents_1T: jax.Array,
-    first: list | None,
+    shared: list[KeysValues] | None,
     before_JNTS: jax.Array | None,
-) -> tuple[jax.Array, list, jax.Array, Values]:
-    """All layers of loop `index` (0 for the first): the output; each stack's keys and values; the
-    attention of all layers; and what it does, by layer and position [J, T].
+) -> tuple[jax.Array, list[KeysValues], jax.Array, Values]:
+    """Runs all layers in loop `index` (0 for the first).
 
     Args:
-      first: of loop 1, for those that read them.
-      before_JNTS: the attention of the loop before.
+      shared: loop 1's keys and values, stack by stack; None in loop 1.
+      before_JNTS: the attention maps of the loop before; None in loop 1.
+
+    Returns:
+      The hidden states [1, T, D]; each stack's keys and values; the attention maps of all layers
+      [J, N, T, S]; and their measures by layer and position, [J, T].
     """
-    made, attentions, seen, done = [], [], [], 0
+    keys_values, maps, measured, first = [], [], [], 0
     for number, (name, stack) in enumerate(stacks_of(config).items()):
-        layers = slice(done, done + stack.layers)
-        done += stack.layers
+        layers = slice(first, first + stack.layers)
+        first += stack.layers
         scanned = (
             params[name],
-            None if first is None else first[number],
+            None if shared is None else shared[number],
             None if before_JNTS is None else before_JNTS[layers],
         )
         step = partial(run_layer, config, index, rotation, documents_1T)
-        x_1TD, (kept, attention, values) = jax.lax.scan(step, x_1TD, scanned)
-        made.append(kept)
-        attentions.append(attention)
-        seen.append(values)
-    joined = {name: jnp.concatenate([one[name] for one in seen]) for name in seen[0]}
-    return x_1TD, made, jnp.concatenate(attentions), joined
+        x_1TD, (of_stack, map_JNTS, values) = jax.lax.scan(step, x_1TD, scanned)
+        keys_values.append(of_stack)
+        maps.append(map_JNTS)
+        measured.append(values)
+    by_layer = {name: jnp.concatenate([one[name] for one in measured]) for name in measured[0]}
+    return x_1TD, keys_values, jnp.concatenate(maps), by_layer
 
 
 def run_layer(
     config: ModelConfig,
     index: int,
-    rotation: Any,
+    rotation: Rotation,
     documents_1T: jax.Array,
     x_1TD: jax.Array,
-    scanned: tuple[Any, Any, jax.Array | None],
-) -> tuple[jax.Array, tuple[Any, jax.Array, Values]]:
-    """One layer: its output; its keys and values, its attention [N, T, S] (of both branches
-    together, by their gates), and what that does, [T]."""
+    scanned: tuple[Any, KeysValues | None, jax.Array | None],
+) -> tuple[jax.Array, tuple[KeysValues, jax.Array, Values]]:
+    """Runs one layer, as the body of a scan.
+
+    Returns:
+      The layer's output [1, T, D]; and its keys and values, its attention map [N, T, S] (of both
+      branches, blended by their gates), and the map's measures by position [T].
+    """
     declared, shared, before_NTS = scanned
     loop, T = config.loop, documents_1T.shape[1]
-    place = jnp.arange(T)
-    causal_TS = (place[:, None] >= place) & (documents_1T[0][:, None] == documents_1T[0])
-    near_TS = causal_TS & (place[:, None] - place < loop.window)
-    kept, attention_NTS = None, None
-    gate_T = jnp.full(T, jnp.nan)
+    index_T = jnp.arange(T)
+    causal_TS = (index_T[:, None] >= index_T) & (documents_1T[0][:, None] == documents_1T[0])
+    window_TS = causal_TS & (index_T[:, None] - index_T < loop.window)
 
     def attend(q, k, v, gate_1NT):
-        nonlocal kept, attention_NTS, gate_T
-        kept = k, v
-        keys, values = kept if index == 0 or loop.later_attention == "own" else shared
-        attention_NTS, out = explicit(q, keys, values, causal_TS)
+        keys, values = (k, v) if index == 0 or loop.later_attention == "own" else shared
+        map_NTS, global_1NTH = explicit(q, keys, values, causal_TS)
         if index == 0 or loop.later_attention != "gated":
-            return out
-        local_NTS, local = explicit(q, k, v, near_TS)
+            return global_1NTH, ((k, v), map_NTS, jnp.full(T, jnp.nan))
+        local_NTS, local_1NTH = explicit(q, k, v, window_TS)
         gate_NT1 = gate_1NT[0, :, :, None]
-        attention_NTS = gate_NT1 * attention_NTS + (1 - gate_NT1) * local_NTS
+        map_NTS = gate_NT1 * map_NTS + (1 - gate_NT1) * local_NTS
         gate_T = jnp.mean(gate_1NT[0], axis=0)
-        return blend(gate_1NT, out, local)
+        return blend(gate_1NT, global_1NTH, local_1NTH), ((k, v), map_NTS, gate_T)
 
-    weights = of_loops(declared, index)
-    x_1TD, _ = apply_block(config, weights, x_1TD, rotation, attend)
-    rank_T, cosine_T = measures.head_diversity(attention_NTS)
+    weights = weights_of_loop(declared, index)
+    x_1TD, (keys_values, map_NTS, gate_T), _ = apply_block(config, weights, x_1TD, rotation, attend)
+    rank_T, cosine_T = measures.head_diversity(map_NTS)
+    change_T = jnp.full(T, jnp.nan)
+    if before_NTS is not None:
+        change_T = measures.attention_change(map_NTS, before_NTS)
     values = {
         "gate": gate_T,
-        "attention_entropy": measures.attention_entropy(attention_NTS),
-        "attention_change": jnp.full(T, jnp.nan)
-        if before_NTS is None
-        else measures.attention_change(attention_NTS, before_NTS),
+        "attention_entropy": measures.attention_entropy(map_NTS),
+        "attention_change": change_T,
         "head_rank": rank_T,
         "head_cosine": cosine_T,
     }
-    return x_1TD, (kept, attention_NTS, values)
+    return x_1TD, (keys_values, map_NTS, values)
 
 
 def explicit(

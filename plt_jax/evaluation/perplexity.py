@@ -124,7 +124,7 @@ def losses_by_loop(config: ModelConfig, params: Any, batch: dict[str, jax.Array]
     def losses(model: Transformer) -> jax.Array:
         states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
         # One loop at a time: logits are the largest array there is.
-        return jax.lax.map(lambda raw_BTD: summed(model, raw_BTD), states.raw_LBTD)
+        return jax.lax.map(lambda raw_BTD: summed(model, raw_BTD), states.hidden_LBTD)
 
     return model.apply({"params": params}, method=losses)
 

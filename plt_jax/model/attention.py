@@ -18,7 +18,7 @@ from plt_jax.distributed.axes import sharded_axes
 from plt_jax.errors import InputError
 from plt_jax.model.blockwise import causal_attention, windowed_attention
 from plt_jax.model.context_parallel import spread_attention
-from plt_jax.model.kernels import Backend, available_kernel, cudnn_attention, splash_attention
+from plt_jax.model.kernels import Backend, available_backend, cudnn_attention, splash_attention
 from plt_jax.model.layers import (
     Parameter,
     Rotation,
@@ -131,7 +131,7 @@ def blend(gate_BNT: jax.Array, global_BNTH: jax.Array, local_BNTH: jax.Array) ->
 
 def fastest_backend() -> Backend:
     """The fastest that the program's devices run, on their mesh, of models that it takes."""
-    available = available_kernel()
+    available = available_backend()
     # cuDNN knows no offset between queries and keys.
     return "xla" if available == "cudnn" and sharded_axes("length") else available
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -30,26 +30,29 @@ from plt_jax.model.layers import (
     scale_parameter,
     swiglu,
 )
-from plt_jax.model.moe import RouterStatistics, mixture_of_experts, moe_parameters, of_loops
+from plt_jax.model.moe import RouterStatistics, mixture_of_experts, moe_parameters, weights_of_loop
 
 Weights = Mapping[str, jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+Left = TypeVar("Left")
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Left]]
+"""`attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT) -> (out_BNTH, left)`: decides which keys the queries
+see. `left` is whatever the caller wants to have of it besides: a cache, keys, statistics."""
 
 
 class LayerOutputs(NamedTuple):
-    """What a layer makes besides its output."""
+    """What a layer returns beside its output."""
 
     keys_values: KeysValues
-    """[B, K, T, H] each, the keys rotated."""
+    """This loop's own keys, rotated, and values, [B, K, T, H] each."""
     router: RouterStatistics | None
-    """None in dense layers."""
+    """The router's statistics; None in dense layers."""
     gate_B: jax.Array | None
-    """Each sequence's mean gate over heads and positions, float32; None in loops without gates."""
+    """float32 mean of each sequence's gates over heads and positions; None without gates."""
 
 
-class Products(NamedTuple):
-    """The matrix products of a layer: training and decoding lay out their weights differently."""
+class LayerOps(NamedTuple):
+    """The products of a layer with its weights, which training and decoding lay out differently."""
 
     qkv: Callable[[ModelConfig, Weights, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
     """Normed input [B, T, D] to queries [B, N, T, H], keys and values [B, K, T, H]."""
@@ -62,13 +65,13 @@ class Products(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What every layer of every loop needs to know about the positions of a batch."""
+    """The positions of a batch, as every layer of every loop needs them."""
 
     rotation: Rotation
     documents_BT: jax.Array | None
-    """int32 number of the document each position belongs to; None if each row is one document."""
+    """int32 [B, T], the number of the document of each position; None if a row is one document."""
     loop: int | jax.Array = 0
-    """The loop that is run, 0 for the first."""
+    """Index of the current loop, 0 for the first."""
 
 
 class Stack(NamedTuple):
@@ -114,7 +117,7 @@ def feed_forward(
     return swiglu(x_BTD, weights["ffn_gate"], weights["ffn_up"], weights["ffn_down"]), None
 
 
-DECLARED_LAYOUT = Products(project_qkv, project_output, feed_forward)
+TRAINING_OPS = LayerOps(project_qkv, project_output, feed_forward)
 """Products with the parameters as the model declares them."""
 
 
@@ -123,27 +126,30 @@ def apply_block(
     weights: Weights,
     x_BTD: jax.Array,
     rotation: Rotation,
-    attend: Attend,
-    products: Products = DECLARED_LAYOUT,
-) -> tuple[jax.Array, RouterStatistics | None]:
-    """One pre-norm decoder layer, [B, T, D] -> [B, T, D], and its router's statistics if it is MoE.
+    attend: Attend[Left],
+    ops: LayerOps = TRAINING_OPS,
+) -> tuple[jax.Array, Left, RouterStatistics | None]:
+    """Applies one pre-norm decoder layer.
 
-    Training, prefill and decoding differ only in how their weights lie, which `products` knows, and
-    in `attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT)`, which decides what the queries see and returns
-    the heads' outputs [B, N, T, H].
+    Training, prefill and decoding differ in two things alone: how their weights are laid out, which
+    `ops` knows, and which keys the queries see, which `attend` decides.
+
+    Returns:
+      The layer's output [B, T, D]; what `attend` left; and the router's statistics, None in dense
+      layers.
     """
     normed_BTD = rms_norm(x_BTD, weights["attention_norm"], config.norm_epsilon)
-    qkv = products.qkv(config, weights, normed_BTD)
+    qkv = ops.qkv(config, weights, normed_BTD)
     q_BNTH, k_BKTH, v_BKTH = finish_qkv(config, weights, qkv, rotation)
-    out_BNTH = attend(q_BNTH, k_BKTH, v_BKTH, gate(config, weights, x_BTD, q_BNTH))
-    x_BTD += products.output(weights, out_BNTH)
+    out_BNTH, left = attend(q_BNTH, k_BKTH, v_BKTH, gate(config, weights, x_BTD, q_BNTH))
+    x_BTD += ops.output(weights, out_BNTH)
     if config.output_bias:
         x_BTD += weights["o_bias"].astype(x_BTD.dtype)
     normed_BTD = rms_norm(x_BTD, weights["ffn_norm"], config.norm_epsilon)
-    out_BTD, router = products.feed_forward(config, weights, normed_BTD)
+    out_BTD, router = ops.feed_forward(config, weights, normed_BTD)
     if config.ffn_output_norm:
         out_BTD = rms_norm(out_BTD, weights["ffn_output_norm"], config.norm_epsilon)
-    return x_BTD + out_BTD, router
+    return x_BTD + out_BTD, left, router
 
 
 class Block(nn.Module):
@@ -163,29 +169,27 @@ class Block(nn.Module):
             None for loops that attend to their own.
 
         Returns:
-          The layer's output [B, T, D], and what it made on the way.
+          The layer's output [B, T, D], and what it returns beside that.
         """
         weights = declare(self, block_parameters(self.config, self.mixture))
-        loop = self.config.loop
-        made: KeysValues = ()
-        gate_B = None
+        loop, documents_BT = self.config.loop, context.documents_BT
 
         def attend(q, k, v, gate_BNT):
-            nonlocal made, gate_B
-            made = (k, v)
-            keys, values = made if shared is None else shared
-            everything = sequence_attention(self.config, q, keys, values, context.documents_BT)
+            keys, values = (k, v) if shared is None else shared
+            global_BNTH = sequence_attention(self.config, q, keys, values, documents_BT)
             if shared is None or loop.later_attention == "shared":
-                return everything
-            local = sequence_attention(self.config, q, k, v, context.documents_BT, loop.window)
-            # Not over the batch, which lies on several devices: a layer is not to wait for them.
+                return global_BNTH, ((k, v), None)
+            local_BNTH = sequence_attention(self.config, q, k, v, documents_BT, loop.window)
+            # Not over the batch, which lies on several devices: a layer must not wait for them.
             gate_B = jnp.mean(gate_BNT, axis=(1, 2))
-            return blend(gate_BNT, everything, local)
+            return blend(gate_BNT, global_BNTH, local_BNTH), ((k, v), gate_B)
 
-        weights = of_loops(weights, context.loop)
-        x_BTD, router = apply_block(self.config, weights, x_BTD, context.rotation, attend)
+        weights = weights_of_loop(weights, context.loop)
+        x_BTD, (keys_values, gate_B), router = apply_block(
+            self.config, weights, x_BTD, context.rotation, attend
+        )
         x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))
-        return x_BTD, LayerOutputs(made, router, gate_B)
+        return x_BTD, LayerOutputs(keys_values, router, gate_B)
 
 
 def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> nn.Module:
@@ -199,8 +203,8 @@ def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> n
             "full": jax.checkpoint_policies.nothing_saveable,
             "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         }
-        # The body of a scan is compiled on its own, so nothing outside it can undo the
-        # recomputation; but what is unrolled of a scan, or left over then, may be no body.
+        # XLA compiles the body of a scan on its own, so nothing outside can undo the recomputation.
+        # Layers that are unrolled from the scan have no such body, and need the guard.
         unrolled = config.layer_unroll > 1
         block = nn.remat(Block, policy=policies[config.remat], prevent_cse=unrolled)
     return nn.scan(

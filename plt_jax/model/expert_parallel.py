@@ -1,10 +1,12 @@
-"""Experts spread over the devices of a mesh axis.
+"""Expert parallelism: the experts are spread over the devices of a mesh axis.
 
-Tokens travel to the devices of the experts they chose and back, by two all-to-alls. Shapes are
-static, loads are not: what does not fit a device's buffer goes in another round, so nothing is
-dropped, and a balanced model pays for one round. P is the number of pairs of a token and an expert
-that a device starts with, S and E number the devices of the axis as sources and as destinations, X
-is the number of experts (of one device, where a device works on its own).
+Tokens travel to the devices of the experts that they chose, and back, by two all-to-alls. Shapes
+are static, but loads are not: rows that do not fit into a device's buffer travel in a further
+round. So no token is dropped, and a balanced model pays for one round.
+
+Axes: P pairs of a token and one of its experts that a device starts with; S source devices and E
+destination devices, both along the mesh axis; X experts (those of one device, in code that runs on
+each device); R rows of a device's buffer.
 """
 
 from __future__ import annotations
@@ -41,20 +43,21 @@ from plt_jax.model.moe import (
 )
 
 HEADROOM = 1.5
-"""How much more than an even share of all pairs a buffer holds."""
+"""Capacity of a buffer, as a multiple of an even share of all pairs."""
 MIN_ROOM = 8
+"""Smallest capacity of a buffer, in rows."""
 
 ROUTER = ("router", "router_bias")
 
 RunExperts = Callable[[Weights, jax.Array, jax.Array, jax.Array], jax.Array]
-"""`run(experts, x_MD, weight_Mk, chosen_Mk) -> [M, D]`; numbers of experts that are not there count
-for nothing."""
+"""`run(experts, x_MD, weight_Mk, chosen_Mk) -> [M, D]`. An expert number at or above the number of
+experts held contributes zero."""
 
 
 def routed_experts(
     moe: MoEConfig, weights: Weights, x_BTD: jax.Array
 ) -> tuple[jax.Array, RouterStatistics]:
-    """`moe.RoutedExperts` under the current mesh, if there is one.
+    """The function that `moe.RoutedExperts` describes, over the devices of the current mesh.
 
     Raises:
       InputError: the batch does not divide over the mesh.
@@ -94,14 +97,14 @@ def replicate_rows(
 ) -> jax.Array:
     """Router and routed experts for decoding, [B, T, D] -> [B, T, D].
 
-    Rows are few there, so under a mesh they do not travel: every device of the expert axis has them
-    all and applies its own experts, and one sum puts the outputs together. The batch's other axis
-    splits it where it divides.
+    A decode step has few rows, so they do not travel: every device along the expert axis has all
+    of them and applies the experts that it holds, and one all-reduce adds the outputs. The other
+    mesh axis of the batch splits the rows where their number divides.
 
     Args:
-      expert_axes: the logical axes of the experts' weights, by name; of one name "decode_width" is
-        split as far as it divides.
-      run: the product with the experts of one device.
+      expert_axes: the logical axes of the experts' weights, by name. The axis "decode_width" is
+        split over as many of its mesh axes as it divides by.
+      run: applies the experts that one device holds.
     """
     routers = {name: weights[name] for name in ROUTER if name in weights}
     experts = {name: weights[name] for name in expert_axes}
@@ -142,7 +145,7 @@ def replicate_rows(
 def _route_and_exchange(
     moe: MoEConfig, routers: Weights, experts: Weights, x_BTD: jax.Array
 ) -> tuple[jax.Array, RouterStatistics]:
-    """One device's part of `routed_experts`."""
+    """`routed_experts` on one device."""
     x_MD = x_BTD.reshape(-1, x_BTD.shape[-1])
     routing = route(moe, routers, x_BTD)
     expert_P = routing.chosen_Mk.ravel()
@@ -173,17 +176,17 @@ def exchange_experts(
     expert_P: jax.Array,
     axes: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array]:
-    """Each pair's token through its expert, wherever that lives; a token's pairs lie together.
+    """Applies each pair's expert to its token, on whichever device holds the expert.
 
     Args:
-      swiglu: as in `run_groups`, with this device's own experts.
-      experts: how many there are on all devices, X.
-      expert_P: int32 numbers of experts.
-      axes: the mesh axes over which experts are spread.
+      swiglu: as in `run_groups`, with the experts that this device holds.
+      experts: the number of experts on all devices, X.
+      expert_P: int32 expert of each pair. The pairs of one token are neighbours.
+      axes: the mesh axes over which the experts are spread.
 
     Returns:
-      Outputs [P, D], and how many rows each expert of this device worked on, at its place among all
-      experts, int32 [X].
+      Outputs [P, D], and the number of rows that each expert of this device worked on, int32 [X];
+      zero for the experts of other devices.
     """
     P, peers = expert_P.size, jax.lax.axis_size(axes)
     if peers == 1:
@@ -192,32 +195,34 @@ def exchange_experts(
     back_P = inverse(order_P)
     rows_PD = permute(pair_rows(x_MD, P), order_P, back_P)
     counts_SX = jax.lax.all_gather(count_experts(expert_P, experts), axes)
-    trip = Trip(counts_SX, P, axes, ragged=_have_ragged_transfers())
+    exchange = ExpertExchange(counts_SX, P, axes, ragged=_have_ragged_transfers())
 
-    def one_round(turn: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-        chunks = trip.chunks(turn)
-        arrived_RD = trip.move(chunks, rows_PD, trip.buffer)
-        out_RD, sizes_X = run_groups(swiglu, held, arrived_RD, trip.expert_of(chunks))
-        return trip.move(chunks.reversed(), out_RD, P), sizes_X
+    def one_round(round_index: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+        transfers = exchange.transfers(round_index)
+        arrived_RD = exchange.move(transfers, rows_PD, exchange.buffer)
+        out_RD, sizes_X = run_groups(swiglu, held, arrived_RD, exchange.expert_of(transfers))
+        return exchange.move(transfers.reversed(), out_RD, P), sizes_X
 
-    out_PD, sizes_X = _add_rounds(one_round, trip.rounds_needed(), trip.most_rounds)
+    out_PD, sizes_X = _sum_rounds(one_round, exchange.rounds_needed(), exchange.most_rounds)
     start = jax.lax.axis_index(axes) * held
     sizes_X = jax.lax.dynamic_update_slice(jnp.zeros(experts, jnp.int32), sizes_X, (start,))
     return permute(out_PD, back_P, order_P), sizes_X
 
 
 def _have_ragged_transfers() -> bool:
-    """Whether the devices that the program is traced for do: CPUs do not, nor slices of v5e above
-    4x4, whose links XLA calls "limited ICI routing"."""
+    """Whether the devices that the program is traced for support ragged all-to-alls.
+
+    CPUs do not. Slices of v5e above 4x4 do not either: XLA calls their links "limited ICI routing".
+    """
     mesh = jax.sharding.get_abstract_mesh()
     kind = "" if mesh.abstract_device is None else mesh.abstract_device.device_kind
     return traced_platform() != "cpu" and not (kind == "TPU v5 lite" and mesh.size > 16)
 
 
-def _add_rounds(one_round: Callable, needed: jax.Array, most: int):
-    """The sum of `one_round(0)`, ... over as many rounds as are needed, at most `most`.
+def _sum_rounds(one_round: Callable, needed: jax.Array, most: int):
+    """Sums `one_round(0)`, `one_round(1)`, ... over as many rounds as are needed, at most `most`.
 
-    The first is outside of any condition, so that its transfers can overlap other work.
+    The first round stands outside of any condition, so that its transfers can overlap other work.
     """
     first = one_round(0)
     if most == 1:
@@ -227,8 +232,10 @@ def _add_rounds(one_round: Callable, needed: jax.Array, most: int):
         return jax.tree.map(jnp.zeros_like, first)
 
     def rest():
-        def step(sums, turn):
-            more = jax.lax.cond(turn < needed, jax.checkpoint(one_round), nothing, turn)
+        def step(sums, round_index):
+            more = jax.lax.cond(
+                round_index < needed, jax.checkpoint(one_round), nothing, round_index
+            )
             return jax.tree.map(jnp.add, sums, more), None
 
         return jax.lax.scan(step, nothing(), jnp.arange(1, most))[0]
@@ -236,95 +243,115 @@ def _add_rounds(one_round: Callable, needed: jax.Array, most: int):
     return jax.tree.map(jnp.add, first, jax.lax.cond(needed > 1, rest, nothing))
 
 
-class Chunks(NamedTuple):
-    """One round's rows from every source to every destination."""
+class Transfers(NamedTuple):
+    """The rows that one round moves from every source to every destination, all int32."""
 
     size_SE: jax.Array
-    """How many."""
-    left_SE: jax.Array
-    """Where they lie among the source's rows."""
-    arrives_SE: jax.Array
-    """Where they lie in the destination's buffer."""
-    skipped_SE: jax.Array
-    """How many of the same source and destination went in earlier rounds."""
+    """Number of rows."""
+    source_start_SE: jax.Array
+    """First row, in the source's rows."""
+    target_start_SE: jax.Array
+    """First row, in the destination's buffer."""
+    earlier_SE: jax.Array
+    """Number of rows of the same source and destination that moved in earlier rounds."""
 
-    def reversed(self) -> Chunks:
-        """The way back: destinations send what they received to where it came from."""
-        return Chunks(self.size_SE.T, self.arrives_SE.T, self.left_SE.T, self.skipped_SE.T)
+    def reversed(self) -> Transfers:
+        """The way back: destinations return what they received to where it came from."""
+        return Transfers(
+            self.size_SE.T, self.target_start_SE.T, self.source_start_SE.T, self.earlier_SE.T
+        )
 
 
-class Trip:
-    """Who sends how many rows to whom, in which round, and where they land.
+class ExpertExchange:
+    """The plan of an exchange: how many rows each source sends to each destination, in which round,
+    and where they lie there.
 
-    With ragged transfers a destination's rows lie one source after another in its buffer, and
-    rounds cut that sequence. Without them each source has a part of the buffer for itself.
+    With ragged transfers, the rows of all sources follow one another in a destination's buffer, and
+    rounds cut that sequence. Without them, each source has a part of the buffer to itself.
     """
 
     def __init__(self, counts_SX: jax.Array, pairs: int, axes: tuple[str, ...], ragged: bool):
-        """Plans the trip of `pairs` rows of every source, sorted by expert.
+        """Plans the exchange of `pairs` rows of every source, sorted by expert.
 
         Args:
-          counts_SX: each source's rows by expert, of all devices.
-          axes: the mesh axes that sources and destinations are devices of.
-          ragged: whether to send what there is, or chunks of one size for all.
+          counts_SX: int32 number of rows that each source has for each expert of all devices.
+          axes: the mesh axes along which sources and destinations lie.
+          ragged: whether transfers have sizes of their own; otherwise all have one size.
         """
         peers, experts = counts_SX.shape
         self.axes, self.ragged, self.peers = axes, ragged, peers
-        self.me = jax.lax.axis_index(axes)
+        self.device = jax.lax.axis_index(axes)
         self.counts_SEX = counts_SX.reshape(peers, peers, experts // peers)
         self.size_SE = jnp.sum(self.counts_SEX, axis=2)
         even, most = (pairs, peers * pairs) if ragged else (pairs / peers, pairs)
         self.room = min(max(math.ceil(HEADROOM * even), MIN_ROOM), most)
-        """Rows that a round brings a destination (ragged), or that one source sends one."""
+        """Rows that a round brings to a destination (ragged), or from one source to one."""
         self.buffer = self.room if ragged else peers * self.room
         self.most_rounds = math.ceil(most / self.room)
 
     def rounds_needed(self) -> jax.Array:
-        """The same on all devices: those that share no rows still meet in the same collectives."""
+        """The number of rounds, the same on all devices: also those that share no rows take part in
+        the same collectives."""
         rows = jnp.max(jnp.sum(self.size_SE, axis=0) if self.ragged else self.size_SE)
         return jax.lax.pmax(-(-rows // self.room), token_axes() + current_axes("ffn"))
 
-    def chunks(self, turn: int | jax.Array) -> Chunks:
-        """What travels in a round."""
+    def transfers(self, round_index: int | jax.Array) -> Transfers:
+        """The transfers of a round, 0 for the first."""
         size_SE = self.size_SE
         before_SE = jnp.cumsum(size_SE, axis=1) - size_SE
         ahead_SE = jnp.cumsum(size_SE, axis=0) - size_SE if self.ragged else jnp.zeros_like(size_SE)
-        start_SE = turn * self.room - ahead_SE
-        skipped_SE = jnp.clip(start_SE, 0, size_SE)
-        sent_SE = jnp.clip(start_SE + self.room, 0, size_SE) - skipped_SE
+        start_SE = round_index * self.room - ahead_SE
+        earlier_SE = jnp.clip(start_SE, 0, size_SE)
+        sent_SE = jnp.clip(start_SE + self.room, 0, size_SE) - earlier_SE
         if self.ragged:
-            arrives_SE = jnp.clip(skipped_SE - start_SE, 0, self.room)
+            target_start_SE = jnp.clip(earlier_SE - start_SE, 0, self.room)
         else:
-            arrives_SE = jnp.arange(self.peers)[:, None] * self.room + jnp.zeros_like(size_SE)
-        return Chunks(sent_SE, before_SE + skipped_SE, arrives_SE, skipped_SE)
+            target_start_SE = jnp.arange(self.peers)[:, None] * self.room + jnp.zeros_like(size_SE)
+        return Transfers(sent_SE, before_SE + earlier_SE, target_start_SE, earlier_SE)
 
-    def expert_of(self, chunks: Chunks) -> jax.Array:
-        """Which of this device's experts each row of its buffer is for; X where there is no row."""
-        size_S, arrives_S, skipped_S = (
-            array_SE[:, self.me]
-            for array_SE in (chunks.size_SE, chunks.arrives_SE, chunks.skipped_SE)
+    def expert_of(self, transfers: Transfers) -> jax.Array:
+        """The local expert that each row of this device's buffer is for, int32 [R]; X if empty."""
+        size_S, target_start_S, earlier_S = (
+            array_SE[:, self.device]
+            for array_SE in (transfers.size_SE, transfers.target_start_SE, transfers.earlier_SE)
         )
         slot_R = jnp.arange(self.buffer)
-        source_R = jnp.searchsorted(arrives_S, slot_R, side="right") - 1
-        offset_R = slot_R - arrives_S[source_R]
-        ends_SX = jnp.cumsum(self.counts_SEX[:, self.me], axis=1)
-        rank_R = skipped_S[source_R] + offset_R
+        source_R = jnp.searchsorted(target_start_S, slot_R, side="right") - 1
+        offset_R = slot_R - target_start_S[source_R]
+        ends_SX = jnp.cumsum(self.counts_SEX[:, self.device], axis=1)
+        rank_R = earlier_S[source_R] + offset_R
         expert_R = jnp.sum(ends_SX[source_R] <= rank_R[:, None], axis=1)
         return jnp.where(offset_R < size_S[source_R], expert_R, ends_SX.shape[1])
 
-    def move(self, chunks: Chunks, rows_RD: jax.Array, length: int) -> jax.Array:
-        """The rows that arrive here, at their places among `length`; the others are zero."""
+    def move(self, transfers: Transfers, rows_RD: jax.Array, length: int) -> jax.Array:
+        """Moves rows [R, D] between devices: those that arrive here, at their places in a buffer of
+        `length` rows whose other rows are zero."""
         out_RD = jnp.zeros((length, rows_RD.shape[1]), rows_RD.dtype)
-        sent_E, left_E = chunks.size_SE[self.me], chunks.left_SE[self.me]
-        received_S, arrives_S = chunks.size_SE[:, self.me], chunks.arrives_SE[:, self.me]
+        sent_E, source_start_E = (
+            transfers.size_SE[self.device],
+            transfers.source_start_SE[self.device],
+        )
+        received_S, target_start_S = (
+            transfers.size_SE[:, self.device],
+            transfers.target_start_SE[:, self.device],
+        )
         if self.ragged:
             return jax.lax.ragged_all_to_all(
-                *(rows_RD, out_RD, left_E, sent_E, chunks.arrives_SE[self.me], received_S),
+                *(
+                    rows_RD,
+                    out_RD,
+                    source_start_E,
+                    sent_E,
+                    transfers.target_start_SE[self.device],
+                    received_S,
+                ),
                 axis_name=self.axes,
             )
         chunk = jnp.arange(self.room)
-        source_ER = jnp.where(chunk < sent_E[:, None], left_E[:, None] + chunk, rows_RD.shape[0])
+        source_ER = jnp.where(
+            chunk < sent_E[:, None], source_start_E[:, None] + chunk, rows_RD.shape[0]
+        )
         sent_ERD = rows_RD.at[source_ER].get(mode="fill", fill_value=0)
         received_SRD = jax.lax.all_to_all(sent_ERD, self.axes, 0, 0, tiled=True)
-        target_SR = jnp.where(chunk < received_S[:, None], arrives_S[:, None] + chunk, length)
+        target_SR = jnp.where(chunk < received_S[:, None], target_start_S[:, None] + chunk, length)
         return out_RD.at[target_SR].set(received_SRD, mode="drop")

@@ -24,20 +24,20 @@ GroupedProduct = Callable[..., jax.Array]
 Rows behind the last group come out as zero. With `outputs_first` the weight is [X, N, D].
 """
 
-Form = Literal["ragged_dot", "blocks", "megablox", "tokamax"]
+Kernel = Literal["ragged_dot", "blocks", "megablox", "tokamax"]
 
 CPU_BLOCK = 64
 ACCELERATOR_BLOCK = 256  # an estimate, not measured
 MAX_TILE = 512
 
 
-def choose_form(moe: MoEConfig) -> Form:
+def choose_kernel(moe: MoEConfig) -> Kernel:
     """`moe.grouped_product`, with auto made definite for the devices that are being traced for.
 
     Raises:
       InputError: those devices cannot run what the configuration asks, or a package is missing.
     """
-    available = available_forms()
+    available = available_kernels()
     if moe.grouped_product == "auto":
         return available[-1]
     if moe.grouped_product not in available:
@@ -52,7 +52,7 @@ def choose_form(moe: MoEConfig) -> Form:
     return moe.grouped_product
 
 
-def available_forms() -> tuple[Form, ...]:
+def available_kernels() -> tuple[Kernel, ...]:
     """What the devices run that are being traced for; the last is the one to use."""
     platform = traced_platform()
     if platform == "tpu":
@@ -204,7 +204,7 @@ def tokamax(
     return _zero_behind(tokamax.ragged_dot_general(rows_MD, weight, sizes_X, numbers), sizes_X)
 
 
-FORMS: dict[Form, GroupedProduct] = {
+KERNELS: dict[Kernel, GroupedProduct] = {
     "ragged_dot": ragged_dot,
     "blocks": blocks,
     "megablox": megablox,
@@ -216,6 +216,6 @@ def grouped_product(moe: MoEConfig) -> GroupedProduct:
     """The product that a model uses on the devices that are being traced for.
 
     Raises:
-      InputError: see `choose_form`.
+      InputError: see `choose_kernel`.
     """
-    return FORMS[choose_form(moe)]
+    return KERNELS[choose_kernel(moe)]

@@ -40,7 +40,7 @@ def traced_platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def available_kernel() -> Backend:
+def available_backend() -> Backend:
     """The fastest attention that the devices can run which the program is being traced for."""
     platform = traced_platform()
     if platform == "tpu":

@@ -1,12 +1,15 @@
 """The looping schemes (Table 2 of the PLT paper): one stack of layers applied L times.
 
-Loop 1 reads the embeddings. Each later loop reads what the previous loop handed on: at the same
+Loop 1 reads the embeddings. Each later loop reads the output of the previous loop: at the same
 position (vanilla looping), or, with cross-loop parallelism (CLP), shifted right by one position and
-added to the embeddings again. Every loop is parallel over positions; loops run one after another.
+added to the embeddings again. `loop_output` and `next_loop_input` are this recurrence. Training,
+prefill, the decode step and the loop diagnostics all use them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -23,22 +26,21 @@ from plt_jax.model.moe import RouterStatistics
 class LoopStates(NamedTuple):
     """The states of all loops, in the compute dtype."""
 
-    raw_LBTD: jax.Array
-    """The last layer's output of each loop."""
-    handed_LBTD: jax.Array
-    """What each loop hands on: the final norm of it, or, between loops that are not normalised, the
-    raw output."""
+    hidden_LBTD: jax.Array
+    """The last layer's output of each loop, before any norm."""
+    output_LBTD: jax.Array
+    """The output of each loop; see `loop_output`. The head reads the last loop's."""
     router: RouterStatistics | None
-    """The routers' statistics [L, J, ...], of the J layers with experts; None in dense models."""
+    """The routers' statistics [L, J, ...], over the J layers with experts; None in dense models."""
     rms_LBT: jax.Array
-    """The root mean square of each position's raw output, float32."""
+    """The root mean square of each position's hidden state, float32."""
     gate_LJB: jax.Array | None
-    """Mean gates of the loops behind the first, [L-1, J, B], over heads and positions, for all J
-    layers; None in schemes without gates, and where there is one loop."""
+    """Mean gates of loops 2..L, float32 [L-1, J, B], over heads and positions, for all J layers;
+    None in schemes without gates, and in models with one loop."""
 
 
 class LoopedModel(Protocol):
-    """What the loops ask of the module that owns the parameters."""
+    """What `run_loops` needs of the module that owns the parameters."""
 
     def layers(
         self, x_BTD: jax.Array, context: Context, shared: dict[str, KeysValues] | None
@@ -47,22 +49,56 @@ class LoopedModel(Protocol):
     def normalize(self, x_BTD: jax.Array) -> jax.Array: ...
 
 
-def hand_to_next(states_BTD: jax.Array, documents_BT: jax.Array | None) -> jax.Array:
-    """Moves states one position to the right; zero at the first position of every document."""
+def shift_states(states_BTD: jax.Array, documents_BT: jax.Array | None) -> jax.Array:
+    """Moves states [B, T, D] one position to the right; documents begin with zero."""
     shifted_BTD = shift_right(states_BTD)
     if documents_BT is None:
         return shifted_BTD
-    # The first position of all has no state to be kept from.
+    # Position 0 needs no mask: it gets the zero that `shift_right` puts there.
     same_document = documents_BT == shift_right(documents_BT)
     return jnp.where(same_document[:, :, None], shifted_BTD, 0)
 
 
-def loop_input(loop: LoopConfig, embeddings_BTD: jax.Array, previous_BTD: jax.Array) -> jax.Array:
-    """What a loop > 1 reads: `previous` as it is, or a·E + b·previous in the shifted schemes."""
+def loop_output(
+    loop: LoopConfig,
+    hidden: jax.Array,
+    normalize: Callable[[jax.Array], jax.Array],
+    is_last: bool | jax.Array,
+) -> jax.Array:
+    """The output of a loop, [..., D]: its hidden state, through the final norm or as it is.
+
+    The last loop's output is always normalised, since the head reads it. The outputs of the others
+    are normalised if `normalize_between_loops` says so.
+
+    Args:
+      hidden: the last layer's output [..., D].
+      normalize: the final norm.
+      is_last: whether this is the last loop; an array, broadcast to `hidden`, where that differs
+        between rows or is known on the device alone.
+    """
+    if loop.normalize_between_loops or is_last is True:
+        return normalize(hidden)
+    if is_last is False:
+        return hidden
+    return jnp.where(is_last, normalize(hidden), hidden)
+
+
+def next_loop_input(
+    loop: LoopConfig,
+    embeddings: jax.Array,
+    output: jax.Array,
+    shift: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """The input of a loop > 1, [..., D]: `output` as it is, or a·E + b·shift(output) with CLP.
+
+    Args:
+      output: the previous loop's output [..., D].
+      shift: moves each position's output to the next position.
+    """
     if not loop.shifted:
-        return previous_BTD
-    mixed = loop.embedding_scale * embeddings_BTD + loop.hidden_scale * previous_BTD
-    return mixed.astype(embeddings_BTD.dtype)
+        return output
+    mixed = loop.embedding_scale * embeddings + loop.hidden_scale * shift(output)
+    return mixed.astype(embeddings.dtype)
 
 
 def with_loops(config: ModelConfig, params: Any, count: int) -> tuple[ModelConfig, Any]:
@@ -95,43 +131,35 @@ def run_loops(
     Loops 2..L are one scan that holds the model's parameters fixed, so that the program's size does
     not grow with L.
     """
-    raw_BTD, outputs = model.layers(embeddings_BTD, context, None)
+    shift = partial(shift_states, documents_BT=context.documents_BT)
+    last = loop.count - 1
+
+    def states_of(model, hidden_BTD, outputs, is_last):
+        output_BTD = loop_output(loop, hidden_BTD, model.normalize, is_last)
+        rms_BT = jnp.sqrt(jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)), axis=-1))
+        gates = [layers.gate_B for layers in outputs.values() if layers.gate_B is not None]
+        gate_JB = jnp.concatenate(gates) if gates else None
+        return LoopStates(hidden_BTD, output_BTD, outputs["layers"].router, rms_BT, gate_JB)
+
+    hidden_BTD, outputs = model.layers(embeddings_BTD, context, None)
+    first = states_of(model, hidden_BTD, outputs, is_last=last == 0)
+    states = jax.tree.map(lambda x: x[None], first)
+    if loop.count == 1:
+        return states
     shared = None
     if loop.later_attention != "own":
-        shared = {name: made.keys_values for name, made in outputs.items()}
+        shared = {name: layers.keys_values for name, layers in outputs.items()}
 
-    def hand_on(model, raw_BTD):
-        return model.normalize(raw_BTD) if loop.normalize_between_loops else raw_BTD
+    def later_loop(model, output_BTD, index):
+        x_BTD = next_loop_input(loop, embeddings_BTD, output_BTD, shift)
+        hidden_BTD, outputs = model.layers(x_BTD, context._replace(loop=index), shared)
+        states = states_of(model, hidden_BTD, outputs, is_last=index == last)
+        return states.output_LBTD, states
 
-    def states_of(model, raw_BTD, outputs):
-        rms_BT = jnp.sqrt(jnp.mean(jnp.square(raw_BTD.astype(jnp.float32)), axis=-1))
-        gates = [made.gate_B for made in outputs.values() if made.gate_B is not None]
-        gate_JB = jnp.concatenate(gates) if gates else None
-        router = outputs["layers"].router
-        return LoopStates(raw_BTD, hand_on(model, raw_BTD), router, rms_BT, gate_JB)
-
-    def later_loop(model, previous_BTD, index):
-        if loop.shifted:
-            previous_BTD = hand_to_next(previous_BTD, context.documents_BT)
-        x_BTD = loop_input(loop, embeddings_BTD, previous_BTD)
-        raw_BTD, outputs = model.layers(x_BTD, context._replace(loop=index), shared)
-        states = states_of(model, raw_BTD, outputs)
-        return states.handed_LBTD, states
-
-    first = states_of(model, raw_BTD, outputs)
-    states = jax.tree.map(lambda x: x[None], first)
-    if loop.count > 1:
-        later_loops = nn.scan(
-            later_loop,
-            variable_broadcast="params",
-            split_rngs={"params": False},
-            length=loop.count - 1,
-        )
-        _, later = later_loops(model, first.handed_LBTD, jnp.arange(1, loop.count))
-        gate_LJB, later = later.gate_LJB, later._replace(gate_LJB=None)
-        states = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), states, later)
-        states = states._replace(gate_LJB=gate_LJB)
-    if not loop.normalize_between_loops:  # the last loop's output is normalised all the same
-        last_BTD = model.normalize(states.raw_LBTD[-1])
-        states = states._replace(handed_LBTD=states.handed_LBTD.at[-1].set(last_BTD))
-    return states
+    later_loops = nn.scan(
+        later_loop, variable_broadcast="params", split_rngs={"params": False}, length=last
+    )
+    _, later = later_loops(model, first.output_LBTD, jnp.arange(1, loop.count))
+    gate_LJB, later = later.gate_LJB, later._replace(gate_LJB=None)
+    states = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), states, later)
+    return states._replace(gate_LJB=gate_LJB)

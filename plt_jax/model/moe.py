@@ -88,7 +88,7 @@ def moe_parameters(moe: MoEConfig, loop: LoopConfig, D: int, depth: float) -> di
     return parameters
 
 
-def of_loops(weights: Weights, loops: int | jax.Array) -> Weights:
+def weights_of_loop(weights: Weights, loops: int | jax.Array) -> Weights:
     """A layer's weights, with what each loop has of its own picked out: the router's bias.
 
     Args:

@@ -168,7 +168,7 @@ class Transformer(nn.Module):
           positions: int32 [B, T] for RoPE alone; by default counted within each document.
         """
         states = self.loop_states(tokens, segment_ids, positions)
-        return self.logits(states.handed_LBTD[-1])
+        return self.logits(states.output_LBTD[-1])
 
     def declare_all(self) -> None:
         """Touches every parameter, in one loop over one token: `init(key, method="declare_all")` is
@@ -185,4 +185,4 @@ class Transformer(nn.Module):
     ) -> jax.Array:
         """A readout of every loop: the head on each loop's normed output, float32 [L, B, T, V]."""
         states = self.loop_states(tokens, segment_ids, positions)
-        return jax.vmap(self.logits)(self.normalize(states.raw_LBTD))
+        return jax.vmap(self.logits)(self.normalize(states.hidden_LBTD))

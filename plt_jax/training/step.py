@@ -131,7 +131,7 @@ def batch_loss(
 
     def forward(model: Transformer) -> tuple[jax.Array, LoopStates]:
         states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
-        return model.logits(states.handed_LBTD[-1]), states
+        return model.logits(states.output_LBTD[-1]), states
 
     logits_BTV, states = Transformer(config).apply({"params": params}, method=forward)
     nll_BT, log_z_BT = cross_entropy(logits_BTV, batch["targets"])

@@ -19,13 +19,13 @@ from plt_jax.config import ProcessesConfig, RunConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.load import Data, load_data
 from plt_jax.decoding.sampling import Sampling
-from plt_jax.decoding.text import begin, stream_text
+from plt_jax.decoding.text import encode_prompt, stream_text
 from plt_jax.distributed import processes, rendezvous
 from plt_jax.distributed.mesh import BatchLayout, make_mesh, use_mesh
 from plt_jax.errors import FailedError, InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate
 from plt_jax.model.attention import choose_backend, fastest_backend
-from plt_jax.model.grouped import choose_form
+from plt_jax.model.grouped import choose_kernel
 from plt_jax.model.kernels import traced_platform
 from plt_jax.reports.loss_plot import plot_losses
 from plt_jax.runs.names import CHECKPOINTS, CONFIG
@@ -216,7 +216,7 @@ def choose_kernels(config: RunConfig, mesh: Mesh) -> str:
         if model.attention == "auto" and backend != fastest_backend():
             chosen[0] += f" (not {fastest_backend()}: {model.cudnn_obstacle})"
         if model.moe.experts:
-            form = choose_form(model.moe)
+            form = choose_kernel(model.moe)
             chosen.append(f"experts: {form}")
             auto = model.moe.grouped_product == "auto"
             if auto and form == "blocks" and traced_platform() == "gpu":
@@ -344,7 +344,7 @@ def describe(config: RunConfig, checked: Checked) -> None:
 
 def check_sample_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
     """Raises InputError for a sample prompt that leaves no room in the context."""
-    length = len(begin(tokenizer, config.training.sample_prompt))
+    length = len(encode_prompt(tokenizer, config.training.sample_prompt))
     if length >= config.model.max_length:
         raise InputError(
             f"training.sample_prompt has {length} tokens, but the context holds "

@@ -167,7 +167,7 @@ def test_experts_count_as_they_are_read(batch, share):
     weights = prepare_for_decode(config, random_params(config))
     moved = bytes_moved(config, weights, init_cache(config, batch, 8))
     experts = 2 * 3 * 16 * 16 * 8 * 4
-    others = nbytes(weights) - nbytes((weights["embedding"], weights["final_norm"])) - experts
+    others = nbytes(weights) - nbytes((weights.embedding, weights.final_norm)) - experts
     assert moved["weight_bytes_read"] == pytest.approx(others + share * experts, abs=1)
 
 

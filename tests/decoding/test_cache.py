@@ -1,5 +1,7 @@
 """The cache's size, the parameters' layouts, and what is refused."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from plt_jax import Transformer, decode_step, init_cache, prefill, prepare_for_d
 from plt_jax.decoding import cache as caches
 from plt_jax.decoding.cache import ring_positions
 from plt_jax.decoding.prefill import ring_slots_of_chunk
+from plt_jax.decoding.step import UnpreparedWeightsWarning
 from tests.models import ALL, compiled, random_params, small_config
 
 B, S, W, D = 3, 40, 5, 16
@@ -96,6 +99,20 @@ def test_raw_boxed_and_prepared_params_answer_alike():
         )
 
 
+def test_a_step_that_lays_weights_out_says_so_once():
+    config = small_config()
+    params, cache = random_params(config), init_cache(config, 1, 4)
+    tokens = jnp.zeros(1, jnp.int32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            _, cache = decode_step(config, params, tokens, cache)
+        decode_step(config, prepare_for_decode(config, params), tokens, cache)
+    (warning,) = [one for one in caught if one.category is UnpreparedWeightsWarning]
+    assert "prepare_for_decode(config, params) once" in str(warning.message)
+    assert warning.filename == __file__
+
+
 def test_preparing_happens_once():
     prepared = prepare_for_decode(small_config(), random_params(small_config()))
     assert prepare_for_decode(small_config(), prepared) is prepared
@@ -107,9 +124,9 @@ def test_prepared_weights(tied):
     config = small_config("plt", 2, dtype="bfloat16", tied_embeddings=tied)
     params = random_params(config)
     prepared = prepare_for_decode(config, params)
-    assert ("head" in prepared) is not tied
+    assert (prepared.head is None) is tied
     D, K, G, H = 16, 2, 2, 4
-    for j, layer in enumerate(prepared["layers"]):
+    for j, layer in enumerate(prepared.layers):
         own = {name: np.asarray(stacked[j]) for name, stacked in params["layers"].items()}
         qkv = np.asarray(layer["qkv"], np.float32).reshape(K, G + 2, H, D)
         for head in range(K):
@@ -140,7 +157,7 @@ def test_router_stays_in_float32():
     """As in the forward pass, or decoding would choose other experts."""
     config = small_config(dtype="bfloat16", moe={"experts": 4, "expert_width": 8})
     params = random_params(config)
-    for j, layer in enumerate(prepare_for_decode(config, params)["layers"]):
+    for j, layer in enumerate(prepare_for_decode(config, params).layers):
         np.testing.assert_array_equal(layer["router"], params["layers"]["router"][j])
         assert layer["expert_gate_up"].dtype == layer["expert_down"].dtype == jnp.bfloat16
 

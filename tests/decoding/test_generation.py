@@ -6,7 +6,7 @@ import pytest
 
 from plt_jax import InputError, Sampling, generate
 from plt_jax.decoding import generation
-from plt_jax.decoding.generation import stream
+from plt_jax.decoding.generation import GenerationRequest, stream
 from tests.models import forward, random_params, small_config
 
 CONFIG = small_config("plt", 3, window=3)
@@ -157,7 +157,7 @@ def test_log_probabilities_are_the_models_own(sampling, seed):
 @pytest.mark.parametrize("block", [1, 2, 5])
 def test_tokens_do_not_depend_on_blocks(continuation, monkeypatch, block):
     monkeypatch.setattr(generation, "STREAMED_BLOCK", block)
-    steps = list(stream(CONFIG, random_params(CONFIG), PROMPTS, NEW))
+    steps = list(stream(CONFIG, random_params(CONFIG), GenerationRequest(PROMPTS, NEW)))
     np.testing.assert_array_equal(np.stack(steps, axis=1), continuation)
 
 
@@ -169,7 +169,7 @@ def test_more_tokens_than_a_block(monkeypatch):
     generation.advance.clear_cache()
     tokens = run([[3, 1]], new=new)
     monkeypatch.setattr(generation, "STREAMED_BLOCK", 1)
-    one_by_one = list(stream(CONFIG, random_params(CONFIG), [[3, 1]], new))
+    one_by_one = list(stream(CONFIG, random_params(CONFIG), GenerationRequest([[3, 1]], new)))
     np.testing.assert_array_equal(tokens[0], np.concatenate(one_by_one))
     generation.advance.clear_cache()
 
@@ -228,7 +228,7 @@ def test_generation_ends_when_all_rows_have_stopped(continuation):
     stops = tuple(sorted({int(continuation[row][row]) for row in range(3)}))
     expected = [until_stop(row, set(stops)) for row in continuation.tolist()]
     sampling = Sampling(stop_tokens=stops)
-    steps = list(stream(CONFIG, random_params(CONFIG), PROMPTS, NEW, sampling))
+    steps = list(stream(CONFIG, random_params(CONFIG), GenerationRequest(PROMPTS, NEW, sampling)))
     last_stop = max(min(row.index(s) for s in stops if s in row) for row in continuation.tolist())
     assert len(steps) == last_stop + 1 <= 3
     np.testing.assert_array_equal(np.stack(steps, axis=1), np.array(expected)[:, : len(steps)])
@@ -236,6 +236,10 @@ def test_generation_ends_when_all_rows_have_stopped(continuation):
 
 
 # ---- what is refused, when called and before any device work ----
+
+
+def stream_request(config, params, *asked, **options):
+    return stream(config, params, GenerationRequest(*asked, **options))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +258,7 @@ def test_generation_ends_when_all_rows_have_stopped(continuation):
         ([[1]], 1, Sampling(top_p=2.0), "top_p is 2.0"),
     ],
 )
-@pytest.mark.parametrize("function", [generate, stream])
+@pytest.mark.parametrize("function", [generate, stream_request])
 def test_bad_input_is_refused(function, prompts, new, sampling, message, monkeypatch):
     def device_work(*_):
         raise AssertionError("device work began")
@@ -276,7 +280,7 @@ def test_bad_input_is_refused(function, prompts, new, sampling, message, monkeyp
         ({"cache_dtype": "float16"}, "cache dtype is float16"),
     ],
 )
-@pytest.mark.parametrize("function", [generate, stream])
+@pytest.mark.parametrize("function", [generate, stream_request])
 def test_options_that_do_not_fit_are_refused(function, options, message):
     with pytest.raises(InputError, match=message):
         function(CONFIG, random_params(CONFIG), [[1], [2]], 1, **options)

@@ -8,7 +8,7 @@ from tokenizers import processors
 from plt_jax import InputError, Sampling, generate
 from plt_jax.data.tokenizer import bos_id, eos_id, train_tokenizer
 from plt_jax.decoding import text
-from plt_jax.decoding.text import begin, stream_text
+from plt_jax.decoding.text import encode_prompt, stream_text
 from tests.models import random_params, small_config
 
 CONFIG = small_config("plt", 2, vocab_size=258, max_length=40)
@@ -36,9 +36,9 @@ def test_characters_of_several_bytes_come_whole(tokenizer, monkeypatch, continua
     if cut:
         tokens = tokens[:-1]
 
-    def planned(config, params, prompts, new, sampling, key, cache_dtype):
-        assert prompts == [[bos_id(tokenizer), *tokenizer.encode("state").ids]]
-        assert sampling.stop_tokens == (5, eos_id(tokenizer))
+    def planned(config, params, request):
+        assert request.prompts == [[bos_id(tokenizer), *tokenizer.encode("state").ids]]
+        assert request.sampling.stop_tokens == (5, eos_id(tokenizer))
         yield from (np.array([token]) for token in [*tokens, eos_id(tokenizer)])
 
     monkeypatch.setattr(text, "stream", planned)
@@ -71,8 +71,8 @@ def test_pieces_are_the_decoded_tokens(tokenizer):
 def test_it_ends_where_the_context_is_full(tokenizer, monkeypatch):
     asked = []
 
-    def planned(config, params, prompts, new, sampling, key, cache_dtype):
-        asked.append(len(prompts[0]) + new)
+    def planned(config, params, request):
+        asked.append(len(request.prompts[0]) + request.max_new_tokens)
         return iter(())
 
     monkeypatch.setattr(text, "stream", planned)
@@ -88,11 +88,11 @@ def test_prompt_beyond_the_context_is_refused(tokenizer):
 
 def test_a_tokenizer_that_begins_texts_by_itself_does_not_begin_them_twice():
     tokenizer = train_tokenizer(["a state of peace"] * 9, 270, 2)
-    plain = begin(tokenizer, "state")
+    plain = encode_prompt(tokenizer, "state")
     bos = bos_id(tokenizer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
     )
     assert tokenizer.encode("state").ids == plain
-    assert begin(tokenizer, "state") == plain
+    assert encode_prompt(tokenizer, "state") == plain
     assert plain.count(bos) == 1

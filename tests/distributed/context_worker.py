@@ -14,7 +14,7 @@ import numpy as np
 from plt_jax.config import RunConfig
 from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.model import attention, blockwise, context_parallel, kernels
-from plt_jax.model.looping import hand_to_next
+from plt_jax.model.looping import shift_states
 from tests.models import compiled, small_config
 
 B, N, K, H = 4, 4, 2, 4
@@ -76,7 +76,7 @@ def attend(mesh: dict, length: int, window: int | None, backend: str, block: int
 
     expected = out_and_gradients(reference, q, k, v, documents, weights)
     with (
-        mock.patch.object(attention, "available_kernel", return_value=backend),
+        mock.patch.object(attention, "available_backend", return_value=backend),
         mock.patch.multiple(context_parallel, QUERY_BLOCK=block, KEY_BLOCK=block),
         use_mesh(current(mesh)),
     ):
@@ -95,7 +95,7 @@ def shift(mesh: dict) -> float:
     documents = inputs(24)[3]
 
     def run(x):
-        out, pullback = jax.vjp(lambda x: hand_to_next(x, documents), x)
+        out, pullback = jax.vjp(lambda x: shift_states(x, documents), x)
         return out, *pullback(weights)
 
     expected = jax.device_get(compiled(run)(x))

@@ -73,7 +73,7 @@ def decode(mesh: dict, batch: int, scheme: str, loops: int, dtype: str | None) -
         "kept": jax.tree.leaves(cache.keys)[0].addressable_shards[0].data.shape[:3],
         "largest gather": largest_gather(program),
         "part": part.addressable_shards[0].data.size,
-        "wide weight": weights["layers"][0]["down"].addressable_shards[0].data.shape,
+        "wide weight": weights.layers[0]["down"].addressable_shards[0].data.shape,
     }
 
 

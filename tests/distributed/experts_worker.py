@@ -110,17 +110,17 @@ def one_layer(mesh: dict) -> dict[str, float]:
 @contextlib.contextmanager
 def counted_rounds():
     """Collects how many rounds each device needs."""
-    rounds, original = [], expert_parallel._add_rounds
+    rounds, original = [], expert_parallel._sum_rounds
 
     def counting(one_round, needed, most):
         jax.debug.callback(lambda needed: rounds.append(int(needed)), needed)
         return original(one_round, needed, most)
 
-    expert_parallel._add_rounds = counting
+    expert_parallel._sum_rounds = counting
     try:
         yield rounds
     finally:
-        expert_parallel._add_rounds = original
+        expert_parallel._sum_rounds = original
 
 
 @contextlib.contextmanager
@@ -169,7 +169,7 @@ def decode(mesh: dict) -> dict:
                 logits, cache = decode_step(config, weights, tokens[:, position], cache)
         step = jax.jit(decode_step, static_argnums=0)
         program = step.lower(config, weights, tokens[:, 0], cache).compile().as_text()
-    experts = weights["layers"][1]["expert_gate_up"]
+    experts = weights.layers[1]["expert_gate_up"]
     return {
         "difference": float(difference),
         "shard": experts.addressable_shards[0].data.shape,

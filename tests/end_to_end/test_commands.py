@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.decoding.text import begin
+from plt_jax.decoding.text import encode_prompt
 from plt_jax.model.looping import with_loops
 from plt_jax.runs.directory import open_trained
 from tests.models import forward
@@ -122,7 +122,7 @@ def test_generate_with_another_number_of_loops(trained, loops):
     directory, _ = trained
     model = open_trained(directory)
     config, params = with_loops(model.config.model, model.params, loops)
-    tokens = begin(model.tokenizer, "the peace")
+    tokens = encode_prompt(model.tokenizer, "the peace")
     start = len(tokens)
     for _ in range(6):
         logits = forward(config)(params, jnp.array([tokens]))

@@ -9,7 +9,7 @@ import pytest
 
 from plt_jax.data.synthetic_examples import ProblemEncoder
 from plt_jax.data.synthetic_tasks import Problem, make_test_set
-from plt_jax.decoding.layout import prepare_for_decode
+from plt_jax.decoding.weights import prepare_for_decode
 from plt_jax.errors import InputError
 from plt_jax.evaluation import exact_match
 from plt_jax.evaluation.exact_match import evaluate_exact_match, score

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import plt_jax
-from plt_jax.decoding.text import begin
+from plt_jax.decoding.text import encode_prompt
 from plt_jax.errors import InputError
 from plt_jax.evaluation.tasks import SUITES, load_tasks
 from plt_jax.model.looping import with_loops
@@ -69,8 +69,8 @@ def expected_likelihood(run, context, continuation):
     """In whole contexts, the last one reaching back for its own, as the text is read or, where that
     would join both, each by itself."""
     kept = context.rstrip()
-    before = begin(run.tokenizer, kept)
-    whole = begin(run.tokenizer, context + continuation)
+    before = encode_prompt(run.tokenizer, kept)
+    whole = encode_prompt(run.tokenizer, context + continuation)
     if whole[: len(before)] != before:
         new = run.tokenizer.encode(context[len(kept) :] + continuation, add_special_tokens=False)
         whole = before + new.ids
@@ -87,7 +87,9 @@ def expected_likelihood(run, context, continuation):
 
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_loglikelihoods_are_the_models(run, batch_size):
-    assert len(begin(run.tokenizer, "our union")) == len(begin(run.tokenizer, "our unio"))
+    assert len(encode_prompt(run.tokenizer, "our union")) == len(
+        encode_prompt(run.tokenizer, "our unio")
+    )
     model = HarnessModel(str(run.directory), batch_size=str(batch_size))
     answers = model.loglikelihood(requests(*PAIRS), disable_tqdm=True)
     for pair, (found, greedy) in zip(PAIRS, answers, strict=True):
@@ -142,7 +144,7 @@ def test_rolling_scores_each_token_once_with_the_begin_token_before(run, model):
 
 def expected_rolling(run, text):
     """In whole contexts, the last one reaching back for its own."""
-    whole, done, expected = begin(run.tokenizer, text), 0, 0.0
+    whole, done, expected = encode_prompt(run.tokenizer, text), 0, 0.0
     while done < len(whole) - 1:
         end = min(done + 16, len(whole) - 1)
         log_p, _ = log_probabilities(run, whole[max(end - 16, 0) : end + 1])
@@ -153,7 +155,7 @@ def expected_rolling(run, text):
 
 def generated(run, context, count):
     """By `generate`, one prompt alone."""
-    prompt = begin(run.tokenizer, context)[-(16 - count) :]
+    prompt = encode_prompt(run.tokenizer, context)[-(16 - count) :]
     weights = plt_jax.prepare_for_decode(run.config.model, run.params)
     (tokens,) = plt_jax.generate(run.config.model, weights, [prompt], count)
     return run.tokenizer.decode(tokens.tolist())
@@ -285,8 +287,8 @@ def test_a_local_task_as_its_user_runs_it(run, copy, tasks, monkeypatch):
     for row in ROWS:
         scores = []
         for choice in row["choices"]:
-            whole = begin(run.tokenizer, row["start"] + choice)
-            count = len(whole) - len(begin(run.tokenizer, row["start"]))
+            whole = encode_prompt(run.tokenizer, row["start"] + choice)
+            count = len(whole) - len(encode_prompt(run.tokenizer, row["start"]))
             scores.append(log_probabilities(run, whole[-17:])[0][-count:].sum())
         right += np.argmax(scores) == row["label"]
     assert written["results"]["choices"]["acc,none"] == pytest.approx(right / 3)

@@ -55,7 +55,7 @@ def test_the_states_and_gates_are_the_models(scheme, count):
     tokens, documents = example["tokens"][None], number_documents(SEGMENTS)
     states, maps = jax.jit(run_loops, static_argnums=0)(config, params, tokens, documents)
     expected = model_states(config, params, tokens)
-    np.testing.assert_allclose(states[1:], expected.raw_LBTD[:, 0], atol=2e-5)
+    np.testing.assert_allclose(states[1:], expected.hidden_LBTD[:, 0], atol=2e-5)
     if expected.gate_LJB is not None:
         means = maps["gate"][1:].mean(-1)
         np.testing.assert_allclose(means, expected.gate_LJB[..., 0], atol=1e-5)
@@ -75,7 +75,7 @@ def test_experts_and_leading_dense_layers():
     tokens, documents = example["tokens"][None], number_documents(SEGMENTS)
     states, maps = run_loops(*with_loops(config, params, 3), tokens, documents)
     expected = model_states(config, params, tokens)
-    np.testing.assert_allclose(states[1:3], expected.raw_LBTD[:, 0], atol=2e-5)
+    np.testing.assert_allclose(states[1:3], expected.hidden_LBTD[:, 0], atol=2e-5)
     assert maps["head_rank"].shape == (3, 3, T)
 
 
@@ -88,7 +88,7 @@ def test_what_is_measured_of_a_model():
     np.testing.assert_allclose(values["loss"], losses, atol=1e-5)
     # The gap behind the last loop is the step of one more.
     more = ModelConfig(**config.model_dump() | {"loop": config.loop.model_dump() | {"count": 3}})
-    states = model_states(more, params, batch["tokens"]).raw_LBTD[:, 0]
+    states = model_states(more, params, batch["tokens"]).hidden_LBTD[:, 0]
     counted = np.asarray(example["weights"]) > 0
     steps = np.linalg.norm(np.diff(np.asarray(states), axis=0), axis=-1)[:, counted].mean(-1)
     np.testing.assert_allclose(values["fixed_point_gap"], steps, atol=1e-4)

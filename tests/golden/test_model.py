@@ -65,8 +65,8 @@ def test_logits_and_states_of_every_loop(case):
     _, config, params, expected = case
     logits, states = forward_with_states(config)(params, expected["input_ids"])
     assert largest_difference(logits, expected["logits"]) < TOLERANCE
-    assert largest_difference(states.handed_LBTD, expected["hidden_loops"]) < TOLERANCE
-    assert largest_difference(states.raw_LBTD, expected["hidden_loops_raw"]) < TOLERANCE
+    assert largest_difference(states.output_LBTD, expected["hidden_loops"]) < TOLERANCE
+    assert largest_difference(states.hidden_LBTD, expected["hidden_loops_raw"]) < TOLERANCE
 
 
 def test_unrolled_layers(case):

@@ -78,8 +78,8 @@ def check_against_reference(config: ModelConfig, tokens, segment_ids, positions=
     params = random_params(config)
     logits, states = forward_with_states(config)(params, tokens, segment_ids, positions)
     expected = reference.forward(reference_settings(config), params, tokens, segment_ids, positions)
-    assert largest_difference(states.raw_LBTD, expected["raw_loops"]) < TOLERANCE
-    assert largest_difference(states.handed_LBTD, expected["hidden_loops"]) < TOLERANCE
+    assert largest_difference(states.hidden_LBTD, expected["raw_loops"]) < TOLERANCE
+    assert largest_difference(states.output_LBTD, expected["hidden_loops"]) < TOLERANCE
     rms = np.sqrt(np.mean(np.square(expected["raw_loops"]), axis=-1))
     assert largest_difference(states.rms_LBT, rms) < TOLERANCE
     gates = [mean for mean in expected["gate_means"] if mean is not None]
@@ -164,7 +164,7 @@ def test_one_loop_is_the_plain_transformer(scheme, count):
     logits, states = forward_with_states(plain)(params, tokens, SEGMENTS)
     looped_logits, looped_states = forward_with_states(looped)(with_gates, tokens, SEGMENTS)
     np.testing.assert_array_equal(looped_logits, logits)
-    np.testing.assert_array_equal(looped_states.raw_LBTD, states.raw_LBTD)
+    np.testing.assert_array_equal(looped_states.hidden_LBTD, states.hidden_LBTD)
 
 
 # ---- gradients ----
@@ -265,7 +265,7 @@ def test_bfloat16_is_near_float32(scheme):
     expected = forward_with_states(exact)(params, tokens, SEGMENTS)[0]
     logits, states = forward_with_states(rounded)(params, tokens, SEGMENTS)
     assert logits.dtype == jnp.float32
-    assert states.raw_LBTD.dtype == states.handed_LBTD.dtype == jnp.bfloat16
+    assert states.hidden_LBTD.dtype == states.output_LBTD.dtype == jnp.bfloat16
     error = np.sqrt(np.mean((np.asarray(logits) - expected) ** 2)) / np.std(expected)
     assert 1e-4 < error < 0.05
 
@@ -285,7 +285,7 @@ def test_a_model_runs_with_other_numbers_of_loops(count):
     tokens = random_tokens(config, B, T)
     _, states = forward_with_states(config)(own, tokens, None, None)
     _, before = forward_with_states(trained)(params, tokens, None, None)
-    np.testing.assert_array_equal(states.raw_LBTD[0], before.raw_LBTD[0])
+    np.testing.assert_array_equal(states.hidden_LBTD[0], before.hidden_LBTD[0])
 
 
 def test_one_loop_only_stays_one():

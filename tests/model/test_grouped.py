@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from plt_jax.config import MoEConfig
 from plt_jax.errors import InputError
 from plt_jax.model import grouped
-from plt_jax.model.grouped import FORMS, blocks, choose_form, megablox, ragged_dot
+from plt_jax.model.grouped import KERNELS, blocks, choose_kernel, megablox, ragged_dot
 
 has_tokamax = importlib.util.find_spec("tokamax") is not None
 
@@ -83,7 +83,7 @@ def test_other_forms_are_the_product_of_each_group(name, case, outputs_first):
     if name == "tokamax" and not has_tokamax:
         pytest.skip("tokamax is not installed: pip install 'plt_jax[tokamax]'")
     interpreted = functools.partial(megablox, interpret=True)
-    product = {"megablox": interpreted}.get(name, FORMS[name])
+    product = {"megablox": interpreted}.get(name, KERNELS[name])
     rows, sizes = CASES[case]
     check(product, rows, len(sizes), 8, 6, sizes, outputs_first, 0)
 
@@ -112,16 +112,16 @@ def test_sums_are_float32_for_bfloat16_rows():
 def test_auto_is_what_the_devices_run(monkeypatch, platform, installed, expected):
     monkeypatch.setattr(grouped, "traced_platform", lambda: platform)
     monkeypatch.setattr(grouped.importlib.util, "find_spec", lambda name: installed or None)
-    assert choose_form(MoEConfig(experts=2)) == expected
-    assert choose_form(MoEConfig(experts=2, grouped_product="ragged_dot")) == "ragged_dot"
+    assert choose_kernel(MoEConfig(experts=2)) == expected
+    assert choose_kernel(MoEConfig(experts=2, grouped_product="ragged_dot")) == "ragged_dot"
 
 
 def test_what_the_devices_do_not_run_is_refused(monkeypatch):
     monkeypatch.setattr(grouped.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(grouped, "traced_platform", lambda: "gpu")
     with pytest.raises(InputError, match=r"grouped_product is megablox, which needs a TPU; set"):
-        choose_form(MoEConfig(experts=2, grouped_product="megablox"))
+        choose_kernel(MoEConfig(experts=2, grouped_product="megablox"))
     with pytest.raises(
         InputError, match=r"tokamax, which needs a GPU and the package \(pip install"
     ):
-        choose_form(MoEConfig(experts=2, grouped_product="tokamax"))
+        choose_kernel(MoEConfig(experts=2, grouped_product="tokamax"))

@@ -23,7 +23,7 @@ from plt_jax.model import attention, kernels
 from plt_jax.model.attention import choose_backend
 from plt_jax.model.blockwise import causal_attention, windowed_attention
 from plt_jax.model.kernels import (
-    available_kernel,
+    available_backend,
     cudnn_attention,
     splash_attention,
     splash_blocks,
@@ -46,7 +46,7 @@ def interpreted(monkeypatch):
 @pytest.fixture
 def devices_run(monkeypatch):
     """Has the devices run the kernel that it is called with."""
-    return lambda kernel: monkeypatch.setattr(attention, "available_kernel", lambda: kernel)
+    return lambda kernel: monkeypatch.setattr(attention, "available_backend", lambda: kernel)
 
 
 @pytest.fixture
@@ -307,9 +307,9 @@ def test_what_the_devices_cannot_run_is_refused_when_traced(
 
 
 def test_the_current_mesh_says_which_devices_a_program_is_for(pod):
-    assert available_kernel() == "xla"
+    assert available_backend() == "xla"
     with use_mesh(pod):
-        assert available_kernel() == "splash"
+        assert available_backend() == "splash"
 
 
 class Device(NamedTuple):
@@ -335,4 +335,4 @@ class Device(NamedTuple):
 def test_which_gpus_have_fused_attention(monkeypatch, device, available):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
-    assert available_kernel() == available
+    assert available_backend() == available

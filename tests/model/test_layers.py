@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax.model.layers import embed, logits_from, rms_norm, rope_rotation, rotate, swiglu
-from plt_jax.model.looping import hand_to_next
+from plt_jax.model.looping import shift_states
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import number_documents, positions_in_documents
 from tests.models import small_config
@@ -94,7 +94,7 @@ def test_documents_are_runs_of_equal_ids(runs):
     np.testing.assert_array_equal(positions_in_documents(documents), [positions])
 
     states = normal(1, 12, 3)
-    shifted = hand_to_next(states, documents)
+    shifted = shift_states(states, documents)
     for i, position in enumerate(positions):
         expected = states[0, i - 1] if position else np.zeros(3)
         np.testing.assert_array_equal(shifted[0, i], expected)
@@ -102,6 +102,6 @@ def test_documents_are_runs_of_equal_ids(runs):
 
 def test_shift_of_one_document():
     states = normal(2, 4, 3)
-    shifted = np.asarray(hand_to_next(states, None))
+    shifted = np.asarray(shift_states(states, None))
     np.testing.assert_array_equal(shifted[:, 1:], states[:, :-1])
     np.testing.assert_array_equal(shifted[:, 0], np.zeros((2, 3)))

@@ -12,8 +12,8 @@ from plt_jax.model.moe import (
     auxiliary_loss,
     load_entropy,
     mixture_of_experts,
-    of_loops,
     route,
+    weights_of_loop,
 )
 from tests import reference
 from tests.models import random_params, random_tokens, small_config
@@ -135,14 +135,14 @@ def test_biases_choose_and_do_not_weigh():
     x_BTD = jax.random.normal(jax.random.key(0), (2, 3, config.width))
     logits_MX = (x_BTD @ weights["router"]).reshape(6, 5)
     for loop, favoured in ((0, 1), (1, 4)):
-        routing = route(config.moe, of_loops(weights, loop), x_BTD)
+        routing = route(config.moe, weights_of_loop(weights, loop), x_BTD)
         np.testing.assert_array_equal(routing.chosen_Mk[:, 0], favoured)
         others_MX = logits_MX.at[:, favoured].set(-jnp.inf)
         np.testing.assert_array_equal(routing.chosen_Mk[:, 1], others_MX.argmax(-1))
         chosen_Mk = jnp.take_along_axis(logits_MX, routing.chosen_Mk, axis=1)
         np.testing.assert_allclose(routing.weight_Mk, jax.nn.softmax(chosen_Mk), rtol=1e-5)
     # One loop a position, as a decode step has its rows.
-    rows = route(config.moe, of_loops(weights, jnp.array([0, 1, 0])), x_BTD)
+    rows = route(config.moe, weights_of_loop(weights, jnp.array([0, 1, 0])), x_BTD)
     np.testing.assert_array_equal(rows.chosen_Mk[:, 0].reshape(2, 3), [[1, 4, 1]] * 2)
 
 

@@ -95,7 +95,7 @@ def test_the_events_hold_the_same_numbers(finished):
 
 def test_what_would_be_faster_on_a_gpu_is_said(monkeypatch):
     monkeypatch.setattr(trainer, "traced_platform", lambda: "gpu")
-    monkeypatch.setattr(attention, "available_kernel", lambda: "cudnn")
+    monkeypatch.setattr(attention, "available_backend", lambda: "cudnn")
     config = RunConfig(model={"moe": {"experts": 4, "expert_width": 8}})
     assert trainer.choose_kernels(config, make_mesh(config.mesh)) == (
         "attention: xla (not cudnn: dtype is float32; set dtype to bfloat16), experts: blocks "

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax.config import MoEConfig
-from plt_jax.decoding import layout
-from plt_jax.decoding.layout import MOST_SUMMED_ROWS, few_experts, linear, many_experts
+from plt_jax.decoding import ops
+from plt_jax.decoding.linear import MOST_SUMMED_ROWS, linear
+from plt_jax.decoding.ops import few_experts, many_experts
 from tests.models import compiled
 
 
@@ -58,7 +59,7 @@ def test_a_weight_that_is_used_twice_is_not_copied():
 @pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_prepared_experts_are_the_declared_ones(monkeypatch, platform, tokens, chosen, held):
     """Few rows and many, with some of the experts elsewhere."""
-    monkeypatch.setattr(layout, "traced_platform", lambda: platform)
+    monkeypatch.setattr(ops, "traced_platform", lambda: platform)
     X, D, F = 4, 6, 5
     random = np.random.default_rng(tokens + chosen)
     gate, up, down = (random.normal(size=shape) for shape in ((X, D, F), (X, D, F), (X, F, D)))

@@ -1,0 +1,121 @@
+"""The products of a layer, and of the head, with decode weights."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from plt_jax.config import ModelConfig, MoEConfig
+from plt_jax.decoding.linear import linear
+from plt_jax.decoding.weights import EXPERT_AXES, DecodeWeights, Weights
+from plt_jax.model.block import LayerOps
+from plt_jax.model.expert_parallel import replicate_rows
+from plt_jax.model.grouped import grouped_product
+from plt_jax.model.kernels import traced_platform
+from plt_jax.model.moe import RouterStatistics, mixture_of_experts, run_groups, weighted_sum
+
+FEW_ROWS = 64
+"""Up to this number of rows, each expert that any row chose multiplies all rows, unsorted."""
+
+
+def head_logits(weights: DecodeWeights, normed_BTD: jax.Array) -> jax.Array:
+    """The head: normed states [B, T, D] to float32 logits [B, T, V]."""
+    return linear(normed_BTD, weights.embedding if weights.head is None else weights.head)
+
+
+def _qkv(
+    config: ModelConfig, weights: Weights, x_BTD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    B, T, _ = x_BTD.shape
+    K, H = config.kv_heads, config.head_width
+    fused = linear(x_BTD, weights["qkv"]).astype(x_BTD.dtype).reshape(B, T, K, -1, H)
+    q_BKGTH = fused[:, :, :, :-2].transpose(0, 2, 3, 1, 4)
+    k_BKTH, v_BKTH = (fused[:, :, :, index].swapaxes(1, 2) for index in (-2, -1))
+    return q_BKGTH.reshape(B, -1, T, H), k_BKTH, v_BKTH
+
+
+def _output(weights: Weights, out_BNTH: jax.Array) -> jax.Array:
+    B, N, T, H = out_BNTH.shape
+    out_BTD = linear(out_BNTH.swapaxes(1, 2).reshape(B, T, N * H), weights["o"])
+    return out_BTD.astype(out_BNTH.dtype)
+
+
+def _swiglu(x_BTD: jax.Array, gate_up: jax.Array, down: jax.Array) -> jax.Array:
+    made_BT2F = linear(x_BTD, gate_up).astype(x_BTD.dtype)
+    hidden_BTF = jax.nn.silu(made_BT2F[..., 0, :]) * made_BT2F[..., 1, :]
+    return linear(hidden_BTF, down).astype(x_BTD.dtype)
+
+
+def few_experts(
+    experts: Weights, x_MD: jax.Array, weight_Mk: jax.Array, chosen_Mk: jax.Array
+) -> jax.Array:
+    """Applies the chosen experts to a few rows, [M, D]; reads each expert that any row chose once.
+
+    Loops of a token that choose the same expert share it. A GPU reads as many experts as the rows
+    could have chosen.
+    """
+    M, X = x_MD.shape[0], experts["expert_down"].shape[0]
+    rows_M1 = jnp.arange(M)[:, None]
+    # There is one column more than experts: rows outside of this device fall on it.
+    share_MX = jnp.zeros((M, X + 1), jnp.float32)
+    share_MX = share_MX.at[rows_M1, chosen_Mk].add(weight_Mk, mode="drop").at[:, X].set(0.0)
+    used_X = jnp.zeros(X, bool).at[chosen_Mk].set(True, mode="drop")
+    most = min(X, chosen_Mk.size)
+    (used,) = jnp.nonzero(used_X, size=most, fill_value=X)
+    # GPUs ask the host before each turn of a loop whose turns are counted on the device.
+    turns = most if traced_platform() == "gpu" else jnp.sum(used_X)
+    x_MD = jax.lax.optimization_barrier(x_MD)
+
+    def add_expert(index: jax.Array, out_MD: jax.Array) -> jax.Array:
+        gate_up_2FD, down_DF = (
+            jax.lax.dynamic_index_in_dim(experts[name], used[index], keepdims=False)
+            for name in EXPERT_AXES
+        )
+        made_MD = _swiglu(x_MD, gate_up_2FD, down_DF).astype(jnp.float32)
+        return out_MD + share_MX[:, used[index], None] * made_MD
+
+    out_MD = jnp.zeros(x_MD.shape, jnp.float32)
+    out_MD = jax.lax.fori_loop(0, turns, add_expert, out_MD)
+    return out_MD.astype(x_MD.dtype)
+
+
+def many_experts(
+    moe: MoEConfig, experts: Weights, x_MD: jax.Array, weight_Mk: jax.Array, chosen_Mk: jax.Array
+) -> jax.Array:
+    """Applies the chosen experts to many rows, [M, D], by grouped products over the experts."""
+    product = partial(grouped_product(moe), outputs_first=True)
+    X, _, F, D = experts["expert_gate_up"].shape
+    gate_up_XND = experts["expert_gate_up"].reshape(X, 2 * F, D)
+
+    def expert_swiglu(rows_PD: jax.Array, sizes_X: jax.Array) -> jax.Array:
+        gate_PF, up_PF = jnp.split(product(rows_PD, gate_up_XND, sizes_X), 2, axis=-1)
+        return product(jax.nn.silu(gate_PF) * up_PF, experts["expert_down"], sizes_X)
+
+    out_PD, _ = run_groups(expert_swiglu, X, x_MD, chosen_Mk.ravel())
+    return weighted_sum(weight_Mk, out_PD)
+
+
+def _routed_experts(
+    moe: MoEConfig, weights: Weights, x_BTD: jax.Array
+) -> tuple[jax.Array, RouterStatistics | None]:
+    few = x_BTD.shape[0] * x_BTD.shape[1] <= FEW_ROWS
+    run = few_experts if few else partial(many_experts, moe)
+    return replicate_rows(moe, weights, EXPERT_AXES, run, x_BTD), None
+
+
+def _feed_forward(
+    config: ModelConfig, weights: Weights, x_BTD: jax.Array
+) -> tuple[jax.Array, RouterStatistics | None]:
+    if "router" not in weights:
+        return _swiglu(x_BTD, weights["gate_up"], weights["down"]), None
+
+    def shared(weights: Weights, x_BTD: jax.Array) -> jax.Array:
+        return _swiglu(x_BTD, weights["shared_gate_up"], weights["shared_down"])
+
+    return mixture_of_experts(config.moe, weights, x_BTD, _routed_experts, shared)
+
+
+DECODE_OPS = LayerOps(_qkv, _output, _feed_forward)
+"""The products of `apply_block` with decode weights."""
