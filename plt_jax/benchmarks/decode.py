@@ -33,8 +33,8 @@ from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import DTYPES, Cache, init_cache
 from plt_jax.decoding.generation import (
     BLOCK,
-    Choice,
     GenerationState,
+    TokenChoice,
     advance,
     prefill_prompts,
 )
@@ -305,7 +305,7 @@ class Workload:
         run = functools.partial(
             advance,
             row.config,
-            Choice(Sampling()),
+            TokenChoice(Sampling()),
             row.weights,
             keys_B,
             np.full((self.batch, 1), -1),
