@@ -3,9 +3,10 @@
 #
 #   benchmarks/ablation_on_gpu.sh synthetic|text FOLDER [SECONDS]
 #
-# Rows train side by side, since small models leave a GPU idle; what is not done after SECONDS is
-# stopped, and the same command goes on with it. The text is that of benchmarks/speeches_and_code.py,
-# in corpora/speeches_and_code. CONFIGS, ROWS, SEEDS and WORKERS change what is done, MORE adds options.
+# Several rows train at the same time, because one small model does not fill a GPU. After SECONDS the
+# rows are stopped, and the same command continues them. The text is that of
+# benchmarks/speeches_and_code.py, in corpora/speeches_and_code. CONFIGS, ROWS, SEEDS and WORKERS
+# change what is trained; MORE adds options.
 set -euo pipefail
 what=${1:?synthetic or text} out=$(realpath -m "${2:?a folder}") limit=${3:-100000}
 cd "$(dirname "$0")/.."

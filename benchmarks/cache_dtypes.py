@@ -1,7 +1,9 @@
-"""What a cache of fewer bits costs in quality, on a trained model and real text.
+"""How the dtype of the decode cache changes a trained model's predictions on text.
 
-python -m benchmarks.cache_dtypes RUN decodes the beginnings of documents token by token,
-each dtype of the cache in turn, always with the text's own tokens, and compares the predictions.
+python -m benchmarks.cache_dtypes RUN
+
+It decodes the first tokens of documents with every dtype of the cache. Each step reads the text's
+own next token, so that all dtypes predict after the same text.
 """
 
 from __future__ import annotations
@@ -33,9 +35,11 @@ def main() -> None:
     )
     parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
     parser.add_argument("--text", help="text file or folder; default the run's held-out documents")
-    parser.add_argument("--documents", type=int, default=8, help="documents, evenly spaced")
-    parser.add_argument("--tokens", type=int, default=512, help="tokens of each")
-    parser.add_argument("--out", help="JSON file to write the figures to")
+    parser.add_argument(
+        "--documents", type=int, default=8, help="number of documents, evenly spaced"
+    )
+    parser.add_argument("--tokens", type=int, default=512, help="number of tokens of each document")
+    parser.add_argument("--out", help="JSON file for the figures")
     arguments = parser.parse_args()
     trained = open_trained(arguments.path)
     config = trained.config.model
@@ -60,7 +64,7 @@ def main() -> None:
 
 
 def beginnings(trained: Trained, text: str | None, documents: int, tokens: int) -> np.ndarray:
-    """The first tokens of evenly spaced documents that have so many, int32 [B, T].
+    """The first tokens of evenly spaced documents that are long enough, int32 [B, T].
 
     Raises:
       InputError: no document is so long, the context is not, or the run read a synthetic task.
@@ -79,7 +83,7 @@ def beginnings(trained: Trained, text: str | None, documents: int, tokens: int) 
 
 
 def predictions(config: ModelConfig, params: Params, tokens_BT: np.ndarray, dtype: str):
-    """Log-probabilities of the next token after each, float32 [T - 1, B, V]."""
+    """Log-probabilities of the next token after each but the last, float32 [T - 1, B, V]."""
     B, T = tokens_BT.shape
     cache = init_cache(config, B, T, dtype)
     return _predictions(config, params, jnp.asarray(tokens_BT.T[:-1]), cache)
@@ -95,7 +99,16 @@ def _predictions(config: ModelConfig, params: Params, tokens_TB: jax.Array, cach
 
 
 def compare(found, exact, tokens_BT: np.ndarray) -> dict[str, float]:
-    """How well the text is predicted, and how far that is from the exact predictions."""
+    """Compares predictions with the text, and with those of a float32 cache.
+
+    Args:
+      found, exact: log-probabilities, float32 [T - 1, B, V].
+      tokens_BT: the text, int32 [B, T].
+
+    Returns:
+      The loss, the mean and largest Kullback-Leibler divergence from the exact predictions, and the
+      share of positions where both have the same most likely token.
+    """
     next_TB = tokens_BT.T[1:, :, None]
     loss = -jnp.mean(jnp.take_along_axis(found, next_TB, axis=2))
     divergence_TB = jnp.sum(jnp.exp(exact) * (exact - found), axis=2)
@@ -109,7 +122,7 @@ def compare(found, exact, tokens_BT: np.ndarray) -> dict[str, float]:
 
 
 def table(report: dict) -> str:
-    """The rows as text."""
+    """The report as text."""
     lines = [
         f"{report['scheme']}, {report['dtype']}, {report['tokens']} tokens",
         f"{'cache':10} {'nats/token':>11} {'mean KL':>10} {'largest KL':>11} {'same argmax':>12}",

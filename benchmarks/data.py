@@ -1,10 +1,10 @@
-"""How fast training data is read and prepared, beside what a chip eats.
+"""How fast training data is read and prepared, compared with what a chip consumes.
 
 python -m benchmarks.data CORPUS [--inputs FILE ...] [--out FOLDER]
 
 Reads batches of a prepared corpus as training does, in shuffled order and without reading ahead, in
 one thread; with --inputs prepares those files, too, in one process and with the corpus's tokenizer.
-Speeds are tokens per second of one core's time. What a chip eats is what --config would take of it
+Speeds are tokens per second of one core's time. A chip's consumption is that of training --config
 at 50 % MFU.
 """
 
@@ -48,14 +48,18 @@ def main() -> None:
     parser = CommandParser(prog="python -m benchmarks.data", description=__doc__)
     parser.add_argument("corpus", help="folder that plt_jax.data.prepare made")
     parser.add_argument("--inputs", nargs="*", default=[], help="files and folders to prepare")
-    parser.add_argument("--text_field", default=Options().text_field, help="of those files")
     parser.add_argument(
-        "--lengths", type=positive_integers, default=[256, 2048, 4096], help="of examples"
+        "--text_field", default=Options().text_field, help="text field of those files"
     )
-    parser.add_argument("--batch", type=int, default=32, help="examples of a batch")
-    parser.add_argument("--batches", type=int, default=20, help="read for one figure")
-    parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")
-    parser.add_argument("--config", default="configs/plt_dense_1b.yaml", help="what a chip trains")
+    parser.add_argument(
+        "--lengths", type=positive_integers, default=[256, 2048, 4096], help="tokens of an example"
+    )
+    parser.add_argument("--batch", type=int, default=32, help="examples per batch")
+    parser.add_argument("--batches", type=int, default=20, help="batches read in one measurement")
+    parser.add_argument("--rounds", type=int, default=7, help="how many times each is measured")
+    parser.add_argument(
+        "--config", default="configs/plt_dense_1b.yaml", help="configuration that a chip trains"
+    )
     parser.add_argument("--out", help="folder for data.json and data.txt")
     arguments = parser.parse_args()
     if min(arguments.batch, arguments.batches, arguments.rounds) < 1:
@@ -75,14 +79,14 @@ def main() -> None:
         {"label": label, **spread("tokens_per_second", [1 / each for each in found])}
         for label, found in seconds.items()
     ]
-    eaten = tokens_eaten(config)
+    consumed = tokens_consumed(config)
     text = "\n".join(
         [
             table_of(COLUMNS, rows),
             "",
-            f"a chip at {MFU:.0%} MFU eats of {arguments.config}, examples of "
-            f"{config.sequence_length} (tokens/s):",
-            *(f"  {name}: {tokens:,.0f}" for name, tokens in eaten.items()),
+            f"tokens/s that a chip trains of {arguments.config} at {MFU:.0%} MFU, examples of "
+            f"{config.sequence_length}:",
+            *(f"  {name}: {tokens:,.0f}" for name, tokens in consumed.items()),
         ]
     )
     print(text)
@@ -93,7 +97,7 @@ def main() -> None:
             "command": " ".join(["python -m benchmarks.data", *sys.argv[1:]]),
             "machine": machine(),
             "rows": rows,
-            "eaten": eaten,
+            "consumed": consumed,
         }
         write_text(folder / "data.json", json.dumps(found, indent=1) + "\n")
         write_text(folder / "data.txt", text + "\n")
@@ -109,7 +113,7 @@ def as_array(corpus: Prepared) -> TokenStream:
 
 
 def reader(stream: TokenStream, length: int, arguments) -> Callable[[], float]:
-    """Reads some batches further, and returns the seconds of a core for one token."""
+    """A timer that reads some batches, and returns seconds of a core per token."""
     config = RunConfig.model_validate(
         {
             "model": {"max_length": length},
@@ -130,7 +134,7 @@ def reader(stream: TokenStream, length: int, arguments) -> Callable[[], float]:
 
 
 def preparer(inputs: list[str], text_field: str, corpus: Prepared) -> Callable[[], float]:
-    """Prepares the inputs in this process, and returns the seconds of a core for one token."""
+    """A timer that prepares the inputs in this process, and returns seconds of a core per token."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def seconds_per_token() -> float:
@@ -150,8 +154,8 @@ def preparer(inputs: list[str], text_field: str, corpus: Prepared) -> Callable[[
     return seconds_per_token
 
 
-def tokens_eaten(config: RunConfig) -> dict[str, float]:
-    """Tokens/s that training takes of each chip at 50 % MFU."""
+def tokens_consumed(config: RunConfig) -> dict[str, float]:
+    """Tokens per second that each kind of chip trains at 50 % MFU."""
     loops = flops_by_loop(config.model, config.sequence_length)
     flops = 3 * sum(loop.total for loop in loops)
     return {name: MFU * chip.flops / flops for name, chip in CHIPS.items()}

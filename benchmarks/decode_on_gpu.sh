@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The decode figures that need a GPU, in one go of under eight minutes: exactness there, then the
-# paper's open dense shape in bfloat16 beside transformers' llama, then growth with the context.
+# The decode figures that need a GPU, in less than eight minutes: tests of exactness on the GPU, the
+# paper's open dense shape in bfloat16 compared with the Llama of transformers, and growth with the
+# context.
 #
 #   benchmarks/decode_on_gpu.sh [FOLDER [CONFIG]]      FOLDER gets the tables, figures and plots
 #

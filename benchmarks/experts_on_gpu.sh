@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The figures of experts that need a GPU, in one go of under eight minutes: exactness there, then grouped
-# products in every form, then what one-pass decoding costs a mixture.
+# The figures of mixtures that need a GPU, in less than eight minutes: tests of exactness on the GPU,
+# grouped products with every kernel, and the latency of one-pass decoding.
 #
 #   benchmarks/experts_on_gpu.sh [FOLDER]      FOLDER gets the tables, figures and plots
 #
@@ -15,7 +15,7 @@ lap() { echo "== $1 ($((SECONDS - started)) s) =="; }
 
 lap "exactness"
 python -m pytest -q -p no:cacheprovider tests/model/test_grouped.py tests/model/test_moe.py \
-    tests/decoding/test_layout.py | tee "$out/tests.txt"
+    tests/decoding/test_weights.py | tee "$out/tests.txt"
 lap "grouped products"
 python -m benchmarks.grouped --dtype bfloat16 --tokens "${TOKENS:-4096,32768}" --experts 64 \
     --per_token 8 --widths "${WIDTHS:-2048}" --outputs "${OUTPUTS:-1024}" --out "$out/grouped.json" \

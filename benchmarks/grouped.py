@@ -1,8 +1,9 @@
-"""The speed of grouped products, in every form that the devices run.
+"""The speed of grouped products, with every kernel that the devices run.
 
-python -m benchmarks.grouped --tokens 1024,8192 --experts 8,64 times an expert's up product
-forward, and forward and backward, with choices that differ in popularity as real ones do, beside a
-dense product of as many rows with one weight.
+python -m benchmarks.grouped --tokens 1024,8192 --experts 8,64
+
+It times an expert's up product, forward, and forward and backward. Groups differ in size, as those
+of trained routers do. A dense product of as many rows with one weight is timed for comparison.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.errors import InputError
 from plt_jax.model.grouped import KERNELS, available_kernels
 
-Product = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+GroupedProduct = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def dense(rows_MD: jax.Array, weight_XDN: jax.Array, sizes_X: jax.Array) -> jax.Array:
-    """All rows with the first weight: what a grouped product can reach at best."""
+    """Multiplies all rows by the first weight: an upper bound of a grouped product's speed."""
     return rows_MD @ weight_XDN[0]
 
 
-def forms_here() -> dict[str, Product]:
-    """The forms that this machine's devices run, the dense product first."""
+def kernels_here() -> dict[str, GroupedProduct]:
+    """The kernels that this machine's devices run, after the dense product."""
     return {"dense": dense} | {name: KERNELS[name] for name in available_kernels()}
 
 
@@ -41,18 +42,18 @@ def main() -> None:
     parser = CommandParser(
         prog="python -m benchmarks.grouped", description="Measure grouped products."
     )
+    parser.add_argument("--tokens", type=positive_integers, default=[1024], help="tokens per batch")
     parser.add_argument(
-        "--tokens", type=positive_integers, default=[1024], help="tokens of a batch"
+        "--experts", type=positive_integers, default=[8, 64], help="numbers of experts"
     )
-    parser.add_argument("--experts", type=positive_integers, default=[8, 64], help="experts")
-    parser.add_argument("--per_token", type=int, default=2, help="experts that a token chooses")
+    parser.add_argument("--per_token", type=int, default=2, help="experts per token")
     parser.add_argument(
         "--widths", type=positive_integers, default=[192, 768], help="inputs of a weight"
     )
     parser.add_argument("--outputs", type=int, default=512, help="outputs of a weight")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")
-    parser.add_argument("--out", help="JSON file to write the figures to")
+    parser.add_argument("--rounds", type=int, default=7, help="how many times each is measured")
+    parser.add_argument("--out", help="JSON file for the figures")
     arguments = parser.parse_args()
     if min(arguments.per_token, arguments.outputs, arguments.rounds) < 1:
         raise InputError("--per_token, --outputs and --rounds must be at least 1")
@@ -66,32 +67,32 @@ def main() -> None:
         "dtype": arguments.dtype,
         "cells": [],
     }
-    forms = forms_here()
+    kernels = kernels_here()
     print(f"GFLOP/s, {arguments.dtype}, {arguments.outputs} outputs, {arguments.per_token} experts")
-    names = "".join(f"{name:>12}" for name in forms)
+    names = "".join(f"{name:>12}" for name in kernels)
     print(f"{'tokens':>8}{'experts':>9}{'inputs':>8}  {'pass':12}{names}")
     for tokens in arguments.tokens:
         for experts in arguments.experts:
             for width in arguments.widths:
                 for backward in (False, True):
                     shape = (tokens * arguments.per_token, experts, width, arguments.outputs)
-                    cell = measure(forms, shape, arguments.dtype, backward, arguments.rounds)
+                    cell = measure(kernels, shape, arguments.dtype, backward, arguments.rounds)
                     report["cells"].append({"tokens": tokens, **cell})
                     label = "and backward" if backward else "forward"
                     print(f"{tokens:>8}{experts:>9}{width:>8}  {label:12}", end="")
-                    print("".join(f"{cell[name]['gflops']:12.1f}" for name in forms), flush=True)
+                    print("".join(f"{cell[name]['gflops']:12.1f}" for name in kernels), flush=True)
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(
-    forms: dict[str, Product],
+    kernels: dict[str, GroupedProduct],
     shape: tuple[int, int, int, int],
     dtype: str,
     backward: bool,
     rounds: int,
 ) -> dict[str, Any]:
-    """GFLOP/s of every form, for M rows, X experts, D inputs and N outputs."""
+    """GFLOP/s of every kernel, for M rows, X experts, D inputs and N outputs."""
     M, X, D, N = shape
     random = np.random.default_rng(0)
     sizes_X = jnp.asarray(random.multinomial(M, random.dirichlet(np.full(X, 5.0))), jnp.int32)
@@ -99,12 +100,12 @@ def measure(
         jnp.asarray(random.normal(size=size), dtype) for size in ((M, D), (X, D, N), (M, N))
     )
 
-    def timer(form: Product) -> Callable[[], float]:
+    def timer(kernel: GroupedProduct) -> Callable[[], float]:
         @jax.jit
         def run(rows_MD, weight_XDN, sizes_X, grad_MN):
             if not backward:
-                return form(rows_MD, weight_XDN, sizes_X)
-            out_MN, pull = jax.vjp(lambda x, w: form(x, w, sizes_X), rows_MD, weight_XDN)
+                return kernel(rows_MD, weight_XDN, sizes_X)
+            out_MN, pull = jax.vjp(lambda x, w: kernel(x, w, sizes_X), rows_MD, weight_XDN)
             return out_MN, pull(grad_MN)
 
         inputs = (rows_MD, weight_XDN, sizes_X, grad_MN)
@@ -117,7 +118,7 @@ def measure(
 
         return seconds
 
-    timers = {name: timer(form) for name, form in forms.items()}
+    timers = {name: timer(kernel) for name, kernel in kernels.items()}
     flops = 2 * M * D * N * (3 if backward else 1)
     found = interleave(timers, rounds)
     return {

@@ -1,10 +1,11 @@
 """Speed and memory of reading and writing Hugging Face checkpoints.
 
-python -m benchmarks.interop makes a checkpoint of random bfloat16 weights in several files,
-and measures, in rounds that interleave them, each in a process of its own: the disk (reading the
-files' bytes, the page cache emptied of them, and writing as many), `load_huggingface` from the disk
-and from the page cache, `save_huggingface`, and the commands `plt_jax.convert import` and `export`,
-which read and write orbax checkpoints too.
+python -m benchmarks.interop
+
+It makes a checkpoint of random bfloat16 weights in several files. In every round it measures, each
+in a process of its own: the disk (reading the files' bytes after they left the page cache, and
+writing as many), `load_huggingface` from the disk and from the page cache, `save_huggingface`, and
+the commands `plt_jax.convert import` and `export`, which also read and write orbax checkpoints.
 """
 
 from __future__ import annotations
@@ -36,9 +37,11 @@ def main() -> None:
         description="Measure reading and writing of Hugging Face checkpoints.",
     )
     parser.add_argument("--layers", type=int, default=16, help="layers of 61 million parameters")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is measured")
-    parser.add_argument("--folder", help="where to write; default a temporary folder")
-    parser.add_argument("--out", help="JSON file to write the figures to")
+    parser.add_argument("--rounds", type=int, default=3, help="how many times each is measured")
+    parser.add_argument(
+        "--folder", help="folder on the disk to measure; default a temporary folder"
+    )
+    parser.add_argument("--out", help="JSON file for the figures")
     parser.add_argument("--measure", choices=MEASUREMENTS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -58,7 +61,7 @@ def main() -> None:
 
 
 def make_checkpoint(home: Path, layers: int) -> None:
-    """A PLT of random weights, in bfloat16: 16 layers are 1.1 billion parameters."""
+    """Saves a PLT of random bfloat16 weights; 16 layers have 1.1 billion parameters."""
     import jax
     import ml_dtypes
     import numpy as np
@@ -82,11 +85,12 @@ def make_checkpoint(home: Path, layers: int) -> None:
 
 
 def checkpoint_bytes(home: Path) -> int:
+    """Bytes of the checkpoint's safetensors files."""
     return sum(file.stat().st_size for file in (home / "source").glob("*.safetensors"))
 
 
-def forget(folder: Path) -> None:
-    """Empties the page cache of a folder's files."""
+def drop_from_page_cache(folder: Path) -> None:
+    """Writes a folder's files to the disk, and removes them from the page cache."""
     os.sync()
     for file in folder.rglob("*"):
         if file.is_file():
@@ -95,7 +99,7 @@ def forget(folder: Path) -> None:
 
 
 def read_bytes(home: Path) -> None:
-    """Reads the checkpoint's files from end to end, and does nothing with them."""
+    """Reads the bytes of the checkpoint's files, and discards them."""
     buffer = bytearray(READ_BYTES)
     for file in sorted((home / "source").glob("*.safetensors")):
         with open(file, "rb", buffering=0) as opened:
@@ -117,7 +121,7 @@ def load(home: Path) -> None:
     load_huggingface(home / "source")
 
 
-def load_and_save(home: Path) -> Callable[[], None]:
+def loaded_saver(home: Path) -> Callable[[], None]:
     from plt_jax import load_huggingface, save_huggingface
 
     config, params = load_huggingface(home / "source")
@@ -153,7 +157,7 @@ LABELS = {
 
 
 def measure(name: str, home: Path) -> dict[str, float]:
-    """Measures one in a fresh process, so that its peak of memory is its own."""
+    """Measures one action in a fresh process, so that the peak of memory is the action's."""
     for left in {"save": ["saved"], "import": ["run"], "export": ["exported"]}.get(name, []):
         shutil.rmtree(home / left, ignore_errors=True)
     words = [sys.executable, "-m", "benchmarks.interop", "--measure", name]
@@ -165,13 +169,13 @@ def measure(name: str, home: Path) -> dict[str, float]:
 
 
 def measure_here(name: str, home: Path) -> dict[str, float]:
-    """Seconds, and bytes of memory above what the imports took."""
+    """Seconds of an action, and bytes of memory that it adds to those of the imports."""
     import jax
 
     jax.devices()
     action: Callable[[], None]
     if name == "save":
-        action = load_and_save(home)
+        action = loaded_saver(home)
     else:
         action = {
             "read": lambda: read_bytes(home),
@@ -184,18 +188,18 @@ def measure_here(name: str, home: Path) -> dict[str, float]:
     if name == "load_cached":
         read_bytes(home)
     elif name != "save":
-        forget(home)
-    before = peak()
+        drop_from_page_cache(home)
+    before = peak_memory()
     start = time.perf_counter()
     action()
     if name in ("write", "save", "import", "export"):
-        os.sync()  # until it is on the disk
-    return {"seconds": time.perf_counter() - start, "memory_bytes": peak() - before}
+        os.sync()  # the time includes writing to the disk
+    return {"seconds": time.perf_counter() - start, "memory_bytes": peak_memory() - before}
 
 
-def peak() -> int:
-    """Bytes of resident memory at the peak; files mapped into memory count."""
-    # Not getrusage, whose peak a process inherits from the one that started it.
+def peak_memory() -> int:
+    """Peak of this process's resident memory in bytes, with files mapped into memory."""
+    # getrusage would not do: a process inherits its peak from the one that started it.
     (line,) = [
         line
         for line in Path("/proc/self/status").read_text().splitlines()
@@ -205,7 +209,7 @@ def peak() -> int:
 
 
 def table(size: int, rounds: list[dict[str, dict[str, float]]]) -> str:
-    """Medians over the rounds, and the range of the seconds."""
+    """The figures as text: medians over the rounds, and the range of the seconds."""
     lines = [f"checkpoint of {size / 1e9:.2f} GB, {len(rounds)} rounds"]
     lines.append(f"{'':38} {'seconds':>8} {'(range)':>14} {'GB/s':>6} {'memory GB':>10}")
     for name in MEASUREMENTS:

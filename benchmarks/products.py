@@ -1,7 +1,9 @@
-"""The forms that a product of a few rows with a weight can take, where decode spends its time.
+"""The speed of ways to multiply a few rows by a weight, which is what a decode step mostly does.
 
-python -m benchmarks.products times each form over as many weights as memory, not a
-processor's cache, has to deliver. `decoding/linear.py` takes the fastest on each backend.
+python -m benchmarks.products
+
+It times each way over so many weights that they are read from memory, not from a processor's cache.
+`decoding/linear.py` takes the fastest on each backend.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from plt_jax.benchmarks.rounds import interleave, positive_integers, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.decoding.linear import linear
 
-Form = Callable[[jax.Array, jax.Array], jax.Array]
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def product(formula: str) -> Form:
+def product(formula: str) -> Product:
     return lambda x, w: jnp.einsum(formula, x, w, preferred_element_type=jnp.float32)
 
 
@@ -32,7 +34,7 @@ def fused_sum(x_MD: jax.Array, weight_ND: jax.Array) -> jax.Array:
     return jnp.sum(weight_ND[None].astype(jnp.float32) * x_MD[:, None], axis=-1)
 
 
-FORMS: dict[str, tuple[str, Form]] = {
+PRODUCTS: dict[str, tuple[str, Product]] = {
     "product, inputs first": ("DN", product("MD,DN->MN")),
     "product, outputs first": ("ND", product("MD,ND->MN")),
     "fused sum, outputs first": ("ND", fused_sum),
@@ -43,16 +45,18 @@ FORMS: dict[str, tuple[str, Form]] = {
 def main() -> None:
     parser = CommandParser(
         prog="python -m benchmarks.products",
-        description="Measure the forms of a product of a few rows with a weight.",
+        description="Measure ways to multiply a few rows by a weight.",
     )
     parser.add_argument(
         "--rows", type=positive_integers, default=[1, 2, 3, 8, 64, 256], help="rows of x"
     )
     parser.add_argument("--inputs", type=int, default=768, help="inputs D of a weight")
     parser.add_argument("--outputs", type=int, default=6144, help="outputs N of a weight")
-    parser.add_argument("--megabytes", type=int, default=200, help="of all weights together")
-    parser.add_argument("--rounds", type=int, default=7, help="times that each is measured")
-    parser.add_argument("--out", help="JSON file to write the figures to")
+    parser.add_argument(
+        "--megabytes", type=int, default=200, help="megabytes of all weights together"
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="how many times each is measured")
+    parser.add_argument("--out", help="JSON file for the figures")
     arguments = parser.parse_args()
     report = {
         "command": " ".join(["python -m benchmarks.products", *sys.argv[1:]]),
@@ -66,12 +70,12 @@ def main() -> None:
         count = max(1, arguments.megabytes * 10**6 // (D * N * jnp.dtype(dtype).itemsize))
         found = {
             M: interleave(
-                {name: timer(name, M, D, N, count, dtype) for name in FORMS}, arguments.rounds
+                {name: timer(name, M, D, N, count, dtype) for name in PRODUCTS}, arguments.rounds
             )
             for M in arguments.rows
         }
         size = count * D * N * jnp.dtype(dtype).itemsize
-        for name in FORMS:
+        for name in PRODUCTS:
             speeds = {M: [size / one / 1e9 for one in found[M][name]] for M in arguments.rows}
             row = {M: spread("gb_per_second", values) for M, values in speeds.items()}
             report["rows"].append({"form": name, "dtype": dtype, "by_rows": row})
@@ -82,8 +86,15 @@ def main() -> None:
 
 
 def timer(name: str, M: int, D: int, N: int, count: int, dtype: str) -> Callable[[], float]:
-    """Seconds of one pass over `count` weights, each product waiting for the one before."""
-    layout, form = FORMS[name]
+    """A timer of products with `count` weights, each of which waits for the one before.
+
+    Args:
+      name: the product's key in PRODUCTS.
+      M: rows.
+      D: inputs.
+      N: outputs.
+    """
+    layout, multiply = PRODUCTS[name]
     shape = (D, N) if layout == "DN" else (N, D)
     weights = [jnp.full(shape, 0.01 * index, dtype) for index in range(count)]
     x = jnp.ones((M, D), dtype)
@@ -92,11 +103,11 @@ def timer(name: str, M: int, D: int, N: int, count: int, dtype: str) -> Callable
     def run(x, weights):
         total = jnp.zeros((M, N), jnp.float32)
         for weight in weights:
-            total += form(x + 1e-9 * total[:, :1].astype(x.dtype), weight)
+            total += multiply(x + 1e-9 * total[:, :1].astype(x.dtype), weight)
         return total
 
     def measure() -> float:
-        # Once before: the form measured before this one may have left memory to give back.
+        # The first call frees memory that the product measured before this one has left.
         run(x, weights).block_until_ready()
         start = time.perf_counter()
         run(x, weights).block_until_ready()

@@ -1,10 +1,11 @@
-"""What the paper's shapes would take on TPU slices: compiled ahead of time, with no TPU.
+"""The memory and time bounds of the paper's shapes on TPU slices, compiled without a TPU.
 
 python -m benchmarks.scaling --out FOLDER [--only "plt_dense_1b v5p:4x4x4"]
 
-Each case is a `plt_jax.compile` in a process of its own; one that does not fit is tried again with
-twice as many micro-batches. FOLDER/scaling.jsonl has a line per case and is gone on with;
-FOLDER/scaling.txt is the table of all of them. Nothing here is measured but the compiler's memory.
+Each case is a `plt_jax.compile` in a process of its own. A case that does not fit is compiled again
+with twice as many micro-batches. FOLDER/scaling.jsonl has a line per job, and a later call
+continues it; FOLDER/scaling.txt is the table of all cases. Memory is the compiler's figure; times
+are bounds, not measurements.
 """
 
 from __future__ import annotations
@@ -57,18 +58,18 @@ MESHES: dict[str, dict[str, dict[str, int]]] = {
         "tpu7x:4x4x4": {"expert": 16, "fsdp": 4},
     },
 }
-"""Axis sizes by configuration and topology; data takes the other devices. Google Cloud calls the
-v5p ones v5p-128 and v5p-512, after their cores."""
+"""Mesh axis sizes by configuration and topology; the data axis takes the remaining devices. Google
+Cloud calls the v5p slices v5p-128 and v5p-512, after their cores."""
 
 LOOPS = {"plt_moe_1.7b_40b": (1, 2), "moe_2.5b_60b": (1,)}
-"""Of the mixtures that the paper compares with one another (Table 4), as it trains them, and the
-looped one without its second loop; the others are compiled with 1, 2 and 3."""
+"""Numbers of loops of the two mixtures that the paper's Table 4 compares, as it trains them, and of
+the looped one without its second loop. The other configurations are compiled with 1, 2 and 3."""
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 
-class Case(NamedTuple):
-    """One compile."""
+class CompileJob(NamedTuple):
+    """A configuration to compile for a topology, with a number of loops."""
 
     config: str
     topology: str
@@ -79,9 +80,10 @@ class Case(NamedTuple):
         return f"{self.config} {self.topology} loops={self.loops}"
 
 
-def all_cases() -> list[Case]:
+def all_jobs() -> list[CompileJob]:
+    """All jobs of the study, in the table's order."""
     return [
-        Case(config, topology, loops)
+        CompileJob(config, topology, loops)
         for config, meshes in MESHES.items()
         for topology in meshes
         for loops in LOOPS.get(config, (1, 2, 3))
@@ -94,68 +96,74 @@ def main() -> None:
         "--out", default="measured", help="folder for scaling.jsonl and scaling.txt"
     )
     parser.add_argument(
-        "--only", default="", help='cases whose names have all of these words, as in "v5p loops=2"'
+        "--only",
+        default="",
+        help='cases whose names contain all of these words, such as "v5p loops=2"',
     )
-    parser.add_argument("--list", action="store_true", help="print the cases' names alone")
-    parser.add_argument("--timeout", type=int, default=1800, help="seconds for each compile")
+    parser.add_argument(
+        "--list", action="store_true", help="print the names of the cases, and compile none"
+    )
+    parser.add_argument(
+        "--timeout", type=int, default=1800, help="seconds that one compile may take"
+    )
     arguments = parser.parse_args()
-    cases = [one for one in all_cases() if all(word in one.name for word in arguments.only.split())]
-    if not cases:
+    jobs = [one for one in all_jobs() if all(word in one.name for word in arguments.only.split())]
+    if not jobs:
         raise InputError(f"--only {arguments.only}: no case has these words; see --list")
     if arguments.list:
-        print("\n".join(one.name for one in cases))
+        print("\n".join(one.name for one in jobs))
         return
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(out / "scaling.jsonl")
-    for case in cases:
-        if case.name not in rows:
-            print(case.name, flush=True)
-            rows[case.name] = run_case(case, arguments.timeout)
+    for job in jobs:
+        if job.name not in rows:
+            print(job.name, flush=True)
+            rows[job.name] = run_job(job, arguments.timeout)
             with open(out / "scaling.jsonl", "a", encoding="utf-8") as lines:
-                lines.write(json.dumps(rows[case.name]) + "\n")
+                lines.write(json.dumps(rows[job.name]) + "\n")
         write_text(out / "scaling.txt", table(rows) + "\n")
     print(table(rows))
 
 
 def read_rows(path: Path) -> dict[str, Row]:
-    """What earlier runs found, by the names of their cases."""
+    """Rows that earlier calls wrote, by the names of their jobs."""
     if not path.is_file():
         return {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return {row["name"]: row for row in rows}
 
 
-def run_case(case: Case, timeout: int) -> Row:
-    """Compiles a case with as few micro-batches as fit; what it took, or why it failed."""
-    row: Row = {"name": case.name, **case._asdict(), "tries": []}
+def run_job(job: CompileJob, timeout: int) -> Row:
+    """Compiles a job with as few micro-batches as fit; the estimate, or the error."""
+    row: Row = {"name": job.name, **job._asdict(), "tries": []}
     accumulate = 1
     while True:
         start = time.perf_counter()
-        found = compile_case(case, accumulate, timeout)
+        found = compile_job(job, accumulate, timeout)
         row["tries"].append({"accumulate": accumulate, "seconds": time.perf_counter() - start})
         if "error" in found:
-            # With several micro-batches: those no longer have a sequence for every device.
+            # There are now fewer sequences in a micro-batch than devices: keep the last estimate.
             if accumulate > 1 and "does not divide" in found["error"]:
                 return row
             return row | found
         row["tries"][-1] |= {name: found[name] for name in ("memory", "fits")}
-        row |= {"accumulate": accumulate, **found, "config": case.config}
+        row |= {"accumulate": accumulate, **found, "config": job.config}
         if found["fits"]:
             return row
         accumulate *= 2
 
 
-def compile_case(case: Case, accumulate: int, timeout: int) -> Row:
-    """What `plt_jax.compile` says of a case, or `error`: the last line that it wrote."""
-    options = {f"mesh.{axis}": size for axis, size in MESHES[case.config][case.topology].items()}
-    options |= {"model.loop.count": case.loops, "training.accumulate": accumulate}
-    if "expert" not in MESHES[case.config][case.topology]:
+def compile_job(job: CompileJob, accumulate: int, timeout: int) -> Row:
+    """The JSON of `plt_jax.compile` for a job, or the last line of its error as `error`."""
+    options = {f"mesh.{axis}": size for axis, size in MESHES[job.config][job.topology].items()}
+    options |= {"model.loop.count": job.loops, "training.accumulate": accumulate}
+    if "expert" not in MESHES[job.config][job.topology]:
         options["mesh.expert"] = 1
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "estimate.json"
-        command = [sys.executable, "-m", "plt_jax.compile", str(CONFIGS / f"{case.config}.yaml")]
-        command += ["--topology", case.topology, "--json", str(path)]
+        command = [sys.executable, "-m", "plt_jax.compile", str(CONFIGS / f"{job.config}.yaml")]
+        command += ["--topology", job.topology, "--json", str(path)]
         command += [f"--{name}={value}" for name, value in options.items()]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
@@ -186,22 +194,22 @@ HEADINGS = (
 
 
 def table(rows: dict[str, Row]) -> str:
-    """All cases found so far, in their declared order.
+    """All jobs compiled so far, as text.
 
-    The last columns compare `fastest` with that of one loop, and with that of the smallest slice of
-    the same chip.
+    The last two columns compare the `fastest` bound with that of one loop, and with that of the
+    smallest slice of the same chip.
     """
     lines: list[tuple[str, ...]] = [HEADINGS]
-    for case in all_cases():
-        if case.name in rows:
-            lines.append(line(rows, case))
+    for job in all_jobs():
+        if job.name in rows:
+            lines.append(line(rows, job))
     return aligned(lines, left=len(HEADINGS))
 
 
-def line(rows: dict[str, Row], case: Case) -> tuple[str, ...]:
-    row = rows[case.name]
-    chips = str(parse_topology(case.topology).chips)
-    start = (case.config, case.topology, chips, str(case.loops))
+def line(rows: dict[str, Row], job: CompileJob) -> tuple[str, ...]:
+    row = rows[job.name]
+    chips = str(parse_topology(job.topology).chips)
+    start = (job.config, job.topology, chips, str(job.loops))
     if "error" in row or "memory" not in row:
         return (*start, f"failed: {row.get('error', '')[:60]}", *[""] * (len(HEADINGS) - 5))
     mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1)
@@ -217,15 +225,15 @@ def line(rows: dict[str, Row], case: Case) -> tuple[str, ...]:
         f"{seconds['slowest']:.3f}",
         f"{100 * mfu['slowest']:.1f}-{100 * mfu['fastest']:.1f}",
         row["dominating"],
-        _ratio(row, rows.get(case._replace(loops=1).name)),
-        _ratio(rows.get(_smallest(case).name), row),
+        _ratio(row, rows.get(job._replace(loops=1).name)),
+        _ratio(rows.get(_smallest(job).name), row),
     )
 
 
-def _smallest(case: Case) -> Case:
-    chip = case.topology.split(":")[0]
-    same = [topology for topology in MESHES[case.config] if topology.split(":")[0] == chip]
-    return case._replace(topology=min(same, key=lambda one: parse_topology(one).chips))
+def _smallest(job: CompileJob) -> CompileJob:
+    chip = job.topology.split(":")[0]
+    same = [topology for topology in MESHES[job.config] if topology.split(":")[0] == chip]
+    return job._replace(topology=min(same, key=lambda one: parse_topology(one).chips))
 
 
 def _ratio(above: Row | None, below: Row | None) -> str:

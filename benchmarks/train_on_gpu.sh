@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The training figures that need a GPU, in one go of under eight minutes: exactness of the attention
-# there, then the paper's open dense shape in bfloat16 at sequences of 4096, as no_loop, vanilla_loop
-# and PLT.
+# The training figures that need a GPU, in less than eight minutes: tests of the attention's exactness
+# on the GPU, and the paper's open dense shape in bfloat16 at sequences of 4096, as no_loop,
+# vanilla_loop and PLT.
 #
 #   benchmarks/train_on_gpu.sh [FOLDER [CONFIG]]      FOLDER gets the tables and figures
 #

@@ -1,10 +1,10 @@
-"""The data benchmark: its rows, and what a chip eats."""
+"""The data benchmark: its rows, and what a chip consumes."""
 
 import json
 
 import pytest
 
-from benchmarks.data import as_array, tokens_eaten
+from benchmarks.data import as_array, tokens_consumed
 from plt_jax.data.corpus_reader import open_prepared
 from plt_jax.data.corpus_writer import Options, prepare
 from plt_jax.data.tokenizer import train_tokenizer
@@ -50,12 +50,12 @@ def test_the_command_measures_and_writes(corpus, tmp_path):
     assert (tmp_path / "data.txt").read_text().strip() in result.out
 
 
-def test_a_chip_eats_what_its_arithmetic_allows():
+def test_a_chip_consumes_what_its_arithmetic_allows():
     config = load_config(CONFIG)
     forward = sum(loop.total for loop in flops_by_loop(config.model, config.sequence_length))
-    eaten = tokens_eaten(config)
-    assert eaten["v5e"] * 3 * forward == pytest.approx(0.5 * 197e12)
-    assert set(eaten) == set(CHIPS)
+    consumed = tokens_consumed(config)
+    assert consumed["v5e"] * 3 * forward == pytest.approx(0.5 * 197e12)
+    assert set(consumed) == set(CHIPS)
 
 
 def test_the_array_is_the_shards_tokens(corpus):

@@ -23,7 +23,7 @@ def run(monkeypatch, capsys):
 SIZES = ["--tokens", "24", "--experts", "2,3", "--widths", "4", "--outputs", "4", "--rounds", "2"]
 
 
-def test_every_form_is_measured_forward_and_backward(run, tmp_path):
+def test_every_kernel_is_measured_forward_and_backward(run, tmp_path):
     out = run(*SIZES, "--out", str(tmp_path / "grouped.json"))
     assert len(out.splitlines()) == 2 + 4
     report = json.loads((tmp_path / "grouped.json").read_text())
@@ -31,25 +31,30 @@ def test_every_form_is_measured_forward_and_backward(run, tmp_path):
     for cell in report["cells"]:
         assert cell["rows"] == 48
         assert cell["largest_group"] >= 48 / cell["experts"]
-        for form in grouped.forms_here():
-            assert 0 < cell[form]["gflops_min"] <= cell[form]["gflops"] <= cell[form]["gflops_max"]
+        for kernel in grouped.kernels_here():
+            assert (
+                0
+                < cell[kernel]["gflops_min"]
+                <= cell[kernel]["gflops"]
+                <= cell[kernel]["gflops_max"]
+            )
 
 
 def test_a_backward_pass_counts_three_products(monkeypatch):
     """Where every measurement takes a nanosecond."""
     monkeypatch.setattr(grouped, "interleave", lambda timers, _: {name: [1e-9] for name in timers})
-    forms = {"dense": grouped.dense}
+    kernels = {"dense": grouped.dense}
     forward, both = (
-        grouped.measure(forms, (8, 2, 4, 5), "float32", backward, 1)["dense"]["gflops"]
+        grouped.measure(kernels, (8, 2, 4, 5), "float32", backward, 1)["dense"]["gflops"]
         for backward in (False, True)
     )
     assert (forward, both) == (pytest.approx(2 * 8 * 4 * 5), pytest.approx(3 * 2 * 8 * 4 * 5))
 
 
 def test_kernels_are_measured_where_they_run(monkeypatch):
-    assert set(grouped.forms_here()) == {"dense", "ragged_dot", "blocks"}
+    assert set(grouped.kernels_here()) == {"dense", "ragged_dot", "blocks"}
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert "megablox" in grouped.forms_here()
+    assert "megablox" in grouped.kernels_here()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from plt_jax.errors import InputError
 
 
 def found(fastest: float, fits: bool = True) -> dict:
-    """What `plt_jax.compile` writes of a case, as far as the table reads it."""
+    """What `plt_jax.compile` writes of a job, as far as the table reads it."""
     row = {"memory": {"needed": 2**30, "temporaries": 2**29}, "fits": fits, "mesh": {"data": 8}}
     seconds = {"fastest": fastest, "slowest": 2 * fastest}
     mfu = {"fastest": 0.5, "slowest": 0.25}
@@ -18,34 +18,34 @@ def found(fastest: float, fits: bool = True) -> dict:
 
 
 def test_every_case_has_a_configuration_and_a_mesh_that_divides_its_devices():
-    for case in scaling.all_cases():
-        assert (scaling.CONFIGS / f"{case.config}.yaml").is_file()
+    for job in scaling.all_jobs():
+        assert (scaling.CONFIGS / f"{job.config}.yaml").is_file()
         taken = 1
-        for size in scaling.MESHES[case.config][case.topology].values():
+        for size in scaling.MESHES[job.config][job.topology].values():
             taken *= size
-        assert parse_topology(case.topology).devices % taken == 0
+        assert parse_topology(job.topology).devices % taken == 0
 
 
 def test_a_case_that_does_not_fit_is_tried_with_more_micro_batches(monkeypatch):
     asked = []
 
-    def compile_case(case, accumulate, timeout):
+    def compile_job(job, accumulate, timeout):
         asked.append(accumulate)
         return found(1.0, fits=accumulate >= 4)
 
-    monkeypatch.setattr(scaling, "compile_case", compile_case)
-    row = scaling.run_case(scaling.all_cases()[0], 1)
+    monkeypatch.setattr(scaling, "compile_job", compile_job)
+    row = scaling.run_job(scaling.all_jobs()[0], 1)
     assert asked == [1, 2, 4]
     assert (row["fits"], row["accumulate"]) == (True, 4)
     assert [one["fits"] for one in row["tries"]] == [False, False, True]
 
 
 def test_a_case_that_never_fits_keeps_its_last_try(monkeypatch):
-    def compile_case(case, accumulate, timeout):
+    def compile_job(job, accumulate, timeout):
         return found(1.0, fits=False) if accumulate < 4 else {"error": "does not divide"}
 
-    monkeypatch.setattr(scaling, "compile_case", compile_case)
-    row = scaling.run_case(scaling.all_cases()[0], 1)
+    monkeypatch.setattr(scaling, "compile_job", compile_job)
+    row = scaling.run_job(scaling.all_jobs()[0], 1)
     assert (row["fits"], row["accumulate"], "error" in row) == (False, 2, False)
 
 
@@ -54,11 +54,11 @@ def run(monkeypatch, tmp_path):
     """Runs the command with compiles that take no time; returns the names of what it compiled."""
     compiled = []
 
-    def run_case(case, timeout):
-        compiled.append(case.name)
-        return {"name": case.name, **case._asdict(), "accumulate": 1, **found(case.loops / 2)}
+    def run_job(job, timeout):
+        compiled.append(job.name)
+        return {"name": job.name, **job._asdict(), "accumulate": 1, **found(job.loops / 2)}
 
-    monkeypatch.setattr(scaling, "run_case", run_case)
+    monkeypatch.setattr(scaling, "run_job", run_job)
 
     def run(*words: str) -> list[str]:
         compiled.clear()

@@ -1,6 +1,7 @@
 """Every benchmark starts as `python -m`, from a checkout or from the package."""
 
 import importlib.util
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -52,3 +53,14 @@ def test_the_checkouts_benchmarks_are_no_other_package():
     """Several packages of the Python Package Index install a folder called `benchmarks`."""
     spec = importlib.util.find_spec("benchmarks")
     assert spec.origin == str(REPOSITORY / "benchmarks" / "__init__.py")
+
+
+@pytest.mark.parametrize(
+    "script", sorted((REPOSITORY / "benchmarks").glob("*.sh")), ids=lambda path: path.name
+)
+def test_scripts_name_what_is_there(script):
+    text = script.read_text(encoding="utf-8")
+    paths = re.findall(r"(?:tests|configs|benchmarks)/[\w/]+\.(?:py|yaml)\b", text)
+    assert paths
+    assert [path for path in paths if not (REPOSITORY / path).exists()] == []
+    assert set(re.findall(r"-m ([\w.]*benchmarks\.\w+)", text)) <= set(COMMANDS)
