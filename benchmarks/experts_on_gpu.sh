@@ -15,7 +15,7 @@ lap() { echo "== $1 ($((SECONDS - started)) s) =="; }
 
 lap "exactness"
 python -m pytest -q -p no:cacheprovider tests/model/test_grouped.py tests/model/test_moe.py \
-    tests/decoding/test_weights.py | tee "$out/tests.txt"
+    tests/decoding/test_ops.py | tee "$out/tests.txt"
 lap "grouped products"
 python -m benchmarks.grouped --dtype bfloat16 --tokens "${TOKENS:-4096,32768}" --experts 64 \
     --per_token 8 --widths "${WIDTHS:-2048}" --outputs "${OUTPUTS:-1024}" --out "$out/grouped.json" \
