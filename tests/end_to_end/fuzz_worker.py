@@ -1,7 +1,7 @@
-"""Trains random configurations by the command, in a process whose XLA compiles fast and badly.
+"""Trains random configurations with train.py, in a process whose XLA compiles without optimizing.
 
-Prints JSON lines: one for each case, and one at the end that counts them. A case is right if it is
-refused in one line that names a field which it set, with nothing written, or trains two steps.
+It prints JSON lines: one for each case, and one at the end that counts them. A case passes if it is
+refused in one line that names a field that it set, and nothing is written, or if it trains.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from tests.end_to_end.drawn_configs import Case, base, drawn, nested
 from tests.training.runs import Result, command, json_rows, make_home
 
 SECONDS = 240
-"""Of one case; beyond them it hangs."""
+"""The time after which a case counts as hanging."""
 CASES_CACHED = 40
-"""Compiled programs of so many cases are kept in memory."""
+"""The number of cases whose compiled programs are kept in memory."""
 
 
 def make(home: Path) -> Path:
@@ -90,13 +90,13 @@ def words_of(case: Case, home: Path, folder: Path) -> list[str]:
 
 
 def as_word(value: Any) -> str:
-    """A value as it is written on a command line."""
+    """The text of a value on a command line."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def names(message: str, field: str) -> bool:
-    """Whether a message names a field: by its dotted name, or by the end of it that follows its
-    section's name."""
+    """Whether a message names a field, by its dotted name or by the end of that name after the name
+    of its section."""
     section, _, leaf = field.rpartition(".")
     before, after = r"(?<![\w./-])", r"(?![\w])"
     if re.search(f"(?:(?<=--)|{before}){re.escape(field)}{after}", message):
@@ -108,7 +108,7 @@ def names(message: str, field: str) -> bool:
 
 
 def judge(case: Case, result: Result, folder: Path) -> str:
-    """How a case ended: "trained", "refused", or what is wrong."""
+    """How a case ended: "trained", "refused", or a description of what is wrong."""
     if result.code == EXIT_STOPPED:
         sys.exit(EXIT_STOPPED)  # training takes the signals that are meant for the worker
     if result.code == EXIT_DONE:
@@ -146,7 +146,7 @@ def _judge_run(case: Case, result: Result, folder: Path) -> str:
 
 @contextlib.contextmanager
 def deadline(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError in the block after so many seconds."""
+    """Raises TimeoutError in the block after `seconds` seconds."""
 
     def stop(*_: Any) -> None:
         raise TimeoutError(f"hangs for {seconds} s")
@@ -161,7 +161,7 @@ def deadline(seconds: int) -> Iterator[None]:
 
 
 def run(case: Case, home: Path) -> str:
-    """Trains a case in a folder of its own; see `judge`."""
+    """Trains a case in its own folder; returns what `judge` says."""
     folder = home / "case"
     for path in (folder, home / "other"):
         shutil.rmtree(path, ignore_errors=True)
@@ -177,12 +177,12 @@ def run(case: Case, home: Path) -> str:
 
 
 def signature(outcome: str) -> str:
-    """The same for failures that are likely to have one cause."""
+    """A text that is equal for failures that are likely to have the same cause."""
     return re.sub(r"\d+|/\S+", "", outcome)[:60]
 
 
 def smaller(case: Case, home: Path, outcome: str) -> Case:
-    """A case that fails alike with fewer changes: each that can be left out is."""
+    """The case without the changes that its failure does not need."""
     for name in sorted(case.values):
         values = {other: value for other, value in case.values.items() if other != name}
         less = Case(values, case.options & values.keys())
@@ -196,16 +196,16 @@ def main() -> None:
     parser.add_argument("home", type=Path, help="new folder to make corpora and runs in")
     parser.add_argument("--cases", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after them")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case later")
     parser.add_argument("--all", action="store_true", help="print all cases, not just failures")
-    parser.add_argument("--values", type=json.loads, help="one case alone, as JSON")
+    parser.add_argument("--values", type=json.loads, help="values of a single case, as JSON")
     words = parser.parse_args()
     home = words.home.absolute()
     make(home)
     if words.values is not None:
         print(run(Case(words.values, frozenset()), home))
         return
-    gc.freeze()  # tracing makes much garbage, in which what is loaded need not be looked for
+    gc.freeze()  # tracing makes much garbage, and collecting it need not visit the loaded modules
     gc.set_threshold(50_000)
     counts, failures, known = collections.Counter(), [], set()
     began = time.monotonic()
@@ -229,7 +229,7 @@ def main() -> None:
 
 
 def tell(case: Case, outcome: str) -> dict[str, Any]:
-    """A case for people, and for --values."""
+    """A case and its outcome as JSON values, which --values takes."""
     return {"values": case.values, "options": sorted(case.options), "outcome": outcome}
 
 

@@ -18,7 +18,8 @@ from pydantic import Field
 
 from plt_jax.config import RunConfig
 from plt_jax.config.types import Section
-from tests.end_to_end.drawn_configs import all_fields, drawn, fair, fair_of_type, kind_of, unfair
+from tests.end_to_end.drawn_configs import drawn
+from tests.end_to_end.field_values import all_fields, invalid, kind_of, valid, valid_of_type
 from tests.end_to_end.fuzz_worker import names
 from tests.training.runs import CACHE, REPOSITORY, environment, simulated
 
@@ -29,13 +30,13 @@ CASES = {1: 12, 8: 2}
 
 
 def fuzz(folder, devices: int, cases: int, seed: int) -> dict[str, Any]:
-    """Runs the worker, whose lines are printed; returns its counts and failures."""
+    """Runs the worker and prints its lines; returns its counts and failures."""
     many, seen = "PLT_FUZZ" in os.environ, simulated(devices)
     flags = {
         **seen,
         "XLA_FLAGS": seen["XLA_FLAGS"] + QUICK,
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        # Thousands of programs that nobody needs again.
+        # The shared cache would get thousands of programs that no other test needs.
         "JAX_COMPILATION_CACHE_DIR": str(folder / "jax") if many else CACHE,
     }
     words = [folder / "home", "--cases", cases, "--seed", seed, *(["--all"] if many else [])]
@@ -65,13 +66,13 @@ def test_a_random_config_is_refused_by_a_field_or_trains(tmp_path, devices):
 
 
 @pytest.mark.slow(reason="draws four hundred configurations")
-def test_every_field_is_drawn_fair_and_unfair(tmp_path):
+def test_every_field_is_drawn_with_valid_and_invalid_values(tmp_path):
     seen = {name for case in drawn(tmp_path, 400, seed=0) for name in case.values}
     fields = dict(all_fields())
     assert set(fields) <= seen
     for name, kind in fields.items():
-        assert fair(name, kind, tmp_path).is_empty is False
-        assert unfair(name, kind, tmp_path).is_empty is False
+        assert valid(name, kind, tmp_path).is_empty is False
+        assert invalid(name, kind, tmp_path).is_empty is False
 
 
 def test_a_new_field_is_drawn_by_its_type(tmp_path):
@@ -88,9 +89,9 @@ def test_a_new_field_is_drawn_by_its_type(tmp_path):
     ratio = kind_of(New.model_fields["ratio"].annotation)
     assert ratio.type is float and ratio.optional
     values = [0.01, 0.3, 0.5, 0.9, 1.0]
-    assert repr(fair_of_type("new.ratio", ratio, tmp_path)) == f"sampled_from({values})"
-    with pytest.raises(TypeError, match=r"new\.table has type .*: say in drawn_configs\.py"):
-        fair("new.table", dict(all_fields(Larger))["new.table"], tmp_path)
+    assert repr(valid_of_type("new.ratio", ratio, tmp_path)) == f"sampled_from({values})"
+    with pytest.raises(TypeError, match=r"new\.table has type .*: say in field_values\.py"):
+        valid("new.table", dict(all_fields(Larger))["new.table"], tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -108,5 +109,5 @@ def test_a_new_field_is_drawn_by_its_type(tmp_path):
         ("error: a.yaml: unknown field model.wdths; did you mean", "model.wdths", True),
     ],
 )
-def test_what_names_a_field(message, field, named):
+def test_a_message_that_names_a_field_is_recognized(message, field, named):
     assert names(message, field) is named
