@@ -1,4 +1,4 @@
-"""The errors that users meet, and the exit codes of all commands."""
+"""The errors that users see, and the exit codes of all commands."""
 
 from __future__ import annotations
 
@@ -6,26 +6,26 @@ import contextlib
 from collections.abc import Iterator
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
-"""0: done. 1: failed for any reason that 2 does not cover. 2: bad input. 3: stopped by a signal,
-with the state saved."""
+"""0: the command is done. 1: it failed for any reason that 2 does not cover. 2: its input is bad.
+3: a signal stopped it, and its state is saved."""
 
 
 class InputError(ValueError):
-    """Input that cannot work: says what is wrong and what would be right, in one line.
+    """Input that cannot work. The message says in one line what is wrong and what would be right.
 
     Commands print it and exit with code 2; Python callers may catch it as a ValueError.
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # names that it quotes may hold breaks
+        super().__init__(" ".join(message.splitlines()))  # quoted names may contain line breaks
 
 
 @contextlib.contextmanager
 def naming(field: str) -> Iterator[None]:
-    """Puts the configuration's field in front of the refusals of a block that does not know it.
+    """Puts the name of a configuration field in front of the messages of a block's InputErrors.
 
     Raises:
-      InputError: the block's, as `field: message`.
+      InputError: the block raised one; the message is `field: message`.
     """
     try:
         yield
@@ -34,11 +34,12 @@ def naming(field: str) -> Iterator[None]:
 
 
 class MissingProcessError(InputError):
-    """Of several processes that train together, some did not come to where all must meet."""
+    """Some of the processes that train together did not reach a point where all must meet."""
 
 
 class FailedError(RuntimeError):
-    """Something outside the program failed, such as a disk: says what and why, in one line.
+    """Something outside the program, such as a disk, failed. The message says what and why, in one
+    line.
 
     Commands print it and exit with code 1.
     """

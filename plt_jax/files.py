@@ -1,4 +1,4 @@
-"""Writing that is never seen half done: a file or folder appears whole, or not at all."""
+"""Atomic writes: a file or folder appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,28 +14,34 @@ from plt_jax.errors import InputError
 
 
 def expand(path: str | Path) -> Path:
-    """A path in which `~` or `~NAME` at the beginning has become that home folder.
+    """Replaces `~` or `~NAME` at the beginning of a path by that user's home folder.
 
     Raises:
-      InputError: there is nobody of that name.
+      InputError: there is no such user.
     """
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # pathlib's way to say so
-        raise InputError(f"{path} begins with the home folder of nobody; correct it") from error
+    except RuntimeError as error:  # which pathlib raises for an unknown user
+        raise InputError(
+            f"{path} begins with the home folder of an unknown user; give an existing one"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file as a whole, so that a kill leaves the old one or the new one.
+    """Replaces a file as a whole. If the process is killed, the old or the new file is there.
 
     Raises:
-      InputError: it cannot be written.
+      InputError: the file cannot be written.
     """
     write_pieces(path, [text])
 
 
 def write_pieces(path: Path, pieces: Iterable[str]) -> None:
-    """As `write_text`, of text that comes piece by piece."""
+    """Replaces a file as `write_text` does, by the joined pieces of a text.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -48,9 +54,10 @@ def write_pieces(path: Path, pieces: Iterable[str]) -> None:
 
 
 def check_new_folder(path: str | Path) -> None:
-    """Raises InputError where `path` is a file or link, holds something, or cannot be made."""
+    """Raises InputError if `path` is a file, a link or a folder that is not empty, or cannot be
+    made."""
     path = Path(path).absolute()
-    if os.path.islink(path):  # False, too, where the name is impossible
+    if os.path.islink(path):  # False also for an impossible name
         raise InputError(f"{path} is a link; give the folder itself")
     try:
         entries = list(path.iterdir())
@@ -69,13 +76,13 @@ def check_new_folder(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(path: str | Path) -> Iterator[Path]:
-    """A folder to fill, which takes the name `path` if the block ends without an error.
+    """Yields a new folder, which gets the name `path` if the block ends without an error.
 
-    Until then it lies beside `path` under a temporary name; after an error it is gone, with the
-    folders above it that were made for it.
+    During the block it has a temporary name beside `path`. After an error it is removed, with the
+    parent folders that were made for it.
 
     Raises:
-      InputError: `path` is taken (see `check_new_folder`), or cannot be written to.
+      InputError: `path` is refused by `check_new_folder`, or cannot be written.
     """
     check_new_folder(path)
     path = Path(path).absolute()
@@ -84,7 +91,7 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        unfinished.rename(path)  # over an empty folder, where there is one
+        unfinished.rename(path)  # which replaces an empty folder
     except BaseException as error:
         _remove(unfinished)
         for parent in made:
@@ -111,7 +118,7 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder into which threads of a writer that failed may still be writing."""
+    """Removes a folder, into which threads of a failed writer may still be writing."""
     for _ in range(50):
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

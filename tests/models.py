@@ -1,5 +1,5 @@
-"""Small models for the tests: configurations, random parameters, compiled forward passes, and the
-reference's view of them."""
+"""Small models for the tests: configurations, random parameters, compiled forward passes, and
+settings for the reference."""
 
 import functools
 from collections.abc import Callable
@@ -17,24 +17,24 @@ from plt_jax.model.transformer import abstract_params
 
 LOOPED = [(scheme, count) for scheme in SCHEMES for count in (1, 2, 3, 4) if scheme != "no_loop"]
 ALL = [("no_loop", 1), *LOOPED]
-"""Every scheme with every number of loops it allows, up to 4."""
+"""Every scheme with every number of loops that it allows, up to 4."""
 
 THREE_LOOPS = [("no_loop", 1), *(case for case in LOOPED if case[1] == 3)]
-"""Every scheme once, with three loops where it loops."""
+"""Every scheme once, with three loops if it loops."""
 
-# The tests' programs run for milliseconds and compile for seconds: compile them quickly.
+# The tests' programs run for milliseconds and compile for seconds, so they are compiled quickly.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """`jax.jit` with a quick compile."""
+    """`jax.jit` with options that make compilation quick."""
     return jax.jit(function, compiler_options=QUICK, **options)
 
 
 def small_config(scheme: str = "plt", count: int = 2, window: int = 5, **settings) -> ModelConfig:
-    """Two layers of width 16, four heads over two key/value heads, 31 tokens.
+    """A configuration with two layers of width 16, four heads, two key/value heads and 31 tokens.
 
-    Settings named as LoopConfig's go to the loop, the others to the model.
+    Settings with the names of LoopConfig's fields belong to the loop, and all others to the model.
     """
     loop = {"scheme": scheme, "count": count, "window": window, "hidden_scale": 0.7}
     for name in ("gate_input", "embedding_scale", "hidden_scale", "normalize_between_loops"):
@@ -56,7 +56,7 @@ def small_config(scheme: str = "plt", count: int = 2, window: int = 5, **setting
 def random_params(config: ModelConfig, seed: int = 0):
     """Unboxed parameters, all of them random, so that norms and gates matter.
 
-    A parameter's values depend on its name, shape and seed alone, so schemes share them.
+    A parameter's values depend only on its name, its shape and the seed, so schemes share them.
     """
     shapes = nn.unbox(abstract_params(config))
 
@@ -69,7 +69,7 @@ def random_params(config: ModelConfig, seed: int = 0):
 
 
 def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -> jax.Array:
-    """int32 [batch, length]."""
+    """Random tokens, int32 [batch, length]."""
     return jax.random.randint(jax.random.key(seed), (batch, length), 0, config.vocab_size)
 
 
@@ -82,7 +82,7 @@ def forward(config: ModelConfig) -> Callable[..., jax.Array]:
 
 @functools.cache
 def forward_with_states(config: ModelConfig) -> Callable[..., tuple[jax.Array, LoopStates]]:
-    """As `forward`, compiled to return the logits and all loops' states."""
+    """Like `forward`, but the compiled function returns the logits and all loops' states."""
 
     def logits_and_states(model, *inputs):
         states = model.loop_states(*inputs)

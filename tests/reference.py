@@ -1,9 +1,11 @@
-"""The judge: a plain reference of the Parallel Loop Transformer family, full forward pass only.
+"""A plain reference implementation of the Parallel Loop Transformer family: the full forward pass.
 
-Written from docs/design.md section 1 alone and sharing no code with the package, so that the two
-can disagree. Python loops over loops and layers, explicit [T, T] masks, every expert run on every
-token: it is meant for tiny shapes. Letters in shapes: B batch, T sequence, D width, N query heads,
-K key/value heads, H head width, F feed-forward width, X experts, V vocabulary, L loops, J layers.
+It was written from the mathematics in docs/design.md alone, and shares no code with the package, so
+that the two can disagree. It is meant for tiny shapes: it loops over loops and layers in Python,
+uses explicit [T, T] masks, and runs every expert on every token.
+
+Letters in shapes: B batch, T sequence, D width, N query heads, K key/value heads, H head width,
+F feed-forward width, X experts, V vocabulary, L loops, J layers.
 """
 
 import math
@@ -21,17 +23,18 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
 
     Args:
       settings: any object with the model's attributes (layers, heads, ..., loop.*, moe.*).
-      params: nested dict of arrays; each entry of params["layers"] has a leading layer axis J
-        (without the leading dense layers of a mixture of experts: "dense_layers").
+      params: nested dict of arrays; each entry of params["layers"] has a leading layer axis J. The
+        leading dense layers of a mixture of experts are in params["dense_layers"] instead.
       tokens: integers [B, T].
-      segment_ids: integers [B, T] or None (one document a row). Documents are runs of equal
-        consecutive ids; the same id coming back later is another document.
-      positions: integers [B, T] or None (they restart at 0 in each document). Used by RoPE only.
+      segment_ids: integers [B, T], or None if each row is one document. Documents are runs of equal
+        consecutive ids; where an id returns later, another document begins.
+      positions: integers [B, T], which only RoPE reads; None: they restart at 0 in each document.
 
     Returns:
-      dict: "logits" [B, T, V]; "hidden_loops", a list of L arrays [B, T, D], what each loop hands
-      on; "raw_loops", a list of L arrays [B, T, D], the last layer's output before any norm;
-      "gate_means", of each loop and layer in turn, [B] over positions and heads, or None.
+      dict: "logits" [B, T, V]; "hidden_loops", a list of L arrays [B, T, D], the output of each
+      loop; "raw_loops", a list of L arrays [B, T, D], the last layer's output before any norm;
+      "gate_means", a list with one entry for each loop and layer, the mean gate [B] over positions
+      and heads, or None where there is no gate.
     """
     loop = settings.loop
     if loop.scheme not in SCHEMES or (loop.scheme == "no_loop" and loop.count != 1):
@@ -81,7 +84,7 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
 
 
 def layer_arrays(params, j):
-    """The arrays of layer j; those of "dense_layers", if there are any, come before "layers"."""
+    """The arrays of layer j; "dense_layers", if there are any, come before "layers"."""
     dense = params.get("dense_layers", {"ffn_norm": ()})
     leading = len(dense["ffn_norm"])
     stack, index = (dense, j) if j < leading else (params["layers"], j - leading)
@@ -92,7 +95,7 @@ def layer_arrays(params, j):
 
 
 def document_numbers(tokens, segment_ids):
-    """Number [B, T] of the document that each position is in: 0, 1, 2, ... along a row."""
+    """The number [B, T] of each position's document: 0, 1, 2, ... along a row."""
     if segment_ids is None:
         return jnp.zeros(tokens.shape, jnp.int32)
     segment_ids = jnp.asarray(segment_ids)
@@ -101,15 +104,15 @@ def document_numbers(tokens, segment_ids):
 
 
 def positions_in_document(document):
-    """Position [B, T] of each token counted from its document's first: the earlier ones in it."""
+    """The position [B, T] of each token in its document, from 0."""
     return jnp.sum(masks(document, 1)[0], axis=-1) - 1
 
 
 def masks(document, window):
-    """Which key [.., .., s] a query [.., t, ..] may see, from documents [B, T]: two of [B, T, T].
+    """Two masks [B, T, T] of the keys [.., .., s] that a query [.., t, ..] sees.
 
-    The first: causally, inside the document. The second: also among the last `window` keys, the
-    query's own included.
+    The first mask is causal inside a document. The second also keeps only the last `window` keys,
+    the query's own included. `document` holds the document numbers [B, T].
     """
     t = jnp.arange(document.shape[1])
     distance = t[:, None] - t[None, :]  # [T, T], how far the key lies behind the query
@@ -118,7 +121,7 @@ def masks(document, window):
 
 
 def shift(hidden, document):
-    """[B, T, D] -> [B, T, D] where position i holds i - 1's; each document's first holds zeros."""
+    """[B, T, D] -> [B, T, D]: position i gets the state of i - 1; a document's first gets zeros."""
     before = jnp.pad(hidden[:, :-1], ((0, 0), (1, 0), (0, 0)))
     continues = jnp.pad(document[:, 1:] == document[:, :-1], ((0, 0), (1, 0)))
     return jnp.where(continues[:, :, None], before, 0.0)
@@ -128,10 +131,10 @@ def shift(hidden, document):
 
 
 def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
-    """Layer input [B, T, D] -> its output [B, T, D], its own (k, v), each [B, T, K, H], and its
-    gates [B, T, N], if it has them.
+    """Layer input [B, T, D] -> output [B, T, D], own (k, v), each [B, T, K, H], and gates
+    [B, T, N], or None if there are none.
 
-    first_kv is None in loop 1, else this layer's (k, v) from loop 1.
+    first_kv is None in loop 1, and this layer's (k, v) of loop 1 in later loops.
     """
     epsilon, scheme = settings.norm_epsilon, settings.loop.scheme
 
@@ -178,7 +181,7 @@ def attention(q, k, v, mask):
 
 
 def gate(settings, layer, q, x):
-    """Share [B, T, N] of the global branch, from the rotated q [B, T, N, H] or layer input x."""
+    """The global branch's weight [B, T, N], from the rotated q [B, T, N, H] or layer input x."""
     if settings.loop.gate_input == "query":
         score = jnp.einsum("btnh,nh->btn", q, layer["gate_weight"])
     else:
@@ -188,7 +191,7 @@ def gate(settings, layer, q, x):
 
 
 def mixture_of_experts(moe, layer, x):
-    """[B, T, D] -> [B, T, D]: the chosen experts' weighted sum, and the shared expert if any."""
+    """[B, T, D] -> [B, T, D]: the chosen experts' weighted sum, plus the shared expert if any."""
     scores = x @ layer["router"]  # [B, T, X]
     _, chosen = jax.lax.top_k(scores + layer.get("router_bias", 0.0), moe.experts_per_token)
     if moe.routing == "softmax_then_topk":
@@ -222,12 +225,12 @@ def swiglu(x, gate_DF, up_DF, down_FD):
 
 
 def rms_norm(x, scale, epsilon):
-    """Normalise the last axis to root mean square 1, then multiply by scale [last axis]."""
+    """Normalizes the last axis to root mean square 1, then multiplies it by scale [last axis]."""
     return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + epsilon) * scale
 
 
 def rope_rotation(settings, positions):
-    """(cos, sin), each float32 [B, T, 1, H], of the rotate-half convention."""
+    """(cos, sin), each float32 [B, T, 1, H], for the rotate-half convention."""
     head_width, theta = settings.head_width, settings.rope_theta
     exponents = jnp.arange(0, head_width, 2, dtype=jnp.float32) / head_width
     frequencies = 1.0 / jnp.float32(theta) ** exponents  # [H/2]
@@ -242,7 +245,7 @@ def rope_rotation(settings, positions):
 
 
 def llama3_frequency(scaling, frequency):
-    """One frequency after Llama 3.1's stretching, case by case."""
+    """One frequency after Llama 3.1's RoPE scaling, case by case."""
     wavelength = 2 * math.pi / frequency
     longest_kept = scaling.original_length / scaling.high_frequency_factor
     shortest_divided = scaling.original_length / scaling.low_frequency_factor
@@ -257,7 +260,7 @@ def llama3_frequency(scaling, frequency):
 
 
 def apply_rope(x, rotation):
-    """Rotate [B, T, N or K, H]: feature h turns together with feature h + H/2."""
+    """Rotates [B, T, N or K, H]; feature h is paired with feature h + H/2."""
     cos, sin = (part.astype(x.dtype) for part in rotation)
     first, second = jnp.split(x, 2, axis=-1)
     return x * cos + jnp.concatenate([-second, first], axis=-1) * sin

@@ -1,6 +1,6 @@
-"""Looks after a run's checkpoints: python -m plt_jax.checkpoint {ls,verify,export} RUN.
+"""Lists, checks and exports checkpoints: python -m plt_jax.checkpoint {ls,verify,export} RUN.
 
-It runs on the CPU and leaves accelerators, which may be training, alone.
+It runs on the CPU and does not touch accelerators, which may be training.
 """
 
 from __future__ import annotations
@@ -8,13 +8,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import jax
-
 from plt_jax.commands.parser import CommandParser
 from plt_jax.errors import EXIT_DONE, EXIT_FAILED
-from plt_jax.interop.huggingface import DTYPES
-from plt_jax.reports.checkpoints import list_checkpoints, verify_checkpoints
-from plt_jax.runs.export import export_params
+from plt_jax.interop.options import DTYPES
 
 
 def main() -> int:
@@ -27,22 +23,22 @@ def main() -> int:
     add_command(
         commands,
         run_ls,
-        "a run's checkpoints: steps, sizes, losses, and why they are kept",
-        "List a run's checkpoints. Files are not read, so that only missing ones and those of "
-        "another size are found damaged.",
+        "list a run's checkpoints: steps, sizes, losses, and why they are kept",
+        "List a run's checkpoints. Files are not read, so this finds only missing files and files "
+        "of a wrong size.",
     )
     add_command(
         commands,
         run_verify,
         "check files against their checksums",
-        "Read all files of a run's checkpoints, or of one, and compare them with the checksums "
-        "that were taken when it was saved. One line for each problem; exit code 1 if there are "
-        "any.",
+        "Read all files of a run's checkpoints, or of one checkpoint, and compare them with the "
+        "checksums that were taken when they were saved. Each problem is one line; the exit code "
+        "is 1 if there are any.",
     )
     export = add_command(
         commands,
         run_export,
-        "parameters alone, as a run of their own",
+        "write a checkpoint's parameters as a new run directory",
         "Write a checkpoint's parameters, without the optimizer's state, into a new run directory, "
         "which eval.py, plt_jax.generate, plt_jax.convert and train.py's start_from take.",
     )
@@ -50,9 +46,10 @@ def main() -> int:
     export.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="of the parameters; default as they are stored",
+        help="dtype of the parameters; default: as they are stored",
     )
     arguments = parser.parse_args()
+    import jax  # after parsing, so that --help and refusals are quick
 
     jax.config.update("jax_platforms", "cpu")
     return arguments.run(arguments)
@@ -68,11 +65,15 @@ def add_command(commands: Any, run: Any, summary: str, description: str) -> argp
 
 
 def run_ls(arguments: argparse.Namespace) -> int:
+    from plt_jax.reports.checkpoints import list_checkpoints
+
     print(list_checkpoints(arguments.path))
     return EXIT_DONE
 
 
 def run_verify(arguments: argparse.Namespace) -> int:
+    from plt_jax.reports.checkpoints import verify_checkpoints
+
     sound = True
     for report in verify_checkpoints(arguments.path):
         print("\n".join(report.lines()), flush=True)
@@ -81,5 +82,7 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
+    from plt_jax.runs.export import export_params
+
     print(export_params(arguments.path, arguments.destination, arguments.dtype))
     return EXIT_DONE

@@ -1,4 +1,4 @@
-"""The model types of Hugging Face that are known here, and which of them a configuration is."""
+"""The Hugging Face model types that are supported, and the choice of one for a configuration."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ from plt_jax.errors import InputError
 
 
 class ModelType(NamedTuple):
-    """A model type of Hugging Face, and what its name alone says about the model."""
+    """A Hugging Face model type, and what its name alone says about the model."""
 
     architecture: str
     rope_theta: float
-    """Where config.json has none; so too the epsilon."""
+    """The value where config.json has none."""
     norm_epsilon: float
+    """The value where config.json has none."""
     scheme: str = "no_loop"
     loop_keys: tuple[str, ...] = ()
     """The keys of its config.json that begin with plt_ or loop_."""
     qk_norm: bool = False
     moe: bool = False
-    extends: bool = False
-    """Whether our extra keys (EXTENSIONS) may stand in its config.json: runtimes of the looped
-    types stop at tensors that they do not know, those of the others pass over them."""
+    allows_extra_keys: bool = False
+    """Whether its config.json may hold EXTRA_KEYS. Runtimes of the looped types refuse tensors that
+    they do not know, so the model cannot run wrongly there. Other runtimes ignore such tensors."""
 
 
 _LOOP_KEYS = ("loop_num", "loop_window_size")
@@ -42,38 +43,42 @@ MODEL_TYPES = {
     "qwen2": ModelType("Qwen2ForCausalLM", 10000.0, 1e-6),
     "qwen3": ModelType("Qwen3ForCausalLM", 10000.0, 1e-6, qk_norm=True),
     "iquestpltcoder": ModelType(
-        "IQuestPLTCoderForCausalLM", 500000.0, 1e-5, "plt", _PLT_KEYS, extends=True
+        "IQuestPLTCoderForCausalLM", 500000.0, 1e-5, "plt", _PLT_KEYS, allows_extra_keys=True
     ),
     "iquestloopcoder": ModelType(
         *("IQuestLoopCoderForCausalLM", 500000.0, 1e-5, "loop_kv_share_window", _LOOP_KEYS),
-        extends=True,
+        allows_extra_keys=True,
     ),
     "iquest_moe": ModelType(
         "IquestMoeV12ForCausalLM", 500000.0, 1e-5, "plt", _PLT_KEYS, qk_norm=True, moe=True
     ),
 }
 
-EXTENSIONS = ("qk_norm", "qkv_bias", "ffn_output_norm")
-"""Options that the looped dense types have no key for; written where they are on."""
+EXTRA_KEYS = ("qk_norm", "qkv_bias", "ffn_output_norm")
+"""Options of ours that the looped dense types have no key for. They are written if they are on."""
 
 
 def find_model_type(declared: str | None, architectures: Sequence[str]) -> str:
-    """The model type of a config.json, by its model_type or its architectures.
+    """The model type of a config.json.
+
+    Args:
+      declared: its model_type.
+      architectures: its architectures, which decide if it has no model_type.
 
     Raises:
-      InputError: it is unknown, or the two disagree.
+      InputError: the model type is unknown, or the two disagree.
     """
     by_architecture = {kind.architecture: name for name, kind in MODEL_TYPES.items()}
     implied = next((by_architecture[a] for a in architectures if a in by_architecture), None)
     if declared in MODEL_TYPES:
         if implied not in (None, declared):
             raise InputError(
-                f"model_type {declared} and architectures {architectures} are two kinds of model; "
+                f"model_type {declared} and architectures {architectures} are different models; "
                 f"set the one that the weights have ({declared} or {implied})"
             )
         return declared
-    # The mixture of experts goes by several names; another name with a plain architecture's may
-    # stand for a model that is not quite that.
+    # Public mixtures of experts have several model_types with one architecture. Any other unknown
+    # model_type may differ from the model of its architecture.
     if implied is not None and (declared is None or MODEL_TYPES[implied].moe):
         return implied
     raise InputError(
@@ -82,22 +87,22 @@ def find_model_type(declared: str | None, architectures: Sequence[str]) -> str:
     )
 
 
-def model_type_of(config: ModelConfig) -> str:
-    """The model type that can hold a configuration.
+def choose_model_type(config: ModelConfig) -> str:
+    """The model type that can express a configuration.
 
     Raises:
-      InputError: none can; names the field.
+      InputError: there is none; the message names the field.
     """
     moe, scheme = bool(config.moe.experts), config.loop.scheme
     if scheme == "no_loop" and moe:
-        name = "iquest_moe"  # of one loop, without gates
+        name = "iquest_moe"  # with one loop and without gates
     elif scheme == "no_loop":
         name = "qwen3" if config.qk_norm else "llama"
         if config.qkv_bias and not config.output_bias and not config.qk_norm:
             name = "qwen2"
     else:
         types = [n for n, kind in MODEL_TYPES.items() if kind.scheme == scheme and kind.moe == moe]
-        name = types[0] if types else None
+        name = next(iter(types), None)
     if name is None or MODEL_TYPES[name].moe != moe:
         experts = " with experts" if moe else ""
         raise InputError(
@@ -105,24 +110,24 @@ def model_type_of(config: ModelConfig) -> str:
             "are no_loop, plt and loop_kv_share_window, with experts only the first two"
         )
     kind = MODEL_TYPES[name]
-    unsaid = [
-        ("ffn_output_norm", config.ffn_output_norm and not kind.extends),
-        ("qk_norm", config.qk_norm != kind.qk_norm and not kind.extends),
+    inexpressible = [
+        ("ffn_output_norm", config.ffn_output_norm and not kind.allows_extra_keys),
+        ("qk_norm", config.qk_norm != kind.qk_norm and not kind.allows_extra_keys),
         ("qkv_bias", config.qkv_bias and not config.output_bias and name in ("llama", "qwen3")),
         ("output_bias", config.output_bias and (not config.qkv_bias or kind.moe)),
-        ("moe.renormalize", moe and not _renormalised(config)),
+        ("moe.renormalize", moe and not _weights_sum_to_one(config)),
         ("moe.bias_update_rate", config.moe.bias_update_rate is not None),
     ]
-    for field, is_unsaid in unsaid:
-        if is_unsaid:
+    for field, cannot_express in inexpressible:
+        if cannot_express:
             value = attrgetter(field)(config)
             raise InputError(
-                f"model.{field} is {value}, which Hugging Face's model type {name} cannot say, so "
-                "the model cannot be exported"
+                f"model.{field} is {value}, which Hugging Face's model type {name} cannot express, "
+                "so the model cannot be exported"
             )
     return name
 
 
-def _renormalised(config: ModelConfig) -> bool:
-    """Whether the chosen experts' weights sum to 1: then both routing orders are the same."""
+def _weights_sum_to_one(config: ModelConfig) -> bool:
+    """Whether the chosen experts' weights sum to 1. Both routing orders are then the same model."""
     return config.moe.routing == "topk_then_softmax" or config.moe.renormalize

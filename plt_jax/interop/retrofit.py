@@ -1,30 +1,26 @@
 """A model without loops as the starting point of a looped one, for continued training.
 
-With hidden_scale 0 and embedding_scale 1 a shifted scheme's later loops read what loop 1 reads, so
-their own keys and values are loop 1's. They repeat loop 1 exactly where they attend to all of them:
-`clp` and `clp_kv_share` do, and `plt` does with its gates closed to the window. The logits are then
-the source's, whatever the number of loops. Every other choice starts at some distance from it,
-which `distance` measures.
+In a shifted scheme with hidden_scale 0 and embedding_scale 1, later loops read the same states as
+loop 1, so their own keys and values are loop 1's. They repeat loop 1 exactly if they attend to all
+of these keys: `clp` and `clp_kv_share` do, and so does `plt` if its gates are closed to the window.
+The logits are then the source's for any number of loops. With any other choice they differ from the
+source's, and `compare_models` measures how far.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from plt_jax.config import LoopConfig, ModelConfig
 from plt_jax.errors import InputError
+from plt_jax.interop.options import CLOSED_GATE_BIAS
+from plt_jax.interop.tensors import Params
 from plt_jax.model.block import block_parameters, stacks_of
 from plt_jax.model.transformer import Transformer
-
-Params = dict[str, Any]
-
-CLOSED = 20.0
-"""Gate bias that shuts out the window for good: sigmoid(20) is 1 in float32, so the window gets a
-weight of exactly 0, and the gate no gradient."""
 
 
 def retrofit(
@@ -33,16 +29,21 @@ def retrofit(
     loop: LoopConfig,
     gate_bias: float = 0.0,
 ) -> tuple[ModelConfig, Params]:
-    """The same weights in a looped model; new parameters, if any, are the G-SWA gates.
+    """The same weights in a looped model. The only new parameters are the G-SWA gates, if any.
 
     Args:
-      config, params: of scheme no_loop.
-      loop: the looping wanted.
-      gate_bias: where the gates start. 0 blends loop 1's attention and the window's evenly, as a
-        fresh PLT does; 4 gives the window 2 %, and training can still move it; CLOSED nothing.
+      config: the configuration of a model of scheme no_loop.
+      params: its parameters as `Transformer.init` gives them.
+      loop: the new model's looping.
+      gate_bias: the gates' bias at the start. 0 blends loop 1's attention and the window's evenly,
+        as in a new PLT. 4 gives the window a weight of 2 %, which training can still change.
+        CLOSED_GATE_BIAS gives it none.
+
+    Returns:
+      The looped model's configuration and parameters.
 
     Raises:
-      InputError: the model is looped already, or the looping wanted is none.
+      InputError: the model loops already, `loop` has no loops, or `gate_bias` is not finite.
     """
     if config.loop.scheme != "no_loop":
         raise InputError(
@@ -50,7 +51,9 @@ def retrofit(
             "model of scheme no_loop can be retrofitted"
         )
     if not math.isfinite(gate_bias):
-        raise InputError(f"gate_bias is {gate_bias}; it must be finite, and {CLOSED} closes")
+        raise InputError(
+            f"gate_bias is {gate_bias}; it must be finite; {CLOSED_GATE_BIAS} closes the gates"
+        )
     if loop.scheme == "no_loop":
         raise InputError("the scheme no_loop does not loop; choose a looped scheme")
     looped = config.model_copy(update={"loop": loop})
@@ -64,36 +67,36 @@ def retrofit(
                 layers[name] = parameter.initializer(jax.random.key(0), shape, like.dtype)
         if "gate_bias" in layers:
             layers["gate_bias"] = jnp.full_like(layers["gate_bias"], gate_bias)
-        if "router_bias" in layers:  # every loop starts with the biases of the only one
+        if "router_bias" in layers:  # every loop starts with the source's biases
             layers["router_bias"] = jnp.repeat(layers["router_bias"], loop.count, axis=1)
     return looped, params | stacks
 
 
-class Distance(NamedTuple):
-    """How far a retrofitted model's predictions are from those of the model it was made of."""
+class ModelDifference(NamedTuple):
+    """How far a retrofitted model's predictions are from its source's."""
 
-    largest: float
-    """Largest absolute difference of two logits."""
-    divergence: float
-    """Mean KL divergence of the next token's distribution, in nats."""
+    largest_logit: float
+    """The largest absolute difference of two logits."""
+    kl_divergence: float
+    """The mean KL divergence of the next token's distribution, in nats."""
 
 
-def distance(
+def compare_models(
     config: ModelConfig,
     params: Params,
     looped: ModelConfig,
     looped_params: Params,
     tokens_BT: jax.Array,
-) -> Distance:
-    """Compares the two on some tokens."""
+) -> ModelDifference:
+    """Compares a model and the looped model that was made from it, on tokens int32 [B, T]."""
 
     def logits(config: ModelConfig, params: Params) -> jax.Array:
         model = Transformer(config)
         return jax.jit(lambda params: model.apply({"params": params}, tokens_BT))(params)
 
-    # One after the other: a program holds what it converts of the weights.
+    # Two programs, because each holds converted copies of its weights while it runs.
     source_BTV, looped_BTV = logits(config, params), logits(looped, looped_params)
     largest = jnp.max(jnp.abs(source_BTV - looped_BTV))
     log_p_BTV, log_q_BTV = jax.nn.log_softmax(source_BTV), jax.nn.log_softmax(looped_BTV)
     divergence_BT = jnp.sum(jnp.exp(log_p_BTV) * (log_p_BTV - log_q_BTV), axis=-1)
-    return Distance(float(largest), float(jnp.mean(divergence_BT)))
+    return ModelDifference(float(largest), float(jnp.mean(divergence_BT)))

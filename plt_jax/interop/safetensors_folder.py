@@ -1,7 +1,7 @@
-"""A folder of safetensors files: one, or several with an index, read on demand and written.
+"""A folder of safetensors files: one file, or several files with an index.
 
-All headers are read and checked first. Tensors are then read one by one, or in part, and files that
-are done with can be let go, so that no more than those under way are held in memory.
+All headers are read and checked first. Tensors are then read one at a time, or in part. Files that
+are no longer needed can be closed, so that memory holds only those that are being read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -29,7 +30,7 @@ DTYPES = {
 
 
 class Tensor(NamedTuple):
-    """What a header says of one tensor."""
+    """A tensor as its file's header describes it."""
 
     file: Path
     shape: tuple[int, ...]
@@ -37,14 +38,23 @@ class Tensor(NamedTuple):
 
 
 class SafetensorsFolder:
-    """The tensors of a checkpoint, by name, without those whose names end in `ignored`.
+    """The tensors of a checkpoint, read on demand.
 
-    Raises:
-      InputError: there are no such files; the index is broken, or names a file or tensor that is
-        missing; a file is truncated or damaged; a tensor is not float32, float16 or bfloat16.
+    Attributes:
+      tensors: their descriptions, by name.
     """
 
     def __init__(self, folder: Path, ignored: str):
+        """Reads all headers.
+
+        Args:
+          ignored: tensors whose names end in this are left out.
+
+        Raises:
+          InputError: there are no such files; the index is broken, or names a file or tensor that
+            is missing; a file is truncated or damaged; a tensor is not float32, float16 or
+            bfloat16.
+        """
         self.folder = folder
         self._ignored = ignored
         self._open: dict[Path, Any] = {}
@@ -60,8 +70,12 @@ class SafetensorsFolder:
             if found is None or found.file != file:
                 raise InputError(f"{folder / INDEX} says that {name} is in {file.name}; it is not")
 
-    def read(self, name: str, index: tuple[slice, ...] = (...,)) -> np.ndarray:
-        """A tensor, or a part of it, as a new array."""
+    def read(self, name: str, index: tuple[slice | EllipsisType, ...] = (...,)) -> np.ndarray:
+        """A tensor, or a part of it, as a new array.
+
+        Raises:
+          InputError: the file cannot be read.
+        """
         file = self.tensors[name].file
         try:
             return self._handle(file).get_slice(name)[index]
@@ -69,9 +83,10 @@ class SafetensorsFolder:
             raise InputError(f"cannot read {name} from {file}: {_line(error)}") from error
 
     def keep_open(self, names: Sequence[str]) -> None:
-        """Makes ready for these tensors to be read, in this order, and no others.
+        """Prepares to read these tensors, in this order, and no others.
 
-        Files that hold none of them are let go, and the system reads the next two ahead.
+        Files that hold none of them are closed. The operating system is asked to read the next two
+        files ahead.
         """
         needed = list(dict.fromkeys(self.tensors[name].file for name in names))
         for file in [file for file in self._open if file not in needed]:
@@ -101,7 +116,7 @@ class SafetensorsFolder:
                 self.tensors[name] = Tensor(file, tuple(header.get_shape()), dtype)
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"{file} is not a whole safetensors file ({_line(error)}); fetch it again"
+                f"{file} is not a complete safetensors file ({_line(error)}); download it again"
             ) from error
 
     def _handle(self, file: Path) -> Any:
@@ -111,7 +126,11 @@ class SafetensorsFolder:
 
 
 def _read_index(folder: Path) -> dict[str, Path] | None:
-    """The file of each tensor, by the index; None if there is a single file."""
+    """The file of each tensor, by name, as the index says; None if there is a single file.
+
+    Raises:
+      InputError: see `SafetensorsFolder`.
+    """
     if (folder / SINGLE).exists():
         return None
     path = folder / INDEX
@@ -129,7 +148,7 @@ def _read_index(folder: Path) -> dict[str, Path] | None:
         index = {name: folder / file for name, file in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{path} is not an index of safetensors files ({_line(error)}); fetch it again"
+            f"{path} is not an index of safetensors files ({_line(error)}); download it again"
         ) from error
     for name, file in index.items():
         if file.parent != folder or file.suffix != ".safetensors":
@@ -137,23 +156,25 @@ def _read_index(folder: Path) -> dict[str, Path] | None:
                 f"{path} says that {name} is in {files[name]!r}, which is not a safetensors file "
                 "in its folder"
             )
-        if not os.path.exists(file):  # False, too, where the name is impossible
-            raise InputError(f"{file} is missing, and {path} says that it holds {name}; fetch it")
+        if not os.path.exists(file):  # False also for an impossible name
+            raise InputError(
+                f"{file} is missing, but {path} says that it holds {name}; download it"
+            )
     return index
 
 
 def write_safetensors(
     folder: Path,
     sizes: Mapping[str, int],
-    tensor: Callable[[str], np.ndarray],
+    make_tensor: Callable[[str], np.ndarray],
     shard_bytes: int,
 ) -> None:
-    """Writes tensors in the order given: one file if they fit, else several and their index.
+    """Writes one file if all tensors fit into it, and otherwise several files and their index.
 
     Args:
-      sizes: bytes of each tensor.
-      tensor: makes a tensor when its turn comes; those of one file are in memory at a time.
-      shard_bytes: most bytes of tensors in a file, unless a single tensor is larger.
+      sizes: the size of each tensor in bytes, by name, in the order in which they are written.
+      make_tensor: returns a tensor by its name. The tensors of one file are in memory at a time.
+      shard_bytes: size limit of a file's tensors, in bytes. Only a single tensor may exceed it.
 
     Raises:
       OSError: a file cannot be written.
@@ -171,12 +192,12 @@ def write_safetensors(
         file = SINGLE
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        arrays = {name: tensor(name) for name in names}
+        arrays = {name: make_tensor(name) for name in names}
         try:
-            save_file(arrays, folder / file, metadata={"format": "pt"})  # transformers asks for it
+            save_file(arrays, folder / file, metadata={"format": "pt"})  # transformers needs it
         except SafetensorError as error:
             raise OSError(_line(error)) from error
-        (folder / file).chmod(0o644)  # safetensors lets only its owner read it
+        (folder / file).chmod(0o644)  # safetensors makes files that only their owner can read
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
@@ -184,4 +205,5 @@ def write_safetensors(
 
 
 def _line(error: Exception) -> str:
+    """An error's message as one line of bounded length."""
     return " ".join(str(error).split())[:300]

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face checkpoint: its files, carried along, and its roles' ids."""
+"""The tokenizer of a Hugging Face checkpoint: its files, and the ids of its special tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plt_jax.data.tokenizer import bos_id, eos_id, load_tokenizer
 from plt_jax.files import copy_file
 from plt_jax.interop.config_json import read_json
 
-CARRIED = (
+COMPANIONS = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -25,42 +25,50 @@ CARRIED = (
     "chat_template.*",
     "tokenization_*.py",
 )
-"""Files of a checkpoint that its users need beside the weights, as they came."""
+"""Name patterns of the files, besides the weights, that a run directory keeps from the checkpoint
+that it was imported from. An export writes them again."""
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def carried_files(folder: Path) -> dict[str, Path]:
-    """Those of CARRIED that a folder has, by name."""
-    found = (file for pattern in CARRIED for file in folder.glob(pattern))
+def companion_files(folder: Path) -> dict[str, Path]:
+    """The files of a folder that match COMPANIONS, by name."""
+    found = (file for pattern in COMPANIONS for file in folder.glob(pattern))
     return {file.name: file for file in found if file.is_file()}
 
 
-def take_tokenizer(own: Path, imported: Path, folder: Path, max_length: int) -> dict[str, Any]:
-    """Puts a run's tokenizer into a checkpoint's folder; returns the special tokens' ids.
+def write_tokenizer_files(
+    folder: Path, tokenizer: Path, imported: Path, max_length: int
+) -> dict[str, Any]:
+    """Writes a run's tokenizer into the folder of a Hugging Face checkpoint.
 
-    If the run still has the tokenizer that it was imported with, the files and ids are those it
-    came with; else they are made for transformers' AutoTokenizer.
+    If the run still has the tokenizer that it was imported with, the imported files are copied.
+    Otherwise files for transformers' AutoTokenizer are made.
 
     Args:
-      own: the run's tokenizer.json.
-      imported: the folder of files that the run's model was imported with; may be missing.
+      folder: the folder to write to.
+      tokenizer: the run's tokenizer.json.
+      imported: the folder of files that the run keeps from its import; may be missing.
+      max_length: the model's context in tokens.
+
+    Returns:
+      bos_token_id, eos_token_id and pad_token_id, those that there are, for config.json.
 
     Raises:
       InputError: the tokenizer lacks a token for the beginning or end of a document, or a file
         cannot be read.
     """
-    carried = carried_files(imported)
-    if own.exists() and not _same(own, carried.get("tokenizer.json")):
-        return _make_files(folder, load_tokenizer(own), max_length)
-    for name, file in carried.items():
+    companions = companion_files(imported)
+    if tokenizer.exists() and not _same_tokenizer(tokenizer, companions.get("tokenizer.json")):
+        return _make_files(folder, load_tokenizer(tokenizer), max_length)
+    for name, file in companions.items():
         copy_file(file, folder / name)
-    values = read_json(carried["config.json"]) if "config.json" in carried else {}
+    values = read_json(companions["config.json"]) if "config.json" in companions else {}
     return {key: values[key] for key in TOKEN_IDS if key in values}
 
 
-def _same(own: Path, carried: Path | None) -> bool:
-    return carried is not None and load_tokenizer(own).to_str() == load_tokenizer(carried).to_str()
+def _same_tokenizer(one: Path, other: Path | None) -> bool:
+    return other is not None and load_tokenizer(one).to_str() == load_tokenizer(other).to_str()
 
 
 def _make_files(folder: Path, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 from plt_jax.files import check_new_folder
-from plt_jax.interop.tokenizer_files import carried_files
+from plt_jax.interop.tokenizer_files import companion_files
 from plt_jax.runs.directory import create_run, find_checkpoint, read_params
 from plt_jax.runs.names import HUGGINGFACE, TOKENIZER
 
@@ -33,7 +33,7 @@ def export_params(path: str | Path, destination: str | Path, dtype: str | None =
         found.config.model_copy(update={"run_dir": str(destination), "start_from": None}),
         params,
         tokenizer if tokenizer.exists() else None,
-        carried_files(found.directory / HUGGINGFACE),
+        companion_files(found.directory / HUGGINGFACE),
     )
     leaves = jax.tree.leaves(params)
     size, dtypes = sum(leaf.nbytes for leaf in leaves), sorted({leaf.dtype.name for leaf in leaves})

@@ -153,7 +153,7 @@ def test_a_refusal_names_the_field_the_value_and_what_would_be_right(load, text)
 
 def test_where_to_start_from_is_named_if_it_cannot_be(load):
     for path, reason in (
-        ("~nobody-is-called-so/x", "begins with the home folder of nobody"),
+        ("~nobody-is-called-so/x", "begins with the home folder of an unknown user"),
         (
             r'"\0"',
             "does not exist; give a run directory",

@@ -106,7 +106,7 @@ def test_missing_source_is_refused(source):
 
 def test_the_home_folder_of_nobody_is_refused():
     with pytest.raises(
-        InputError, match=r"~nobody-is-called-so/x begins with the home folder of n"
+        InputError, match=r"~nobody-is-called-so/x begins with the home folder of an unknown user"
     ):
         read_documents("~nobody-is-called-so/x")
 

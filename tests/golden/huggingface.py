@@ -1,6 +1,6 @@
 """Reads a golden case (config.json, model.safetensors, expected.npz) for tests/reference.py.
 
-Independent of plt_jax.interop, which is judged against the same cases.
+It shares no code with plt_jax.interop, which is tested against the same cases.
 """
 
 import json

@@ -1,7 +1,7 @@
 """The package against the golden cases: import, forward pass, every loop, and decoding.
 
-So too against cases of transformers, for the dense model types without loops: see
-tests/golden/transformers/make.py.
+For the dense model types without loops it is compared with transformers; tests/golden/transformers/
+make.py makes these cases.
 """
 
 import functools
@@ -31,7 +31,7 @@ def case(request):
 
 @pytest.fixture(scope="module", params=DENSE)
 def dense(request):
-    """The same of each case of transformers."""
+    """(folder, configuration, parameters, expected arrays) of each case of transformers."""
     return read(TRANSFORMERS / request.param)
 
 
@@ -41,7 +41,8 @@ def read(folder):
 
 
 def check_decoding(config, params, expected):
-    """Prefill of a part, then the rest token by token, against the expected logits."""
+    """Prefills a part of the tokens, decodes the rest one by one, and compares the logits with the
+    expected ones."""
     tokens, logits = expected["input_ids"], expected["logits"]
     B, T = tokens.shape
     params = prepare_for_decode(config, params)

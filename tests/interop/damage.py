@@ -1,4 +1,4 @@
-"""Checkpoints to damage, and what it means that a conversion is refused."""
+"""Checkpoints that tests damage, and assertions that a conversion is refused."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ MOE = {"experts": 4, "experts_per_token": 2, "expert_width": 8, "routing": "topk
 
 
 def copy_case(name, folder):
-    """A transformers checkpoint, to damage."""
+    """Copies a checkpoint of transformers, which the test may damage."""
     folder.mkdir()
     for file in ("config.json", MODEL):
         shutil.copyfile(CASES / name / file, folder / file)
@@ -39,7 +39,7 @@ def copy_case(name, folder):
 
 
 def saved_model(folder, *scheme, **settings):
-    """A checkpoint of a small random model."""
+    """Saves a small random model as a checkpoint."""
     config = small_config(*scheme, **settings)
     save_huggingface(folder, config, random_params(config))
     return folder
@@ -73,7 +73,8 @@ def zeros(*shape, dtype=np.float32):
 
 
 def assert_import_refused(source, *parts):
-    """By load_huggingface and by the command in the same line, with everything left as it was."""
+    """Asserts that load_huggingface and the command refuse a checkpoint in the same one line, which
+    holds all the parts, and that they change no file."""
     before = snapshot(source.parent)
     with pytest.raises(InputError) as refusal:
         load_huggingface(source)
@@ -88,6 +89,8 @@ def assert_import_refused(source, *parts):
 
 
 def assert_export_refused(home, config, params, *parts):
+    """Asserts that save_huggingface refuses a model in a line that holds all the parts, and that it
+    changes no file below `home`."""
     before = snapshot(home)
     with pytest.raises(InputError) as refusal:
         save_huggingface(home / "destination", config, params)
@@ -98,7 +101,8 @@ def assert_export_refused(home, config, params, *parts):
 
 
 def assert_command_refused(home, words, *parts):
-    """By the command `words`, with everything below `home` left as it was."""
+    """Asserts that a command is refused in a line that holds all the parts, and that it changes no
+    file below `home`."""
     before = snapshot(home)
     assert_refused(command(*words), *map(str, parts))
     assert snapshot(home) == before
@@ -108,8 +112,8 @@ def assert_same_params(one, other):
     assert jax.tree.all(jax.tree.map(np.array_equal, one, other))
 
 
-def run_of(folder, config, tokenizer=None, files=None):
-    """A run directory with a checkpoint of random parameters, as an import makes it."""
+def make_run(folder, config, tokenizer=None, files=None):
+    """Makes a run directory with a checkpoint of random parameters, as an import does."""
     create_run(
         RunConfig(run_dir=str(folder), model=config), random_params(config), tokenizer, files or {}
     )
@@ -117,6 +121,6 @@ def run_of(folder, config, tokenizer=None, files=None):
 
 
 def write_tokenizer(path):
-    """A tokenizer of 270 tokens at most."""
+    """Writes a tokenizer of at most 270 tokens."""
     path.write_text(train_tokenizer([SENTENCE], 270, 2).to_str(), encoding="utf-8")
     return path

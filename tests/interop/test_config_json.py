@@ -1,13 +1,13 @@
-"""config.json to ModelConfig and back: published configurations, defaults, and what names say."""
+"""config.json to ModelConfig and back: published configurations, defaults, and model types."""
 
 import pytest
 from hypothesis import given, settings
 
 from plt_jax import InputError, ModelConfig, load_config
-from plt_jax.interop import config_json
-from plt_jax.interop.config_json import write_config
-from plt_jax.interop.model_types import MODEL_TYPES, model_type_of
-from plt_jax.interop.tensors import pieces_of
+from plt_jax.interop import config_reader
+from plt_jax.interop.config_writer import write_config
+from plt_jax.interop.model_types import MODEL_TYPES, choose_model_type
+from plt_jax.interop.tensors import unstacked_parameters
 from tests.interop.checkpoints import exportable_configs
 from tests.models import small_config
 from tests.training.runs import REPOSITORY
@@ -56,8 +56,8 @@ IQUEST_LOOP = {
 
 
 def read_config(values):
-    """The model alone."""
-    return config_json.read_config(values)[1]
+    """The configuration alone, without the model type."""
+    return config_reader.read_config(values)[1]
 
 
 @pytest.mark.parametrize(
@@ -72,10 +72,12 @@ def test_shipped_configs_are_the_published_shapes(name, values):
 
 @settings(max_examples=200)
 @given(exportable_configs())
-def test_what_is_written_is_read_back(config):
+def test_a_written_config_is_read_back(config):
     values = write_config(config, "float32", {"eos_token_id": [1, 2]})
-    tensors = [name for piece in pieces_of(config) for name in piece.names]
-    assert config_json.read_config(values, tensors) == (values["model_type"], config)
+    tensors = [
+        name for parameter in unstacked_parameters(config) for name in parameter.tensor_names
+    ]
+    assert config_reader.read_config(values, tensors) == (values["model_type"], config)
     assert values["eos_token_id"] == [1, 2]
     assert values["architectures"] == [MODEL_TYPES[values["model_type"]].architecture]
 
@@ -90,29 +92,29 @@ def test_what_is_written_is_read_back(config):
         ({"qk_norm": True, "qkv_bias": True, "output_bias": True}, "qwen3"),
     ],
 )
-def test_the_model_type_of_dense_models(options, name):
-    assert model_type_of(small_config("no_loop", 1, **options)) == name
+def test_the_model_type_for_dense_models(options, name):
+    assert choose_model_type(small_config("no_loop", 1, **options)) == name
 
 
-def test_the_model_type_of_looped_models():
-    assert model_type_of(small_config("plt")) == "iquestpltcoder"
-    assert model_type_of(small_config("loop_kv_share_window")) == "iquestloopcoder"
-    assert model_type_of(small_config("plt", qk_norm=True, moe={"experts": 4})) == "iquest_moe"
+def test_the_model_type_for_looped_models():
+    assert choose_model_type(small_config("plt")) == "iquestpltcoder"
+    assert choose_model_type(small_config("loop_kv_share_window")) == "iquestloopcoder"
+    assert choose_model_type(small_config("plt", qk_norm=True, moe={"experts": 4})) == "iquest_moe"
 
 
 def test_both_orders_of_routing_that_sum_to_one_are_the_same_model():
     for moe in ({"routing": "topk_then_softmax"}, {"routing": "softmax_then_topk"}):
         config = small_config("plt", qk_norm=True, moe={"experts": 4, **moe})
-        assert model_type_of(config) == "iquest_moe"
+        assert choose_model_type(config) == "iquest_moe"
     config = small_config("plt", qk_norm=True, moe={"experts": 4, "renormalize": False})
     with pytest.raises(InputError, match=r"model\.moe\.renormalize is False"):
-        model_type_of(config)
+        choose_model_type(config)
     config = small_config("plt", qk_norm=True, moe={"experts": 4, "bias_update_rate": 0.5})
     with pytest.raises(InputError, match=r"model\.moe\.bias_update_rate is 0\.5"):
-        model_type_of(config)
+        choose_model_type(config)
 
 
-def test_dense_layers_lead():
+def test_only_leading_layers_may_be_dense():
     values = {"model_type": "iquest_moe", **MOE, "intermediate_size": 24}
     assert read_config(values | {"mlp_only_layers": [0]}).moe.dense_layers == 1
     for layers in ([1], [0, 2], [0, 0]):
@@ -151,7 +153,7 @@ def test_dense_layers_lead():
         ),
     ],
 )
-def test_what_no_public_type_can_say_is_not_written(config, expected):
+def test_a_config_that_no_model_type_can_express_is_refused(config, expected):
     with pytest.raises(InputError) as refusal:
         write_config(config, "float32", {})
     assert expected in str(refusal.value)
@@ -172,13 +174,13 @@ def test_absent_keys_have_the_defaults_of_their_type():
     assert (loop.count, loop.window, loop.normalize_between_loops) == (2, 64, False)
 
 
-def test_nulls_are_absent():
+def test_a_null_counts_as_an_absent_key():
     nulls = ["num_key_value_heads", "head_dim", "rope_scaling", "sliding_window", "plt_emb_scale"]
     values = {"model_type": "iquestpltcoder", **SHAPE}
     assert read_config(values | dict.fromkeys(nulls)) == read_config(values)
 
 
-def test_a_type_is_known_by_its_name_or_by_its_architecture():
+def test_a_model_type_is_found_by_its_name_or_by_its_architecture():
     by_name = read_config({"model_type": "iquest_moe", **MOE})
     by_architecture = read_config(
         {"model_type": "iquest_moe_v12", "architectures": ["IquestMoeV12ForCausalLM"], **MOE}
@@ -201,7 +203,7 @@ def test_a_shared_experts_gate_needs_a_shared_expert():
     assert read_config(values | {"shared_expert_intermediate_size": 8}).moe.shared_gate
 
 
-def test_rope_in_the_form_of_either_transformers():
+def test_rope_is_read_as_transformers_4_and_5_write_it():
     scaling = {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -225,7 +227,7 @@ def test_rope_in_the_form_of_either_transformers():
     }
 
 
-def test_options_of_ours_count_where_runtimes_stop_at_their_tensors():
+def test_extra_keys_count_only_for_looped_model_types():
     on = {"qk_norm": True, "qkv_bias": True, "ffn_output_norm": True}
     plt = read_config({"model_type": "iquestpltcoder", **SHAPE, **on})
     assert plt.qk_norm and plt.qkv_bias and plt.ffn_output_norm and not plt.output_bias
@@ -234,8 +236,7 @@ def test_options_of_ours_count_where_runtimes_stop_at_their_tensors():
     )
 
 
-def test_a_qwen_window_that_is_not_used():
-    """Qwen's files name one all the same."""
+def test_a_sliding_window_that_qwen_does_not_use_is_accepted():
     values = {"model_type": "qwen2", **SHAPE}
     unused = {"sliding_window": 4096, "use_sliding_window": False, "max_window_layers": 28}
     assert read_config(values | unused) == read_config(values)

@@ -1,4 +1,4 @@
-"""What a config.json may not say: refused in one line, and nothing is written."""
+"""A config.json that the model does not support is refused in one line, and nothing is written."""
 
 import pytest
 
@@ -13,7 +13,7 @@ from tests.interop.damage import (
     saved_model,
 )
 
-# config.json: the kind of model.
+# The model type.
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_the_model_type_or_the_architecture_suffices(llama, absent):
     assert_same_params(params, expected[1])
 
 
-def test_experts_are_known_by_their_architecture_whatever_the_model_type(tmp_path):
+def test_experts_are_found_by_their_architecture_for_any_model_type(tmp_path):
     # The public checkpoints have another model_type than the golden cases.
     source = saved_model(tmp_path / "source", qk_norm=True, moe=MOE)
     expected, _ = load_huggingface(source)
@@ -91,7 +91,7 @@ def test_a_list_or_mapping_in_the_wrong_place_is_refused(llama, key, value):
     assert_import_refused(llama, llama / "config.json")
 
 
-# config.json: the file.
+# The file.
 
 
 def test_a_missing_config_is_refused(llama):
@@ -122,7 +122,7 @@ def test_a_config_that_is_a_folder_is_refused(llama):
     assert_import_refused(llama, f"cannot read {llama / 'config.json'}: Is a directory")
 
 
-# config.json: the values.
+# The values.
 
 REQUIRED = [
     *["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"],
@@ -147,7 +147,7 @@ def test_a_missing_key_of_experts_is_refused(tmp_path, key):
 
 @pytest.mark.parametrize("value", ["many", [4], {}, 0, -1], ids=repr)
 @pytest.mark.parametrize("key", [*REQUIRED, *OPTIONAL])
-def test_what_is_no_positive_number_is_refused(llama, key, value):
+def test_a_value_that_is_not_a_positive_number_is_refused(llama, key, value):
     change_config(llama, **{key: value})
     assert_import_refused(llama, llama / "config.json", f"= {value!r}")
 
@@ -160,7 +160,7 @@ def test_a_fraction_for_a_size_is_refused(llama, key):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True, "1e-5"], ids=repr)
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta", "factor"])
-def test_what_is_no_finite_json_number_is_refused(llama, key, value):
+def test_a_value_that_is_not_a_finite_number_is_refused(llama, key, value):
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     if key in rope:
         change_config(llama, rope_parameters=rope | {key: value})
@@ -208,19 +208,19 @@ def test_an_unsupported_rope_scaling_is_refused(llama, section, kind_key, kind):
     assert_import_refused(llama, llama / "config.json", "rope_scaling", kind, "not supported")
 
 
-def test_a_rope_scaling_beside_rope_parameters_is_not_dropped(llama):
-    # Where both stand, transformers 5 goes by rope_scaling.
+def test_an_unsupported_rope_scaling_beside_rope_parameters_is_refused(llama):
+    # Where both are given, transformers 5 reads rope_scaling.
     change_config(llama, rope_scaling={"rope_type": "yarn", "factor": 4.0})
     assert_import_refused(llama, llama / "config.json", "yarn")
 
 
-def test_rope_parameters_of_their_own_for_each_kind_of_layer_are_not_dropped(llama):
+def test_rope_parameters_by_kind_of_layer_are_refused(llama):
     rope = {"full_attention": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e6}}
     change_config(llama, rope_parameters=rope)
     assert_import_refused(llama, llama / "config.json", "full_attention")
 
 
-def test_rotating_a_part_of_a_head_is_refused_wherever_it_is_said(llama):
+def test_rotating_a_part_of_a_head_is_refused(llama):
     rope = {"rope_type": "default", "partial_rotary_factor": 0.5}
     change_config(llama, rope_parameters=rope)
     assert_import_refused(llama, llama / "config.json", "partial_rotary_factor", "0.5")
@@ -267,7 +267,7 @@ def test_a_llama3_scaling_with_an_impossible_value_is_refused(llama, change, nam
         ("partial_rotary_factor", 0.5),
     ],
 )
-def test_arithmetic_that_the_model_lacks_is_refused_by_name(llama, key, value):
+def test_arithmetic_that_the_model_does_not_have_is_refused_by_name(llama, key, value):
     change_config(llama, **{key: value})
     assert_import_refused(llama, llama / "config.json", f"{key} is {value!r}", "not supported")
 

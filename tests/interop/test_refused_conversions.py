@@ -1,4 +1,4 @@
-"""What cannot be exported, retrofitted or trained from: refused, and nothing is written."""
+"""Exports, retrofits and training starts that cannot work are refused, and nothing is written."""
 
 import shutil
 
@@ -13,7 +13,7 @@ from tests.interop.damage import (
     REMOVED,
     assert_command_refused,
     assert_export_refused,
-    run_of,
+    make_run,
     write_tokenizer,
 )
 from tests.models import random_params, small_config
@@ -36,7 +36,7 @@ def test_a_scheme_without_a_public_type_is_refused(tmp_path, scheme):
 
 
 def test_a_run_of_a_scheme_without_a_public_type_is_refused(tmp_path):
-    run = run_of(tmp_path / "run", small_config("vanilla_loop"))
+    run = make_run(tmp_path / "run", small_config("vanilla_loop"))
     assert_command_refused(tmp_path, [CONVERT, "export", run, tmp_path / "new"], "vanilla_loop")
 
 
@@ -62,7 +62,9 @@ def test_a_run_of_a_scheme_without_a_public_type_is_refused(tmp_path):
         ),
     ],
 )
-def test_what_no_public_type_can_say_is_refused_by_field(tmp_path, scheme, settings, named):
+def test_a_model_that_no_model_type_can_express_is_refused_by_field(
+    tmp_path, scheme, settings, named
+):
     config = small_config(*scheme, **settings)
     assert_export_refused(tmp_path, config, random_params(config), named)
 
@@ -123,9 +125,9 @@ def test_an_impossible_size_of_shards_is_refused(dense_run, tmp_path, size):
 
 
 @pytest.mark.parametrize("content", ["{", "3"])
-def test_a_run_whose_carried_config_is_damaged_is_refused(llama, tmp_path, content):
-    carried = {"config.json": llama / "config.json"}
-    run = run_of(tmp_path / "run", small_config("no_loop", 1), files=carried)
+def test_a_run_whose_imported_config_is_damaged_is_refused(llama, tmp_path, content):
+    imported = {"config.json": llama / "config.json"}
+    run = make_run(tmp_path / "run", small_config("no_loop", 1), files=imported)
     (run / HUGGINGFACE / "config.json").write_text(content)
     words = [CONVERT, "export", run, tmp_path / "new"]
     assert_command_refused(tmp_path, words, run / HUGGINGFACE / "config.json")
@@ -153,12 +155,13 @@ def test_an_impossible_retrofit_is_refused(dense_run, tmp_path, option, value):
     assert_command_refused(tmp_path, words, value)
 
 
-# Training from what was converted.
+# Training that starts from a converted model.
 
 
 @pytest.fixture
 def training(tmp_path):
-    """The words that train on a small corpus, by a config that leaves the model to start_from."""
+    """The words of a command that trains on a small corpus. Its config leaves the model to
+    start_from."""
     home = make_home(tmp_path / "home")
     values = tiny_values(home)
     del values["model"]
@@ -168,9 +171,9 @@ def training(tmp_path):
 
 @pytest.fixture
 def start(tmp_path):
-    """An imported model whose tokenizer is known."""
+    """An imported model that has a tokenizer."""
     tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
-    return run_of(tmp_path / "start", start_config(), tokenizer)
+    return make_run(tmp_path / "start", start_config(), tokenizer)
 
 
 def start_config():
@@ -178,7 +181,7 @@ def start_config():
 
 
 def assert_training_refused(home, words, *parts):
-    """As `assert_command_refused`, but for the cache of tokenised text."""
+    """Like `assert_command_refused`, but the command may write the cache of tokenized text."""
     before = snapshot(home)
     assert_refused(command(*words), *map(str, parts))
     shutil.rmtree(home / "home" / "cache", ignore_errors=True)
@@ -192,7 +195,7 @@ def test_training_in_the_folder_of_an_import_is_refused(training, start, tmp_pat
     assert_training_refused(tmp_path, [*words, "--start_from", start], *parts)
 
 
-def test_training_from_what_is_no_run_is_refused(training, llama, tmp_path):
+def test_training_from_a_folder_that_is_no_run_is_refused(training, llama, tmp_path):
     words = [*training, "--start_from"]
     assert_training_refused(tmp_path, [*words, tmp_path / "none"], tmp_path / "none")
     assert_training_refused(tmp_path, [*words, llama], llama, "convert import first")
@@ -221,18 +224,18 @@ def test_training_a_looped_scheme_from_a_dense_model_is_refused(training, start,
 
 
 def test_training_from_a_model_without_a_tokenizer_is_refused(training, tmp_path):
-    bare = run_of(tmp_path / "bare", start_config())
+    bare = make_run(tmp_path / "bare", start_config())
     words = [*training, "--start_from", bare]
     assert_training_refused(tmp_path, words, bare, "has no tokenizer", "tokenizer.path")
 
 
 def test_a_small_model_without_a_tokenizer_is_refused_for_that(training, tmp_path):
-    bare = run_of(tmp_path / "bare", small_config("no_loop", 1, max_length=16))
+    bare = make_run(tmp_path / "bare", small_config("no_loop", 1, max_length=16))
     words = [*training, "--start_from", bare]
     assert_training_refused(tmp_path, words, bare, "has no tokenizer", "tokenizer.path")
 
 
 @pytest.mark.parametrize("name", ["eval.py", "plt_jax.generate"])
 def test_a_model_without_a_tokenizer_cannot_be_used_on_text(tmp_path, name):
-    bare = run_of(tmp_path / "bare", start_config())
+    bare = make_run(tmp_path / "bare", start_config())
     assert_command_refused(tmp_path, [name, bare], bare, "without a tokenizer", "--tokenizer FILE")

@@ -1,4 +1,4 @@
-"""Sources and destinations that cannot be, and conversions that are interrupted."""
+"""Impossible sources and destinations are refused. Interrupted conversions leave nothing behind."""
 
 import contextlib
 import resource
@@ -73,7 +73,7 @@ def with_a_name_too_long(home):
     return home / ("x" * 300)
 
 
-def below_what_is_read_only(home):
+def below_a_read_only_folder(home):
     # Root may write below a read-only folder, but not here.
     if not Path("/proc/self").exists():
         pytest.skip("no /proc")
@@ -85,7 +85,7 @@ def below_what_is_read_only(home):
     "destination",
     [
         *[taken_folder, taken_file, below_a_file, below_a_dangling_link, a_dangling_link],
-        *[with_a_name_too_long, below_what_is_read_only],
+        *[with_a_name_too_long, below_a_read_only_folder],
     ],
     ids=lambda destination: destination.__name__,
 )
@@ -121,7 +121,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embeddings_is_refused(llama, tmp_
 
 
 def failing_after_writing(error):
-    """Saves the parameters as an import does, then fails."""
+    """A replacement for save_params that saves the parameters and then raises an error."""
 
     def save(*arguments):
         save_params(*arguments)
@@ -170,7 +170,7 @@ def test_a_retrofit_whose_checkpoint_cannot_be_written_leaves_nothing(
 
 @contextlib.contextmanager
 def files_of_at_most(size):
-    """Writes beyond `size` bytes of a file fail, as they do on a full disk."""
+    """Makes writes beyond `size` bytes of a file fail, as they do on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -180,7 +180,7 @@ def files_of_at_most(size):
 
 
 def test_an_import_to_a_full_disk_leaves_nothing(llama, tmp_path):
-    # In a process of its own, since orbax's threads may go on after an error.
+    # The command runs in its own process, because orbax's threads may go on after an error.
     program = (
         "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000)); "
         f"runpy.run_module('{CONVERT}', run_name='__main__')"
@@ -207,7 +207,7 @@ def test_an_export_whose_later_shard_cannot_be_written_leaves_nothing(tmp_path):
     config = small_config(vocab_size=8)
     params = random_params(config)
     with (
-        files_of_at_most(1300),  # the first projection to take more is one behind attention
+        files_of_at_most(1300),  # the first larger file is a projection after attention
         pytest.raises(InputError, match="cannot write"),
     ):
         save_huggingface(tmp_path / "new", config, params, shard_bytes=1)

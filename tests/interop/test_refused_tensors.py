@@ -1,4 +1,4 @@
-"""Tensors, files and indexes that do not fit or are damaged: refused, and nothing is written."""
+"""Tensors, files and indexes that are wrong or damaged are refused, and nothing is written."""
 
 import struct
 
@@ -172,7 +172,7 @@ def test_other_ways_to_loop_or_route_are_refused(tmp_path, model_type, change):
     assert_import_refused(source, source / "config.json", f"{key} is {value!r}")
 
 
-def test_a_stretch_without_a_kind_is_refused(llama):
+def test_a_rope_scaling_without_a_type_is_refused(llama):
     change_config(llama, rope_parameters=REMOVED, rope_scaling={"factor": 4.0})
     assert_import_refused(llama, llama / "config.json", "rope_scaling has a factor")
 
@@ -182,7 +182,7 @@ def test_more_layers_than_tensors_are_refused_at_once(llama):
     assert_import_refused(llama, llama / "config.json", "1000000000 layers")
 
 
-def test_a_link_is_no_destination(llama, tmp_path):
+def test_a_link_as_the_destination_is_refused(llama, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     words = [CONVERT, "import", llama, tmp_path / "link"]
     assert_command_refused(tmp_path, words, tmp_path / "link", "is a link")
@@ -249,7 +249,7 @@ HEADER = struct.unpack("<Q", WHOLE[:8])[0]
 )
 def test_a_truncated_file_is_refused(llama, length):
     (llama / MODEL).write_bytes(WHOLE[:length])
-    assert_import_refused(llama, llama / MODEL, "not a whole safetensors file", "fetch it again")
+    assert_import_refused(llama, llama / MODEL, "not a complete safetensors file", "download it")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +269,7 @@ def test_a_truncated_file_is_refused(llama, length):
 )
 def test_a_corrupted_file_is_refused(llama, content):
     (llama / MODEL).write_bytes(content)
-    assert_import_refused(llama, llama / MODEL, "not a whole safetensors file")
+    assert_import_refused(llama, llama / MODEL, "not a complete safetensors file")
 
 
 def test_a_folder_in_the_place_of_a_file_is_refused(llama):
@@ -281,7 +281,7 @@ def test_a_folder_in_the_place_of_a_file_is_refused(llama):
 @pytest.mark.parametrize("length", [0, 100, 2000])
 def test_a_truncated_shard_is_refused(sharded, length):
     (sharded / SECOND).write_bytes((sharded / SECOND).read_bytes()[:length])
-    assert_import_refused(sharded, sharded / SECOND, "not a whole safetensors file")
+    assert_import_refused(sharded, sharded / SECOND, "not a complete safetensors file")
 
 
 def test_an_index_that_names_a_missing_shard_is_refused(sharded):

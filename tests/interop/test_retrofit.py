@@ -1,4 +1,4 @@
-"""A model without loops given loops: where it starts."""
+"""Retrofits: models without loops that are given loops, before any training."""
 
 import functools
 
@@ -16,7 +16,8 @@ from plt_jax import (
     prepare_for_decode,
 )
 from plt_jax.config import SCHEMES
-from plt_jax.interop.retrofit import CLOSED, distance, retrofit
+from plt_jax.interop.options import CLOSED_GATE_BIAS
+from plt_jax.interop.retrofit import compare_models, retrofit
 from tests.golden.test_model import TRANSFORMERS
 from tests.models import compiled, forward, random_params, random_tokens, small_config
 
@@ -29,8 +30,8 @@ def logits_of(config, params):
     return np.asarray(forward(config)(params, TOKENS, SEGMENTS))
 
 
-def still(scheme, count, **settings) -> LoopConfig:
-    """Loops > 1 read what loop 1 reads."""
+def repeating(scheme, count, **settings) -> LoopConfig:
+    """A looping in which later loops read the same states as loop 1."""
     return LoopConfig(scheme=scheme, count=count, window=3, hidden_scale=0.0, **settings)
 
 
@@ -38,10 +39,10 @@ def still(scheme, count, **settings) -> LoopConfig:
 @pytest.mark.parametrize(
     ("loop", "gate_bias"),
     [
-        (still("plt", 2), CLOSED),
-        (still("plt", 3, gate_input="hidden", normalize_between_loops=False), CLOSED),
-        (still("clp_kv_share", 2), 0.0),
-        (still("clp", 4), 0.0),
+        (repeating("plt", 2), CLOSED_GATE_BIAS),
+        (repeating("plt", 3, gate_input="hidden", normalize_between_loops=False), CLOSED_GATE_BIAS),
+        (repeating("clp_kv_share", 2), 0.0),
+        (repeating("clp", 4), 0.0),
     ],
     ids=str,
 )
@@ -59,7 +60,7 @@ def test_experts_and_their_balance_are_kept_in_every_loop():
     moe = {"experts": 4, "expert_width": 8, "dense_layers": 1, "bias_update_rate": 0.1}
     config = small_config("no_loop", 1, max_length=32, moe=moe)
     params = random_params(config)
-    looped, looped_params = retrofit(config, params, still("plt", 3), CLOSED)
+    looped, looped_params = retrofit(config, params, repeating("plt", 3), CLOSED_GATE_BIAS)
     assert looped_params["layers"]["router_bias"].shape == (1, 3, 4)
     np.testing.assert_allclose(
         logits_of(looped, looped_params), logits_of(config, params), rtol=0, atol=1e-6
@@ -70,39 +71,39 @@ def test_experts_and_their_balance_are_kept_in_every_loop():
 @pytest.mark.parametrize(
     ("loop", "gate_bias"),
     [
-        (still("plt", 2), 0.0),
-        (still("plt", 2), 4.0),
-        (still("plt", 2).model_copy(update={"hidden_scale": 0.1}), CLOSED),
-        (still("plt", 2, embedding_scale=0.7), CLOSED),
-        (still("vanilla_loop", 2), 0.0),
+        (repeating("plt", 2), 0.0),
+        (repeating("plt", 2), 4.0),
+        (repeating("plt", 2).model_copy(update={"hidden_scale": 0.1}), CLOSED_GATE_BIAS),
+        (repeating("plt", 2, embedding_scale=0.7), CLOSED_GATE_BIAS),
+        (repeating("vanilla_loop", 2), 0.0),
     ],
     ids=str,
 )
-def test_every_other_start_is_elsewhere(loop, gate_bias):
-    """So the test above tests something."""
+def test_every_other_retrofit_changes_the_logits(loop, gate_bias):
+    """The test above would fail if a retrofit did not repeat loop 1."""
     params = random_params(DENSE)
     looped = retrofit(DENSE, params, loop, gate_bias)
     assert np.abs(logits_of(*looped) - logits_of(DENSE, params)).max() > 1e-3
 
 
 @pytest.mark.slow(reason="compiles several programs")
-def test_a_more_closed_gate_is_nearer():
+def test_a_more_closed_gate_starts_nearer_to_the_source():
     params = random_params(DENSE)
     starts = [
-        distance(DENSE, params, *retrofit(DENSE, params, still("plt", 2), bias), TOKENS)
-        for bias in (0.0, 2.0, 6.0, CLOSED)
+        compare_models(DENSE, params, *retrofit(DENSE, params, repeating("plt", 2), bias), TOKENS)
+        for bias in (0.0, 2.0, 6.0, CLOSED_GATE_BIAS)
     ]
-    assert [start.largest for start in starts] == sorted(
-        (start.largest for start in starts), reverse=True
+    assert [start.largest_logit for start in starts] == sorted(
+        (start.largest_logit for start in starts), reverse=True
     )
-    assert starts[0].divergence > starts[1].divergence > 1e-5
-    assert starts[-1].largest == pytest.approx(0.0, abs=1e-6)
-    assert starts[-1].divergence == pytest.approx(0.0, abs=1e-6)
+    assert starts[0].kl_divergence > starts[1].kl_divergence > 1e-5
+    assert starts[-1].largest_logit == pytest.approx(0.0, abs=1e-6)
+    assert starts[-1].kl_divergence == pytest.approx(0.0, abs=1e-6)
 
 
-def test_it_decodes_as_the_source_does():
+def test_a_retrofit_decodes_as_its_source_does():
     params = random_params(DENSE)
-    looped, looped_params = retrofit(DENSE, params, still("plt", 2), CLOSED)
+    looped, looped_params = retrofit(DENSE, params, repeating("plt", 2), CLOSED_GATE_BIAS)
     expected = np.asarray(forward(DENSE)(params, TOKENS))
     step = compiled(functools.partial(decode_step, looped))
     weights, cache = prepare_for_decode(looped, looped_params), init_cache(looped, 2, 20)
@@ -114,7 +115,7 @@ def test_it_decodes_as_the_source_does():
 @pytest.mark.parametrize("gate_input", ["query", "hidden"])
 def test_the_weights_are_kept_and_the_gates_are_new(gate_input):
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params(DENSE))
-    loop = still("plt", 2, gate_input=gate_input)
+    loop = repeating("plt", 2, gate_input=gate_input)
     _, looped = retrofit(DENSE, params, loop, gate_bias=2.0)
     new = looped["layers"].keys() - params["layers"].keys()
     names = {"gate_weight", "gate_bias"} | ({"gate_norm"} if gate_input == "hidden" else set())
@@ -135,12 +136,12 @@ def test_an_imported_model_takes_any_scheme(scheme):
     assert np.all(np.isfinite(forward(looped)(looped_params, tokens)))
 
 
-def test_a_looped_model_is_not_retrofitted():
+def test_a_retrofit_of_a_looped_model_is_refused():
     config = small_config("plt", 2)
     with pytest.raises(InputError, match=r"already loops \(plt, 2 loops\)"):
         retrofit(config, random_params(config), LoopConfig())
 
 
-def test_no_loop_is_no_looping():
+def test_a_retrofit_to_no_loop_is_refused():
     with pytest.raises(InputError, match="the scheme no_loop does not loop"):
         retrofit(DENSE, random_params(DENSE), LoopConfig(scheme="no_loop"))

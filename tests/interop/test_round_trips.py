@@ -1,4 +1,4 @@
-"""Out and in again, and in and out again: the same configuration, names and bytes."""
+"""An export and an import, in either order, give the same configuration, names and bytes."""
 
 import filecmp
 import json
@@ -26,7 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def params_of(config: ModelConfig, dtype: str, seed: int):
-    """Random parameters as numpy arrays, for which nothing is compiled."""
+    """Random parameters as numpy arrays, so that nothing is compiled."""
     random = np.random.default_rng(seed)
     shapes = nn.unbox(abstract_params(config))
     return jax.tree.map(
@@ -35,7 +35,7 @@ def params_of(config: ModelConfig, dtype: str, seed: int):
 
 
 def assert_same(one, other):
-    """Equal bit for bit, dtypes included."""
+    """Asserts that two trees are equal bit for bit, with the same dtypes."""
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert left.dtype == right.dtype
@@ -45,7 +45,7 @@ def assert_same(one, other):
 @pytest.mark.slow(reason="compiles a program for every example")
 @settings(max_examples=12)
 @given(exportable_configs(), st.sampled_from(DTYPES), st.integers(1, 2000))
-def test_out_and_in_and_out(config, dtype, shard_bytes):
+def test_an_export_that_is_imported_is_exported_again_unchanged(config, dtype, shard_bytes):
     params = params_of(config, dtype, seed=shard_bytes)
     with tempfile.TemporaryDirectory() as home:
         first, second = Path(home) / "first", Path(home) / "second"
@@ -62,12 +62,12 @@ def test_out_and_in_and_out(config, dtype, shard_bytes):
 
 @pytest.fixture(params=[*CASES, *DENSE])
 def published(request):
-    """The folder of each checkpoint that others have written."""
+    """The folder of each checkpoint that other programs wrote."""
     name = request.param
     return (TRANSFORMERS if name in DENSE else GOLDEN) / name
 
 
-def test_in_and_out_is_the_same_file(published, tmp_path):
+def test_an_imported_checkpoint_is_exported_unchanged(published, tmp_path):
     config, params = load_huggingface(published)
     save_huggingface(tmp_path / "out", config, params)
     name = "model.safetensors"
@@ -94,7 +94,7 @@ def test_bfloat16_and_back_is_exact(published, tmp_path):
     assert filecmp.cmp(tmp_path / "half" / name, tmp_path / "again" / name, shallow=False)
 
 
-def test_shards_hold_what_fits_and_their_index_everything(tmp_path):
+def test_shards_keep_their_size_limit_and_the_index_names_all_tensors(tmp_path):
     config, params = load_huggingface(TRANSFORMERS / "qwen3_biases")
     save_huggingface(tmp_path / "out", config, params, shard_bytes=20000)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -117,7 +117,7 @@ def test_shards_hold_what_fits_and_their_index_everything(tmp_path):
     assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-def test_tensors_of_several_dtypes_are_read_into_the_wider(tmp_path):
+def test_tensors_of_several_dtypes_are_read_into_the_widest(tmp_path):
     from safetensors.numpy import load_file, save_file
 
     folder = tmp_path / "mixed"
@@ -133,8 +133,8 @@ def test_tensors_of_several_dtypes_are_read_into_the_wider(tmp_path):
     assert_same(jax.tree.map(lambda leaf: leaf.astype("bfloat16"), mixed), params)
 
 
-def test_gates_by_their_older_name_are_read(tmp_path):
-    """`loop_gate_proj` for what is `plt_gate` now."""
+def test_gates_with_their_older_name_are_read(tmp_path):
+    """Older checkpoints call the gates `loop_gate_proj` instead of `plt_gate`."""
     from safetensors.numpy import load_file, save_file
 
     from tests.models import small_config

@@ -1,6 +1,6 @@
-"""Makes the cases beside this file: tiny random models of transformers, with its own logits.
+"""Makes the cases beside this file: tiny random models of transformers, with their logits.
 
-They judge the import of the model types that the golden cases do not have. Each folder holds what
+They test the import of the model types that the golden cases do not have. Each folder holds what
 `save_pretrained` wrote (config.json, model.safetensors) and expected.npz: `input_ids` int32
 [2, 24], `logits` float32 [2, 24, 67]. Made with torch 2.15.0 and transformers 5.23.0 on a CPU:
 
@@ -68,7 +68,7 @@ def main():
     for number, (name, (model_class, config)) in enumerate(CASES.items()):
         torch.manual_seed(number)
         model = model_class(config).eval()
-        for parameter in model.parameters():  # norms and biases too, so that they matter
+        for parameter in model.parameters():  # also of norms and biases, so that they matter
             parameter.data.add_(0.2 * torch.randn_like(parameter))
         folder = Path(__file__).parent / name
         model.save_pretrained(folder)
