@@ -39,7 +39,6 @@ from plt_jax.errors import InputError
 from plt_jax.files import write_text
 from plt_jax.reports.tables import table_of
 from plt_jax.training.guard import Limits
-from plt_jax.training.step import abstract_state, init_state
 
 PIECE = 64 * 2**20
 """Bytes of one write or read of the file that measures the disk."""
@@ -89,7 +88,7 @@ class SaveBenchmark:
 
     def __init__(self, step: CompiledStep, folder: Path):
         self.step, self.folder = step, folder
-        self.state = init_state(step.config, step.mesh)
+        self.state = step.program.init_state()
         self.bytes = nbytes(self.state)
         self.checkpoints = Checkpoints(
             folder / "checkpoints", CheckpointConfig(keep=1, keep_best=0)
@@ -125,9 +124,9 @@ class SaveBenchmark:
         with_save, without = beside["with"], beside["without"]
         cost = [one - other for one, other in zip(with_save, without, strict=True)]
         step = statistics.median(without) / steps
-        every = self.step.config.training.checkpoint_every
+        every = self.step.program.config.training.checkpoint_every
         return {
-            "model": self.step.config.model.model_dump(mode="json"),
+            "model": self.step.program.config.model.model_dump(mode="json"),
             "state_bytes": self.bytes,
             "rows": rows_of(alone, self.bytes),
             "steps_a_round": steps,
@@ -147,7 +146,7 @@ class SaveBenchmark:
         if saving:
             self.save()
         for _ in range(steps):
-            self.state, metrics = self.step.program(self.state, self.step.batch, Limits())
+            self.state, metrics = self.step.compiled(self.state, self.step.batch, Limits())
             jax.block_until_ready(before)
             before = metrics
         jax.block_until_ready(before)
@@ -190,7 +189,7 @@ class SaveBenchmark:
     def restore(self) -> float:
         """Seconds of reading the newest checkpoint onto the devices."""
         forget(self.newest().rglob("*"))
-        abstract = abstract_state(self.step.config, self.step.mesh)
+        abstract = self.step.program.abstract_state
         optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
         start = time.perf_counter()
         restored = self.checkpoints.restore(self.saved, abstract.params, optimizer)

@@ -17,7 +17,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,7 +59,7 @@ def main(words: Sequence[str] | None = None) -> int | None:
     if not processes.is_single():
         raise InputError("the ablation trains in one process, on all of its devices; start one")
     variants = [row for row in ROWS if arguments.rows is None or row.label in arguments.rows]
-    folder = run_folder(config)
+    folder = config.directory
     for seed in range(config.seed, config.seed + arguments.seeds):
         for variant in variants:
             run = run_config(config, variant, seed)
@@ -69,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> int | None:
                 if train(run).stopped:
                     return EXIT_STOPPED
                 if config.data.synthetic.task != "none":
-                    print(evaluate_exact_match(str(run_folder(run))).table(), flush=True)
+                    print(evaluate_exact_match(str(run.directory)).table(), flush=True)
                 jax.clear_caches()  # the next row has programs of its own
                 write_report(words, config)
     if arguments.decode_rounds and arguments.rows is None:
@@ -113,15 +112,9 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 
 def run_config(config: RunConfig, variant: Variant, seed: int) -> RunConfig:
     """The configuration of a row's run with a seed."""
-    directory = str(run_folder(config) / variant.label / f"seed_{seed}")
+    directory = str(config.directory / variant.label / f"seed_{seed}")
     model = variant.apply(config.model)
     return config.model_copy(update={"model": model, "seed": seed, "run_dir": directory})
-
-
-def run_folder(config: RunConfig) -> Path:
-    """The folder that holds all runs of an ablation, or one of them."""
-    assert config.run_dir is not None  # parse_run_config has a default
-    return Path(config.run_dir)
 
 
 def command_of(words: Sequence[str]) -> str:
@@ -134,7 +127,7 @@ def write_report(words: Sequence[str], config: RunConfig) -> str:
 
     A lock lets commands that train different rows at the same time write one after another.
     """
-    folder = run_folder(config)
+    folder = config.directory
     decode = folder / DECODE
     with (folder / LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -155,7 +148,7 @@ def rows(config: RunConfig) -> Iterator[dict[str, Any]]:
     """Every row with a finished run: its parameters, its training FLOPs per token, and its runs."""
     for variant in ROWS:
         model = variant.apply(config.model)
-        found = (run_folder(config) / variant.label).glob("seed_*")
+        found = (config.directory / variant.label).glob("seed_*")
         numbers = [re.fullmatch(r"seed_(\d+)", path.name) for path in found]
         seeds = sorted(int(number[1]) for number in numbers if number)
         runs = [finished(run_config(config, variant, seed)) for seed in seeds]
@@ -175,7 +168,7 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
       InputError: its directory holds a run of another configuration, or of another number of steps,
         whose learning rates were different.
     """
-    directory, last = run_folder(config), config.training.steps
+    directory, last = config.directory, config.training.steps
     if not (directory / CONFIG).exists():
         return None  # another command may be creating it
     changes = check_directory(config)

@@ -36,14 +36,8 @@ from plt_jax.model.arithmetic import train_flops
 from plt_jax.model.attention import choose_backend
 from plt_jax.reports.tables import table_of
 from plt_jax.training.guard import Limits
-from plt_jax.training.step import (
-    Batch,
-    abstract_batch,
-    abstract_state,
-    init_state,
-    jit_train_step,
-    training_layout,
-)
+from plt_jax.training.program import TrainProgram
+from plt_jax.training.step import Batch
 
 Report = dict[str, Any]
 
@@ -114,23 +108,23 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 
 
 class CompiledStep(NamedTuple):
-    """A variant's compiled train step, with its configuration and a batch."""
+    """A variant's compiled train step, with its program and a batch."""
 
     variant: Variant
-    config: RunConfig
-    mesh: jax.sharding.Mesh
-    program: jax.stages.Compiled
+    program: TrainProgram
+    compiled: jax.stages.Compiled
     batch: Batch
 
     @classmethod
     def compile(cls, variant: Variant, config: RunConfig, mesh: jax.sharding.Mesh) -> CompiledStep:
         config = config.model_copy(update={"model": variant.apply(config.model)})
         print(f"compiling {variant.label} ...", flush=True)
+        program = TrainProgram.build(config, mesh)
         with use_mesh(mesh):
-            lowered = jit_train_step(config, mesh).lower(
-                abstract_state(config, mesh), abstract_batch(config, mesh), Limits()
+            lowered = program.jitted_step.lower(
+                program.abstract_state, program.abstract_batch, Limits()
             )
-        return cls(variant, config, mesh, lowered.compile(), random_batch(config, mesh))
+        return cls(variant, program, lowered.compile(), random_batch(program))
 
     def time_steps(self, steps: int) -> float:
         """Seconds per step, from a fresh state; a first step is not timed.
@@ -138,12 +132,12 @@ class CompiledStep(NamedTuple):
         Raises:
           FloatingPointError: the loss is not finite.
         """
-        state = init_state(self.config, self.mesh)
-        state, metrics = self.program(state, self.batch, Limits())
+        state = self.program.init_state()
+        state, metrics = self.compiled(state, self.batch, Limits())
         jax.block_until_ready(metrics)
         start = time.perf_counter()
         for _ in range(steps):
-            state, metrics = self.program(state, self.batch, Limits())
+            state, metrics = self.compiled(state, self.batch, Limits())
         jax.block_until_ready((state, metrics))
         taken = (time.perf_counter() - start) / steps
         if not np.isfinite(metrics["loss"]):
@@ -151,9 +145,9 @@ class CompiledStep(NamedTuple):
         return taken
 
 
-def random_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> Batch:
+def random_batch(program: TrainProgram) -> Batch:
     """A batch of random tokens, in which every sequence is one document."""
-    layout = training_layout(config, mesh)
+    config, layout = program.config, program.batch_layout
     shape = len(layout.rows), config.sequence_length
     random = np.random.default_rng(config.seed)
     tokens = random.integers(0, config.model.vocab_size, (shape[0], shape[1] + 1), np.int32)
@@ -171,8 +165,8 @@ def row(report: Report, step: CompiledStep, seconds: dict[Variant, list[float]])
     """One variant's figures."""
     own, T = seconds[step.variant], report["sequence_length"]
     tokens, median = report["batch_size"] * T, statistics.median(own)
-    flops = train_flops(step.config).model
-    memory = step.program.memory_analysis()
+    flops = train_flops(step.program.config).model
+    memory = step.compiled.memory_analysis()
     assert memory is not None  # every backend that trains reports it
     made: Report = {
         "label": step.variant.label,

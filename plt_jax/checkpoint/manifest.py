@@ -1,9 +1,9 @@
 """The manifest of a checkpoint: its files with their sizes and checksums, and how they are checked.
 
-It is the last file written before a checkpoint takes its name, so that every checkpoint has one but
-those of earlier versions, which had none. CRC-32 finds every damage of up to 32 bits in a row, and
-of any other all but one in four billion; it is the fastest checksum of the standard library. It is
-no protection against anybody who changes files on purpose.
+The manifest is the last file that is written before a checkpoint gets its name. Every checkpoint
+has one, but for those of earlier versions. CRC-32 detects every damage of up to 32 bits in a row,
+and misses one in four billion of all others; it is the fastest checksum of the standard library. It
+does not protect against changes on purpose.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 MANIFEST = "manifest.json"
-MARK = {"manifest": MANIFEST}
-"""What orbax's metadata of a checkpoint with a manifest say, by which one is missed."""
+MARK: dict[str, Any] = {"manifest": MANIFEST}
+"""Orbax's metadata of a checkpoint with a manifest; it tells where a manifest is missing."""
 METADATA = "_CHECKPOINT_METADATA"
-"""Orbax's file in which they are."""
+"""Orbax's file of the metadata."""
 OWN = "crc32_of_the_rest"
+"""The manifest's field for the checksum of its other fields."""
 CHUNK_BYTES = 1 << 22
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -36,15 +37,15 @@ class File(NamedTuple):
     crc32: int
 
 
-class Manifest(NamedTuple):
-    """What a checkpoint consists of."""
+class CheckpointManifest(NamedTuple):
+    """The files of a checkpoint, and what it was saved with."""
 
     saved: float
-    """When, in seconds since 1970."""
+    """The time of the save, in seconds since 1970."""
     validation_loss: float | None
-    """Nats per token, if it was evaluated."""
+    """Nats per token; None if the step was not evaluated."""
     files: dict[str, File]
-    """By path in the checkpoint, with slashes."""
+    """The files, by their path in the checkpoint, with slashes."""
 
     @property
     def size(self) -> int:
@@ -53,25 +54,25 @@ class Manifest(NamedTuple):
 
 
 class DamagedError(ValueError):
-    """A manifest is not as it was written; says how."""
+    """A manifest is not as it was written; the message says how."""
 
 
 def own_files(checkpoint: Path, index: int) -> list[str]:
-    """The files of a checkpoint that process `index` has written, so that it reads back no others.
+    """The paths of the files in a checkpoint that process `index` has written.
 
-    Orbax names files by the process that writes them; the first wrote all that have no such name.
+    Orbax names files by the process that writes them; process 0 writes all that have no such name.
     """
     return [name for name in _list_files(checkpoint) if _writer(name) == index]
 
 
 def take_checksums(checkpoint: Path, names: Iterable[str]) -> dict[str, File]:
-    """Reads files and returns their sizes and checksums, by name.
+    """Reads files and returns their sizes and checksums, by path.
 
     Raises:
-      OSError: one cannot be read.
+      OSError: a file cannot be read.
     """
     names = list(names)
-    with ThreadPoolExecutor(THREADS) as pool:  # reading and zlib leave Python to others
+    with ThreadPoolExecutor(THREADS) as pool:  # reading and zlib release the GIL
         return dict(zip(names, pool.map(lambda name: _read(checkpoint / name), names), strict=True))
 
 
@@ -83,18 +84,18 @@ def write_manifest(
     Raises:
       OSError: it cannot be written.
     """
-    manifest = Manifest(time.time(), validation_loss, files)
+    manifest = CheckpointManifest(time.time(), validation_loss, files)
     with (checkpoint / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(_dump(manifest._asdict()))
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_manifest(checkpoint: Path) -> Manifest | None:
-    """A checkpoint's manifest; None where an earlier version wrote the checkpoint without one.
+def read_manifest(checkpoint: Path) -> CheckpointManifest | None:
+    """A checkpoint's manifest; None if an earlier version wrote the checkpoint without one.
 
     Raises:
-      DamagedError: it is missing where there was one, or is not as it was written.
+      DamagedError: the manifest is missing though there was one, or is not as it was written.
     """
     try:
         text = (checkpoint / MANIFEST).read_bytes().decode()
@@ -113,16 +114,16 @@ def read_manifest(checkpoint: Path) -> Manifest | None:
     except (ValueError, KeyError, AttributeError) as error:
         raise DamagedError(f"{MANIFEST} is not as it was written") from error
     files = {name: File(*values) for name, values in fields["files"].items()}
-    return Manifest(**fields | {"files": files})
+    return CheckpointManifest(**fields | {"files": files})
 
 
 def validation_loss(checkpoint: Path) -> float | None:
-    """The loss that a checkpoint was saved with, in nats per token; None if none can be read."""
+    """The validation loss that a checkpoint was saved with, in nats per token; None if unknown."""
     try:
         manifest = read_manifest(checkpoint)
         if manifest is not None:
             return manifest.validation_loss
-        # Earlier versions left it to orbax.
+        # In earlier versions orbax stored it.
         metrics = (checkpoint / "metrics" / "metrics").read_text(encoding="utf-8")
         return json.loads(metrics)["validation_loss"]
     except (OSError, ValueError, KeyError):
@@ -130,7 +131,7 @@ def validation_loss(checkpoint: Path) -> float | None:
 
 
 def has_checksums(checkpoint: Path) -> bool:
-    """Whether there is anything to check a checkpoint against, be it damaged."""
+    """Whether a checkpoint has a manifest to check it against, even a damaged one."""
     try:
         return read_manifest(checkpoint) is not None
     except DamagedError:
@@ -145,13 +146,16 @@ def find_damage(
     count: int = 1,
     contents: bool = True,
 ) -> list[str]:
-    """What is wrong with the files of a checkpoint, one text each; empty where nothing is found, as
-    where an earlier version took no checksums.
+    """The damage of a checkpoint's files, one text for each damaged file.
+
+    Nothing is found in checkpoints of earlier versions, which have no checksums.
 
     Args:
-      inside: the folders of it that are about to be read; default all. Its own files always are.
-      index, count: checks this part of the files, so that `count` processes share the reading.
-      contents: read the files; otherwise only their sizes are looked at.
+      inside: the folders of the checkpoint to check; default all. The files that lie directly in it
+        are always checked.
+      index, count: which part of the files to check, of how many, so that processes can share the
+        reading.
+      contents: whether to read the files; otherwise only their sizes are compared.
     """
     try:
         manifest = read_manifest(checkpoint)
@@ -164,7 +168,7 @@ def find_damage(
         for name, file in manifest.files.items()
         if inside is None or "/" not in name or name.split("/")[0] in inside
     }
-    # The largest first, so that the parts come out alike.
+    # The largest come first, so that the parts are of similar size.
     names = sorted(files, key=lambda name: (-files[name].size, name))[index::count]
 
     def compare(name: str) -> str:
@@ -175,7 +179,7 @@ def find_damage(
 
 
 def _compare(path: Path, name: str, expected: File, contents: bool) -> str:
-    """What is wrong with one file; "" if nothing is."""
+    """The damage of one file; "" if there is none."""
     try:
         size = path.stat().st_size
         if size != expected.size:
@@ -216,6 +220,7 @@ def _marked(checkpoint: Path) -> bool:
 
 
 def _dump(fields: dict[str, Any]) -> str:
-    """The text of a manifest, with the checksum of the rest of it; of the same fields the same."""
+    """The text of a manifest, with the checksum of its other fields; the same fields give the same
+    text."""
     crc = zlib.crc32(json.dumps(fields).encode())
     return json.dumps({**fields, OWN: crc}, indent=1) + "\n"

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, and why."""
+"""Which checkpoints are kept, and for which reasons."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from plt_jax.config import CheckpointConfig
 def reasons_to_keep(
     losses: Mapping[int, float | None], config: CheckpointConfig
 ) -> dict[int, list[str]]:
-    """Why each checkpoint is kept, by step, ascending; an empty list for those that are not.
+    """The reasons to keep each checkpoint, by step, ascending; [] for those to remove.
 
     Args:
       losses: the validation loss of each checkpoint, in nats per token, by step; None if unknown.
     """
     steps = sorted(losses)
-    known = [step for step in steps if losses[step] is not None and math.isfinite(losses[step])]
-    # Of equal ones the later.
-    best = sorted(known, key=lambda step: (losses[step], -step))[: config.keep_best]
+    # The later of two steps with equal losses is the better one.
+    known = [
+        (loss, -step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)
+    ]
+    best = [-negative for _, negative in sorted(known)[: config.keep_best]]
     reasons: dict[int, list[str]] = {step: [] for step in steps}
     for step in steps[-config.keep :]:
         reasons[step].append("newest")

@@ -1,9 +1,9 @@
 """Writing and reading checkpoints: the only file that knows orbax.
 
-A checkpoint holds, in a folder named by its step, the parameters, the optimizer's state and the
-data iterator's, so that evaluation can read the parameters alone and training can go on exactly.
-It is written under another name, gets its manifest (see manifest.py), and then takes its own: a
-folder whose name is a number is complete.
+A checkpoint is a folder named by its step. It holds the parameters, the optimizer's state and the
+data iterator's state, so that evaluation can read the parameters alone and training can resume
+exactly. It is first written under another name, and gets its own name after its manifest (see
+manifest.py): a folder whose name is a number is complete.
 """
 
 from __future__ import annotations
@@ -41,32 +41,36 @@ from plt_jax.config import CheckpointConfig
 from plt_jax.distributed import processes
 from plt_jax.errors import FailedError, InputError
 
-# Orbax reports every save and restore in several lines, and failures with their stack; what users
-# need to know, we print.
+# Orbax logs every save and restore in several lines, and failures with their stack traces. What
+# users need to know is printed here.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|\.orbax-checkpoint-tmp).*")
-# A folder that cannot be made then fails at once, with its reason.
+# With this option a folder that cannot be made fails at once, with its reason.
 _CONTEXT = ocp.Context(
     async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
 )
 FAILURES = (OSError, ValueError, RuntimeError)
-"""What orbax, tensorstore (a full disk is a ValueError) and JAX raise where saving fails."""
+"""What orbax, tensorstore (a ValueError for a full disk) and JAX raise where saving fails."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
-"""What they raise where files are missing or hold something else."""
+"""What they raise where files are missing or not as expected."""
 _numbers = itertools.count()
-"""Saves are numbered, for the keys by which processes exchange what belongs to one."""
+"""Numbers of saves, for the keys under which processes exchange checksums."""
 
 
 class Checkpoints:
-    """Saves the checkpoints of one run, in the background; use as a context manager, which waits
-    for the last one at its end."""
+    """Saves the checkpoints of one run in the background, and restores them.
+
+    It is a context manager, which waits for the last save at its end.
+    """
 
     def __init__(self, directory: str | Path, config: CheckpointConfig, patience: int = 300):
-        """Removes what an interrupted save or removal left in the directory.
+        """Removes what an interrupted save or removal has left in the directory.
 
         Args:
+          directory: the folder of the checkpoints.
+          config: which checkpoints are kept.
           patience: seconds that a save waits for the checksums of other processes.
         """
         self._directory, self._config = Path(directory).absolute(), config
@@ -87,7 +91,7 @@ class Checkpoints:
         except FailedError as failed:
             if error is None:
                 raise
-            print(f"error: {failed}", file=sys.stderr, flush=True)  # what ended the run goes on
+            print(f"error: {failed}", file=sys.stderr, flush=True)  # the first error is raised
         finally:
             self._thread.shutdown()
 
@@ -99,15 +103,16 @@ class Checkpoints:
         data: dict[str, Any],
         validation_loss: float | None = None,
     ) -> None:
-        """Starts saving; returns once the arrays are copied. Waits for the save before it.
+        """Waits for the save before, begins this one, and returns when the arrays are copied.
 
         Args:
-          params, optimizer: trees of arrays, stored apart.
+          step: the newest step.
+          params, optimizer: trees of arrays, which are stored apart from each other.
           data: the data iterator's state after the step's batch, the same in all processes.
-          validation_loss: nats per token, by which the best checkpoints are kept.
+          validation_loss: nats per token; the checkpoints of lowest loss are kept longest.
 
         Raises:
-          FailedError: this save cannot begin, or the one before did not succeed.
+          FailedError: this save cannot begin, or the save before has failed.
         """
         self.wait()
         final = self._directory / str(step)
@@ -115,7 +120,8 @@ class Checkpoints:
         trees = {"params": params, "optimizer": optimizer, "data": data}
         try:
             with _CONTEXT:
-                response = ocp.save_checkpointables_async(unfinished, trees, custom_metadata=MARK)
+                path = str(unfinished)
+                response = ocp.save_checkpointables_async(path, trees, custom_metadata=MARK)
         except FAILURES as error:
             raise self._failed(final, error) from error
         complete = (response, unfinished, final, validation_loss, next(_numbers))
@@ -125,7 +131,7 @@ class Checkpoints:
         """Waits until a save under way is complete.
 
         Raises:
-          FailedError: it did not succeed, or what is no longer kept cannot be removed; says why.
+          FailedError: the save has failed, or a checkpoint that is not kept cannot be removed.
         """
         if self._saving is None:
             return
@@ -138,24 +144,26 @@ class Checkpoints:
             raise self._failed(final, error) from error
 
     def restore(self, step: int, params: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """The parameters, optimizer state, and data iterator's state of a step.
+        """The parameters, the optimizer's state, and the data iterator's state of a checkpoint.
 
         Args:
-          params, optimizer: the abstract trees, with shardings, that the arrays are read into.
+          step: the checkpoint's step.
+          params, optimizer: trees of abstract arrays, whose shapes, dtypes and shardings the result
+            has.
 
         Raises:
-          InputError: they cannot be read.
+          InputError: the checkpoint cannot be read.
         """
         path = self._directory / str(step)
         if not processes.is_single():
             _wait_for(path, self._patience)
         wanted = {"params": params, "optimizer": optimizer, "data": None}
-        # Earlier versions kept the data's state as one process's own.
+        # Earlier versions stored the data iterator's state as a file of one process.
         earlier = path / "data" / "process_0-of-1.json"
         if earlier.exists():
             del wanted["data"]
         try:
-            restored = ocp.load_checkpointables(path, wanted)
+            restored = ocp.load_checkpointables(str(path), wanted)
             data = restored.get("data") or json.loads(earlier.read_text(encoding="utf-8"))
         except UNREADABLE as error:
             raise _unreadable(path, error) from error
@@ -169,7 +177,8 @@ class Checkpoints:
         loss: float | None,
         number: int,
     ) -> None:
-        """Waits until all is written, adds the manifest, and gives the checkpoint its name."""
+        """Waits until all files are written, adds the manifest, gives the checkpoint its name, and
+        removes the checkpoints that are no longer kept."""
         response.result()
         _wait_for(unfinished, self._patience)
         own = take_checksums(unfinished, own_files(unfinished, jax.process_index()))
@@ -194,8 +203,10 @@ class Checkpoints:
 
 
 def find_shared_damage(path: Path, inside: Collection[str] | None = None) -> list[str]:
-    """What `find_damage` finds in this process's part of a checkpoint's files; says so in the first
-    where there is nothing to check them against."""
+    """What `find_damage` finds in this process's part of a checkpoint's files.
+
+    Process 0 prints a line if the checkpoint has no checksums.
+    """
     if processes.is_first() and not has_checksums(path):
         print(
             f"the checkpoint {path} has no checksums (an earlier version saved it), so it is read "
@@ -215,11 +226,13 @@ def refuse_damaged(
     """Checks a checkpoint's files against its manifest; several processes share the reading.
 
     Args:
-      inside: the folders that are about to be read; default all.
-      advice: what the user may do if it is damaged; default to give the checkpoint before it.
+      directory: the folder of the checkpoints.
+      step: the checkpoint's step.
+      inside: the folders of it that are about to be read; default all.
+      advice: what the user can do if it is damaged; default: to give the checkpoint before it.
 
     Raises:
-      InputError: some are damaged, in this process's part of them.
+      InputError: a file in this process's part is damaged.
     """
     path = (Path(directory) / str(step)).absolute()
     damage = find_shared_damage(path, inside)
@@ -232,13 +245,13 @@ def refuse_damaged(
 
 
 def describe_damage(path: Path, damage: list[str]) -> str:
-    """What is wrong with a checkpoint, in one line."""
+    """The damage of a checkpoint, in one line."""
     more = f" ({len(damage) - 1} more such)" if len(damage) > 1 else ""
     return f"the checkpoint {path} is damaged: {damage[0]}{more}"
 
 
 def set_aside(path: Path) -> Path:
-    """Gives a damaged checkpoint another name, under which nothing looks for it, and returns it."""
+    """Renames a damaged checkpoint, so that it is not found again, and returns its new path."""
     names = itertools.chain([DAMAGED], (f"{DAMAGED}-{number}" for number in itertools.count(2)))
     free = (path.with_name(path.name + name) for name in names)
     moved = next(other for other in free if not other.exists())
@@ -247,22 +260,22 @@ def set_aside(path: Path) -> Path:
 
 
 def save_params(directory: str | Path, step: int, params: Any) -> None:
-    """Writes a checkpoint that holds parameters alone; returns when it is complete.
+    """Writes a checkpoint of parameters alone, and returns when it is complete.
 
     Raises:
-      OSError: it cannot be written.
+      OSError: the checkpoint cannot be written.
     """
     path = (Path(directory) / str(step)).absolute()
     try:
         path.parent.mkdir(exist_ok=True)
-        ocp.save_checkpointables(path, {"params": params}, custom_metadata=MARK)
+        ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=MARK)
         write_manifest(path, take_checksums(path, own_files(path, 0)))
     except FAILURES as error:
         raise OSError(_reason(error)) from error
 
 
 def can_resume(directory: str | Path, step: int) -> bool:
-    """Whether a checkpoint holds an optimizer's state beside the parameters."""
+    """Whether a checkpoint holds an optimizer's state, which resuming needs."""
     return (Path(directory) / str(step) / "optimizer").exists()
 
 
@@ -273,35 +286,37 @@ def load_params(
     as_stored: bool = False,
     dtype: str | None = None,
 ) -> Any:
-    """The parameters of one checkpoint, in the shapes, dtypes and shardings of `abstract`.
+    """The parameters of a checkpoint.
 
     Args:
-      as_stored: keep the dtypes that they were stored in.
-      dtype: read all into this one instead.
+      directory: the folder of the checkpoints.
+      step: the checkpoint's step.
+      abstract: a tree of abstract arrays, whose shapes, dtypes and shardings the result has.
+      as_stored: whether to keep the dtypes that the arrays were stored in.
+      dtype: the dtype of all arrays, instead of those of `abstract`.
 
     Raises:
-      InputError: the checkpoint cannot be read, or holds other shapes.
+      InputError: the checkpoint cannot be read, or its arrays have other shapes.
     """
     path = (Path(directory) / str(step)).absolute()
     try:
-        stored = ocp.metadata(path, "params").metadata
+        stored: Any = ocp.metadata(str(path), "params").metadata
         differing = differing_shapes(stored, abstract)
         if dtype is not None:
             abstract = jax.tree.map(lambda to: to.update(dtype=np.dtype(dtype)), abstract)
         elif as_stored and not differing:
             abstract = jax.tree.map(lambda to, of: to.update(dtype=of.dtype), abstract, stored)
-        params = None if differing else ocp.load_checkpointables(path, {"params": abstract})
+        if not differing:
+            return ocp.load_checkpointables(str(path), {"params": abstract})["params"]
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
-    if differing:
-        raise InputError(
-            f"cannot read the checkpoint {path}: {differing}; it was trained with another config"
-        )
-    return params["params"]
+    raise InputError(
+        f"cannot read the checkpoint {path}: {differing}; it was trained with another config"
+    )
 
 
 def differing_shapes(stored: Any, wanted: Any) -> str:
-    """The first parameter whose shape differs between two trees of arrays, "" if none does."""
+    """A text about the first parameter whose shape differs between two trees; "" if none does."""
 
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         leaves = jax.tree_util.tree_leaves_with_path(tree)
@@ -322,8 +337,8 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def _reason(error: Exception) -> str:
-    """Why files could not be written or read, in a few words."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # of tensorstore, as a ValueError
+    """The reason why files could not be written or read, in a few words."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's ValueError has it
     if code:
         return os.strerror(int(code[1]))
     if isinstance(error, OSError) and error.strerror:
@@ -332,10 +347,10 @@ def _reason(error: Exception) -> str:
 
 
 def _wait_for(folder: Path, patience: int) -> None:
-    """Waits until this machine sees a folder that another has renamed; NFS may be late to.
+    """Waits until this machine sees a folder that another one has renamed; NFS may be slow.
 
     Raises:
-      TimeoutError: it does not come.
+      TimeoutError: the folder does not appear within `patience` seconds.
     """
     deadline = time.monotonic() + patience
     while not folder.is_dir():
@@ -345,10 +360,10 @@ def _wait_for(folder: Path, patience: int) -> None:
 
 
 def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint so that an interruption leaves none that looks complete.
+    """Removes a checkpoint; an interruption does not leave a half that looks complete.
 
     Raises:
-      FailedError: it cannot be removed.
+      FailedError: the checkpoint cannot be removed.
     """
     doomed = checkpoint.with_name(checkpoint.name + DELETED)
     try:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
-from jax.sharding import Mesh
 
-from plt_jax.config import RunConfig
 from plt_jax.distributed.mesh import mesh_axes, use_mesh
+from plt_jax.training.program import TrainProgram
+from plt_jax.training.step import batch_loss
 
 
 class Activations(NamedTuple):
@@ -29,20 +29,18 @@ class Activations(NamedTuple):
     """Arrays with an axis of the vocabulary's size."""
 
 
-def kept_activations(config: RunConfig, mesh: Mesh) -> Activations:
+def kept_activations(program: TrainProgram) -> Activations:
     """The bytes that the forward pass of one micro-batch's loss keeps for the backward pass.
 
     Sizes are divided by the number of devices along the batch and length axes. The tensor axis,
     which divides some arrays further, is not taken into account.
     """
-    from plt_jax.training.step import abstract_batch, abstract_state, batch_loss
-
-    params = abstract_state(config, mesh).params
+    config, mesh, params = program.config, program.mesh, program.abstract_state.params
     batch = {
         name: jax.ShapeDtypeStruct(
             (array.shape[0] // config.training.accumulate, array.shape[1]), array.dtype
         )
-        for name, array in abstract_batch(config, mesh).items()
+        for name, array in program.abstract_batch.items()
     }
 
     def kept(params: Any, batch: Any) -> list[jax.Array]:

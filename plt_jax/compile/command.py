@@ -8,6 +8,7 @@ from plt_jax.compile.program import compile_step, decode_step, tpu_mesh, train_s
 from plt_jax.config import RunConfig
 from plt_jax.distributed.chips import Topology
 from plt_jax.model.arithmetic import decode_flops, train_flops
+from plt_jax.training.program import TrainProgram
 
 
 def compile_config(
@@ -26,8 +27,8 @@ def compile_config(
         batch, context = decode
         compiled = compile_step(decode_step(config, mesh, batch, context), mesh)
         return estimate(topology, mesh, compiled, decode_flops(config.model, *decode), batch)
-    step = train_step(config, mesh)
-    activations = kept_activations(config, mesh)
-    compiled = compile_step(step, mesh)
+    program = TrainProgram.build(config, mesh)
+    activations = kept_activations(program)
+    compiled = compile_step(train_step(program), mesh)
     tokens = config.training.batch_size * config.sequence_length
     return estimate(topology, mesh, compiled, train_flops(config), tokens, activations)

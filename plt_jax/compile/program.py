@@ -21,6 +21,7 @@ from plt_jax.config import RunConfig
 from plt_jax.distributed.chips import Topology
 from plt_jax.distributed.mesh import abstract_arrays, make_mesh, use_mesh
 from plt_jax.errors import InputError
+from plt_jax.training.program import TrainProgram
 
 QUIET = {
     "TPU_SKIP_MDS_QUERY": "1",  # libtpu would ask a metadata server that only TPU machines have
@@ -109,27 +110,16 @@ class Step:
     """The arguments by the names that reports use."""
 
 
-def train_step(config: RunConfig, mesh: Mesh) -> Step:
-    """The train step of a configuration.
-
-    Raises:
-      InputError: sizes do not divide over the mesh.
-    """
-    from plt_jax.training.step import (
-        abstract_batch,
-        abstract_limits,
-        abstract_state,
-        jit_train_step,
-    )
-
-    state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
+def train_step(program: TrainProgram) -> Step:
+    """The train step of a run."""
+    state, batch = program.abstract_state, program.abstract_batch
     parts = {
         "parameters": state.params,
         "optimizer state": (state.step, state.opt_state),
         "batch": batch,
     }
-    arguments = (state, batch, abstract_limits(mesh))
-    return Step(jit_train_step(config, mesh), arguments, parts)
+    arguments = (state, batch, program.abstract_limits)
+    return Step(program.jitted_step, arguments, parts)
 
 
 def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step:

@@ -181,7 +181,7 @@ class ModelConfig(Section):
     """Query heads N."""
     kv_heads: PositiveInt = 4
     """Key/value heads K; must divide heads."""
-    head_width: PositiveInt | None = None
+    head_width: PositiveInt = 64
     """Width H of one head, even; default width / heads."""
     ffn_width: PositiveInt = 2048
     """Hidden width F of the SwiGLU feed-forward layer, when dense."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import pydantic
@@ -60,6 +61,17 @@ class RunConfig(Section):
                 f"{self.model.max_length}; lower the one or raise the other"
             )
         return self
+
+    @property
+    def directory(self) -> Path:
+        """The run directory.
+
+        Raises:
+          ValueError: `run_dir` is not set, as `load_config` always sets it.
+        """
+        if self.run_dir is None:
+            raise ValueError("run_dir is not set; give the folder that the run is written to")
+        return Path(self.run_dir)
 
     @property
     def sequence_length(self) -> int:

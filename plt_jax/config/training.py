@@ -177,7 +177,7 @@ class ProcessesConfig(Section):
         missing = [name for name, value in given.items() if value is None]
         if 0 < len(missing) < len(given):
             raise ValueError(f"{missing[0]} is missing; give coordinator, count and index, or none")
-        if not missing:
+        if self.coordinator is not None and self.count is not None and self.index is not None:
             host, _, port = self.coordinator.rpartition(":")
             if not host or not port.isdigit() or not 0 < int(port) < 65536:
                 raise ValueError(f"coordinator is {self.coordinator}; it must be HOST:PORT")

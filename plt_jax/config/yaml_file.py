@@ -69,8 +69,9 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
         under = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(under, Mapping)
-        merged[key] = merge(under, value) if both else value
+        if isinstance(value, Mapping) and isinstance(under, Mapping):
+            value = merge(under, value)
+        merged[key] = value
     return merged
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import AxisType, PartitionSpec
 
 
@@ -21,10 +22,10 @@ def unboxed(tree: Any) -> Any:
     """
 
     def unbox(leaf: Any) -> Any:
-        boxed = isinstance(leaf, nn.meta.AxisMetadata)
+        boxed = isinstance(leaf, nn.LogicallyPartitioned)
         return leaf.unbox(apply_constraint=False) if boxed else leaf
 
-    return jax.tree.map(unbox, tree, is_leaf=lambda leaf: isinstance(leaf, nn.meta.AxisMetadata))
+    return jax.tree.map(unbox, tree, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned))
 
 
 def mesh_is_active() -> bool:
@@ -36,8 +37,9 @@ def mesh_is_active() -> bool:
 
 def current_axes(logical: str) -> tuple[str, ...]:
     """The mesh axes that a logical axis is sharded over by the current rules; () without rules."""
-    axes = nn.logical_to_mesh_axes((logical,))[0]
-    return (axes,) if isinstance(axes, str) else axes or ()
+    axes = logical_to_mesh_axes((logical,))
+    axis = None if axes is None else axes[0]
+    return (axis,) if isinstance(axis, str) else axis or ()
 
 
 def sharded_axes(logical: str) -> tuple[str, ...]:

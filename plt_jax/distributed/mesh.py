@@ -1,8 +1,8 @@
-"""Device meshes, and where each logical axis lies on them.
+"""Device meshes, and how logical axes are sharded over them.
 
 Parameters, batches, activations and caches name their axes logically (`declare` in model/layers.py,
-`with_logical_constraint` in the model, decoding/placement.py); the one table below lays those names
-over the mesh.
+`with_logical_constraint` in the model, decoding/placement.py). The one table below maps those names
+to axes of the mesh.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ RULES: Rules = (
     ("expert", "expert"),
     ("loops", None),
     ("layers", None),
-    # Decoding reads every weight for a few rows: weights stay where they are, split by their wide
-    # sides (fused heads, feed-forward width, vocabulary), and rows travel. So what splits sequences
-    # or gathers weights in training is more tensor parallelism there, and splits the cache.
+    # Decoding reads every weight for a few rows, so that weights stay where they are, sharded along
+    # their wide dimensions (fused heads, feed-forward width, vocabulary), and rows are exchanged.
+    # The mesh axes that shard sequences or gather weights in training are more tensor parallelism
+    # in decoding, and shard the cache.
     ("decode_batch", ("data", "expert")),
     ("decode_width", ("tensor", "context", "fsdp")),
     ("cache_length", ("context", "fsdp")),
@@ -47,21 +48,24 @@ RULES: Rules = (
 """Logical axis -> mesh axes."""
 
 BETWEEN_SLICES = ("data", "fsdp")
-"""Mesh axes that may cross the slow network between slices: those that communicate least."""
+"""Mesh axes that may cross the slow network between TPU slices: those that communicate least."""
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of a configuration over the given devices (default: all).
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a configuration.
 
-    Later axes lie on devices that are closer together. Of several TPU slices, data and then fsdp
-    devices are in different ones, and all others in the same.
+    Later axes lie on devices that are closer together. With several TPU slices, the data axis and
+    then the fsdp axis cross slices; all other axes stay within one.
+
+    Args:
+      devices: default all.
 
     Raises:
-      InputError: the sizes do not multiply to the number of devices, or slices do not divide them.
+      InputError: the sizes do not multiply to the number of devices, or do not divide over slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(config, len(devices))
-    # Of GPUs each host is a slice to JAX, but their order alone keeps later axes within hosts.
+    # For JAX each host of GPUs is a slice, but their order alone keeps later axes within hosts.
     of_slices = devices[0].platform == "tpu"
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if of_slices else 1
     between = divide_slices(sizes, slices)
@@ -73,7 +77,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             grid = mesh_utils.create_hybrid_device_mesh(
                 within, tuple(between.values()), devices, allow_split_physical_axes=True
             )
-    except (NotImplementedError, ValueError) as error:  # JAX's two ways to say so
+    except (NotImplementedError, ValueError) as error:  # JAX raises either
         raise InputError(
             f"mesh: axes {sizes} cannot be laid over the {len(devices)} devices' network: "
             f"{' '.join(str(error).split())}; change the sizes"
@@ -83,7 +87,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
-    """The axis sizes of a mesh over so many devices, with -1 resolved.
+    """The axis sizes of a mesh over a number of devices, with -1 resolved.
 
     Raises:
       InputError: they do not multiply to the number of devices.
@@ -108,7 +112,7 @@ def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def divide_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
-    """Along how many slices each axis of a mesh lies.
+    """The number of slices that each axis of a mesh crosses.
 
     Raises:
       InputError: the axes that may cross slices do not divide by their number.
@@ -128,17 +132,21 @@ def divide_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Makes a mesh and the rules current, for tracing code with logical constraints."""
+    """Makes a mesh and the rules current, for code with logical axes traced in the block."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 def shardings_of(abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """Shardings of a tree of abstract arrays boxed with logical axes; unboxed leaves: replicated.
+    """The shardings of abstract arrays.
+
+    Args:
+      abstract: a tree of abstract arrays, boxed with logical axes; leaves without a box are
+        replicated.
 
     Raises:
-      InputError: a dimension does not divide by the mesh axes laid over it, or one mesh axis lies
-        over two dimensions of an array; names what and where.
+      InputError: a dimension does not divide by its mesh axes, or two dimensions of an array have
+        the same mesh axis; the message names the array.
     """
 
     def sharding(path, leaf, names: PartitionSpec) -> NamedSharding:
@@ -167,7 +175,7 @@ def shardings_of(abstract: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def mesh_axes(name: str | None, rules: Rules = RULES) -> tuple[str, ...]:
-    """The mesh axes that a logical axis lies over.
+    """The mesh axes that a logical axis is sharded over; () for none.
 
     Raises:
       KeyError: the table has no such name.
@@ -177,7 +185,7 @@ def mesh_axes(name: str | None, rules: Rules = RULES) -> tuple[str, ...]:
 
 
 def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of abstract arrays boxed with their logical axes; unboxed."""
+    """Abstract arrays with their shardings, from ones that are boxed with their logical axes."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         unboxed(boxed),
@@ -186,32 +194,38 @@ def abstract_arrays(boxed: Any, mesh: Mesh) -> Any:
 
 
 class BatchLayout(NamedTuple):
-    """Where the arrays [B, T] of a batch lie, and what this process has to do with it."""
+    """How the arrays [B, T] of a batch are sharded, and which of its rows this process reads."""
 
     sharding: NamedSharding
     batch_size: int
-    """Rows B, of all processes."""
+    """Number of rows B, over all processes."""
     rows: np.ndarray
-    """Numbers of the rows that this process's devices hold some of, ascending; all, in one process.
-    Processes along a context or tensor axis share theirs."""
+    """Indices of the rows of which this process's devices hold at least a part, ascending.
+
+    A single process has all rows. Processes along a context or tensor axis have the same rows.
+    """
 
     def place(self, batch: Any) -> Any:
-        """Global device arrays of this process's rows [len(rows), T], host arrays."""
+        """The batch as global device arrays [B, T].
+
+        Args:
+          batch: a tree of host arrays [len(rows), T], this process's rows.
+        """
 
         def global_array(local: np.ndarray) -> jax.Array:
-            def part(index: tuple[slice, slice]) -> np.ndarray:
+            def shard(index: Any) -> np.ndarray:
                 first, last, _ = index[0].indices(self.batch_size)
                 start = int(np.searchsorted(self.rows, first))
                 return local[start : start + last - first, index[1]]
 
             shape = (self.batch_size, *local.shape[1:])
-            return jax.make_array_from_callback(shape, self.sharding, part)
+            return jax.make_array_from_callback(shape, self.sharding, shard)
 
         return jax.tree.map(global_array, batch)
 
 
 def whole_batch(batch_size: int, mesh: Mesh) -> int:
-    """A number of rows raised so that it divides over the devices that rows are split over."""
+    """A number of rows, raised to a multiple of the devices that rows are sharded over."""
     devices = math.prod(mesh.shape[axis] for axis in mesh_axes("batch"))
     return -(-batch_size // devices) * devices
 
@@ -219,15 +233,15 @@ def whole_batch(batch_size: int, mesh: Mesh) -> int:
 def batch_layout(
     mesh: Mesh, batch: tuple[str, int], length: tuple[str, int], parts: int = 1
 ) -> BatchLayout:
-    """The layout of batches [B, T], split by rows and along the sequence.
+    """The layout of batches [B, T], sharded over rows and along the sequence.
 
     Args:
-      batch: name and value of the configuration field that B comes from.
-      length: the same of T.
-      parts: how many micro-batches, each on all devices, B is taken in.
+      batch: name and value of the configuration field that gives B.
+      length: name and value of the field that gives T.
+      parts: number of micro-batches of a batch, each of which is sharded over all devices.
 
     Raises:
-      InputError: one of them does not divide.
+      InputError: B or T does not divide over the mesh.
     """
     (batch_name, B), (length_name, T) = batch, length
     row_axes, length_axes = mesh_axes("batch"), mesh_axes("length")
@@ -244,5 +258,6 @@ def batch_layout(
     sharding = NamedSharding(mesh, PartitionSpec(row_axes, length_axes))
     rows = np.zeros(B, bool)
     for index in sharding.addressable_devices_indices_map((B, T)).values():
-        rows[index[0]] = True
+        if index is not None:
+            rows[index[0]] = True
     return BatchLayout(sharding, B, np.flatnonzero(rows))

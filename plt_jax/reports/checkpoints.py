@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plt_jax.checkpoint.manifest import (
+    CheckpointManifest,
     DamagedError,
-    Manifest,
     find_damage,
     read_manifest,
     validation_loss,
@@ -27,7 +27,7 @@ class Report(NamedTuple):
     """What was found in one checkpoint."""
 
     path: Path
-    manifest: Manifest | None
+    manifest: CheckpointManifest | None
     """None if it has none, or a damaged one."""
     damage: list[str]
     """One text for each problem."""

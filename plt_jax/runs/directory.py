@@ -125,7 +125,7 @@ def create_run(
     Raises:
       InputError: the directory holds something, or cannot be written to; nothing is left then.
     """
-    with new_folder(config.run_dir) as directory:
+    with new_folder(config.directory) as directory:
         write_text(directory / CONFIG, dump_config(config))
         if tokenizer is not None:
             copy_file(tokenizer, directory / TOKENIZER)

@@ -87,7 +87,7 @@ def check_directory(config: RunConfig) -> list[str]:
       InputError: the directory holds something else, or a run whose configuration differs in a
         field that may not change.
     """
-    directory = Path(config.run_dir)
+    directory = config.directory
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--run_dir {directory} is a file; choose another")
     if not (directory / CONFIG).exists():
@@ -122,7 +122,7 @@ def check_text(config: RunConfig, tokenizer: Tokenizer, fingerprint: str) -> Non
     Raises:
       InputError: the run was begun with others.
     """
-    directory = Path(config.run_dir)
+    directory = config.directory
     same = {}
     if (directory / TOKENIZER).exists():
         same[TOKENIZER] = load_tokenizer(directory / TOKENIZER).to_str() == tokenizer.to_str()
@@ -144,7 +144,7 @@ def write_directory(config: RunConfig, tokenizer: Tokenizer, fingerprint: str) -
     Raises:
       InputError: the directory cannot be written to.
     """
-    directory = Path(config.run_dir)
+    directory = config.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,9 +1,10 @@
-"""Steps that are out of order: which the train step skips, and when skipping is not enough."""
+"""Loss spikes and steps that are not finite: which steps are skipped, and when to roll back."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +13,13 @@ import numpy as np
 from plt_jax.config import GuardConfig
 
 LAG = 2
-"""Newest steps that limits, and decisions to go back, leave out: so that they need not wait for
-the device, and are the same however often anything is logged."""
+"""Number of the newest steps that limits and rollbacks do not depend on.
+
+They then need not wait for the device, and are the same however often metrics are logged."""
 
 
 class Limits(NamedTuple):
-    """The largest values that a step may have; beyond them, or not finite, it changes nothing."""
+    """The largest values that a step may have; a step above them, or not finite, is skipped."""
 
     loss: np.float32 = np.float32(np.inf)
     """Nats per target."""
@@ -25,78 +27,86 @@ class Limits(NamedTuple):
     """Before clipping."""
 
 
-class Seen(NamedTuple):
-    """What a step reported: scalars, on the device until they are needed."""
+class StepSummary(NamedTuple):
+    """What the guard knows of a step: scalars, on the device until they are needed."""
 
     loss: Any
     gradient_norm: Any
     skipped: Any
-    """1 if it changed nothing, else 0."""
+    """1 if the step was skipped, else 0."""
 
 
 class Guard:
-    """What recent steps were like."""
+    """Watches the steps: computes the limits of the next one, and asks for rollbacks."""
 
     def __init__(self, config: GuardConfig, state: list[list[float | None]] | None = None):
-        """Starts afresh, or from the `state()` of a guard of earlier steps."""
+        """
+        Args:
+          state: what `state()` of a guard of earlier steps has returned; None for a fresh guard.
+        """
         self._config = config
-        self._known: deque[Seen] = deque(maxlen=max(config.window, config.patience))
-        self._newest: deque[Seen] = deque()
+        self._decided: deque[StepSummary] = deque(maxlen=max(config.window, config.patience))
+        self._newest: deque[StepSummary] = deque()
         self._unreported: list[Any] = []
         for values in state or []:
-            self._append(Seen(*(math.nan if value is None else value for value in values)))
+            self._append(StepSummary(*(math.nan if value is None else value for value in values)))
 
-    def observe(self, values: dict[str, Any]) -> None:
-        """Takes notice of a step's metrics."""
-        self._append(Seen(*(values[name] for name in Seen._fields)))
-        self._unreported.append(values["skipped"])
+    def observe(self, metrics: Mapping[str, Any]) -> None:
+        """Takes the metrics of the step after those observed before."""
+        self._append(StepSummary(*(metrics[name] for name in StepSummary._fields)))
+        self._unreported.append(metrics["skipped"])
 
     def limits(self) -> Limits:
-        """What the next step may have: the median of the window's steps, and so many times their
-        median deviation from it, scaled to be a normal distribution's standard deviation."""
+        """The limits of the next step.
+
+        A limit is the median of the window's steps, plus `spike_deviations` times their median
+        absolute deviation, scaled to estimate a normal distribution's standard deviation. There is
+        no limit until the window is full.
+        """
         if self._config.spike_deviations is None:
             return Limits()
-        window = list(self._known)[-self._config.window :]
+        window = list(self._decided)[-self._config.window :]
         sound = [seen for seen in window if not seen.skipped]
-        # A window of nothing but skipped steps has nothing to say; `lost` will.
+        # A window of skipped steps alone gives no limit; `should_roll_back` decides there.
         if len(window) < self._config.window or not sound:
             return Limits()
         loss, norm, _ = np.array(sound).T
         return Limits(self._limit(loss), self._limit(norm))
 
-    def lost(self) -> bool:
-        """Whether so many steps in a row were skipped that no other can be hoped for."""
-        last = list(self._known)[-self._config.patience :]
+    def should_roll_back(self) -> bool:
+        """Whether the last `patience` steps, but for the newest `LAG`, were all skipped."""
+        last = list(self._decided)[-self._config.patience :]
         return len(last) == self._config.patience and all(seen.skipped for seen in last)
 
     def take_skipped(self) -> int:
-        """How many steps were skipped since it was last asked; waits for the newest step."""
+        """Number of steps skipped since the last call; waits for the newest step."""
         skipped = int(sum(jax.device_get(self._unreported)))
         self._unreported.clear()
         return skipped
 
-    def last(self) -> Seen:
-        """The newest of the steps by which `lost` decides."""
-        return self._known[-1]
+    def decisive_step(self) -> StepSummary:
+        """The newest of the steps that `should_roll_back` decides by."""
+        return self._decided[-1]
 
     def forget_skipped(self) -> None:
-        """Begins to count anew, where training goes back to a time when steps were skipped."""
-        for seen in (self._known, self._newest):
+        """Drops the skipped steps, so that those before the checkpoint of a rollback do not ask for
+        another one."""
+        for seen in (self._decided, self._newest):
             kept = [one for one in seen if not one.skipped]
             seen.clear()
             seen.extend(kept)
 
     def state(self) -> list[list[float | None]]:
-        """All that there is to know, as JSON; numbers that are not finite become None."""
+        """The steps as JSON, for a checkpoint; numbers that are not finite become None."""
         return [
             [value if math.isfinite(value) else None for value in map(float, seen)]
-            for seen in jax.device_get([*self._known, *self._newest])
+            for seen in jax.device_get([*self._decided, *self._newest])
         ]
 
-    def _append(self, seen: Seen) -> None:
+    def _append(self, seen: StepSummary) -> None:
         self._newest.append(seen)
         if len(self._newest) > LAG:
-            self._known.append(Seen(*map(float, jax.device_get(self._newest.popleft()))))
+            self._decided.append(StepSummary(*map(float, jax.device_get(self._newest.popleft()))))
 
     def _limit(self, values: np.ndarray) -> np.float32:
         median = np.median(values)
@@ -104,21 +114,24 @@ class Guard:
         return np.float32(median + self._config.spike_deviations * deviation)
 
 
-def what_is_wrong(values: dict[str, jax.Array], first_layer: int = 0) -> str:
-    """Why a step was skipped; names the first router, if any, whose logits are not finite.
+def describe_skip(metrics: Mapping[str, Any], dense_layers: int = 0) -> str:
+    """Why a step was skipped; names the first router whose logits are not finite, if there is one.
 
     Args:
-      first_layer: how many layers come before those with routers.
+      metrics: those of the step.
+      dense_layers: number of leading layers without routers.
     """
-    broken = np.argwhere(~np.isfinite(values.get("router_z_by_loop", 0.0)))
+    broken = np.argwhere(~np.isfinite(metrics.get("router_z_by_loop", 0.0)))
     where = ""
     if broken.size:
         loop, layer = broken[0] + 1
-        where = f" (the first router to fail is that of layer {first_layer + layer} in loop {loop})"
+        where = (
+            f" (the first router to fail is that of layer {dense_layers + layer} in loop {loop})"
+        )
     for name in ("loss", "gradient_norm"):
-        if not math.isfinite(values[name]):
-            return f"the {name} is {float(values[name])}{where}"
+        if not math.isfinite(metrics[name]):
+            return f"the {name} is {float(metrics[name])}{where}"
     return (
-        f"the loss {float(values['loss']):.4g} or the gradient_norm "
-        f"{float(values['gradient_norm']):.4g} is above its limit (guard.spike_deviations)"
+        f"the loss {float(metrics['loss']):.4g} or the gradient_norm "
+        f"{float(metrics['gradient_norm']):.4g} is above its limit (guard.spike_deviations)"
     )

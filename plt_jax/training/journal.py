@@ -1,11 +1,10 @@
-"""What a run tells of its steps while it trains: rows of metrics, lines or a bar, and a profile."""
+"""What a run reports of its steps while it trains: metrics, printed lines or a bar, a profile."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -20,22 +19,23 @@ from plt_jax.training.metrics import MetricsWriter, NoMetrics
 from plt_jax.training.phases import PROFILING, STEPS, Phases
 from plt_jax.training.profiling import ProfileWindow
 from plt_jax.training.progress import ProgressReport, Speedometer
-from plt_jax.training.step import first_loop_and_layer
-from plt_jax.training.trackers import EVENTS, TensorBoard, WeightsAndBiases
+from plt_jax.training.step import Metrics, first_loop_and_layer
+from plt_jax.training.trackers import EVENTS, TensorBoard, Tracker, WeightsAndBiases
 
 
 class Journal:
-    """Of one start of a run; use as a context manager."""
+    """Reports the steps of one start of a run. It is a context manager."""
 
     def __init__(
         self, config: RunConfig, mesh: Mesh, bytes_per_target: float, step: int, phases: Phases
     ):
         """
         Args:
-          bytes_per_target: of the training text; see `Data`.
-          step: that this start goes on from.
+          bytes_per_target: bytes of the training text per target; see `Data`.
+          step: the step that this start goes on from.
+          phases: the clock of the run's phases.
         """
-        training, directory = config.training, Path(config.run_dir)
+        training, directory = config.training, config.directory
         self.phases = phases
         self.speed = Speedometer(training.batch_size * config.sequence_length)
         self._config, self._mesh, self._step = config, mesh, step
@@ -61,40 +61,46 @@ class Journal:
         """Prints a line."""
         self._progress.say(text)
 
-    def settle(self, values: dict[str, jax.Array]) -> None:
-        """Waits for a step, in the time of steps: what reads its arrays next would wait in its
-        own."""
+    def wait_for(self, metrics: Metrics) -> None:
+        """Waits until a step is computed, in the phase of steps.
+
+        Otherwise the phase that reads its arrays next would wait for it, and count the time.
+        """
         with self.phases.phase(STEPS):
-            jax.block_until_ready(values)
+            jax.block_until_ready(metrics)
 
     @contextmanager
-    def aside(self, phase: str, values: dict[str, jax.Array]) -> Iterator[None]:
-        """Around what follows a step and is none: a phase whose time is not of the steps' speed."""
-        self.settle(values)
+    def paused(self, phase: str, metrics: Metrics) -> Iterator[None]:
+        """Times a block as a phase other than steps, and leaves it out of tokens per second.
+
+        Args:
+          metrics: those of the step before, which is waited for first.
+        """
+        self.wait_for(metrics)
         with self.speed.paused(), self.phases.phase(phase):
             yield
 
-    def end_profile(self, step: int, values: dict[str, jax.Array]) -> None:
-        """Ends the profiler's window where it ends with this step."""
+    def end_profile(self, step: int, metrics: Metrics) -> None:
+        """Ends the profiler's window if this step is its last."""
         if self.profile.ends_with(step):
-            with self.aside(PROFILING, values):
+            with self.paused(PROFILING, metrics):
                 self.profile.end()
 
-    def go_back(self, step: int, to: int) -> None:
-        """Drops what was written after the step that training goes back to, and says so there."""
-        self._metrics.go_back(to)
+    def roll_back(self, step: int, to: int) -> None:
+        """Drops the metrics after step `to`, and records a rollback from `step` there."""
+        self._metrics.rewind(to)
         self._metrics.write(to, rolled_back_from=step)
         self.speed.start(to)
 
-    def log_step(self, step: int, values: dict[str, jax.Array], guard: Guard) -> None:
-        """Writes a step's metrics and reports it; waits for the step to be computed."""
-        self.settle(values)
-        numbers = {name: value.tolist() for name, value in jax.device_get(values).items()}
+    def log_step(self, step: int, metrics: Metrics, guard: Guard) -> None:
+        """Writes and prints a step's metrics; waits until the step is computed."""
+        self.wait_for(metrics)
+        numbers = {name: value.tolist() for name, value in jax.device_get(metrics).items()}
         numbers["skipped"] = guard.take_skipped()
         if numbers["skipped"]:
             self.say(
-                f"step {step}: {numbers['skipped']} of the steps since the last line changed "
-                "nothing, their loss or gradient not finite or above its limit"
+                f"step {step}: {numbers['skipped']} of the steps since the last line were skipped, "
+                "their loss or gradient not finite or above its limit"
             )
         loss, tokens_per_second = numbers["loss"], self.speed.mark(step)
         seconds = self.phases.seconds()
@@ -110,7 +116,7 @@ class Journal:
         self._progress.advance(step, loss, bits_per_byte, tokens_per_second)
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
-        """Writes and reports an evaluation."""
+        """Writes and prints an evaluation."""
         score = evaluation.score
         self._metrics.write(
             step,
@@ -125,8 +131,11 @@ class Journal:
 
 
 def arithmetic(config: RunConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
-    """`model_tflops_per_second`, of the model's own arithmetic in all loops and on all devices, and
-    `mfu`, its share of what they could do at most, where that is known (compile/chips.py)."""
+    """The metrics `model_tflops_per_second` and, where the devices' peak is known, `mfu`.
+
+    The first counts the model's own arithmetic, in all loops and on all devices; the second is its
+    share of the devices' peak (distributed/chips.py).
+    """
     tokens = config.training.batch_size * config.sequence_length
     done = train_flops(config).model / tokens * tokens_per_second
     made = {"model_tflops_per_second": done / 1e12}
@@ -137,11 +146,11 @@ def arithmetic(config: RunConfig, mesh: Mesh, tokens_per_second: float) -> dict[
 
 
 def open_metrics(config: RunConfig, step: int) -> MetricsWriter | NoMetrics:
-    """Where this process writes numbers: the first does so for all."""
+    """The metrics writer of process 0; the other processes write nothing."""
     if not processes.is_first():
         return NoMetrics()
-    directory, project = Path(config.run_dir), config.training.wandb_project
-    trackers = [TensorBoard(directory, step)]
+    directory, project = config.directory, config.training.wandb_project
+    trackers: list[Tracker] = [TensorBoard(directory, step)]
     if project is not None:
         trackers.append(WeightsAndBiases(directory, project, config.model_dump(mode="json")))
     return MetricsWriter(directory, step, trackers, first_loop_and_layer(config.model))

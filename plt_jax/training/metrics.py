@@ -1,4 +1,4 @@
-"""The numbers of a run: metrics.jsonl, trackers that draw them, and the picture of the losses."""
+"""Writes the metrics of a run to metrics.jsonl, and hands them to trackers that draw them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from plt_jax.runs.names import METRICS
 from plt_jax.training.trackers import Tracker
 
 Values = float | list[float] | list[list[float]]
-"""A number, or one of each loop, or one of each loop and layer."""
+"""A number, a number for each loop, or a number for each loop and layer."""
 
 
 class MetricsWriter:
@@ -32,12 +32,14 @@ class MetricsWriter:
         trackers: Sequence[Tracker] = (),
         firsts: Mapping[str, tuple[int, ...]] | None = None,
     ):
-        """Opens the file, dropping what an earlier start wrote after the step that this resumes.
+        """Opens the file, and drops the rows that an earlier start wrote after `resumed_step`.
 
         Args:
-          trackers: closed with this.
-          firsts: by name, the numbers of the first loop, and of the first layer, that values by
-            loop and layer are of, where that is not 1.
+          directory: the run directory.
+          resumed_step: the step that this start goes on from.
+          trackers: where numbers are drawn; they are closed with this writer.
+          firsts: the numbers of the first loop and the first layer of values by loop and layer, by
+            metric, where they are not 1.
         """
         self._directory, self._path = directory, directory / METRICS
         self._trackers, self._firsts = trackers, firsts or {}
@@ -54,10 +56,10 @@ class MetricsWriter:
     def write(self, step: int, **values: Values) -> None:
         """Writes one row, with the time in seconds since 1970.
 
-        Numbers that are not finite are null there: JSON has no others.
+        Numbers that are not finite become null, since JSON has none.
 
         Raises:
-          FailedError: it cannot be written, as on a full disk.
+          FailedError: the file cannot be written, for example on a full disk.
         """
         row = {"step": step, "time": round(time.time(), 3)}
         row |= {name: _finite(value) for name, value in values.items()}
@@ -70,12 +72,12 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.draw(step, scalars)
 
-    def go_back(self, step: int) -> None:
-        """Drops what was written after a step, from which training goes on anew."""
+    def rewind(self, step: int) -> None:
+        """Drops the rows after a step that training was rolled back to."""
         self._close()
         self._open(step)
         for tracker in self._trackers:
-            tracker.go_back(step)
+            tracker.rewind(step)
 
     def _open(self, step: int) -> None:
         kept = [row for row in read_metrics(self._directory) if row["step"] <= step]
@@ -83,17 +85,17 @@ class MetricsWriter:
         self._file = self._path.open("a", encoding="utf-8")
 
     def _close(self) -> None:
-        with contextlib.suppress(OSError):  # `write` has said so
+        with contextlib.suppress(OSError):  # `write` has raised the error already
             self._file.close()
 
     def _scalars(self, values: Mapping[str, Values]) -> Iterator[tuple[str, float]]:
-        """The finite numbers, those of loops and layers as NAME/loop_2/layer_1."""
+        """The finite numbers; those of loops and layers are named NAME/loop_2/layer_1."""
         for name, value in values.items():
             firsts = self._firsts.get(name, (1, 1))
             for index, one in np.ndenumerate(value):
                 places = zip(("loop", "layer"), firsts, index, strict=False)
                 tag = "/".join([name, *(f"{axis}_{first + at}" for axis, first, at in places)])
-                if math.isfinite(one):  # drawn, others would be warned of, and not seen
+                if math.isfinite(one):  # trackers warn of others, and do not draw them
                     yield tag, float(one)
 
 
@@ -105,7 +107,7 @@ def _finite(value: Any) -> Any:
 
 
 class NoMetrics(contextlib.nullcontext):
-    """Takes what MetricsWriter does, and writes nothing."""
+    """A MetricsWriter that writes nothing, for all processes but the first."""
 
     def __enter__(self) -> NoMetrics:
         return self
@@ -113,5 +115,5 @@ class NoMetrics(contextlib.nullcontext):
     def write(self, step: int, **values: Values) -> None:
         """Writes nothing."""
 
-    def go_back(self, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """Drops nothing."""

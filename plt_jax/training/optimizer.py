@@ -1,4 +1,4 @@
-"""AdamW with its schedule, and which parameters decay."""
+"""AdamW, its learning-rate schedule, and which parameters decay."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from plt_jax.model.transformer import top_parameters
 
 
 def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate by step: a linear warmup from 0, then the configured shape up to `steps`."""
+    """The learning rate by step: a linear warmup from 0, then the configured decay to `steps`."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     warmup = round(config.warmup_fraction * steps)
     rest = max(steps - warmup, 1)
@@ -29,11 +29,15 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimizerConfig, model: ModelConfig, steps: int
+    config: OptimizerConfig, model: ModelConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decoupled decay of the projections' weights."""
+    """Clipping by global norm, then AdamW with decoupled decay of the projections' weights.
+
+    Args:
+      schedule: the learning rate by step, from `make_schedule`.
+    """
     adamw = optax.adamw(
-        make_schedule(config, steps),
+        schedule,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
@@ -46,7 +50,8 @@ def make_optimizer(
 
 
 def decay_mask(config: ModelConfig) -> dict[str, Any]:
-    """Which parameters decay, in the parameters' tree: all but norms, gates, biases, embeddings."""
+    """Whether each parameter decays, as a tree like the parameters: all decay but norms, gates,
+    biases and embeddings."""
 
     def decays(parameters: dict[str, Parameter]) -> dict[str, bool]:
         return {name: parameter.decays for name, parameter in parameters.items()}

@@ -1,4 +1,4 @@
-"""What a run is doing, for how long, and which of it hangs."""
+"""The phases of a run: how long each takes, and a warning where one hangs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS, DATA, EVALUATION, SAVING, COMPILING, PROFILING, STARTING = (
     "profiling",
     "starting",
 )
-_DOING = {
+_DESCRIPTIONS = {
     STEPS: "computing steps",
     DATA: "waiting for data",
     EVALUATION: "evaluating",
@@ -29,24 +29,24 @@ _DOING = {
 
 
 class Phases:
-    """Keeps time of what a run does, one thing at a time; a thread says so where one takes long.
+    """Times the phases of a run, one at a time; a thread prints a line where one takes long.
 
-    Enter it as a context manager; outside of any phase the run is starting, or ending.
+    It is a context manager. Outside of any phase the run is in `STARTING`.
     """
 
     def __init__(self, hang_after: float | None):
         """Starts the clock.
 
         Args:
-          hang_after: seconds in one phase after which, and again whenever as many more have gone
-            by, a line on stderr says which it is; None never.
+          hang_after: seconds in one phase after which a line on stderr names it, and again after
+            every such interval; None for never.
         """
         self._hang_after = hang_after
         self._phase, self._since, self._step = STARTING, time.monotonic(), 0
         self._seconds: dict[str, float] = {}
         self._changed = threading.Condition()
         self._ended = False
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(hang_after,), daemon=True)
 
     def __enter__(self) -> Phases:
         if self._hang_after is not None:
@@ -62,44 +62,44 @@ class Phases:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """A stretch of time that is spent on something else than what is around it."""
+        """Times the block as a phase; afterwards the phase around it goes on."""
         before = self._phase
-        self._turn_to(name)
+        self._switch_to(name)
         try:
             yield
         finally:
-            self._turn_to(before)
+            self._switch_to(before)
 
-    def reached(self, step: int) -> None:
-        """Steps up to this one are computed; what follows starts anew."""
+    def finish_step(self, step: int) -> None:
+        """Records that a step is done, and restarts the clock of `hang_after`."""
         self._step = step
-        self._turn_to(self._phase)
+        self._switch_to(self._phase)
 
     def seconds(self) -> dict[str, float]:
-        """By phase, so far."""
-        self._turn_to(self._phase)
+        """Seconds spent in each phase so far, by name."""
+        self._switch_to(self._phase)
         return dict(self._seconds)
 
-    def _turn_to(self, name: str) -> None:
+    def _switch_to(self, name: str) -> None:
         with self._changed:
             now = time.monotonic()
             self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + now - self._since
             self._phase, self._since = name, now
             self._changed.notify()
 
-    def _watch(self) -> None:
-        said = 0.0
+    def _watch(self, hang_after: float) -> None:
+        warned = 0.0
         with self._changed:
             while not self._ended:
-                since = max(self._since, said)
-                left = max(since + self._hang_after - time.monotonic(), 0.01)
+                since = max(self._since, warned)
+                left = max(since + hang_after - time.monotonic(), 0.01)
                 self._changed.wait(min(left, threading.TIMEOUT_MAX))
                 now = time.monotonic()
-                if not self._ended and now - max(self._since, said) >= self._hang_after:
-                    said = now
+                if not self._ended and now - max(self._since, warned) >= hang_after:
+                    warned = now
                     print(
-                        f"{_DOING[self._phase]} has taken {now - self._since:.0f} s, after step "
-                        f"{self._step}, and goes on",
+                        f"{_DESCRIPTIONS[self._phase]} has taken {now - self._since:.0f} s, after "
+                        f"step {self._step}, and goes on",
                         file=sys.stderr,
                         flush=True,
                     )

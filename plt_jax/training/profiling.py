@@ -1,4 +1,4 @@
-"""A window of steps that is traced, for TensorBoard's Profile page, Perfetto or XProf."""
+"""Traces a window of steps, for TensorBoard's Profile page, Perfetto or XProf."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from pathlib import Path
 import jax
 
 FAILURES = (OSError, RuntimeError)
-"""What JAX's profiler raises where another is running already, or its files cannot be written."""
+"""What JAX's profiler raises where another profiler is running, or a file cannot be written."""
 
 
 class ProfileWindow:
-    """Traces a run's steps from `first` on; use as a context manager, which ends a window that a
-    stop has cut short.
+    """Traces `steps` steps of a run, from `first` on.
 
-    What goes wrong is said, and ends no run.
+    It is a context manager, which ends the window early if the run stops within it. Errors of the
+    profiler are printed, and do not end the run.
     """
 
     def __init__(self, directory: Path, first: int | None, steps: int, say: Callable[[str], None]):
         """
         Args:
           directory: where the trace goes, under plugins/profile.
-          first: None for no window.
+          first: the first step; None for no window.
+          steps: number of steps.
           say: prints a line.
         """
         self._directory, self._first, self._steps, self._say = directory, first, steps, say
@@ -38,18 +39,20 @@ class ProfileWindow:
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the call of one step, which the trace then names."""
+        """Names the call of one step in the trace; begins the window if it is its first."""
         if number == self._first:
             self._begin()
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             yield
 
     def ends_with(self, number: int) -> bool:
-        """Whether a step is the last of the window that is being traced."""
+        """Whether a step is the last of the window; False outside of it."""
+        if self._first is None:
+            return False
         return self._tracing and number >= self._first + self._steps - 1
 
     def end(self) -> None:
-        """Ends the window; its last step must be computed."""
+        """Ends the window. Its last step must have been computed."""
         self._tracing = False
         try:
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""What a person sees while training: a bar on a terminal, plain lines elsewhere."""
+"""The progress of training: a bar on a terminal, plain lines elsewhere; and its speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class ProgressReport:
-    """Reports steps; use as a context manager."""
+    """Shows the progress of a run's steps. It is a context manager."""
 
     def __init__(self, start: int, total: int):
         self._start, self._total, self._began = start, total, time.monotonic()
@@ -48,7 +48,7 @@ class ProgressReport:
     def advance(
         self, step: int, loss: float, bits_per_byte: float, tokens_per_second: float
     ) -> None:
-        """Reports the numbers of a step."""
+        """Shows the numbers of a step."""
         numbers = (
             f"loss {loss:.3f}  {bits_per_byte:.3f} bits/byte  {tokens_per_second:,.0f} tokens/s"
         )
@@ -61,7 +61,8 @@ class ProgressReport:
 
 
 class Speedometer:
-    """Tokens per second of training alone: pauses and the first, compiling, step do not count."""
+    """Measures tokens per second of training steps; pauses and the first step, which compiles, do
+    not count."""
 
     def __init__(self, tokens_per_step: int):
         self._tokens_per_step = tokens_per_step
@@ -69,11 +70,11 @@ class Speedometer:
         self.started = False
 
     def start(self, step: int) -> None:
-        """Starts counting behind a step."""
+        """Starts counting after a step."""
         self.started, self._step, self._since = True, step, time.monotonic()
 
     def mark(self, step: int) -> float:
-        """Tokens per second since the last mark; 0 where no step lies between."""
+        """Tokens per second since the last call; 0 if no step was taken since."""
         now = time.monotonic()
         tokens = (step - self._step) * self._tokens_per_step
         rate = tokens / (now - self._since) if tokens else 0.0
@@ -84,18 +85,18 @@ class Speedometer:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves a stretch of time out."""
+        """Leaves the time of a block out."""
         began = time.monotonic()
         yield
         self._since += time.monotonic() - began
 
     def median(self) -> float:
-        """The median over all marks, 0 without one."""
+        """The median of all values that `mark` has returned; 0 without one."""
         return statistics.median(self._rates) if self._rates else 0.0
 
 
 def peak_memory() -> int:
-    """Bytes at the peak: of the first device where it keeps count, else of this process."""
+    """Peak memory in bytes: that of the first device if it keeps count, else of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

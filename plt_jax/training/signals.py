@@ -1,17 +1,18 @@
-"""Turning SIGTERM and SIGINT into a request to stop at the next safe point."""
+"""SIGTERM and SIGINT as a request to stop after the steps under way."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+from typing import Any
 
 
 class StopRequest:
-    """While entered, a first SIGTERM or SIGINT only sets `requested`; a second acts at once."""
+    """A context in which a first SIGTERM or SIGINT only sets `requested`; a second acts at once."""
 
     def __init__(self):
         self.requested = False
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,14 +1,12 @@
-"""Where a run starts: anew, with another run's parameters, or at a checkpoint of its own."""
+"""Where training starts: with fresh parameters, with another run's, or at its own checkpoint."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jax.sharding import Mesh
+import grain
 
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.checkpoint.store import (
@@ -25,18 +23,31 @@ from plt_jax.errors import InputError, naming
 from plt_jax.runs.directory import find_checkpoint
 from plt_jax.runs.names import CHECKPOINTS
 from plt_jax.training.guard import Guard
-from plt_jax.training.step import TrainState, init_state, start_state
+from plt_jax.training.program import TrainProgram
+from plt_jax.training.step import TrainState
 
 GUARD = "guard"
-"""Where the guard's state lies among that of the data."""
+"""The name of the guard's state in a checkpoint, beside the state of the data."""
 _numbers = itertools.count()
-"""Of the times that processes tell the first what damage they found."""
+"""Numbers of the damage reports that process 0 gathers, each used once."""
 
 
-def check_start(config: RunConfig) -> None:
-    """Raises InputError where `start_from` leads to no checkpoint, to a damaged one, or to one of
-    unknown tokens."""
-    if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
+class StartPoint(NamedTuple):
+    """What training goes on from, apart from its data."""
+
+    state: TrainState
+    guard: Guard
+    """It knows the steps before."""
+
+
+def check_start_from(config: RunConfig) -> None:
+    """Checks the checkpoint that a fresh run starts from, if it names one.
+
+    Raises:
+      InputError: `start_from` leads to no checkpoint, to a damaged one, or to one without a
+        tokenizer.
+    """
+    if config.start_from is None or list_steps(config.directory / CHECKPOINTS):
         return
     with naming("start_from"):
         found = find_checkpoint(config.start_from)
@@ -50,13 +61,13 @@ def check_start(config: RunConfig) -> None:
             refuse_damaged(found.directory / CHECKPOINTS, found.step, ["params"])
 
 
-def start_params(config: RunConfig, abstract: TrainState) -> Any | None:
-    """The parameters that a fresh run starts from; None if it draws its own, or resumes.
+def load_start_params(config: RunConfig, abstract: TrainState) -> Any | None:
+    """The parameters of `start_from`; None if the run resumes, or begins with fresh ones.
 
     Raises:
-      InputError: they cannot be read, or have other shapes.
+      InputError: the parameters cannot be read, or have other shapes.
     """
-    if config.start_from is None or list_steps(Path(config.run_dir) / CHECKPOINTS):
+    if config.start_from is None or list_steps(config.directory / CHECKPOINTS):
         return None
     with naming("start_from"):
         directory, _, step = find_checkpoint(config.start_from)
@@ -65,13 +76,15 @@ def start_params(config: RunConfig, abstract: TrainState) -> Any | None:
 
 
 def choose_checkpoint(config: RunConfig) -> int | None:
-    """The step at which a run goes on: of its newest checkpoint, or with `checkpoint.skip_damaged`
-    of the newest that is not damaged; None if it has none. All processes must call it together.
+    """The step of the checkpoint that a run resumes; None if it has no checkpoint.
+
+    It is the newest, or with `checkpoint.skip_damaged` the newest that is not damaged. All
+    processes must call it together.
 
     Raises:
-      InputError: it is damaged in this process's part of its files, or all are.
+      InputError: the newest is damaged in this process's part of its files, or all are damaged.
     """
-    folder = Path(config.run_dir) / CHECKPOINTS
+    folder = config.directory / CHECKPOINTS
     steps = list_steps(folder)
     if not steps or not config.checkpoint.verify:
         return steps[-1] if steps else None
@@ -94,60 +107,57 @@ def choose_checkpoint(config: RunConfig) -> int | None:
 
 
 def set_aside_damaged(config: RunConfig, step: int | None) -> None:
-    """Renames the checkpoints that `choose_checkpoint` has skipped, so that their steps can be
-    saved again; call it in the first process."""
-    folder = Path(config.run_dir) / CHECKPOINTS
+    """Renames the damaged checkpoints after `step`, so that their steps can be saved again.
+
+    Only process 0 may call it.
+
+    Args:
+      step: what `choose_checkpoint` has returned.
+    """
+    folder = config.directory / CHECKPOINTS
     for skipped in list_steps(folder):
         if step is not None and skipped > step:
             moved = set_aside(folder / str(skipped))
             print(f"moved aside: {moved}; delete it when you have looked at it", flush=True)
 
 
-class Start(NamedTuple):
-    """What training goes on from, beside its data."""
-
-    state: TrainState
-    guard: Guard
-    """Knows the steps before."""
-
-
 def start_or_resume(
-    config: RunConfig,
-    mesh: Mesh,
-    abstract: TrainState,
-    saved: Checkpoints,
+    program: TrainProgram,
+    checkpoints: Checkpoints,
     step: int | None,
-    batches: Iterator,
+    batches: grain.DatasetIterator,
     params: Any | None,
-) -> Start:
-    """A fresh state, or a checkpoint's with the batches set to go on behind it.
+) -> StartPoint:
+    """A fresh state, or that of a checkpoint.
 
     Args:
-      step: of the checkpoint, if there is one.
-      params: what a fresh state starts with; default drawn.
+      step: the checkpoint to resume; None for a fresh state.
+      batches: the training data, which is moved to the batch after the checkpoint.
+      params: the parameters of a fresh state; None to initialise them.
 
     Raises:
       InputError: the checkpoint cannot be read.
     """
-    if step is None and params is None:
-        return Start(init_state(config, mesh), Guard(config.guard))
+    config = program.config
     if step is None:
-        return Start(start_state(config, mesh, params), Guard(config.guard))
+        state = program.init_state() if params is None else program.start_state(params)
+        return StartPoint(state, Guard(config.guard))
     print(f"resuming at step {step} of {config.training.steps}", flush=True)
-    start, data = restore(config, abstract, saved, step)
+    start, data = restore(program, checkpoints, step)
     batches.set_state(data)
     return start
 
 
 def restore(
-    config: RunConfig, abstract: TrainState, saved: Checkpoints, step: int
-) -> tuple[Start, dict[str, Any]]:
-    """What a checkpoint holds, and the state that its batches had.
+    program: TrainProgram, checkpoints: Checkpoints, step: int
+) -> tuple[StartPoint, dict[str, Any]]:
+    """The state in a checkpoint, and the state that the iterator of its batches had.
 
     Raises:
-      InputError: it cannot be read.
+      InputError: the checkpoint cannot be read.
     """
+    abstract = program.abstract_state
     optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
-    params, optimizer, data = saved.restore(step, abstract.params, optimizer)
-    guard = Guard(config.guard, data.pop(GUARD, None))  # earlier versions saved none
-    return Start(TrainState(optimizer["step"], params, optimizer["opt_state"]), guard), data
+    params, optimizer, data = checkpoints.restore(step, abstract.params, optimizer)
+    guard = Guard(program.config.guard, data.pop(GUARD, None))  # earlier versions saved none
+    return StartPoint(TrainState(optimizer["step"], params, optimizer["opt_state"]), guard), data

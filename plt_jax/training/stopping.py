@@ -1,14 +1,14 @@
-"""How several processes, of which one was told to stop or has failed, end together.
+"""How several processes stop after the same step, and end together where one of them fails.
 
-Each may be a step ahead of another, and must not go beyond the step at which the others end: their
-devices would wait for it for ever. Asking the devices after every step would cost as much as a
-small step. So a thread of each process looks once a second, in the store through which JAX's
-processes find one another, whether any of them was told to stop. If so it tells the others which
-step its own process has reached, and the process waits with its next step until all have told.
-The threads wait for no device, so all of them answer.
+A process may be a step ahead of another. No process may take more steps than the others: its
+devices would wait for theirs for ever. To ask the devices after every step would cost as much as a
+small step. Instead, a thread of each process looks once a second, in the key-value store that JAX's
+processes share, whether any process was told to stop. If one was, the thread stores the step that
+its own process has reached, and the process does not take its next step until all have stored
+theirs. The threads do not wait for devices, so that all of them answer.
 
-A process that fails says so there too: the others, whose devices would wait for it until JAX
-aborts them, end with its message.
+A process that fails stores its message too. The others, whose devices would wait for it until JAX
+aborts them, end with that message.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from plt_jax.errors import EXIT_FAILED, MissingProcessError
 
 POLL_SECONDS = 1.0
 _numbers = itertools.count()
-"""Of the runs in a process's life, for their keys; all processes have the same runs."""
+"""Numbers of the runs in a process's life, for their keys; all processes have the same runs."""
 
 
-class StopTogether:
-    """Decides after every step whether the run stops there; a context manager around all that
-    processes do together."""
+class CoordinatedStop:
+    """Decides after every step whether the run stops there, the same in all processes.
+
+    It is a context manager around everything that the processes do together.
+    """
 
     def __init__(
         self,
@@ -43,13 +45,12 @@ class StopTogether:
         index: int | None = None,
         count: int | None = None,
     ):
-        """Of one process alone, `requested` decides.
-
+        """
         Args:
-          requested: whether this process was told to stop.
-          step: the one that the run starts from.
+          requested: whether this process was told to stop. It alone decides for a single process.
+          step: the step that the run starts from.
           patience: seconds to wait for the other processes.
-          index, count: which process this is, and of how many; default as JAX has it.
+          index, count: the index of this process, and the number of all; default: JAX's.
         """
         self._requested, self._step, self._patience = requested, step, patience
         self._index = jax.process_index() if index is None else index
@@ -57,11 +58,12 @@ class StopTogether:
         self._key = f"stop/{next(_numbers)}"
         self._condition = threading.Condition()
         self._closed = threading.Event()
-        self._agreeing, self._last = False, None
+        self._agreeing = False
+        self._last: int | None = None
         self._error: MissingProcessError | None = None
         self._thread = threading.Thread(target=self._watch, name="stop", daemon=True)
 
-    def __enter__(self) -> StopTogether:
+    def __enter__(self) -> CoordinatedStop:
         if self._count > 1:
             self._thread.start()
         return self
@@ -73,16 +75,16 @@ class StopTogether:
         self._thread.join()
         if isinstance(error, Exception) and not isinstance(error, MissingProcessError):
             processes.put(f"{self._key}/failed/{self._index}", f"{error}")
-            time.sleep(2 * POLL_SECONDS)  # until the others have seen it: the first keeps it
+            time.sleep(2 * POLL_SECONDS)  # until the others have read it: process 0 holds the store
 
-    def after(self, step: int) -> bool:
-        """Whether the run ends with this step; of several processes all are told the same.
+    def should_stop(self, step: int) -> bool:
+        """Whether the run ends with this step; the answer is the same in all processes.
 
         Args:
-          step: counted on where a run goes back to an earlier one.
+          step: number of steps computed since step 0, which rollbacks do not lower.
 
         Raises:
-          MissingProcessError: one was told to stop, and another does not answer.
+          MissingProcessError: a process was told to stop, and another does not answer.
         """
         if self._count == 1:
             return self._requested()
@@ -104,7 +106,7 @@ class StopTogether:
                     break
             with self._condition:
                 self._agreeing = True
-            last = self._agree()
+            last = self._agree_on_last_step()
         except MissingProcessError as error:
             last, self._error = None, error
         with self._condition:
@@ -121,13 +123,14 @@ class StopTogether:
             print(f"error: process {index} of {self._count}: {line}", file=sys.stderr, flush=True)
             os._exit(EXIT_FAILED)  # the main thread may be waiting for the device
 
-    def _agree(self) -> int | None:
-        """The step to end with: no process has begun the one behind it. None if the run is over."""
-        # Also at the end of the run, since others may be waiting for it.
+    def _agree_on_last_step(self) -> int | None:
+        """The step to end with, after which no process has begun another; None if the run is
+        over."""
+        # It is stored at the end of the run too, since other processes may wait for it.
         processes.put(f"{self._key}/step/{self._index}", str(self._step))
         steps = []
         for index in range(self._count):
-            waited = 0
+            waited = 0.0
             while (text := processes.get(f"{self._key}/step/{index}")) is None:
                 if self._closed.wait(POLL_SECONDS / 4):
                     return None

@@ -1,4 +1,4 @@
-"""Where a run's numbers are drawn: TensorBoard and, on request, Weights & Biases."""
+"""Trackers, which draw a run's metrics: TensorBoard and, on request, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tensorboardX import SummaryWriter
 from plt_jax.errors import FailedError, InputError
 
 EVENTS, WANDB = "tensorboard", "wandb"
-"""Their folders in a run directory."""
+"""The trackers' folders in a run directory."""
 
 
 class Tracker(Protocol):
@@ -22,21 +22,25 @@ class Tracker(Protocol):
         """Takes finite numbers by name.
 
         Raises:
-          FailedError: it cannot, as on a full disk.
+          FailedError: they cannot be written, for example on a full disk.
         """
 
-    def go_back(self, step: int) -> None:
-        """Steps behind this one come anew."""
+    def rewind(self, step: int) -> None:
+        """Prepares for steps after this one that are taken again."""
 
     def close(self, failed: bool) -> None:
-        """Writes what it still holds; `failed` says that an error ends the run."""
+        """Writes what is still buffered.
+
+        Args:
+          failed: whether an error ends the run.
+        """
 
 
 class TensorBoard:
     """Event files in the run directory."""
 
     def __init__(self, directory: Path, step: int):
-        """Hides what an earlier start drew behind the step that this one resumes."""
+        """Opens a new event file, and hides the steps that an earlier start drew after `step`."""
         self._directory = directory / EVENTS
         self._open(step)
 
@@ -46,7 +50,7 @@ class TensorBoard:
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
-    def go_back(self, step: int) -> None:
+    def rewind(self, step: int) -> None:
         self.close(failed=False)
         self._open(step)
 
@@ -64,20 +68,21 @@ class TensorBoard:
 
     def _is_alive(self) -> bool:
         # Once tensorboardX's thread has died of an error, giving it more waits for ever.
-        return self._writer.file_writer.event_writer._worker.is_alive()
+        file_writer: Any = self._writer.file_writer
+        return file_writer.event_writer._worker.is_alive()
 
 
 class WeightsAndBiases:
-    """One run there for all starts of a run here. Its account, server and mode (WANDB_MODE=offline)
-    come from its own settings."""
+    """One run of Weights & Biases for all starts of a run. The account, the server and the mode
+    (WANDB_MODE=offline) come from the settings of Weights & Biases."""
 
     def __init__(self, directory: Path, project: str, config: dict[str, Any]):
-        """Begins it, or goes on with the one that an earlier start began.
+        """Begins the run, or goes on with the one that an earlier start began.
 
         Raises:
-          FailedError: it does not begin, as without a network or an account.
+          FailedError: it cannot begin, for example without a network or an account.
         """
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports] - an optional package
 
         identity = directory / WANDB / "run_id"
         known = identity.read_text(encoding="utf-8").strip() if identity.exists() else None
@@ -91,8 +96,8 @@ class WeightsAndBiases:
                 resume="allow",
                 settings=wandb.Settings(console="off"),  # the progress bar is not for its log
             )
-            # Steps that are taken again after a resumption are drawn over the others: its own count
-            # of steps would refuse them.
+            # Steps that are taken again after a resume replace the others. The step counter of
+            # Weights & Biases would refuse them, since it only grows.
             self._run.define_metric("*", step_metric="step")
         except wandb.Error as error:
             raise FailedError(
@@ -105,15 +110,15 @@ class WeightsAndBiases:
     def draw(self, step: int, scalars: dict[str, float]) -> None:
         self._run.log({"step": step, **scalars})
 
-    def go_back(self, step: int) -> None:
-        """Nothing: what is drawn anew has the same steps."""
+    def rewind(self, step: int) -> None:
+        """Does nothing: steps that are drawn again replace the others."""
 
     def close(self, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
 
 
 def check_wandb(project: str | None) -> None:
-    """Raises InputError where a project is named and the package is not there."""
+    """Raises InputError if a project is named, but the package wandb is not installed."""
     if project is not None and importlib.util.find_spec("wandb") is None:
         raise InputError(
             f"training.wandb_project is {project}, which needs a package that is not installed: "

@@ -3,55 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import grain
 import jax
-from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
-from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import Checkpoints, refuse_damaged
-from plt_jax.config import ProcessesConfig, RunConfig
-from plt_jax.data.cache import fingerprint
-from plt_jax.data.load import Data, load_data
+from plt_jax.checkpoint.store import Checkpoints
+from plt_jax.config import RunConfig
 from plt_jax.decoding.sampling import Sampling
-from plt_jax.decoding.text import encode_prompt, stream_text
+from plt_jax.decoding.text import stream_text
 from plt_jax.distributed import processes, rendezvous
-from plt_jax.distributed.mesh import BatchLayout, make_mesh, use_mesh
-from plt_jax.errors import FailedError, InputError
-from plt_jax.evaluation.perplexity import Evaluation, make_evaluate
-from plt_jax.model.attention import choose_backend, fastest_backend
-from plt_jax.model.grouped import choose_kernel
-from plt_jax.model.kernels import traced_platform
+from plt_jax.distributed.mesh import use_mesh
+from plt_jax.errors import FailedError
 from plt_jax.reports.loss_plot import plot_losses
-from plt_jax.runs.names import CHECKPOINTS, CONFIG
-from plt_jax.runs.resume import check_directory, check_text, write_directory
-from plt_jax.training.guard import LAG, Guard, what_is_wrong
+from plt_jax.runs.names import CHECKPOINTS
+from plt_jax.runs.resume import write_directory
 from plt_jax.training.journal import Journal
 from plt_jax.training.phases import COMPILING, DATA, EVALUATION, SAVING, STEPS, Phases
 from plt_jax.training.progress import peak_memory
+from plt_jax.training.rollback import roll_back
+from plt_jax.training.setup import (
+    RunSetup,
+    check_shared_directory,
+    print_setup,
+    set_up,
+    shared_state,
+)
 from plt_jax.training.signals import StopRequest
 from plt_jax.training.start import (
     GUARD,
-    Start,
-    check_start,
+    StartPoint,
     choose_checkpoint,
-    restore,
+    load_start_params,
     set_aside_damaged,
     start_or_resume,
-    start_params,
 )
-from plt_jax.training.step import TrainState, abstract_state, make_train_step, training_layout
-from plt_jax.training.stopping import StopTogether
-from plt_jax.training.trackers import check_wandb
+from plt_jax.training.step import Metrics, TrainState
+from plt_jax.training.stopping import CoordinatedStop
 
 SAMPLE_TOKENS = 120
-CACHES = {"cache_dir": ""}
-"""Of the data section, what each machine may have of its own."""
 
 
 class Outcome(NamedTuple):
@@ -59,53 +51,30 @@ class Outcome(NamedTuple):
 
     step: int
     stopped: bool
-    """By a signal, with the state saved."""
-
-
-class Checked(NamedTuple):
-    """What is known of a run before anything is written."""
-
-    changes: list[str]
-    """Since its last start."""
-    mesh: Mesh
-    layout: BatchLayout
-    abstract: TrainState
-    kernels: str
-    """For people."""
-    data: Data
-    evaluate: Callable[[Any, Any, int | None], Evaluation]
-
-
-class Run(NamedTuple):
-    """What stays fixed while a run trains."""
-
-    config: RunConfig
-    directory: Path
-    checked: Checked
-    checkpoints: Checkpoints
+    """Whether a signal stopped it; its state is saved then."""
 
 
 def train(config: RunConfig) -> Outcome:
-    """Trains until `training.steps`, from the newest checkpoint of the run directory if it has one
-    (see `choose_checkpoint`).
+    """Trains until `training.steps`, from the newest checkpoint of the run directory if there is
+    one (see `choose_checkpoint`).
 
     SIGTERM and SIGINT (Ctrl-C) end the run after the steps under way, with its state saved; the
-    same command resumes it, bit for bit. Of several processes one signalled is enough.
+    same command resumes it, bit for bit. With several processes a signal to one is enough.
 
     Raises:
       InputError: text, tokenizer, mesh or run directory do not fit the configuration, in any
         process, or some process does not come; nothing in the run directory is changed then.
-      FailedError: a checkpoint could not be saved, too many steps in a row were out of order (see
+      FailedError: a checkpoint could not be saved, too many steps in a row were skipped (see
         GuardConfig), or a device's memory does not suffice.
     """
     rendezvous.initialize(config.processes)
-    with Phases(config.training.hang_after) as phases, naming_what_memory_needs():
+    with Phases(config.training.hang_after) as phases, explain_out_of_memory():
         return _train(config, phases)
 
 
 @contextlib.contextmanager
-def naming_what_memory_needs() -> Iterator[None]:
-    """Raises FailedError with what may help where a device runs out of memory."""
+def explain_out_of_memory() -> Iterator[None]:
+    """Raises FailedError with possible remedies where a device runs out of memory in the block."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -123,242 +92,155 @@ def _train(config: RunConfig, phases: Phases) -> Outcome:
     patience = config.processes.timeout
     # Everything is checked before anything is written.
     with processes.fail_together("the configuration is checked", patience):
-        checked = check(config)
-    processes.check_equal(shared_state(config, checked.data), patience)
+        setup = set_up(config)
+    processes.check_equal(shared_state(setup), patience)
     with processes.fail_together("the checkpoint to go on from is checked", patience):
-        resumed = choose_checkpoint(config)
+        checkpoint = choose_checkpoint(config)
     with processes.fail_together("the run directory is made", patience):
-        params = start_params(config, checked.abstract)
+        params = load_start_params(config, setup.program.abstract_state)
         if processes.is_first():
-            set_aside_damaged(config, resumed)
-            write_directory(config, checked.data.tokenizer, checked.data.fingerprint)
-    directory = Path(config.run_dir)
+            set_aside_damaged(config, checkpoint)
+            write_directory(config, setup.data.tokenizer, setup.data.fingerprint)
     with processes.fail_together("the run directory is seen", patience):
-        check_shared(directory)
-    describe(config, checked)
+        check_shared_directory(setup.directory)
+    print_setup(setup)
     with (
         StopRequest() as request,
-        StopTogether(lambda: request.requested, resumed or 0, patience) as stop,
-        Checkpoints(directory / CHECKPOINTS, config.checkpoint, patience) as saved,
+        CoordinatedStop(lambda: request.requested, checkpoint or 0, patience) as stop,
+        Checkpoints(setup.directory / CHECKPOINTS, config.checkpoint, patience) as checkpoints,
     ):
-        run = Run(config, directory, checked, saved)
-        batches = iter(checked.data.training)
-        start = start_or_resume(
-            config, checked.mesh, checked.abstract, saved, resumed, batches, params
-        )
-        del params  # the step takes their place
+        batches = iter(setup.data.training)
+        start = start_or_resume(setup.program, checkpoints, checkpoint, batches, params)
+        del params  # the first step donates them
         first = int(start.state.step)
         if first >= config.training.steps:
-            print(f"finished: {directory} is at step {first} of {config.training.steps}")
+            print(f"finished: {setup.directory} is at step {first} of {config.training.steps}")
             return Outcome(first, stopped=False)
-        with Journal(config, checked.mesh, checked.data.bytes_per_target, first, phases) as journal:
-            state = train_steps(run, start, batches, journal, stop)
+        bytes_per_target = setup.data.bytes_per_target
+        with Journal(config, setup.mesh, bytes_per_target, first, phases) as journal:
+            state = Trainer(setup, start, batches, checkpoints, journal, stop).run()
     step = int(state.step)
     if processes.is_first():
-        plot_losses(directory)
+        plot_losses(setup.directory)
     if step < config.training.steps:
         print(f"stopped at step {step}, saved; run the same command to go on")
         return Outcome(step, stopped=True)
-    print_sample(run, state.params)
-    speed = journal.speed.median()
+    print_sample(setup, state.params)
     print(
-        f"done: {config.training.steps - first} steps, median {speed:,.0f} tokens/s, "
-        f"peak memory {peak_memory() / 2**30:.2f} GiB; the run is in {directory}"
+        f"done: {config.training.steps - first} steps, median {journal.speed.median():,.0f} "
+        f"tokens/s, peak memory {peak_memory() / 2**30:.2f} GiB; the run is in {setup.directory}"
     )
     return Outcome(step, stopped=False)
 
 
-def check(config: RunConfig) -> Checked:
-    """Raises InputError where anything does not fit the configuration; changes nothing."""
-    changes = check_directory(config)
-    check_start(config)
-    mesh = make_mesh(config.mesh)
-    layout = training_layout(config, mesh)
-    abstract = abstract_state(config, mesh)
-    kernels = choose_kernels(config, mesh)
-    check_wandb(config.training.wandb_project)
-    data = load_data(config, layout.rows)
-    check_text(config, data.tokenizer, data.fingerprint)
-    check_sample_prompt(config, data.tokenizer)
-    evaluate = make_evaluate(config, mesh, data.token_bytes)
-    return Checked(changes, mesh, layout, abstract, kernels, data, evaluate)
+class Trainer:
+    """Takes a run's steps; evaluates, saves and rolls back on the way."""
 
+    def __init__(
+        self,
+        setup: RunSetup,
+        start: StartPoint,
+        batches: grain.DatasetIterator,
+        checkpoints: Checkpoints,
+        journal: Journal,
+        stop: CoordinatedStop,
+    ):
+        """
+        Args:
+          batches: of the training data, at the batch after the start point.
+        """
+        self._setup, self._training = setup, setup.config.training
+        self._batches, self._checkpoints = batches, checkpoints
+        self._journal, self._stop = journal, stop
+        self._state, self._guard = start
+        self._step = int(start.state.step)
+        # Steps computed: rollbacks do not lower it, so that processes can agree on a last one.
+        self._computed = self._step
+        self._rollbacks, self._save_is_due = 0, False
+        self._before: Metrics | None = None
+        """The metrics of the step before the newest."""
 
-def shared_state(config: RunConfig, data: Data) -> dict[str, str]:
-    """What must be the same in all processes, by name."""
-    own = {"processes": ProcessesConfig(), "data": config.data.model_copy(update=CACHES)}
-    return {
-        "configuration": config.model_copy(update=own).model_dump_json(),
-        "tokenizer": fingerprint([data.tokenizer.to_str()]),
-        "text": data.fingerprint,
-    }
+    def run(self) -> TrainState:
+        """Trains up to the last step, or until a stop is requested."""
+        training, stopping = self._training, False
+        self._journal.say("compiling the train step ...")
+        while self._step < training.steps and not stopping:
+            metrics = self._take_step()
+            if self._guard.should_roll_back():
+                self._roll_back(metrics)
+                continue
+            last = self._step == training.steps
+            if self._step % training.log_every == 0 or last:
+                self._journal.log_step(self._step, metrics, self._guard)
+            validation_loss = None
+            if self._step % training.evaluate_every == 0 or last:
+                validation_loss = self._evaluate(metrics, last)
+            # It is asked once a step: the step that is saved must be the one that it stops at.
+            stopping = self._stop.should_stop(self._computed)
+            self._save_if_due(metrics, validation_loss, last or stopping)
+            self._journal.phases.finish_step(self._step)
+        return self._state
 
-
-def check_shared(directory: Path) -> None:
-    """Raises InputError where the run directory is not the one that the first process has made."""
-    if not (directory / CONFIG).is_file():
-        raise InputError(
-            f"the run directory {directory} is not the one that process 0 has made; it must be on "
-            "a file system that all share"
-        )
-
-
-def choose_kernels(config: RunConfig, mesh: Mesh) -> str:
-    """What computes attention and experts on the mesh, and what would be faster there.
-
-    Raises:
-      InputError: its devices cannot run what the model names.
-    """
-    model = config.model
-    with use_mesh(mesh):
-        backend = choose_backend(model)
-        chosen = [f"attention: {backend}"]
-        if model.attention == "auto" and backend != fastest_backend():
-            chosen[0] += f" (not {fastest_backend()}: {model.cudnn_obstacle})"
-        if model.moe.experts:
-            form = choose_kernel(model.moe)
-            chosen.append(f"experts: {form}")
-            auto = model.moe.grouped_product == "auto"
-            if auto and form == "blocks" and traced_platform() == "gpu":
-                chosen[-1] += " (tokamax is made for GPUs: pip install 'plt_jax[tokamax]')"
-    return ", ".join(chosen)
-
-
-def train_steps(
-    run: Run, start: Start, batches: Iterator, journal: Journal, stop: StopTogether
-) -> TrainState:
-    """Steps up to the last one, or until a stop is requested; evaluates and saves on the way."""
-    training = run.config.training
-    train_step = make_train_step(run.config, run.checked.mesh)
-    state, guard = start
-    step, stopping, due, rollbacks, before = int(state.step), False, False, 0, None
-    turn = step  # counts on where steps go back, so that processes can agree on a last one
-    journal.say("compiling the train step ...")
-    while step < training.steps and not stopping:
+    def _take_step(self) -> Metrics:
+        journal, program = self._journal, self._setup.program
         with journal.phases.phase(DATA):
-            batch = run.checked.layout.place(next(batches))
+            batch = program.batch_layout.place(next(self._batches))
         with journal.phases.phase(STEPS if journal.speed.started else COMPILING):
-            with journal.profile.step(step + 1):
-                state, values = train_step(state, batch, guard.limits())
-            step, turn = step + 1, turn + 1
+            with journal.profile.step(self._step + 1):
+                limits = self._guard.limits()
+                self._state, metrics = program.step(self._state, batch, limits)
+            self._step, self._computed = self._step + 1, self._computed + 1
             # One step waits while another is computed: more would only delay a stop.
-            jax.block_until_ready(before if journal.speed.started else values)
-        before = values
+            jax.block_until_ready(self._before if journal.speed.started else metrics)
+        self._before = metrics
         if not journal.speed.started:
-            journal.speed.start(step)
-        journal.end_profile(step, values)
-        guard.observe(values)
-        if guard.lost():
-            rollbacks, due = rollbacks + 1, False
-            state = None  # where one fits, two may not
-            state, guard = go_back(run, step, values, guard, rollbacks)
-            journal.go_back(step, int(state.step))
-            step = int(state.step)
-            continue
-        last = step == training.steps
-        if step % training.log_every == 0 or last:
-            journal.log_step(step, values, guard)
-        validation_loss = None
-        if step % training.evaluate_every == 0 or last:
-            with journal.aside(EVALUATION, values):
-                limit = None if last else run.config.evaluation.sequences
-                evaluation = run.checked.evaluate(state.params, run.checked.data.validation, limit)
-            validation_loss = evaluation.score.loss
-            journal.log_evaluation(step, evaluation)
-        stopping = stop.after(turn)  # asked once: the step that is saved is the step it stops at
-        due |= step % training.checkpoint_every == 0
-        # The newest checkpoint is what is gone back to: not, if it can wait, one of a step that was
-        # out of order.
-        if due:
-            journal.settle(values)
-        if (due and not values["skipped"]) or last or stopping:
-            due = False
-            with journal.aside(SAVING, values):
+            journal.speed.start(self._step)
+        journal.end_profile(self._step, metrics)
+        self._guard.observe(metrics)
+        return metrics
+
+    def _roll_back(self, metrics: Metrics) -> None:
+        step, self._rollbacks, self._save_is_due = self._step, self._rollbacks + 1, False
+        del self._state  # a device may not hold two states
+        self._state, self._guard = roll_back(
+            self._setup, self._checkpoints, step, metrics, self._guard, self._rollbacks
+        )
+        self._step = int(self._state.step)
+        self._journal.roll_back(step, self._step)
+
+    def _evaluate(self, metrics: Metrics, last: bool) -> float:
+        """The validation loss, in nats per token."""
+        setup = self._setup
+        with self._journal.paused(EVALUATION, metrics):
+            limit = None if last else setup.config.evaluation.sequences
+            evaluation = setup.evaluate(self._state.params, setup.data.validation, limit)
+        self._journal.log_evaluation(self._step, evaluation)
+        return evaluation.score.loss
+
+    def _save_if_due(self, metrics: Metrics, validation_loss: float | None, at_end: bool) -> None:
+        """Saves a checkpoint at every `training.checkpoint_every`th step, and at the end.
+
+        If the step was skipped, the checkpoint waits for the next one that is not: rollbacks go to
+        the newest checkpoint.
+        """
+        self._save_is_due |= self._step % self._training.checkpoint_every == 0
+        if self._save_is_due:
+            self._journal.wait_for(metrics)
+        if (self._save_is_due and not metrics["skipped"]) or at_end:
+            self._save_is_due = False
+            with self._journal.paused(SAVING, metrics):
+                state = self._state
                 optimizer = {"step": state.step, "opt_state": state.opt_state}
-                data = batches.get_state() | {GUARD: guard.state()}
-                run.checkpoints.save(step, state.params, optimizer, data, validation_loss)
-        journal.phases.reached(step)
-    return state
+                data = self._batches.get_state() | {GUARD: self._guard.state()}
+                self._checkpoints.save(self._step, state.params, optimizer, data, validation_loss)
 
 
-def go_back(run: Run, step: int, values: dict[str, jax.Array], lost: Guard, times: int) -> Start:
-    """The newest checkpoint's state, where too many steps in a row were skipped.
-
-    The batches stay where they are, so that training goes on behind those that led there.
-
-    Args:
-      values: metrics of the newest step.
-      lost: the guard that says so.
-      times: how often it is done, this time included.
-
-    Raises:
-      FailedError: it was done too often already, or there is no checkpoint.
-    """
-    config, patience = run.config.guard, run.config.processes.timeout
-    seen = lost.last()._asdict()
-    problem = what_is_wrong(values | seen, run.config.model.moe.dense_layers)
-    run.checkpoints.wait()
-    processes.barrier("the last checkpoint is complete", patience)
-    # As the first process sees the folder: others may see it later.
-    steps = json.loads(
-        processes.broadcast(json.dumps(list_steps(run.directory / CHECKPOINTS)), patience)
-    )
-    if times > config.rollbacks or not steps:
-        done = "there is no checkpoint to go back to"
-        if steps:
-            done = f"it went back {times - 1} times (guard.rollbacks)"
-        raise FailedError(
-            f"{problem} at step {step - LAG}, the last of {config.patience} in a row that were "
-            f"skipped (guard.patience), and {done}; look at the data, raise guard.rollbacks, or "
-            f"train on in another run, with a lower learning rate and --start_from {run.directory}"
-        )
-    if run.config.checkpoint.verify:
-        with processes.fail_together("the checkpoint to go back to is checked", patience):
-            refuse_damaged(run.directory / CHECKPOINTS, steps[-1])
-    print(
-        f"going back from step {step} to {steps[-1]}, and on with the data behind: {problem}",
-        flush=True,
-    )
-    start, _ = restore(run.config, run.checked.abstract, run.checkpoints, steps[-1])
-    start.guard.forget_skipped()
-    return start
-
-
-def describe(config: RunConfig, checked: Checked) -> None:
-    """Prints what is about to be trained, on what."""
-    loop, mesh = config.model.loop, checked.mesh
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(checked.abstract.params))
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    print(f"run directory {config.run_dir}")
-    for change in checked.changes:
-        print(f"changed since its last start: {change}")
-    print(
-        f"model: {loop.scheme}, {loop.count} loops, {parameters:,} parameters, {config.model.dtype}"
-    )
-    for line in checked.data.about:
-        print(line)
-    several = "" if processes.is_single() else f" in {jax.process_count()} processes"
-    print(f"devices: {mesh.devices.size} {jax.devices()[0].platform}{several} ({axes})")
-    print(checked.kernels, flush=True)
-
-
-def check_sample_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Raises InputError for a sample prompt that leaves no room in the context."""
-    length = len(encode_prompt(tokenizer, config.training.sample_prompt))
-    if length >= config.model.max_length:
-        raise InputError(
-            f"training.sample_prompt has {length} tokens, but the context holds "
-            f"{config.model.max_length} (model.max_length), one of them new; shorten it"
-        )
-
-
-def print_sample(run: Run, params: Any) -> None:
+def print_sample(setup: RunSetup, params: Any) -> None:
     """Prints text that the model writes, drawn with the run's seed."""
-    prompt, seed = run.config.training.sample_prompt, jax.random.key(run.config.seed)
+    config = setup.config
+    prompt, seed = config.training.sample_prompt, jax.random.key(config.seed)
     sampling = Sampling(temperature=0.8, top_p=0.95)
-    tokenizer = run.checked.data.tokenizer
-    with use_mesh(run.checked.mesh):
-        pieces = stream_text(
-            run.config.model, params, tokenizer, prompt, SAMPLE_TOKENS, sampling, seed
-        )
+    tokenizer = setup.data.tokenizer
+    with use_mesh(setup.mesh):
+        pieces = stream_text(config.model, params, tokenizer, prompt, SAMPLE_TOKENS, sampling, seed)
         print(f"a sample:\n{prompt}{''.join(pieces)}\n")

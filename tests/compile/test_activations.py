@@ -7,6 +7,7 @@ import pytest
 from plt_jax.compile.activations import depends, kept_activations
 from plt_jax.config import MeshConfig, RunConfig
 from plt_jax.distributed.mesh import make_mesh
+from plt_jax.training.program import TrainProgram
 
 B, T, D, J, V, N, H = 8, 32, 16, 3, 64, 2, 8
 
@@ -15,7 +16,8 @@ def kept(remat: str, loops: int, **training):
     model = {"vocab_size": V, "max_length": T, "width": D, "layers": J, "heads": N, "kv_heads": N}
     model |= {"ffn_width": 24, "remat": remat, "loop": {"scheme": "plt", "count": loops}}
     config = RunConfig(model=model, training={"batch_size": B, **training})
-    return kept_activations(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    return kept_activations(TrainProgram.build(config, mesh))
 
 
 def test_each_loop_adds_its_layers_inputs_and_the_first_its_keys_and_values():

@@ -19,7 +19,7 @@ from plt_jax.model import expert_parallel
 from plt_jax.model.expert_parallel import routed_experts
 from plt_jax.model.moe import auxiliary_loss, local_experts
 from plt_jax.model.transformer import abstract_params
-from plt_jax.training.step import abstract_state
+from plt_jax.training.program import TrainProgram
 from tests.distributed import worker
 from tests.distributed.decode_worker import largest_gather
 from tests.models import random_params, random_tokens, small_config
@@ -68,7 +68,7 @@ def train_config(mesh: dict) -> RunConfig:
 @functools.cache
 def on_one_device():
     config = train_config({})
-    state = worker.init_state(config, worker.mesh_of(config))
+    state = TrainProgram.build(config, worker.mesh_of(config)).init_state()
     start = worker.named(jax.device_get(state.params))
     state, metrics = worker.take_steps(config)
     return start, worker.named(jax.device_get(state.params)), metrics
@@ -181,7 +181,7 @@ def refusals() -> dict[str, str]:
     def experts():
         moe = MOE | {"experts": 12, "dense_layers": 0}
         config = worker.make_config(MESHES["expert 8"], moe=moe)
-        abstract_state(config, make_mesh(config.mesh))
+        TrainProgram.build(config, make_mesh(config.mesh))
 
     def batch():
         config = small_config(moe=MOE)

@@ -11,7 +11,7 @@ import jax
 
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.runs.configuration import load_config
-from plt_jax.training.step import init_params
+from plt_jax.training.program import TrainProgram
 from tests.training.runs import REPOSITORY
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     mesh = {"data": 1, "fsdp": 8}
     config = load_config(REPOSITORY / "configs" / "plt_dense_1b.yaml", {"mesh": mesh})
     before = peak()
-    params = jax.block_until_ready(init_params(config, make_mesh(config.mesh)))
+    params = jax.block_until_ready(TrainProgram.build(config, make_mesh(config.mesh)).init_params())
     leaves = jax.tree.leaves(params)
     found = {"before": before, "peak": peak(), "parameters": sum(leaf.nbytes for leaf in leaves)}
     found["devices"] = len(leaves[0].sharding.device_set)

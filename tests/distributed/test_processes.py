@@ -125,11 +125,11 @@ def test_one_process_trains_and_two_go_on(home, alone, tmp_path):
     assert find_damage(last) == []
 
 
-def test_processes_go_back_together(home, tmp_path):
+def test_processes_roll_back_together(home, tmp_path):
     bad, guard = [11, 12, 13], {"patience": 2}
     ended = run_together(2, home, tmp_path / "two", MESH, bad=bad, guard=guard)
     assert [result["step"] for result in ended] == [STEPS, STEPS]
-    assert "going back from step 15 to 10" in ended[0]["out"]
+    assert "rolling back from step 15 to 10" in ended[0]["out"]
     config = tiny_config(home, tmp_path / "one", training=TRAINING, guard=guard)
     with bad_data(*bad):
         assert trainer.train(config).step == STEPS

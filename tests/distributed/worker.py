@@ -25,13 +25,8 @@ from plt_jax.distributed.mesh import batch_layout, make_mesh, shardings_of
 from plt_jax.errors import InputError
 from plt_jax.evaluation.report import evaluate_trained
 from plt_jax.model.transformer import abstract_params
-from plt_jax.training.step import (
-    TrainState,
-    abstract_state,
-    init_state,
-    make_train_step,
-    training_layout,
-)
+from plt_jax.training.program import TrainProgram
+from plt_jax.training.step import TrainState
 from plt_jax.training.trainer import train
 from tests.models import random_params, small_config
 from tests.training.runs import call_at, make_home, tiny_config
@@ -89,11 +84,11 @@ def mesh_of(config):
 def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float | list]]]:
     """Two steps from the start."""
     mesh = mesh_of(config)
-    step, state = make_train_step(config, mesh), init_state(config, mesh)
-    layout = training_layout(config, mesh)
+    program = TrainProgram.build(config, mesh)
+    state = program.init_state()
     metrics = []
     for batch in make_batches():
-        state, values = step(state, layout.place(batch))
+        state, values = program.step(state, program.batch_layout.place(batch))
         metrics.append({name: value.tolist() for name, value in jax.device_get(values).items()})
     return state, metrics
 
@@ -102,7 +97,7 @@ def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float | li
 def on_one_device():
     """Parameters at the start and after the steps, by name, and the metrics."""
     config = make_config(MESHES["one"])
-    start = named(jax.device_get(init_state(config, mesh_of(config)).params))
+    start = named(jax.device_get(TrainProgram.build(config, mesh_of(config)).init_state().params))
     state, metrics = take_steps(config)
     return start, named(jax.device_get(state.params)), metrics
 
@@ -147,11 +142,11 @@ def refusal(make) -> str:
 def refusals() -> dict[str, str]:
     def state(mesh, **sizes):
         config = make_config(mesh, **sizes)
-        return lambda: abstract_state(config, make_mesh(config.mesh))
+        return lambda: TrainProgram.build(config, make_mesh(config.mesh))
 
     def step(mesh, accumulate):
         config = make_config(mesh, accumulate)
-        return lambda: make_train_step(config, make_mesh(config.mesh))
+        return lambda: TrainProgram.build(config, make_mesh(config.mesh))
 
     tensor_4 = {"data": 2, "tensor": 4}
     return {

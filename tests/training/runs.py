@@ -28,7 +28,7 @@ from plt_jax.runs.metrics_file import read_metrics, without_times
 from plt_jax.runs.names import CHECKPOINTS
 from plt_jax.training import trainer
 from plt_jax.training.journal import Journal
-from plt_jax.training.step import abstract_state
+from plt_jax.training.program import TrainProgram
 from tests.conftest import CACHE
 
 REPOSITORY = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ class Saved(NamedTuple):
 
 def saved_state(config: RunConfig) -> Saved:
     """Reads the newest checkpoint of a run back."""
-    abstract = abstract_state(config, make_mesh(config.mesh))
+    abstract = TrainProgram.build(config, make_mesh(config.mesh)).abstract_state
     directory = Path(config.run_dir) / CHECKPOINTS
     with Checkpoints(directory, config.checkpoint) as saved:
         optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}

@@ -12,8 +12,8 @@ from plt_jax.runs.directory import open_trained
 from plt_jax.runs.metrics_file import read_metrics
 from plt_jax.runs.resume import check_directory
 from plt_jax.training import trainer
-from plt_jax.training.guard import what_is_wrong
-from plt_jax.training.step import init_state, make_train_step
+from plt_jax.training.guard import describe_skip
+from plt_jax.training.program import TrainProgram
 from tests.models import small_config
 from tests.training.runs import tiny_config
 from tests.training.test_step import make_batch
@@ -33,13 +33,13 @@ def make_config(accumulate=1, **moe) -> RunConfig:
 def take_steps(config: RunConfig, count: int = 1, change=lambda state: state):
     """The state after some steps on one batch from a changed start, and all steps' metrics."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    state, step = init_state(config, mesh), make_train_step(config, mesh)
-    state = change(state)
+    program = TrainProgram.build(config, mesh)
+    state = change(program.init_state())
     batch, metrics = make_batch(model=config.model), []
     # Every micro-batch weighs the same, as means over tokens and over targets then do.
     batch["weights"] = np.ones_like(batch["weights"])
     for _ in range(count):
-        state, values = step(state, batch)
+        state, values = program.step(state, batch)
         metrics.append(jax.device_get(values))
     return state, metrics
 
@@ -133,9 +133,9 @@ def test_a_run_with_experts_logs_and_opens_and_may_change_its_products(finished,
 def test_a_router_that_fails_is_named():
     broken = np.array([[1.0, 2.0], [3.0, np.nan]])
     values = {"loss": np.float32("nan"), "gradient_norm": np.float32(1.0)}
-    said = what_is_wrong(values | {"router_z_by_loop": broken}, first_layer=1)
+    said = describe_skip(values | {"router_z_by_loop": broken}, dense_layers=1)
     assert said == "the loss is nan (the first router to fail is that of layer 3 in loop 2)"
-    assert what_is_wrong(values) == "the loss is nan"
+    assert describe_skip(values) == "the loss is nan"
 
 
 def test_a_step_with_a_broken_router_says_which():

@@ -67,7 +67,7 @@ def test_it_is_lost_when_the_last_settled_steps_were_all_skipped(skipped):
     guard = Guard(WATCHFUL)
     observe(guard, *[(1.0, 1.0, float(one)) for one in skipped])
     settled = skipped[:-LAG]
-    assert guard.lost() == (len(settled) >= 4 and all(settled[-4:]))
+    assert guard.should_roll_back() == (len(settled) >= 4 and all(settled[-4:]))
 
 
 @given(before=st.integers(0, 70), after=st.integers(0, 40))
@@ -81,7 +81,7 @@ def test_it_goes_on_from_its_state_as_if_nothing_had_been(before, after):
     second = Guard(WATCHFUL, json.loads(json.dumps(first.state())))
     observe(second, *steps[before:])
     assert second.limits() == whole.limits()
-    assert second.lost() == whole.lost()
+    assert second.should_roll_back() == whole.should_roll_back()
     assert second.state() == whole.state()
 
 
@@ -97,16 +97,16 @@ def test_skipped_steps_are_counted_once():
 def test_going_back_counts_anew():
     guard = Guard(WATCHFUL)
     observe(guard, *sound_steps(30), *[(math.nan, 1.0, 1.0)] * 6)
-    assert guard.lost()
-    assert math.isnan(guard.last().loss)
+    assert guard.should_roll_back()
+    assert math.isnan(guard.decisive_step().loss)
     guard.forget_skipped()
-    assert not guard.lost()
+    assert not guard.should_roll_back()
     sound = [[float(np.float32(value)) for value in step] for step in sound_steps(30)]
     assert guard.state() == sound[-len(guard.state()) :] != []
     observe(guard, *[(math.nan, 1.0, 1.0)] * (3 + LAG))
-    assert not guard.lost()
+    assert not guard.should_roll_back()
     observe(guard, (math.nan, 1.0, 1.0))
-    assert guard.lost()
+    assert guard.should_roll_back()
 
 
 def test_a_patience_longer_than_the_window_is_refused():

@@ -70,7 +70,7 @@ def test_a_bad_batch_is_skipped_and_counted(finished, tmp_path, capsys, value):
     assert numbers(config)[:2] == undisturbed[:2]
     assert numbers(config)[3]["loss"] != undisturbed[3]["loss"]  # one update less came before
     assert finite_params(config)
-    assert "step 3: 1 of the steps since the last line changed nothing" in capsys.readouterr().out
+    assert "step 3: 1 of the steps since the last line were skipped" in capsys.readouterr().out
 
 
 def test_steps_between_lines_are_counted_too(finished, tmp_path):
@@ -87,12 +87,15 @@ def test_a_stretch_of_bad_data_is_gone_back_from_and_passed_over(finished, tmp_p
     out = capsys.readouterr().out
     step = 5 + NOTICED
     # The run would have ended at step 8, before it could go back, had it not been longer.
-    assert "going back" not in out
+    assert "rolling back" not in out
     config = tiny_config(finished.home, tmp_path / "longer", guard=PATIENT, training={"steps": 12})
     with bad_data(5, 6, 7, 8):
         assert trainer.train(config) == trainer.Outcome(12, stopped=False)
     out = capsys.readouterr().out
-    assert f"going back from step {step} to 4, and on with the data behind: the loss is nan" in out
+    assert (
+        f"rolling back from step {step} to 4, and going on with the data after it: the loss is nan"
+        in out
+    )
     rows = numbers(config)
     assert {"step": 4, "rolled_back_from": step} in rows
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 13))
@@ -122,7 +125,7 @@ def test_data_that_stays_bad_stops_the_run_with_its_checkpoints_intact(finished,
     config = tiny_config(finished.home, tmp_path / "run", **sections)
     message = (
         r"the loss is nan at step 6, the last of 2 in a row that were skipped \(guard.patience\), "
-        r"and it went back 1 times \(guard.rollbacks\); look at the data, raise guard.rollbacks"
+        r"and it was rolled back 1 times \(guard.rollbacks\); look at the data, raise guard.roll"
     )
     with bad_data(*range(5, 40)), pytest.raises(FailedError, match=message):
         trainer.train(config)
@@ -167,7 +170,7 @@ def test_a_stretch_anywhere_beside_a_checkpoint_is_gone_back_from_once(
     )
     with bad_data(*stretch):
         assert trainer.train(config) == trainer.Outcome(16, stopped=False)
-    assert 1 <= capsys.readouterr().out.count("going back from") <= 2
+    assert 1 <= capsys.readouterr().out.count("rolling back from") <= 2
 
 
 @pytest.mark.parametrize("at", [6, 7, 8])

@@ -54,7 +54,7 @@ class Drawn:
     def draw(self, step, scalars):
         self.scalars |= {(name, step): value for name, value in scalars.items()}
 
-    def go_back(self, step):
+    def rewind(self, step):
         self.ended.append(f"back to {step}")
 
     def close(self, failed):
@@ -83,7 +83,7 @@ def test_values_by_loop_and_layer_are_scalars_of_their_own(tmp_path):
 def test_trackers_go_back_and_learn_how_a_run_ends(tmp_path):
     drawn, other = Drawn(), Drawn()
     with MetricsWriter(tmp_path, 0, [drawn]) as metrics:
-        metrics.go_back(3)
+        metrics.rewind(3)
     assert drawn.ended == ["back to 3", "closed"]
     with pytest.raises(OSError, match="gone"), MetricsWriter(tmp_path, 0, [other]):
         raise OSError("gone")
@@ -108,7 +108,7 @@ def test_going_back_drops_what_came_after(tmp_path):
     with MetricsWriter(tmp_path, 0) as metrics:
         for step in range(1, 6):
             metrics.write(step, loss=1.0 * step)
-        metrics.go_back(3)
+        metrics.rewind(3)
         assert steps(tmp_path) == [1, 2, 3]
         metrics.write(4, loss=9.0)
         assert [row["loss"] for row in read_metrics(tmp_path)] == [1.0, 2.0, 3.0, 9.0]

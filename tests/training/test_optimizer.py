@@ -82,7 +82,8 @@ def test_with_zero_gradients_only_decaying_parameters_shrink():
     config = OptimizerConfig(
         learning_rate=0.5, schedule="constant", warmup_fraction=0.0, weight_decay=0.1
     )
-    optimizer, params = make_optimizer(config, model, 10), random_params(model)
+    optimizer = make_optimizer(config, model, make_schedule(config, 10))
+    params = random_params(model)
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = jax.jit(optimizer.update)(zeros, optimizer.init(params), params)
     changed = optax.apply_updates(params, updates)
@@ -96,7 +97,8 @@ def test_with_zero_gradients_only_decaying_parameters_shrink():
 def first_moment(config: OptimizerConfig, gradients):
     """Adam's running mean after one step from nothing, divided by 1 - beta1."""
     model = MODELS["clp"]
-    optimizer, params = make_optimizer(config, model, 10), random_params(model)
+    optimizer = make_optimizer(config, model, make_schedule(config, 10))
+    params = random_params(model)
     _, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     mean = optax.tree_utils.tree_get(state, "mu")
     return jax.tree.map(lambda leaf: np.asarray(leaf) / (1 - config.beta1), mean)
@@ -120,7 +122,8 @@ def test_adam_is_as_the_paper_has_it():
         **{"learning_rate": 0.1, "schedule": "constant", "warmup_fraction": 0.0},
         **{"beta1": 0.8, "beta2": 0.9, "epsilon": 1e-3, "weight_decay": 0.0, "clip_norm": None},
     )
-    optimizer, params = make_optimizer(config, model, 10), random_params(model)
+    optimizer = make_optimizer(config, model, make_schedule(config, 10))
+    params = random_params(model)
     gradients = [random_params(model, seed) for seed in (1, 2)]
     state = optimizer.init(params)
     for gradient in gradients:

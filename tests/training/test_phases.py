@@ -59,7 +59,7 @@ def test_a_phase_that_hangs_is_named_again_and_again(capfd):
         return said
 
     with Phases(0.05) as phases:
-        phases.reached(7)
+        phases.finish_step(7)
         with phases.phase(DATA):
             wait_for(lambda: len(read()) >= 2)
     for line in said:
@@ -72,14 +72,14 @@ def test_what_goes_on_is_not_said_to_hang(capfd, monkeypatch):
     with Phases(10.0) as phases:
         for step in range(20):
             clock.now += 9
-            phases.reached(step)
+            phases.finish_step(step)
             time.sleep(0.002)
     assert capfd.readouterr().err == ""
 
 
 def test_more_patience_than_threads_have_is_as_good_as_endless(capfd):
     with Phases(1e30) as phases:
-        phases.reached(1)
+        phases.finish_step(1)
         time.sleep(0.05)
     assert capfd.readouterr().err == ""
 

@@ -11,7 +11,7 @@ from plt_jax.config import RunConfig
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.training import step as module
 from plt_jax.training.guard import Limits
-from plt_jax.training.step import init_state, make_train_step
+from plt_jax.training.program import TrainProgram
 from tests import reference
 from tests.models import random_params, reference_settings, small_config
 from tests.training.runs import flat
@@ -154,11 +154,15 @@ def test_accumulation_gives_the_whole_batchs_gradient():
     close(accumulate_gradients(config, params, batch), whole)
 
 
+def build(config: RunConfig) -> TrainProgram:
+    return TrainProgram.build(config, make_mesh(config.mesh))
+
+
 def take_steps(config: RunConfig, batches):
-    mesh = make_mesh(config.mesh)
-    step, state, metrics = make_train_step(config, mesh), init_state(config, mesh), []
+    program, metrics = build(config), []
+    state = program.init_state()
     for batch in batches:
-        state, values = step(state, batch)
+        state, values = program.step(state, batch)
         metrics.append(flat(values))
     return state, metrics
 
@@ -195,7 +199,7 @@ def test_one_batch_can_be_learned_by_heart():
 
 def test_metrics_are_the_gradients_norm_and_the_rate_that_was_used():
     batch, config = make_batch(3), make_config(**LEARNING)
-    params = init_state(config, make_mesh(config.mesh)).params
+    params = build(config).init_params()
     _, gradients = accumulate_gradients(make_config(), params, batch)
     norm = np.sqrt(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(gradients)))
     _, metrics = take_steps(config, [batch] * 3)
@@ -209,8 +213,7 @@ def test_metrics_are_the_gradients_norm_and_the_rate_that_was_used():
 
 
 def test_the_seed_decides_the_start():
-    mesh = make_mesh(make_config().mesh)
-    one, same, other = (init_state(make_config(seed=seed), mesh) for seed in (1, 1, 2))
+    one, same, other = (build(make_config(seed=seed)).init_state() for seed in (1, 1, 2))
     close(one.params, same.params, rtol=0, atol=0)
     assert not np.array_equal(one.params["head"], other.params["head"])
     assert int(one.step) == 0
@@ -229,19 +232,18 @@ def test_the_seed_decides_the_start():
 )
 def test_a_step_out_of_order_changes_nothing_but_the_count(spoil, limits):
     config = make_config(**LEARNING)
-    mesh = make_mesh(config.mesh)
-    step, state = make_train_step(config, mesh), init_state(config, mesh)
-    state, values = step(state, make_batch(0))
+    program = build(config)
+    state, values = program.step(program.init_state(), make_batch(0))
     assert values["skipped"] == 0
     before = jax.tree.map(np.asarray, state)
     bad = make_batch(1)
-    state, values = step(
+    state, values = program.step(
         state, bad | {k: np.full_like(bad[k], v) for k, v in spoil.items()}, limits
     )
     assert values["skipped"] == 1
     assert int(state.step) == 2
     close((state.params, state.opt_state), (before.params, before.opt_state), rtol=0, atol=0)
-    state, values = step(state, bad)
+    state, values = program.step(state, bad)
     assert values["skipped"] == 0
     undisturbed, rates = take_steps(config, [make_batch(0), bad])
     close(state.params, undisturbed.params, rtol=0, atol=0)

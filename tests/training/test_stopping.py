@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from plt_jax.distributed import processes
 from plt_jax.errors import FailedError, MissingProcessError
 from plt_jax.training import stopping
-from plt_jax.training.stopping import StopTogether
+from plt_jax.training.stopping import CoordinatedStop
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +30,7 @@ def store(monkeypatch):
 
 
 class Devices:
-    """Of all processes: a step is computed once all have begun it."""
+    """The devices of all processes: a step is computed once all have begun it."""
 
     def __init__(self, count: int):
         self._begun, self._condition = [0] * count, threading.Condition()
@@ -45,7 +45,7 @@ class Devices:
             assert self._condition.wait_for(lambda: min(self._begun) >= step, timeout=30), step
 
 
-def train(stop: StopTogether, devices: Devices, index: int, steps: int, ahead: int, pause: float):
+def train(stop, devices: Devices, index: int, steps: int, ahead: int, pause: float):
     """A process that begins steps up to `ahead` before it waits for the devices."""
     with stop:
         for step in range(1, steps + 1):
@@ -53,7 +53,7 @@ def train(stop: StopTogether, devices: Devices, index: int, steps: int, ahead: i
             if step > ahead:
                 devices.wait(step - ahead)
             time.sleep(pause)
-            if stop.after(step):
+            if stop.should_stop(step):
                 return step
     return steps
 
@@ -68,7 +68,7 @@ def run_together(count, steps, ahead, told):
         def requested():
             return index in told and devices._begun[index] >= told[index]
 
-        stop = StopTogether(requested, 0, 30, index, count)
+        stop = CoordinatedStop(requested, 0, 30, index, count)
         stop._key = f"stop/{number}"
         ends[index] = train(stop, devices, index, steps, ahead[index], 0.0003 * (index + 1))
 
@@ -104,15 +104,15 @@ def test_without_a_notice_all_come_to_the_end():
 
 def test_one_process_alone_decides_by_itself(store):
     asked = iter([False, True])
-    with StopTogether(lambda: next(asked), 0, 1) as stop:
-        assert [stop.after(step) for step in (1, 2)] == [False, True]
+    with CoordinatedStop(lambda: next(asked), 0, 1) as stop:
+        assert [stop.should_stop(step) for step in (1, 2)] == [False, True]
     assert store == {}
 
 
 def test_a_process_that_does_not_answer_is_named():
     def wait_for_the_end():
-        with StopTogether(lambda: True, 0, patience=0, index=0, count=2) as stop:
-            while not stop.after(1):
+        with CoordinatedStop(lambda: True, 0, patience=0, index=0, count=2) as stop:
+            while not stop.should_stop(1):
                 time.sleep(0.001)
 
     with pytest.raises(MissingProcessError, match="process 1 of 2 does not say where it stops"):
@@ -120,14 +120,14 @@ def test_a_process_that_does_not_answer_is_named():
 
 
 def test_a_process_that_ends_answers_those_that_still_run(store):
-    with StopTogether(lambda: False, 7, 30, index=1, count=2) as ended:
-        assert not ended.after(8)
-    with StopTogether(lambda: True, 7, 30, index=0, count=2) as stop:
+    with CoordinatedStop(lambda: False, 7, 30, index=1, count=2) as ended:
+        assert not ended.should_stop(8)
+    with CoordinatedStop(lambda: True, 7, 30, index=0, count=2) as stop:
         stop._key = ended._key
         while not any(name.endswith("step/0") for name in store):
             time.sleep(0.001)
-        assert not stop.after(8)  # the other is at 8, and neither can be told before 9
-        assert stop.after(9)
+        assert not stop.should_stop(8)  # the other is at 8, and neither can be told before 9
+        assert stop.should_stop(9)
 
 
 @pytest.mark.parametrize("told", [False, True])
@@ -141,7 +141,7 @@ def test_where_one_fails_the_others_end_with_its_message(store, monkeypatch, cap
         raise MissingProcessError("this process would be gone")
 
     monkeypatch.setattr(stopping.os, "_exit", end)
-    failing = StopTogether(lambda: told, 0, 30, index=1, count=2)
+    failing = CoordinatedStop(lambda: told, 0, 30, index=1, count=2)
 
     def fail():
         with failing:
@@ -149,7 +149,7 @@ def test_where_one_fails_the_others_end_with_its_message(store, monkeypatch, cap
                 time.sleep(0.001)
             raise FailedError("cannot save\nthe checkpoint")
 
-    other = StopTogether(lambda: False, 0, 30, index=0, count=2)
+    other = CoordinatedStop(lambda: False, 0, 30, index=0, count=2)
     other._key = failing._key
     with other:
         with pytest.raises(FailedError):

@@ -13,14 +13,13 @@ import pytest
 
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.config import RunConfig
-from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import FailedError, InputError
-from plt_jax.model import attention
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.runs.configuration import load_config
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, METRICS
 from plt_jax.training import trainer
 from plt_jax.training.journal import arithmetic
+from plt_jax.training.program import TrainProgram
 from tests.training.runs import STEPS, json_rows, saved_state, tiny_config
 
 
@@ -93,20 +92,6 @@ def test_the_events_hold_the_same_numbers(finished):
     assert not found
 
 
-def test_what_would_be_faster_on_a_gpu_is_said(monkeypatch):
-    monkeypatch.setattr(trainer, "traced_platform", lambda: "gpu")
-    monkeypatch.setattr(attention, "available_backend", lambda: "cudnn")
-    config = RunConfig(model={"moe": {"experts": 4, "expert_width": 8}})
-    assert trainer.choose_kernels(config, make_mesh(config.mesh)) == (
-        "attention: xla (not cudnn: dtype is float32; set dtype to bfloat16), experts: blocks "
-        "(tokamax is made for GPUs: pip install 'plt_jax[tokamax]')"
-    )
-    fast = {"dtype": "bfloat16", "moe": {"experts": 4, "grouped_product": "ragged_dot"}}
-    config = RunConfig(model=fast)
-    chosen = trainer.choose_kernels(config, make_mesh(config.mesh))
-    assert chosen == "attention: cudnn, experts: ragged_dot"
-
-
 def test_what_is_printed(finished, tmp_path, capsys):
     config = tiny_config(finished.home, tmp_path / "run", training={"sample_prompt": "the peace"})
     trainer.train(config)
@@ -174,24 +159,19 @@ def test_nothing_is_written_for_a_run_that_cannot_start(finished, tmp_path, sect
 
 def test_at_most_one_step_waits_while_another_is_computed(finished, tmp_path, monkeypatch):
     """Else a stop would wait for all that have been begun since the last logged step."""
-    make, wait, begun, waited = trainer.make_train_step, jax.block_until_ready, [], []
+    step, wait, begun, waited = TrainProgram.step, jax.block_until_ready, [], []
 
-    def recording_maker(config, mesh):
-        step = make(config, mesh)
-
-        def recorded(*arguments):
-            state, values = step(*arguments)
-            begun.append(values)
-            assert len(set(waited)) >= len(begun) - 2
-            return state, values
-
-        return recorded
+    def recorded(*arguments):
+        state, values = step(*arguments)
+        begun.append(values)
+        assert len(set(waited)) >= len(begun) - 2
+        return state, values
 
     def recording_wait(values):
         waited.extend(index for index, other in enumerate(begun) if other is values)
         return wait(values)
 
-    monkeypatch.setattr(trainer, "make_train_step", recording_maker)
+    monkeypatch.setattr(TrainProgram, "step", recorded)
     monkeypatch.setattr(jax, "block_until_ready", recording_wait)
     training = {"log_every": STEPS, "evaluate_every": STEPS, "checkpoint_every": STEPS}
     trainer.train(tiny_config(finished.home, tmp_path / "run", training=training))
@@ -224,27 +204,21 @@ def test_waiting_for_a_step_is_time_of_steps(finished, tmp_path, monkeypatch):
         turned = jax.lax.fori_loop(0, 200, lambda _, x: jnp.tanh(x @ x), square)
         return value + 0.0 * jnp.sum(turned)
 
-    make = trainer.make_train_step
-    taken = []
+    step = TrainProgram.step
 
-    def make_slow(*arguments):
-        step = make(*arguments)
+    def slow(*arguments):
+        state, values = step(*arguments)
+        return state, values | {"loss": late(values["loss"])}
 
-        def slow(*inputs):
-            state, values = step(*inputs)
-            return state, values | {"loss": late(values["loss"])}
-
-        jax.block_until_ready(late(1.0))
-        began = time.perf_counter()
-        jax.block_until_ready(late(1.0))
-        taken.append(time.perf_counter() - began)
-        return slow
-
-    monkeypatch.setattr(trainer, "make_train_step", make_slow)
+    jax.block_until_ready(late(1.0))
+    began = time.perf_counter()
+    jax.block_until_ready(late(1.0))
+    taken = time.perf_counter() - began
+    monkeypatch.setattr(TrainProgram, "step", slow)
     trainer.train(tiny_config(finished.home, tmp_path / "run"))
     *_, row = [row for row in json_rows(tmp_path / "run" / METRICS) if "loss" in row]
     # All steps but the first, which is compiling; half, since the machine may have sped up.
-    assert row["seconds/steps"] > (STEPS - 1) * taken[0] / 2
+    assert row["seconds/steps"] > (STEPS - 1) * taken / 2
 
 
 class Devices(NamedTuple):
@@ -289,7 +263,7 @@ def test_a_device_without_the_memory_is_named(finished, tmp_path, monkeypatch, s
     def fail(*_):
         raise jax.errors.JaxRuntimeError(said)
 
-    monkeypatch.setattr(trainer, "make_train_step", lambda *_: fail)
+    monkeypatch.setattr(TrainProgram, "step", fail)
     with pytest.raises(FailedError) as failure:
         trainer.train(tiny_config(finished.home, tmp_path / "run"))
     assert str(failure.value).startswith(named)
@@ -299,6 +273,6 @@ def test_other_failures_of_devices_are_shown_as_they_are(finished, tmp_path, mon
     def fail(*_):
         raise jax.errors.JaxRuntimeError("INTERNAL: a kernel is broken")
 
-    monkeypatch.setattr(trainer, "make_train_step", lambda *_: fail)
+    monkeypatch.setattr(TrainProgram, "step", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel is broken"):
         trainer.train(tiny_config(finished.home, tmp_path / "run"))
