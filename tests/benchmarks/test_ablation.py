@@ -78,6 +78,7 @@ def test_it_trains_once_and_goes_on(home, capsys, monkeypatch):
     assert main([path, "--seeds", "2"]) == 3  # of the third row
 
 
+@pytest.mark.slow(reason="times the decoding of every row")
 def test_every_rows_decoding_is_timed(home):
     model = Variant("plt", 2).apply(parse([write(home, "runs")])[1].model)
     timed = ablation.time_decoding(model, ROWS, 2, DecodeSettings(tokens=2, rounds=1))["rows"]
@@ -105,6 +106,7 @@ def test_a_run_that_a_neighbour_is_making_is_passed_over(home):
     assert list(ablation.rows(config)) == []
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_synthetic_tasks_are_scored_by_their_answers(home):
     task = {"task": "addition", "difficulties": [1, 2], "test_difficulties": [1, 2, 3]}
     sections = {"data": {"synthetic": task}, "training": {"steps": 2}}

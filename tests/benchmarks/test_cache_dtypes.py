@@ -18,6 +18,8 @@ from plt_jax.runs.directory import open_trained
 from tests.models import forward, random_params, random_tokens, small_config
 from tests.training.runs import finished_run
 
+pytestmark = pytest.mark.slow(reason="compiles several programs")
+
 
 def test_comparison_with_known_answers():
     """Two tokens, two steps: one prediction the same, one another."""

@@ -231,6 +231,7 @@ def test_the_peer_has_the_models_shape_and_answers_each_question(stand_in):
     assert peer.process.returncode == 0
 
 
+@pytest.mark.slow(reason="times the decoding of several models")
 def test_peers_stand_in_the_table(config, stand_in, monkeypatch, capsys, tmp_path):
     words = ["--schemes", "no_loop", "--context", "8", "--rounds", "2", "--tokens", "4"]
     call(monkeypatch, config, *words, "--torch", stand_in, "--out", tmp_path / "out")

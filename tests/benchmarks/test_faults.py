@@ -64,6 +64,7 @@ def test_a_fault_that_goes_wrong_is_reported_and_the_campaign_goes_on():
     assert lines[-1] == ["all", "2", "1"]
 
 
+@pytest.mark.slow(reason="starts processes")
 def test_a_killed_preparation_is_gone_on_with(tmp_path):
     sandbox = Sandbox(tmp_path / "home")
     trial = Trial(sandbox, RunResult([], ""), "one", random.Random(0))

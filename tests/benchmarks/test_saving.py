@@ -16,6 +16,7 @@ def config(tmp_path):
     return str(write_config(tmp_path / "tiny.yaml", tiny_values(tmp_path)))
 
 
+@pytest.mark.slow(reason="writes and reads whole checkpoints")
 def test_what_writes_and_reads_stands_beside_the_disk(config, tmp_path, capsys):
     out, folder = tmp_path / "saving.json", tmp_path / "disk"
     folder.mkdir()

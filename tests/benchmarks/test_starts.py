@@ -39,6 +39,7 @@ def test_no_benchmark_is_left_out():
     assert found == set(COMMANDS)
 
 
+@pytest.mark.slow(reason="starts every benchmark")
 @pytest.mark.filterwarnings("ignore:.* found in sys.modules")  # each has run as a module before
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_names_the_command(name, monkeypatch, capsys):

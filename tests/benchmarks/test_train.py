@@ -14,6 +14,7 @@ def config(tmp_path):
     return str(write_config(tmp_path / "tiny.yaml", tiny_values(tmp_path)))
 
 
+@pytest.mark.slow(reason="compiles every scheme")
 def test_every_scheme_is_measured_with_its_ratios(config, tmp_path, capsys):
     out = tmp_path / "train.json"
     train.main([config, "--rounds", "2", "--steps", "1", "--out", str(out)])

@@ -153,6 +153,7 @@ def test_what_cannot_be_generated(finished, words, parts):
     assert snapshot(finished.directory) == before
 
 
+@pytest.mark.slow(reason="starts processes")
 def test_a_damaged_checkpoint_is_one_line_for_the_user_too(run):
     # In a process of its own, since libraries may print when it ends.
     text = (run / "config.yaml").read_text()

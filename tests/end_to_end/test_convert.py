@@ -47,6 +47,7 @@ def assert_close(one, other):
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("name", [*CASES, *DENSE])
 def test_a_published_checkpoint_comes_in_and_leaves_unchanged(tmp_path, name):
     source = (TRANSFORMERS if name in DENSE else GOLDEN) / name
@@ -66,6 +67,7 @@ def test_a_published_checkpoint_comes_in_and_leaves_unchanged(tmp_path, name):
         assert after[key] == before[key]
 
 
+@pytest.mark.slow(reason="evaluates and decodes the run in several forms")
 def test_a_trained_run_leaves_and_comes_back(finished, tmp_path):
     """With its tokenizer: evaluation and generation are the same."""
     convert("export", finished.directory, tmp_path / "out")
@@ -96,6 +98,7 @@ def test_a_trained_run_leaves_and_comes_back(finished, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_half_precision_by_choice(finished, tmp_path):
     convert("export", finished.directory, tmp_path / "out", "--dtype", "bfloat16")
     convert("import", tmp_path / "out", tmp_path / "half")
@@ -157,6 +160,7 @@ def dense(tmp_path_factory, tmp_path):
     return config
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_retrofit_starts_where_its_source_stands_and_trains_on(finished, dense, tmp_path):
     source, looped, run = tmp_path / "dense", tmp_path / "looped", tmp_path / "run"
     words = ["--loops", "3", "--window", "4", "--hidden_scale", "0", "--gate_bias", "20"]
@@ -192,6 +196,7 @@ def test_a_retrofit_starts_where_its_source_stands_and_trains_on(finished, dense
     assert moved["layers"]["q"] and moved["embedding"]
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_retrofit_that_cannot_learn_to_loop_says_so(dense, tmp_path):
     still = ["--hidden_scale", "0", "--window", "4", "--compare_tokens", "0"]
     out = convert("retrofit", tmp_path / "dense", tmp_path / "still", *still)
@@ -206,6 +211,7 @@ def test_a_retrofit_that_cannot_learn_to_loop_says_so(dense, tmp_path):
     convert("export", tmp_path / "iquest", tmp_path / "out")
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_loops_are_not_given_to_a_model_in_passing(dense, tmp_path):
     words = ["--start_from", tmp_path / "dense", "--model.loop.scheme", "clp_kv_share"]
     path = write_config(tmp_path / "looped.yaml", {"run_dir": str(tmp_path / "run")})
@@ -214,6 +220,7 @@ def test_loops_are_not_given_to_a_model_in_passing(dense, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_a_run_that_started_elsewhere_opens_when_that_is_gone(finished, dense, tmp_path):
     config = tiny_config(
         finished.home, tmp_path / "run", start_from=str(tmp_path / "dense"), training={"steps": 1}
@@ -227,6 +234,7 @@ def test_a_run_that_started_elsewhere_opens_when_that_is_gone(finished, dense, t
     assert len(numbers(trained.config)) == 2
 
 
+@pytest.mark.slow(reason="trains several runs")
 def test_the_files_beside_the_weights_come_along(finished, dense, tmp_path):
     """Into the run directory, through continued training, and out again, byte for byte."""
     source = tmp_path / "source"

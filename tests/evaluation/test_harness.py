@@ -114,6 +114,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow(reason="a process of its own simulates eight devices")
 def test_on_eight_devices(run):
     done = subprocess.run(
         [sys.executable, "-c", DEVICES, str(run.directory)],
@@ -228,6 +229,7 @@ def test_a_models_arguments_come_before_the_harnesss(run):
     assert HarnessModel.create_from_arg_obj(alone, {"batch_size": "2"}).batch_size == 2
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_more_loops_than_it_was_trained_with(run):
     model = HarnessModel(str(run.directory), loops="3")
     config, params = with_loops(run.config.model, run.params, 3)
@@ -240,6 +242,7 @@ def test_more_loops_than_it_was_trained_with(run):
     assert text == generated(more, "the state of", 8)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_at_most_half_the_context_is_made(run, model):
     context = PAIRS[3][0]
     (found,) = model.generate_until(
@@ -278,6 +281,7 @@ def tasks(tmp_path):
     return write_task(tmp_path / "tasks", "choices", CHOICES, ROWS)
 
 
+@pytest.mark.slow(reason="runs the whole harness")
 def test_a_local_task_as_its_user_runs_it(run, copy, tasks, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = command("eval.py", copy, "--tasks", "choices", "--include_path", tasks)
@@ -296,6 +300,7 @@ def test_a_local_task_as_its_user_runs_it(run, copy, tasks, monkeypatch):
     assert "|choices|" in result.out and result.out.endswith(f"{copy / 'tasks.json'}\n")
 
 
+@pytest.mark.slow(reason="runs the whole harness")
 def test_the_harness_itself_knows_the_model(copy, tasks, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = ["run", "--model", "plt_jax", "--model_args", f"path={copy}", "--tasks", "choices"]
@@ -338,6 +343,7 @@ def test_a_task_that_runs_code_by_what_it_includes_is_refused(tmp_path, monkeypa
     assert task.task_name == "hidden"
 
 
+@pytest.mark.slow(reason="runs the whole harness")
 def test_a_task_whose_data_is_not_there_is_one_line(copy, tasks, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tasks / "rows.jsonl").unlink()

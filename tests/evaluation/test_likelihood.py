@@ -44,6 +44,7 @@ def draw_sequences(seed, count, config=CONFIG):
     return sequences
 
 
+@pytest.mark.slow(reason="compiles a program for every example")
 @settings(max_examples=3)
 @given(st.integers(0, 10_000), st.sampled_from([1, 3, 4]))
 def test_batches_and_padding_change_nothing(seed, batch_size):
@@ -73,6 +74,7 @@ def test_what_greedy_decoding_gives_is_greedy():
     assert [one.greedy for one in found] == [True, False]
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_positions_that_take_turns_give_the_same(monkeypatch):
     sequences = draw_sequences(2, 4)
     params = random_params(CONFIG)
@@ -103,6 +105,7 @@ print(max(abs(a.log_probability - b.log_probability) for a, b in zip(one, all_of
 """
 
 
+@pytest.mark.slow(reason="a process of its own simulates eight devices")
 def test_the_number_of_devices_changes_nothing():
     variables = environment(**simulated(8))
     done = subprocess.run(
@@ -112,6 +115,7 @@ def test_the_number_of_devices_changes_nothing():
     assert float(done.stdout) < 1e-4
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_few_lengths_are_compiled():
     lengths = {padded_length(length, 10_000) for length in range(1, 1025)}
     assert len(lengths) <= 1 + 4 * 5

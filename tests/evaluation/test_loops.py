@@ -48,6 +48,7 @@ def model_states(config, params, tokens):
     )
 
 
+@pytest.mark.slow(reason="compiles every scheme")
 @pytest.mark.parametrize(("scheme", "count"), SCHEMES)
 def test_the_states_and_gates_are_the_models(scheme, count):
     config = small_config(scheme, count)
@@ -150,6 +151,7 @@ def divergence(p, q):
     return np.where(p > 0, p * np.log(np.where(p > 0, p, 1) / np.where(q > 0, q, 1)), 0).sum(-1)
 
 
+@pytest.mark.slow(reason="compiles every scheme")
 @pytest.mark.parametrize("scheme", ["plt", "vanilla_loop", "clp_kv_share"])
 def test_every_measure_by_its_definition_on_the_judges_states_and_maps(monkeypatch, scheme):
     config = small_config(scheme, 3)

@@ -52,6 +52,7 @@ def shorter(config, count):
     return config.model_copy(update={"loop": loop})
 
 
+@pytest.mark.slow(reason="compiles models of every number of loops")
 @pytest.mark.parametrize(
     ("scheme", "count", "settings"),
     [

@@ -59,6 +59,7 @@ def test_the_numbers_are_printed_as_json_and_as_a_table(copy):
     assert last == f"written to {copy / 'eval.json'}"
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_the_batch_size_changes_nothing(copy):
     whole = evaluate_trained(str(copy)).numbers
     other = evaluate_trained(str(copy), batch_size=3).numbers
@@ -144,6 +145,7 @@ def test_help(capsys):
         assert word in result.out
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_other_numbers_of_loops_stand_in_the_table(copy):
     result = command("eval.py", copy, "--at_loops", "1,2,3")
     assert result.code == 0 and result.err == ""

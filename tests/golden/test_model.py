@@ -17,19 +17,22 @@ from plt_jax import decode_step, init_cache, prefill, prepare_for_decode
 from tests.golden.huggingface import GOLDEN, read_case
 from tests.golden.test_reference import CASES, TOLERANCE, largest_difference
 from tests.models import compiled, forward, forward_with_states
+from tests.tiers import slow_but
 
 TRANSFORMERS = Path(__file__).parent / "transformers"
 DENSE = sorted(path.parent.name for path in TRANSFORMERS.glob("*/config.json"))
 PREFILLED = 10
+QUICK = ["pltcoder_l2_hs_norm", "moeplt_l2_q_norm"]
+OTHERS = "compiles another model"
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=slow_but(QUICK, CASES, OTHERS))
 def case(request):
     """(folder, configuration, parameters, expected arrays) of each golden case."""
     return read(GOLDEN / request.param)
 
 
-@pytest.fixture(scope="module", params=DENSE)
+@pytest.fixture(scope="module", params=slow_but(["llama"], DENSE, OTHERS))
 def dense(request):
     """(folder, configuration, parameters, expected arrays) of each case of transformers."""
     return read(TRANSFORMERS / request.param)
