@@ -139,6 +139,16 @@ def test_named_files_and_modules_exist(page):
             assert_importable(name)
 
 
+@pytest.mark.parametrize("name", ["contributing.md", "design.md"])
+def test_named_functions_exist(name):
+    modules = [*REPOSITORY.glob("plt_jax/**/*.py"), *REPOSITORY.glob("tests/**/*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in modules)
+    words = set(re.findall(r"\w+", source)) | {path.name for path in modules}
+    for named in ticked(REPOSITORY / "docs" / name):
+        if re.fullmatch(r"_?[A-Za-z]\w{3,}|[a-z_]+\.py", named):
+            assert named in words, f"{name}: nothing is called {named}"
+
+
 def assert_importable(name: str) -> None:
     """A dotted name is a module, or an attribute of one."""
     above, _, last = name.rpartition(".")
