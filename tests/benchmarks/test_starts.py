@@ -13,6 +13,7 @@ import plt_jax.benchmarks
 from tests.training.runs import REPOSITORY
 
 COMMANDS = (
+    "benchmarks.against_commit",
     "benchmarks.cache_dtypes",
     "benchmarks.data",
     "benchmarks.faults",
