@@ -6,8 +6,8 @@ from plt_jax.commands.parser import CommandParser
 def main() -> None:
     parser = CommandParser(
         prog="python -m plt_jax.training.report",
-        description="Draw one HTML page on a training run: how it went, where it stands, and "
-        "whether it is healthy. It may still be training.",
+        description="Write one HTML page on a training run: its progress, its speed, and signs of "
+        "problems. The run may still be training.",
     )
     parser.add_argument("path", metavar="RUN", help="a run directory")
     parser.add_argument("--out", metavar="FILE", help="default RUN/report.html")

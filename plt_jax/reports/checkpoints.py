@@ -1,4 +1,4 @@
-"""What is told of a run's checkpoints: a table of them, and whether their files are sound."""
+"""Reports on a run's checkpoints: a table of them, and the result of verifying their files."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from plt_jax.reports.tables import aligned
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
 
 
-class Report(NamedTuple):
-    """What was found in one checkpoint."""
+class Verification(NamedTuple):
+    """The result of verifying one checkpoint."""
 
     path: Path
     manifest: CheckpointManifest | None
-    """None if it has none, or a damaged one."""
+    """None if the checkpoint has no manifest, or a damaged one."""
     damage: list[str]
-    """One text for each problem."""
+    """A description of each problem."""
     seconds: float
+    """How long the verification took."""
 
     def lines(self) -> list[str]:
-        """The finding: a line for each problem, or one that says that there is none."""
+        """A line for each problem, or one line if there is none."""
         if self.damage:
             return [f"{self.path}: {problem}" for problem in self.damage]
         if self.manifest is None:
@@ -46,11 +47,11 @@ class Report(NamedTuple):
         ]
 
 
-def verify_checkpoints(path: str | Path) -> Iterator[Report]:
-    """Checks the checkpoint that a path names, or all of the run that it leads to, oldest first.
+def verify_checkpoints(path: str | Path) -> Iterator[Verification]:
+    """Verifies the checkpoint at a path, or all checkpoints of the run there, oldest first.
 
     Raises:
-      InputError: it leads to none.
+      InputError: there is no checkpoint at the path.
     """
     directory, steps = find_steps(path)
     for step in steps:
@@ -58,16 +59,16 @@ def verify_checkpoints(path: str | Path) -> Iterator[Report]:
         began = time.perf_counter()
         damage = find_damage(checkpoint)
         if not checkpoint.exists():
-            continue  # the run that saves them has removed it meanwhile
+            continue  # the run has removed it in the meantime
         manifest = None if damage else read_manifest(checkpoint)
-        yield Report(checkpoint, manifest, damage, time.perf_counter() - began)
+        yield Verification(checkpoint, manifest, damage, time.perf_counter() - began)
 
 
 def list_checkpoints(path: str | Path) -> str:
-    """A table of a run's checkpoints, or the one that a path names.
+    """A table of the checkpoint at a path, or of all checkpoints of the run there.
 
     Raises:
-      InputError: it leads to none.
+      InputError: there is no checkpoint at the path.
     """
     directory, steps = find_steps(path)
     folder = directory / CHECKPOINTS
@@ -77,13 +78,13 @@ def list_checkpoints(path: str | Path) -> str:
 
 
 def tabulate(directory: Path, steps: Sequence[int]) -> list[list[str]]:
-    """The cells of a table of checkpoints in a run directory, line by line below their titles."""
+    """Cells of a table of a run's checkpoints, row by row, with the titles first."""
     folder = directory / CHECKPOINTS
     every = {step: validation_loss(folder / str(step)) for step in list_steps(folder)}
     reasons = reasons_to_keep(every, load_resolved(directory / CONFIG).checkpoint)
     rows = [["step", "size", "saved", "validation loss", "kept as", "files"]]
     for step in steps:
-        with contextlib.suppress(FileNotFoundError):  # of one that its run removes meanwhile
+        with contextlib.suppress(FileNotFoundError):  # the run may remove it in the meantime
             saved = time.localtime(saved_at(folder / str(step)))
             rows.append(
                 [
@@ -99,10 +100,10 @@ def tabulate(directory: Path, steps: Sequence[int]) -> list[list[str]]:
 
 
 def find_steps(path: str | Path) -> tuple[Path, list[int]]:
-    """The run directory that a path leads to, and the step that it names or all there are.
+    """The run directory of a path, and the step of the checkpoint there, or all steps of the run.
 
     Raises:
-      InputError: there are none, or that one is not complete.
+      InputError: the run has no checkpoint, or that checkpoint is not complete.
     """
     directory, step = locate(path)
     steps = list_steps(directory / CHECKPOINTS)
@@ -112,7 +113,7 @@ def find_steps(path: str | Path) -> tuple[Path, list[int]]:
 
 
 def describe_files(checkpoint: Path) -> str:
-    """The state of a checkpoint's files as far as it shows without reading them."""
+    """The state of a checkpoint's files, found without reading them."""
     damage = find_damage(checkpoint, contents=False)
     if damage:
         return f"damaged: {damage[0]}" + (f" ({len(damage) - 1} more)" if damage[1:] else "")
@@ -120,7 +121,7 @@ def describe_files(checkpoint: Path) -> str:
 
 
 def saved_at(checkpoint: Path) -> float:
-    """When a checkpoint was saved, in seconds since 1970."""
+    """The Unix time at which a checkpoint was saved."""
     try:
         manifest = read_manifest(checkpoint)
     except DamagedError:
@@ -129,14 +130,15 @@ def saved_at(checkpoint: Path) -> float:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+    """Size of all files in a folder and its subfolders, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def describe_size(size: int) -> str:
-    """Bytes in the unit that suits them."""
+    """A number of bytes in B, kB, MB or GB."""
+    scaled = float(size)
     for unit in ("B", "kB", "MB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.1f} GB"
+        if scaled < 999.5:
+            return f"{scaled:.3g} {unit}"
+        scaled /= 1000
+    return f"{scaled:,.1f} GB"

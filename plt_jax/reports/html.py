@@ -1,4 +1,4 @@
-"""Pages of figures: one HTML file with its figures inside, for any browser and for paper."""
+"""HTML pages with figures: each page is one file, for any browser and for paper."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import html
 import io
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
 
-# Told apart also by those who see no red or no green (Okabe and Ito).
+# Colours of Okabe and Ito, which readers with colour blindness can distinguish.
 BLUE, ORANGE, GREEN, PINK, SKY, GREY = (
     *["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#6B6B6B"],
 )
 LINES = [(color, dash) for dash in ("-", "--", ":") for color in (BLUE, ORANGE, GREEN, PINK, SKY)]
-"""Colours and dashes of lines that are told apart, such as those of loops."""
-FIGURES = {
+"""Pairs of colour and dash for lines in one panel, such as one line per loop."""
+FIGURE_STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 9.0,
     "axes.spines.top": False,
@@ -28,16 +28,16 @@ FIGURES = {
     "grid.linewidth": 0.6,
     "lines.linewidth": 1.3,
     "legend.frameon": False,
-    "svg.fonttype": "none",  # text that can be found and read aloud
-    "svg.hashsalt": "report",  # the same page for the same run
-    "text.parse_math": False,  # names may hold a $
+    "svg.fonttype": "none",  # keeps text searchable and readable for screen readers
+    "svg.hashsalt": "report",  # makes pages reproducible
+    "text.parse_math": False,  # names may contain a $
 }
 WIDTH = 9.6
-"""Inches, of a figure as wide as the page."""
+"""Width in inches of a figure that fills the page."""
 DPI = 110
-"""Of maps, which are pictures in the drawing: of their cells would be too many."""
+"""Resolution of maps, which are stored as pictures: they have too many cells for SVG."""
 
-PAGE = """
+STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff;
        max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { margin-bottom: 0; } h2 { margin: 2.2rem 0 0.3rem; font-size: 1.2rem; }
@@ -57,16 +57,16 @@ pre { font-size: 0.8rem; white-space: pre-wrap; } footer { margin-top: 2rem; col
 
 
 class Section(NamedTuple):
-    """A part of a page."""
+    """A figure with its title and explanation, ready for a page."""
 
     title: str
     text: str
-    """What the figure shows, and what would be a bad sign."""
+    """What the figure shows, and which signs in it are bad."""
     svg: str
 
 
 class Drawn(NamedTuple):
-    """A figure before it is written out."""
+    """A figure with its title and explanation, before it is converted to SVG."""
 
     title: str
     text: str
@@ -74,8 +74,8 @@ class Drawn(NamedTuple):
 
 
 def draw_all(draws: Iterable[Callable[[], Drawn | None]]) -> list[Section]:
-    """Figures in the pages' style, one after the other; those that are None are left out."""
-    with matplotlib.rc_context(FIGURES):
+    """Draws figures in the style of the pages; functions that return None are left out."""
+    with matplotlib.rc_context(FIGURE_STYLE):
         return [
             Section(drawn.title, drawn.text, to_svg(drawn.figure))
             for draw in draws
@@ -84,23 +84,29 @@ def draw_all(draws: Iterable[Callable[[], Drawn | None]]) -> list[Section]:
 
 
 def to_svg(figure: Figure) -> str:
-    """A figure as an SVG element that may stand beside others in a page."""
+    """A figure as an SVG element, which a page can contain several of."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=DPI, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    # Names of groups are the same in every figure, and nothing refers to them.
+    # The ids of groups repeat in every figure, and nothing refers to them.
     return re.sub(r'<g id="[^"]*"', "<g", text)
 
 
 def compose_page(title: str, lines: Sequence[str], parts: Sequence[str]) -> str:
-    """A page: its heading, lines below it, and parts in HTML. Of the first two all is escaped."""
+    """An HTML page.
+
+    Args:
+      title: title and heading; it is escaped.
+      lines: paragraphs below the heading; they are escaped.
+      parts: HTML.
+    """
     name = html.escape(title)
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width">',
-            f"<title>{name}</title>\n<style>{PAGE}</style>\n</head>\n<body>\n<h1>{name}</h1>",
+            f"<title>{name}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{name}</h1>",
             *(f"<p>{html.escape(line)}</p>" for line in lines),
             *parts,
             "</body>\n</html>\n",
@@ -109,7 +115,7 @@ def compose_page(title: str, lines: Sequence[str], parts: Sequence[str]) -> str:
 
 
 def section_html(section: Section) -> str:
-    """A section's title, text and figure, in HTML."""
+    """The HTML of a section: title, text and figure."""
     title = html.escape(section.title)
     svg = section.svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
     return (
@@ -119,7 +125,7 @@ def section_html(section: Section) -> str:
 
 
 def table_html(rows: Sequence[Sequence[str]]) -> str:
-    """Cells below their titles, which are the first row."""
+    """The HTML of a table whose first row holds the titles; cells are escaped."""
     titles, *lines = (
         "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
         for tag, cells in zip(["th"] + ["td"] * (len(rows) - 1), rows, strict=True)

@@ -1,4 +1,4 @@
-"""The page on a model's loops: what loops.json holds, drawn, with what each figure means."""
+"""The page on a model's loops: the numbers of loops.json as figures with explanations."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from plt_jax.reports.html import (
     BLUE,
@@ -27,23 +28,24 @@ Numbers = Mapping[str, Any]
 
 
 def loops_page(name: str, numbers: Numbers, table: Sequence[Sequence[str]]) -> str:
-    """The page, HTML.
+    """The page as HTML.
 
     Args:
-      numbers: of loops.json.
-      table: the cells by loop, below their titles.
+      name: name of the run.
+      numbers: the content of loops.json.
+      table: cells of the table by loop, row by row, with the titles first.
     """
     loops = len(numbers["by_loop"])
     lines = [
         f"What each of the {loops} loops ({numbers['scheme']}) does at step {numbers['step']}, on "
         f"{numbers['tokens']:,} tokens of {numbers['sequences']} sequences of up to "
         f"{numbers['positions']} positions, {numbers['text']}.",
-        "Measures as LoopCoder-v2 defines them. Where one compares with the loop before, loop 1 is "
-        "compared with the embeddings, or left out.",
+        "The measures are defined in LoopCoder-v2. Where a measure compares a loop with the one "
+        "before, loop 1 is compared with the embeddings, or left out.",
     ]
     most = numbers["most_shifting_loop"]
     if most is not None:
-        lines.append(f"Loop {most} changes the prediction most.")
+        lines.append(f"Loop {most} changes the predictions most.")
     drawn = draw_all(partial(draw, numbers) for draw in DRAWINGS)
     return compose_page(f"{name}: loops", lines, [table_html(table), *map(section_html, drawn)])
 
@@ -52,10 +54,10 @@ def draw_predictions(numbers: Numbers) -> Drawn | None:
     return _by_loop(
         numbers,
         "Predictions",
-        "The head read out behind every loop: loss in nats per token, the entropy of the "
-        "prediction, how many tokens are held at least as likely as the true one, and how far the "
-        "prediction moved from that of the loop before (KL, nats). Loops help where loss and rank "
-        "fall to the last one; a last loop that moves little is one that could be left out.",
+        "The head applied to the output of every loop: loss in nats per token, the entropy of the "
+        "prediction, the rank of the true token (1 if it is the most probable), and the KL "
+        "divergence from the prediction of the loop before, in nats. Loops help if loss and rank "
+        "fall up to the last loop; a last loop that changes little could be left out.",
         {
             "loss": "loss",
             "entropy": "entropy",
@@ -69,12 +71,11 @@ def draw_states(numbers: Numbers) -> Drawn | None:
     return _by_loop(
         numbers,
         "States",
-        "How the last layer's output moves, ‖h(r) - h(r-1)‖; the cosine of that update with the "
-        "one before (-1: back and forth, 1: further on); the fixed-point gap, how far one loop "
-        "more would move it (the next loop's step, until the last); and how many directions "
-        "states use. Updates and gaps that shrink "
-        "speak of loops that settle, a gap that stays "
-        "of a model that is used to its number of loops.",
+        "The step size ‖h(r) - h(r-1)‖ of the last layer's output; the cosine of that update with "
+        "the update before (-1: back and forth, 1: same direction); the fixed-point gap, which is "
+        "the step size of one more loop; and the effective rank, the number of directions that the "
+        "states use. If step sizes and gaps shrink, the loops converge. If the gap stays large, "
+        "the model depends on its number of loops.",
         {
             "step_size": "step size",
             "cosine": "cosine of updates",
@@ -95,10 +96,11 @@ def draw_offset(numbers: Numbers) -> Drawn | None:
     axes[0].set_xticks(place, [f"loop {row['loop']}" for row in rows])
     axes[0].legend()
     return Drawn(
-        "What the shift moves",
-        "Ω, the distance between neighbouring positions' states of the loop before: what reading "
-        "the previous position's state costs, whatever is learned; beside it what the loop itself "
-        "moves. Loops of a shifted scheme pay Ω each, so each should move enough to be worth it.",
+        "Cost of the shift",
+        "Ω is the distance between the states of neighbouring positions in the loop before. It is "
+        "the cost of reading the previous position's state, whatever the model has learned. Beside "
+        "it stands the loop's step size. Every loop of a shifted scheme pays Ω, so its step size "
+        "should be large enough to be worth it.",
         figure,
     )
 
@@ -107,9 +109,9 @@ def draw_gates(numbers: Numbers) -> Drawn | None:
     return _by_layer(
         numbers,
         "Gates",
-        "The weight of attention to loop 1's keys and values in G-SWA, mean over heads and "
-        "positions; the rest goes to the loop's own window. Layers at 0 or 1 use one of the two "
-        "alone.",
+        "The weight of the attention to loop 1's keys and values in G-SWA, as a mean over heads "
+        "and positions. The remaining weight goes to the loop's own window. Layers at 0 or 1 use "
+        "only one of the two.",
         {"gate": "mean gate"},
         limits=(0, 1),
     )
@@ -119,10 +121,10 @@ def draw_attention(numbers: Numbers) -> Drawn | None:
     return _by_layer(
         numbers,
         "Attention",
-        "Entropy of attention (nats; high: spread out), how far it moved from that of the loop "
-        "before (KL), and how different the heads are: the effective rank of their maps and the "
-        "mean cosine of two of them. Loops whose attention does not change do the same again; "
-        "heads that become alike waste themselves.",
+        "Entropy of the attention in nats (high: spread out); its change, the KL divergence from "
+        "the attention of the loop before; and how different the heads are: the effective rank of "
+        "their attention maps, and the mean cosine of two heads. A loop whose attention does not "
+        "change repeats the loop before; heads that become alike are redundant.",
         {
             "attention_entropy": "entropy",
             "attention_change": "change",
@@ -133,16 +135,17 @@ def draw_attention(numbers: Numbers) -> Drawn | None:
 
 
 DRAWINGS = (draw_predictions, draw_states, draw_offset, draw_gates, draw_attention)
-"""In the order of the page."""
+"""The functions that draw its figures, in their order."""
 
 
 def _figure(panels: int) -> tuple[Figure, Sequence[Axes]]:
+    """A figure as wide as the page with panels side by side."""
     figure = Figure(figsize=(WIDTH, 2.6), layout="constrained")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def _by_loop(numbers: Numbers, title: str, text: str, shown: Mapping[str, str]) -> Drawn | None:
-    """A panel per measure, a point per loop that has it."""
+    """Draws a panel per measure, with a point per loop that has it."""
     rows = numbers["by_loop"]
     there = {name: label for name, label in shown.items() if any(name in row for row in rows)}
     if not there:
@@ -165,7 +168,7 @@ def _by_layer(
     shown: Mapping[str, str],
     limits: tuple[float, float] | None = None,
 ) -> Drawn | None:
-    """A panel per measure, a line over the layers per loop that has it."""
+    """Draws a panel per measure, with a line over the layers per loop that has it."""
     there = {name: label for name, label in shown.items() if name in numbers["by_layer"]}
     if not there:
         return None
@@ -174,12 +177,14 @@ def _by_layer(
     for axes, (name, label) in zip(panels, there.items(), strict=True):
         lines = numbers["by_layer"][name]
         for index, values in enumerate(lines):
-            loop = last - len(lines) + index + 1  # those that are left out are the first
+            loop = last - len(lines) + index + 1  # the first loops are the ones without values
             color, dash = LINES[(loop - 1) % len(LINES)]
             layers = range(1, len(values) + 1)
             axes.plot(layers, values, dash, marker=".", color=color, label=f"loop {loop}")
         axes.set(title=label, xlabel="layer")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(
+            MaxNLocator(nbins="auto", steps=[1, 2, 2.5, 5, 10], integer=True)
+        )
         if limits:
             axes.set_ylim(limits)
     panels[0].legend()

@@ -1,4 +1,4 @@
-"""The picture of a run's losses, loss.png."""
+"""The plot of a run's losses, loss.png."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from plt_jax.runs.metrics_file import read_metrics
 
 def plot_losses(directory: Path) -> None:
     """Draws loss.png: training and validation loss in nats per token, by step."""
-    from matplotlib.figure import Figure  # slow to import, and needed once a run
+    from matplotlib.figure import Figure  # slow to import, and used once per run
 
     rows = read_metrics(directory)
     training = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]

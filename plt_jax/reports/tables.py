@@ -1,4 +1,4 @@
-"""Tables of figures as text."""
+"""Tables of numbers as text."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Columns = Sequence[tuple[str, str, str]]
-"""Of each column: the figure's name in a row, the title, and the format."""
+"""Columns of a table: for each, its key in the rows, its title, and the format of its numbers."""
 
 
 def table_of(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A line per row, behind its `label`; columns that no row has a figure for are left out."""
+    """A table with one line per row, which begins with the row's `label`.
+
+    Columns for which no row has a number are left out.
+    """
     used = [column for column in columns if any(column[0] in row for row in rows)]
     lines = [["", *(title for _, title, _ in used)]]
     for row in rows:
@@ -20,7 +23,7 @@ def table_of(columns: Columns, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Cells in columns of even width: the first `left` to the left, the others to the right."""
+    """Cells in columns of even width; the first `left` columns are aligned to the left."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
