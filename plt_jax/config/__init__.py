@@ -1,8 +1,9 @@
 """Typed, validated, frozen configuration: the only source of truth for a run.
 
-Every field is declared here once, with its type, unit and meaning. YAML files in `configs/` hold
-only what differs from these defaults (`yaml_file.py` reads them); the command line overrides both
-(`--section.field`, see `commands/config_options.py`). Values are checked before any device work.
+Every field is declared once in this package, with its type, unit and meaning. YAML files in
+`configs/` hold only the values that differ from these defaults (`yaml_file.py` reads them). The
+command line overrides both (`--section.field`, see `commands/config_options.py`). Values are
+checked before any device work.
 """
 
 from plt_jax.config.data import DataConfig, TokenizerConfig

@@ -1,4 +1,4 @@
-"""The model's sections: the looping scheme, the network's shape, mixtures of experts."""
+"""The sections of the model: the looping scheme, the network's shape, mixtures of experts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ SchemeName = Literal[
 
 
 class Scheme(NamedTuple):
-    """What distinguishes one looping scheme from another (rows of Table 2 in the PLT paper)."""
+    """The properties of a looping scheme (a row of Table 2 in the PLT paper)."""
 
     shifted: bool
-    """Loops > 1 read a·E[i] + b·H[i-1] (cross-loop parallelism) instead of H[i]."""
+    """Whether loops > 1 read a·E[i] + b·H[i-1] (cross-loop parallelism) instead of H[i]."""
     later_attention: Literal["own", "shared", "gated"]
-    """What loops > 1 attend to: their own K/V, loop 1's, or G-SWA over both."""
+    """What loops > 1 attend to: their own K/V, loop 1's K/V, or G-SWA over both."""
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -45,22 +45,22 @@ SCHEMES: dict[str, Scheme] = {
 
 
 class LoopConfig(Section):
-    """How the layer stack is looped."""
+    """The looping scheme: how the layer stack is applied several times."""
 
     scheme: SchemeName = "plt"
     """Looping scheme, a row of the README's table."""
     count: PositiveInt = 2
     """Number of loops L; the default is 2, and 1 for no_loop."""
     window: PositiveInt = 64
-    """Keys that the windowed branch of G-SWA sees, the current token included (plt,
+    """Number of keys in the window of G-SWA, the current token included (plt,
     loop_kv_share_window)."""
     gate_input: Literal["query", "hidden"] = "query"
-    """What the G-SWA gate reads: the rotated query (PLT, Algorithm 3) or the RMS-normed layer input
+    """Input of the G-SWA gate: the rotated query (PLT, Algorithm 3) or the RMS-normed layer input
     (LoopCoder-v2)."""
     embedding_scale: Number = 1.0
-    """Scale a on the embeddings that loops > 1 read again (shifted schemes)."""
+    """Scale a of the embeddings in the input of loops > 1 (shifted schemes)."""
     hidden_scale: Number = 1.0
-    """Scale b on the previous loop's shifted output (shifted schemes)."""
+    """Scale b of the previous loop's shifted output in the input of loops > 1 (shifted schemes)."""
     normalize_between_loops: bool = True
     """Apply the final norm to each loop's output before the next loop reads it."""
 
@@ -92,19 +92,22 @@ class LoopConfig(Section):
 
 
 class RopeScalingConfig(Section):
-    """How RoPE's frequencies are stretched to reach beyond the context of an earlier training."""
+    """RoPE scaling: stretches RoPE's frequencies for contexts longer than those of an earlier
+    training."""
 
     kind: Literal["none", "linear", "llama3"] = "none"
-    """Not at all; all frequencies divided by `factor`; or, as in Llama 3.1, only those whose
-    wavelength is long against `original_length`."""
+    """none: no scaling; linear: all frequencies are divided by `factor`; llama3, as in Llama 3.1:
+    only frequencies whose wavelength is long relative to `original_length` are."""
     factor: Annotated[float, Field(ge=1.0, le=LARGE)] = 1.0
-    """What low frequencies are divided by."""
+    """Divisor of the scaled frequencies."""
     low_frequency_factor: PositiveFloat = 1.0
-    """Wavelengths above original_length / this are divided in full (llama3)."""
+    """Frequencies with wavelengths above original_length / low_frequency_factor are divided by
+    `factor` (llama3)."""
     high_frequency_factor: PositiveFloat = 4.0
-    """Wavelengths below original_length / this stay; those between are interpolated (llama3)."""
+    """Frequencies with wavelengths below original_length / high_frequency_factor are not scaled;
+    those between the two limits are interpolated (llama3)."""
     original_length: PositiveInt = 8192
-    """Context in tokens of the earlier training (llama3)."""
+    """Context of the earlier training, in tokens (llama3)."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> RopeScalingConfig:
@@ -120,19 +123,20 @@ class MoEConfig(Section):
     """Mixture-of-experts feed-forward layers."""
 
     experts: NonNegativeInt = 0
-    """Experts X; 0 for dense layers."""
+    """Number of experts X; 0 for dense layers."""
     dense_layers: NonNegativeInt = 0
-    """Leading layers that stay dense, of model.ffn_width."""
+    """Number of leading layers that are dense, with hidden width model.ffn_width."""
     experts_per_token: PositiveInt = 2
-    """Experts k that each token goes to."""
+    """Number of experts k that each token is routed to."""
     expert_width: PositiveInt = 512
     """Hidden width of one expert."""
     routing: Literal["softmax_then_topk", "topk_then_softmax"] = "softmax_then_topk"
-    """Whether weights are probabilities among all experts or among the chosen ones."""
+    """Whether the experts' weights are a softmax over all experts (softmax_then_topk) or over the
+    chosen ones (topk_then_softmax)."""
     renormalize: bool = True
     """Divide the chosen weights by their sum (softmax_then_topk)."""
     shared_width: NonNegativeInt = 0
-    """Hidden width of an expert that every token goes to besides; 0 for none."""
+    """Hidden width of a shared expert, which every token is routed to as well; 0 for none."""
     shared_gate: bool = False
     """Scale the shared expert's output by a sigmoid gate per token."""
     load_balance_loss: NonNegativeFloat = 0.01
@@ -140,15 +144,16 @@ class MoEConfig(Section):
     router_z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser of the router's softmax."""
     bias_update_rate: NonNegativeFloat | None = None
-    """Balancing without a loss: a bias per loop and expert is added to the router's logits when
-    experts are chosen (not when they are weighed). After every step it moves by this much, up for
-    experts with less than an even load, down for those with more. Null: there are no biases."""
+    """Step size of loss-free load balancing. A bias per loop and expert is added to the router's
+    logits when experts are chosen, but not when they are weighted. After every step the bias of an
+    expert grows by this amount if its load is below an even load, and shrinks by it if its load is
+    above. Null: there are no biases."""
     grouped_product: MayChange[Literal["auto", "ragged_dot", "blocks", "megablox", "tokamax"]] = (
         "auto"
     )
-    """What multiplies each expert's rows: XLA's ragged_dot, blocks of rows in a loop, JAX's Pallas
-    kernel for TPUs, or tokamax (an optional package) for GPUs; auto takes the last of these that
-    the devices run."""
+    """Kernel of the experts' matrix products: XLA's ragged_dot, a loop over blocks of rows, JAX's
+    Pallas kernel for TPUs (megablox), or that of tokamax (an optional package) for GPUs. auto is
+    the last of these that the devices can run."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> MoEConfig:
@@ -169,29 +174,29 @@ class ModelConfig(Section):
     """Shape and arithmetic of the network."""
 
     vocab_size: PositiveInt = 32768
-    """Vocabulary size V; also the number of entries a new tokenizer is trained to."""
+    """Vocabulary size V; also the vocabulary size that a new tokenizer is trained to."""
     max_length: PositiveInt = 2048
-    """Longest context in tokens: of a training example unless data.sequence_length says less, and
-    of prompt plus continuation in generation."""
+    """Longest context in tokens: the length of a training example, unless data.sequence_length is
+    less, and the longest prompt with its continuation in generation."""
     width: PositiveInt = 768
     """Model width D."""
     layers: PositiveInt = 12
-    """Decoder layers J; each loop runs all of them."""
+    """Number of decoder layers J; each loop runs all of them."""
     heads: PositiveInt = 12
-    """Query heads N."""
+    """Number of query heads N."""
     kv_heads: PositiveInt = 4
-    """Key/value heads K; must divide heads."""
+    """Number of key/value heads K; it must divide heads."""
     head_width: PositiveInt = 64
-    """Width H of one head, even; default width / heads."""
+    """Width H of one head, an even number; default: width / heads."""
     ffn_width: PositiveInt = 2048
     """Hidden width F of the SwiGLU feed-forward layer, when dense."""
     rope_theta: PositiveFloat = 500000.0
     """Base of the rotary position embedding's frequencies."""
     rope_scaling: RopeScalingConfig = RopeScalingConfig()
-    """How those frequencies are stretched."""
+    """Scaling of those frequencies."""
     norm_epsilon: Annotated[float, Field(ge=1e-12, le=LARGE)] = 1e-5
-    """Added to the mean square in every RMSNorm. (Below the limit, gradients at states of zero are
-    no numbers.)"""
+    """Added to the mean square in every RMSNorm. (Below its lower limit, gradients at hidden states
+    of zero are not finite.)"""
     tied_embeddings: bool = False
     """Use the transposed embedding as the output head."""
     qk_norm: bool = False
@@ -205,16 +210,16 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, norms, softmax and logits stay float32."""
     attention: MayChange[Literal["auto", "xla", "cudnn", "splash"]] = "auto"
-    """What computes attention over whole sequences: plain XLA, cuDNN on NVIDIA GPUs, or splash on
-    TPUs; auto is the fastest that the devices, the dtype and the head width allow."""
+    """Kernel of attention over whole sequences: plain XLA, cuDNN on NVIDIA GPUs, or splash on TPUs.
+    auto is the fastest that the devices, the dtype and the head width allow."""
     remat: MayChange[Literal["none", "full", "dots"]] = "none"
-    """What the backward pass recomputes: nothing, every layer, or all but matrix products (those of
-    experts it recomputes too)."""
+    """What the backward pass recomputes, to save memory: nothing, all of every layer (full), or all
+    but matrix products (dots; products of experts are recomputed too)."""
     layer_unroll: MayChange[PositiveInt] = 1
-    """Layers unrolled per step of the scan over layers; `layers` unrolls it all. Unrolled
-    layers can lose most of what remat saves."""
+    """Number of layers unrolled per step of the scan over layers; the number of layers unrolls the
+    whole scan. Unrolled layers can lose most of the memory that remat saves."""
     loop: LoopConfig = LoopConfig()
-    """How the stack is looped."""
+    """The looping scheme."""
     moe: MoEConfig = MoEConfig()
     """Mixture of experts instead of dense feed-forward layers."""
 

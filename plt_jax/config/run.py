@@ -28,28 +28,28 @@ class RunConfig(Section):
     run_dir: MayChange[PathText | None] = None
     """Where the run is written; default runs/NAME for configs/NAME.yaml."""
     start_from: MayChange[PathText | None] = None
-    """A run directory, or one of its checkpoints, whose parameters this run starts from; its model,
-    tokenizer and sequence length are then the defaults here."""
+    """A run directory, or one of its checkpoints, whose parameters this run starts from. Its model,
+    tokenizer and sequence length then become the defaults."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Seed of initialisation and of the data's order."""
+    """Seed of the initial parameters and of the data's order."""
     model: ModelConfig = ModelConfig()
     """Shape and arithmetic of the network."""
     data: DataConfig = DataConfig()
-    """Where text comes from."""
+    """Training data and validation data."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """The tokenizer."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """Optimizer and learning-rate schedule."""
     training: TrainingConfig = TrainingConfig()
-    """The training loop."""
+    """Steps, batches, and what is done between steps."""
     guard: GuardConfig = GuardConfig()
-    """Steps that are out of order."""
+    """Skipped steps, loss spikes and rollbacks."""
     mesh: MayChange[MeshConfig] = MeshConfig()
     """Device mesh."""
     processes: MayChange[ProcessesConfig] = ProcessesConfig()
-    """The processes that train."""
+    """The processes that train one model."""
     checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
-    """Checkpoints kept."""
+    """Checkpoints: which are kept, and how they are checked."""
     evaluation: MayChange[EvaluationConfig] = EvaluationConfig()
     """Evaluation on held-out text."""
 

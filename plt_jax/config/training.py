@@ -1,4 +1,4 @@
-"""The sections of training and evaluation."""
+"""The sections of training, devices, checkpoints and evaluation."""
 
 from __future__ import annotations
 
@@ -29,23 +29,24 @@ class OptimizerConfig(Section):
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After the warmup: cosine decay, warmup-stable-decay (linear at the end), or constant."""
+    """Schedule after the warmup: cosine decay, constant with a linear decay at the end (wsd,
+    warmup-stable-decay), or constant."""
     warmup_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.05
-    """Share of training.steps that the linear warmup from 0 takes."""
+    """Share of training.steps in which the learning rate grows linearly from 0."""
     decay_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share of training.steps that the final decay takes (wsd)."""
+    """Share of training.steps in the decay at the end (wsd)."""
     final_fraction: Fraction = 0.1
     """Learning rate at the end, as a share of the peak (cosine, wsd)."""
     beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay rate of the running mean of the gradient."""
     beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    """Decay of the squared gradient's running mean."""
+    """Decay rate of the running mean of the squared gradient."""
     epsilon: Annotated[float, Field(ge=1e-20, le=LARGE)] = 1e-8
-    """Added to the root of the squared gradient's mean. (Below the limit, gradients too small for
-    their squares to be other than 0 would make huge updates.)"""
+    """Added to the square root of the squared gradient's running mean. (Below its lower limit, tiny
+    gradients, whose squares are 0 in float32, would make huge updates.)"""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled decay, times the learning rate, of the projections' weights; norms, gates, biases
-    and embeddings have none."""
+    """Decoupled weight decay, multiplied by the learning rate, of the projections' weights. Norms,
+    gates, biases and embeddings do not decay."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; null for no clipping."""
 
@@ -60,41 +61,41 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The training loop."""
+    """Steps and batches of training, and what is done between steps."""
 
     steps: MayChange[PositiveInt] = 1000
-    """Optimizer steps in total."""
+    """Number of optimizer steps in total."""
     batch_size: PositiveInt = 32
-    """Examples per optimizer step, over all devices and accumulation steps."""
+    """Examples per optimizer step, over all devices and micro-batches."""
     accumulate: MayChange[PositiveInt] = 1
-    """Micro-batches that a step's gradient is summed over; must divide batch_size."""
+    """Number of micro-batches per step, whose gradients are summed; it must divide batch_size."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser of the output softmax, added to the loss."""
     log_every: MayChange[PositiveInt] = 10
-    """Steps between lines of metrics."""
+    """Steps between rows of training metrics."""
     evaluate_every: MayChange[PositiveInt] = 200
     """Steps between evaluations on held-out text; the last step is always evaluated."""
     checkpoint_every: MayChange[PositiveInt] = 200
     """Steps between checkpoints; the last step is always saved."""
     hang_after: MayChange[PositiveFloat | None] = 600.0
     """Seconds in one phase of training (waiting for data, computing a step, saving, ...) after
-    which a line says which it is; null for never."""
+    which a line on stderr names the phase; null for never."""
     sample_prompt: MayChange[Text] = ""
-    """Prompt of the sample printed at the end."""
+    """Prompt of the sample that is printed at the end."""
     profile_from: MayChange[PositiveInt | None] = None
-    """Step that a traced window begins with (its trace is among the run's TensorBoard events); null
-    for none."""
+    """First step that the profiler traces (the trace is written to the run's TensorBoard folder);
+    null for no profile."""
     profile_steps: MayChange[PositiveInt] = 3
-    """Steps in that window."""
+    """Number of steps that the profiler traces."""
     wandb_project: MayChange[Annotated[Text, Field(min_length=1)] | None] = None
-    """Weights & Biases project that metrics go to besides (pip install 'plt_jax[wandb]'); null for
-    none."""
+    """Weights & Biases project that metrics are also sent to (pip install 'plt_jax[wandb]'); null
+    for none."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> TrainingConfig:
         if self.profile_from is not None and self.profile_from > self.steps:
             raise ValueError(
-                f"profile_from {self.profile_from} is behind the last step, {self.steps} (steps); "
+                f"profile_from {self.profile_from} is after the last step, {self.steps} (steps); "
                 "lower it"
             )
         if self.batch_size % self.accumulate:
@@ -106,42 +107,43 @@ class TrainingConfig(Section):
 
 
 class GuardConfig(Section):
-    """Steps that are out of order. One whose loss or gradient is not finite changes nothing."""
+    """Skipped steps, loss spikes and rollbacks. A step whose loss or gradient is not finite is
+    skipped: it changes neither the parameters nor the optimizer's state."""
 
     spike_deviations: PositiveFloat | None = None
-    """A step whose loss or gradient norm lies this many standard deviations (robustly estimated)
-    above the median of the window changes nothing either; null for no such limit."""
+    """A step is a spike, and skipped too, if its loss or gradient norm is more than this many
+    standard deviations (robustly estimated) above the median of the window; null for no limit."""
     window: Annotated[int, Field(ge=8, lt=LARGE_INT)] = 128
-    """Steps that a spike is measured against; before there are so many, nothing is one."""
+    """Number of recent steps that a spike is measured against; before that many steps there are no
+    spikes."""
     patience: MayChange[PositiveInt] = 10
-    """Steps skipped in a row after which training goes back to the newest checkpoint, and on with
-    the data behind that which led there; at most the window."""
+    """Number of steps skipped in a row after which training rolls back to the newest checkpoint and
+    goes on with the data after the skipped steps; at most the window."""
     rollbacks: MayChange[NonNegativeInt] = 3
-    """Times that one start of a run does so before it stops with an error."""
+    """Most rollbacks of one start of a run; if one more is needed, the run stops with an error."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> GuardConfig:
         if self.patience > self.window:
             raise ValueError(
-                f"patience {self.patience} is above window {self.window}; lower the one or raise "
-                "the other"
+                f"patience {self.patience} is above window {self.window}; lower it, or raise window"
             )
         return self
 
 
 class MeshConfig(Section):
-    """Device mesh: axis sizes, of which one may be -1 (all remaining devices)."""
+    """The device mesh: the sizes of its axes, of which one may be -1 (all remaining devices)."""
 
     data: AxisSize = -1
-    """Devices that split the batch and replicate the parameters."""
+    """Size of the axis that shards the batch and replicates the parameters."""
     fsdp: AxisSize = 1
-    """Devices that split the batch and the parameters (by width)."""
+    """Size of the axis that shards the batch and the parameters (along the model's width)."""
     expert: AxisSize = 1
-    """Devices that split the batch and the experts; the rest of the model they replicate."""
+    """Size of the axis that shards the batch and the experts, and replicates other parameters."""
     context: AxisSize = 1
-    """Devices that split the sequence, for long ones, and replicate the parameters."""
+    """Size of the axis that shards long sequences, and replicates the parameters."""
     tensor: AxisSize = 1
-    """Devices that split heads, feed-forward width and vocabulary."""
+    """Size of the axis that shards heads, feed-forward width and vocabulary."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> MeshConfig:
@@ -154,22 +156,22 @@ class MeshConfig(Section):
         return self
 
     def sizes(self) -> dict[str, int]:
-        """Axis sizes in mesh order, slowest axis first."""
+        """The axis sizes in mesh order, slowest axis first."""
         return {name: getattr(self, name) for name in type(self).model_fields}
 
 
 class ProcessesConfig(Section):
-    """The processes that train one model. On TPU pods and under Slurm they find one another, and
-    nothing need be given."""
+    """The processes that train one model. On TPU pods and under Slurm they find one another without
+    these fields."""
 
     coordinator: Text | None = None
-    """Host and port, HOST:PORT, of process 0, where the others report; any free port."""
+    """HOST:PORT of process 0, to which the others connect; any free port."""
     count: PositiveInt | None = None
-    """How many processes there are."""
+    """Number of processes."""
     index: NonNegativeInt | None = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
     timeout: PositiveInt = 300
-    """Seconds to wait for the others, when starting and wherever all must meet."""
+    """Seconds to wait for the other processes, at the start and wherever all must meet."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> ProcessesConfig:
@@ -189,19 +191,19 @@ class ProcessesConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept on disk."""
+    """Checkpoints: which are kept, and how they are checked."""
 
     keep: PositiveInt = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints that are kept."""
     keep_best: NonNegativeInt = 1
-    """Checkpoints of lowest validation loss kept besides."""
+    """Number of checkpoints with the lowest validation loss that are kept as well."""
     keep_every: PositiveInt | None = None
-    """Checkpoints of steps that this divides are kept for ever; null for none."""
+    """Checkpoints of steps divisible by this number are never removed; null for none."""
     verify: bool = True
-    """Check a checkpoint's files against their checksums before they are read."""
+    """Check a checkpoint's files against their checksums before reading them."""
     skip_damaged: bool = False
-    """Resume from the newest checkpoint that is not damaged, moving damaged ones aside; otherwise
-    a damaged newest one is refused. Needs verify."""
+    """Resume from the newest checkpoint that is not damaged, and rename damaged ones; otherwise a
+    run whose newest checkpoint is damaged is refused. It needs verify."""
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> CheckpointConfig:
@@ -214,7 +216,7 @@ class EvaluationConfig(Section):
     """Evaluation on held-out text."""
 
     batch_size: PositiveInt = 32
-    """Sequences per evaluation batch, raised to divide over the devices."""
+    """Sequences per evaluation batch; rounded up to a multiple of the devices that share it."""
     sequences: PositiveInt | None = 64
-    """Sequences of an evaluation during training, evenly spaced over the held-out text; null for
-    all. The evaluation after the last step, and eval.py, always read all."""
+    """Number of sequences of an evaluation during training, evenly spaced over the held-out text;
+    null for all. The evaluation after the last step, and eval.py, always read all sequences."""

@@ -1,5 +1,5 @@
-"""The types of the configuration's fields: numbers that devices can hold, text, paths; and the base
-of its sections."""
+"""Types of the configuration's fields: numbers that devices can hold, text and paths; and the base
+class of its sections."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Annotated, TypeVar
 import pydantic
 from pydantic import AfterValidator, Field
 
-# Devices compute with numbers of 32 bits: what does not fit them is refused, instead of becoming
-# 0, infinity, or an error in the middle of a run.
+# Devices compute with numbers of 32 bits. Other numbers are refused; they would become 0, infinity,
+# or an error in the middle of a run.
 LARGE, SMALL, LARGE_INT = 3.4e38, 1.2e-38, 2**31
 Number = Annotated[float, Field(ge=-LARGE, le=LARGE)]
 PositiveFloat = Annotated[float, Field(ge=SMALL, le=LARGE)]
@@ -30,23 +30,25 @@ which moves the end of the learning-rate schedule (to train longer is a fair wis
 name a file whose contents are compared instead (tokenizer.path, data.sources.path).
 """
 LONGEST_NAME = 255
-"""Bytes of a file's or folder's name."""
+"""Most bytes of a file's or folder's name."""
 
 
 def _is_text(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{text!r} is not UTF-8; write it in UTF-8, or choose another") from error
+        raise ValueError(
+            f"{text!r} is not UTF-8; write it in UTF-8, or choose another text"
+        ) from error
     return text
 
 
 def _is_path(path: str) -> str:
     if "\0" in path:
-        raise ValueError(f"{path!r} holds a NUL character, which no path does; correct it")
+        raise ValueError(f"{path!r} holds a NUL character, which no path may hold; correct it")
     if "://" in path:
         raise ValueError(
-            f"{path} is no path of a file system; mount what it names, and give the path of that"
+            f"{path} is not a path of a file system; mount what it names, and give the mounted path"
         )
     for name in path.split("/"):
         if len(os.fsencode(name)) > LONGEST_NAME:

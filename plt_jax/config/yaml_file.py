@@ -1,4 +1,4 @@
-"""Configurations as YAML files: read with overrides, written, their errors told in one line."""
+"""Configurations as YAML files: reading, validating with one-line errors, and writing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from plt_jax.errors import InputError
 
 
 def load_resolved(path: Path) -> RunConfig:
-    """Reads what `dump_config` wrote, in this version or an earlier one: no field is missing, so
-    nothing is looked up elsewhere.
+    """Reads a configuration that `dump_config` of this or an earlier version wrote.
+
+    All its fields are given, so that none is taken over from another run.
 
     Raises:
-      InputError: as `load_config`.
+      InputError: as `load_config` raises it.
     """
     return validate(path, with_present_names(read_yaml(path)))
 
@@ -31,10 +32,10 @@ def dump_config(config: RunConfig) -> str:
 
 
 def read_yaml(path: Path) -> Mapping[str, Any]:
-    """The mapping that a YAML file holds, not validated.
+    """The mapping in a YAML file, not validated.
 
     Raises:
-      InputError: the file cannot be read, or holds no mapping.
+      InputError: the file cannot be read, or does not hold a mapping.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -52,7 +53,8 @@ def validate(path: Path, values: Mapping[str, Any]) -> RunConfig:
     """The configuration of nested values.
 
     Args:
-      path: the file that they came from, for the message.
+      path: the file that the values came from, for the message.
+      values: the nested values.
 
     Raises:
       InputError: a value is refused; the message names the field, the value and what would be
@@ -65,7 +67,7 @@ def validate(path: Path, values: Mapping[str, Any]) -> RunConfig:
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings with `top` laid over `base`."""
+    """Nested mappings, in which the values of `top` replace those of `base`."""
     merged = dict(base)
     for key, value in top.items():
         under = merged.get(key)
@@ -76,7 +78,8 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_errors(error: pydantic.ValidationError) -> str:
-    """Pydantic's errors in one line: field, value, what would be right, nearest name for a typo."""
+    """Pydantic's errors in one line: the field, the value, what would be right, and the nearest
+    known name for a typo."""
     return "; ".join(_describe(entry) for entry in error.errors(include_url=False))
 
 

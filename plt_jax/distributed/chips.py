@@ -1,4 +1,4 @@
-"""Numbers of accelerators: peak arithmetic, memory and links, each with its source.
+"""Specifications of accelerators: peak arithmetic, memory and links, each with its source.
 
 Sources: [G] Google Cloud's page of each TPU (docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e,
 /tpu7x), [S] How to Scale Your Model (jax-ml.github.io/scaling-book/tpus, table "TPU specs"), [N]
@@ -18,13 +18,13 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Chip:
-    """One TPU chip. All speeds are per chip, also where a chip is two JAX devices."""
+    """One TPU chip. All speeds are per chip, even if a chip is two JAX devices."""
 
     name: str
     flops: float
-    """Peak bfloat16 FLOP/s, a product-sum counting two."""
+    """Peak bfloat16 FLOP/s; a multiplication with an addition counts as two."""
     hbm_bytes: float
-    """Memory that programs may use."""
+    """Bytes of memory that programs may use."""
     hbm_bandwidth: float
     """Bytes/s."""
     link_bandwidth: float
@@ -32,17 +32,20 @@ class Chip:
     network_bandwidth: float
     """Bytes/s out of one chip into the data-center network (DCN), which joins slices."""
     devices: int
-    """JAX devices that a chip is."""
+    """Number of JAX devices of a chip."""
     dimensions: int
-    """Of its torus; a chip has two links along each."""
+    """Number of dimensions of the torus; a chip has two links along each."""
     most_chips: int
-    """In one slice."""
+    """Largest number of chips in one slice."""
     shapes: tuple[str, ...]
-    """Of slices; of three-dimensional ones those below 4x4x4."""
+    """Shapes of slices; for three-dimensional slices, the shapes below 4x4x4."""
 
     def wraps(self, shape: tuple[int, ...]) -> tuple[bool, ...]:
-        """Along which dimensions a slice is a ring: where it spans the pod in two dimensions, and
-        in slices of whole 4x4x4 cubes in three ([S])."""
+        """Whether a slice is a ring along each of its dimensions.
+
+        In two dimensions it is one along a dimension that spans the pod; in three dimensions, if
+        the slice consists of whole 4x4x4 cubes ([S]).
+        """
         if self.dimensions == 2:
             return tuple(size == 16 for size in shape)
         return (all(size % 4 == 0 for size in shape),) * 3
@@ -140,17 +143,17 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As libtpu takes it."""
+        """The name that libtpu expects."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
     def chips(self) -> int:
-        """Of all slices."""
+        """Number of chips of all slices."""
         return math.prod(self.shape) * self.slices
 
     @property
     def devices(self) -> int:
-        """JAX devices of all slices."""
+        """Number of JAX devices of all slices."""
         return self.chips * self.chip.devices
 
 
@@ -158,7 +161,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     """Reads CHIP:SHAPE, such as v5e:4x4 or v5p:4x4x8.
 
     Raises:
-      InputError: another form, an unknown chip, or a shape that it has no slices of.
+      InputError: the text has another form, the chip is unknown, or has no slices of this shape.
     """
     if slices < 1:
         raise InputError(f"--slices is {slices}; it must be at least 1")

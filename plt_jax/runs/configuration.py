@@ -1,4 +1,4 @@
-"""The configuration of a run, with what it takes over from the run that it starts from."""
+"""Loading a run's configuration, with the defaults that it inherits from another run."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ from plt_jax.runs.names import CHECKPOINTS, CONFIG, TOKENIZER, locate
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Reads a YAML file, lays nested `overrides` over it, and validates the whole once.
+    """Reads a YAML file, applies nested `overrides`, and validates the result.
 
-    With a `start_from`, that run's model, tokenizer and sequence length lie underneath; once the
-    run has saved a checkpoint of its own, its own do.
+    With a `start_from`, the defaults of model, tokenizer and sequence length are that run's. Once
+    the run has saved a checkpoint of its own, they are its own.
+
+    Args:
+      path: the YAML file.
+      overrides: nested values that replace those of the file.
 
     Raises:
       InputError: the file cannot be read, is not a YAML mapping, or a value is refused; the message
@@ -40,7 +44,8 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def _inherited(start_from: str, run_dir: Path) -> dict[str, Any]:
-    """What a run takes over from the one that it starts from, or from itself when it resumes."""
+    """The defaults that a run inherits from the one that it starts from, or from itself when it
+    resumes."""
     resumes = list_steps(run_dir / CHECKPOINTS)
     with naming("start_from"):
         directory = run_dir.absolute() if resumes else locate(start_from).directory

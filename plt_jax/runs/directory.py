@@ -27,7 +27,7 @@ from plt_jax.runs.names import CHECKPOINTS, CONFIG, HUGGINGFACE, TOKENIZER, loca
 
 
 class Found(NamedTuple):
-    """A checkpoint that a path leads to, and what it is one of."""
+    """A checkpoint, and the run that it belongs to."""
 
     directory: Path
     """The run directory."""
@@ -36,7 +36,7 @@ class Found(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """A checkpoint, opened for evaluation or decoding."""
+    """A checkpoint that is opened for evaluation or decoding."""
 
     directory: Path
     """The run directory."""
@@ -51,9 +51,9 @@ def open_trained(path: str | Path, mesh: Mesh | None = None, loops: int | None =
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
 
     Args:
-      mesh: where the parameters go, by the rules of distributed/mesh.py; default one device. It
+      mesh: the mesh of the parameters, by the rules of distributed/mesh.py; default one device. It
         need not be the one that they were trained on.
-      loops: that the model runs; default as many as it was trained with.
+      loops: number of loops to run; default as many as the model was trained with.
 
     Raises:
       InputError: the path is neither, holds no checkpoint, or has no tokenizer; or the scheme
@@ -65,11 +65,11 @@ def open_trained(path: str | Path, mesh: Mesh | None = None, loops: int | None =
         raise InputError(
             f"{directory} was imported without a tokenizer; import it again with --tokenizer FILE"
         )
-    # Before the parameters, which take longer to read.
+    # The tokenizer is read first, since the parameters take longer.
     tokenizer = load_tokenizer(directory / TOKENIZER)
     check_size(tokenizer, config.model.vocab_size)
     params = read_params(found, mesh)
-    # What the training machine's devices ran need not be here.
+    # This machine need not have the kernels that the model was trained with.
     moe = config.model.moe.model_copy(update={"grouped_product": "auto"})
     model = config.model.model_copy(update={"attention": "auto", "moe": moe})
     if loops is not None:
@@ -78,7 +78,7 @@ def open_trained(path: str | Path, mesh: Mesh | None = None, loops: int | None =
 
 
 def find_checkpoint(path: str | Path) -> Found:
-    """The checkpoint that a path means: that of its step, or a run's newest.
+    """The checkpoint that a path names: one checkpoint's folder, or a run directory's newest.
 
     Raises:
       InputError: the path leads to no complete checkpoint.
@@ -99,11 +99,12 @@ def read_params(found: Found, mesh: Mesh | None = None, dtype: str | None = None
     """A checkpoint's parameters, as `Transformer.init` gives them, unboxed.
 
     Args:
-      mesh: where they go, by the rules of distributed/mesh.py; default one device.
-      dtype: what they are read into; default as they were stored.
+      mesh: the mesh of the parameters, by the rules of distributed/mesh.py; default one device.
+      dtype: the dtype that they are read into; default: as they were stored.
 
     Raises:
-      InputError: they are damaged, cannot be read, or are another configuration's.
+      InputError: the checkpoint is damaged, cannot be read, or has other shapes than its
+        configuration.
     """
     if found.config.checkpoint.verify:
         refuse_damaged(found.directory / CHECKPOINTS, found.step, ["params"])
@@ -116,11 +117,11 @@ def read_params(found: Found, mesh: Mesh | None = None, dtype: str | None = None
 def create_run(
     config: RunConfig, params: Any, tokenizer: Path | None, files: Mapping[str, Path]
 ) -> None:
-    """Makes `config.run_dir` with one checkpoint, of step 0, that holds only parameters.
+    """Makes a run directory with one checkpoint, of step 0, that holds only parameters.
 
     Args:
       tokenizer: a tokenizer.json, if there is one.
-      files: to keep under huggingface/, by name.
+      files: files to copy to its huggingface/ folder, by name.
 
     Raises:
       InputError: the directory holds something, or cannot be written to; nothing is left then.

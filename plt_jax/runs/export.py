@@ -1,4 +1,4 @@
-"""A checkpoint's parameters as a run directory of their own."""
+"""Exporting a checkpoint's parameters to a run directory of their own."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def export_params(path: str | Path, destination: str | Path, dtype: str | None =
 
     Args:
       path: a run directory (its newest checkpoint) or one of its checkpoints/STEP.
-      dtype: what the parameters are stored as; default as they are.
+      destination: the new run directory.
+      dtype: the dtype that the parameters are stored in; default their own.
 
     Returns:
-      What was done, in two lines.
+      Two lines that say what was written.
 
     Raises:
-      InputError: there is no sound checkpoint, or the destination is taken; nothing is left then.
+      InputError: there is no undamaged checkpoint, or the destination is not empty; nothing is
+        written then.
     """
     check_new_folder(destination)
     found = find_checkpoint(path)

@@ -10,7 +10,7 @@ from plt_jax.runs.names import METRICS
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a run's metrics.jsonl; an incomplete last line, left by a kill, is dropped."""
     path = directory / METRICS
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -22,7 +22,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:
-    """What two runs of the same configuration share of a row: all but times and speeds."""
+    """A row without times and speeds, which differ between runs of the same configuration."""
     times = {"time", "tokens_per_second", "model_tflops_per_second", "mfu", "goodput"}
     return {
         name: value

@@ -1,14 +1,14 @@
-"""The names in a run directory, and how a path leads to one.
+"""The names of the files in a run directory, and finding the run directory of a path.
 
 config.yaml      the resolved configuration
 tokenizer.json   the tokenizer (Hugging Face tokenizers)
-text.json        a fingerprint of the text, to know it by when the run resumes
+text.json        a fingerprint of the text, which is compared when the run resumes
 checkpoints/N/   orbax checkpoints by step
 metrics.jsonl    one JSON object per line; tensorboard/ has the same; loss.png draws it
-eval.json        what eval.py found last; by its options documents.json, loops.json, tasks.json and
-                 exact_match.json
-report.html      what plt_jax.training.report drew last
-huggingface/     of imported models: config.json and the tokenizer's files, as they came
+eval.json        the newest results of eval.py; depending on its options, documents.json,
+                 loops.json, tasks.json and exact_match.json too
+report.html      the newest page of plt_jax.training.report
+huggingface/     an imported model's config.json and tokenizer files, unchanged
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CONFIG, TOKENIZER, TEXT, CHECKPOINTS, METRICS, HUGGINGFACE = (
 
 
 class Location(NamedTuple):
-    """What a path given by a user means."""
+    """The run directory, and perhaps the checkpoint, that a user's path names."""
 
     directory: Path
     """The run directory, absolute."""
     step: int | None
-    """The checkpoint, if the path names one."""
+    """The checkpoint's step; None if the path names none."""
 
 
 def locate(path: str | Path) -> Location:
@@ -47,10 +47,10 @@ def locate(path: str | Path) -> Location:
     """
     missing = f"{path} does not exist; give a run directory, or one of its checkpoints"
     try:
-        path = expand(path).resolve()  # the name of a folder given as . tells what it is
-    except ValueError as error:  # of an impossible name
+        path = expand(path).resolve()  # a path such as . has no name before
+    except ValueError as error:  # the name is impossible
         raise error if isinstance(error, InputError) else InputError(missing) from error
-    if not os.path.exists(path):  # False, too, where the name is impossible
+    if not os.path.exists(path):  # False also for impossible names
         raise InputError(missing)
     directory, step = path, None
     if path.name.isdigit() and path.parent.name == CHECKPOINTS:

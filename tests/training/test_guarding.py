@@ -1,4 +1,4 @@
-"""Runs whose data makes steps go out of order: they skip, go back, or stop, and lose nothing."""
+"""Runs with bad data: they skip steps, roll back, or stop, and lose nothing."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow(reason="trains several runs")
 BATCH = 4
 PATIENT = {"patience": 2}
 NOTICED = 2 + LAG
-"""Steps from the first of a bad stretch to going back: the patience and the guard's lag."""
+"""Steps from the first bad one to the rollback: the patience and the guard's lag."""
 
 
 @contextlib.contextmanager

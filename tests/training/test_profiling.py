@@ -74,5 +74,5 @@ def test_a_run_writes_its_profile_among_its_events(finished, tmp_path, capsys):
 
 
 def test_a_window_behind_the_last_step_is_refused():
-    with pytest.raises(ValueError, match="profile_from 9 is behind the last step, 8"):
+    with pytest.raises(ValueError, match="profile_from 9 is after the last step, 8"):
         RunConfig.model_validate({"training": {"steps": 8, "profile_from": 9}})
