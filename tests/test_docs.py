@@ -139,6 +139,13 @@ def test_named_files_and_modules_exist(page):
             assert_importable(name)
 
 
+@pytest.mark.parametrize("page", NOW, ids=lambda page: page.name)
+def test_python_of_the_docs_names_what_exists(page):
+    for block in blocks(page):
+        for name in re.findall(r"(?<![\w/.])plt_jax(?:\.\w+)+", block.text):
+            assert_importable(name)
+
+
 @pytest.mark.parametrize("name", ["contributing.md", "design.md"])
 def test_named_functions_exist(name):
     modules = [*REPOSITORY.glob("plt_jax/**/*.py"), *REPOSITORY.glob("tests/**/*.py")]
