@@ -57,7 +57,7 @@ def shard_map_attention(
             shard = CacheShard(start, where.positions)
         return attend(q, k, v, gate, cache, *others, shard=shard)
 
-    layer = LayerCache(where.full, where.full, where.ring, where.ring)
+    layer = LayerCache._make((where.full, where.full, where.ring, where.ring))
     batch = PartitionSpec(where.batch)
     return jax.shard_map(
         attend_shard,
@@ -206,8 +206,10 @@ def _attend_block(
 
 
 def _attend_block_by_cudnn(
-    q_BNCH: jax.Array, keys: jax.Array, values: jax.Array, positions_BC: jax.Array
+    q_BNCH: jax.Array, keys: Stored, values: Stored, positions_BC: jax.Array
 ) -> jax.Array:
+    """Attention of one block of queries by cuDNN, with a mask over the whole capacity."""
+    assert isinstance(keys, jax.Array) and isinstance(values, jax.Array)
     mask_BCS = jnp.arange(keys.shape[2]) <= positions_BC[:, :, None]
     return cudnn_masked_attention(q_BNCH, keys, values, mask_BCS)
 

@@ -23,8 +23,7 @@ from plt_jax.errors import InputError
 from plt_jax.model.kernels import traced_platform
 
 
-@flax.struct.dataclass
-class Quantized:
+class Quantized(flax.struct.PyTreeNode):
     """Keys or values in eight bits, with one scale per position and head."""
 
     values: jax.Array
@@ -41,8 +40,7 @@ Stored = jax.Array | Quantized
 """Keys or values [B, K, S, H] as a cache holds them."""
 
 
-@flax.struct.dataclass
-class Cache:
+class Cache(flax.struct.PyTreeNode):
     """Decoding state of B sequences; the outer tuples hold one entry per layer."""
 
     lengths: jax.Array
@@ -94,6 +92,11 @@ class LayerCache(NamedTuple):
     values: tuple[Stored, ...]
     ring_keys: jax.Array | None
     ring_values: jax.Array | None
+
+    def rings(self) -> tuple[jax.Array, jax.Array]:
+        """The rings' keys and values [B, L-1, K, W, H] each, in a scheme that has them."""
+        assert self.ring_keys is not None and self.ring_values is not None
+        return self.ring_keys, self.ring_values
 
 
 def init_cache(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import Cache
@@ -97,8 +98,8 @@ def check_step(config: ModelConfig, tokens_B: jax.Array, cache: Cache) -> None:
 
 
 def _unknown(array: jax.Array) -> bool:
-    """Inside of jit, or partly in other processes."""
-    if isinstance(array, jax.core.Tracer):
+    """Whether the values are not known here: inside of jit, or partly in other processes."""
+    if isinstance(array, Tracer):
         return True
     return isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated

@@ -162,8 +162,7 @@ class TokenChoice(NamedTuple):
     """Whether log-probabilities are computed; else they are 0."""
 
 
-@flax.struct.dataclass
-class GenerationState:
+class GenerationState(flax.struct.PyTreeNode):
     """The state between two tokens."""
 
     cache: Cache
@@ -282,10 +281,9 @@ def prefill_prompts(
     padded = np.zeros((len(prompts), -(-longest // chunk) * chunk), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    logits_BV = None
+    logits_BV = jnp.zeros((len(prompts), config.vocab_size), jnp.float32)
     for start in range(0, padded.shape[1], chunk):
         real_B = np.clip(lengths_B - start, 0, chunk).astype(np.int32)
         new_BV, cache = _prefill(config, weights, padded[:, start : start + chunk], real_B, cache)
-        ends_here = (real_B > 0)[:, None]
-        logits_BV = new_BV if logits_BV is None else jnp.where(ends_here, new_BV, logits_BV)
+        logits_BV = new_BV if start == 0 else jnp.where(real_B[:, None] > 0, new_BV, logits_BV)
     return logits_BV, cache

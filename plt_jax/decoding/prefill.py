@@ -166,16 +166,17 @@ def _attend_chunk(
     )
     if own or loop.later_attention == "shared":
         return global_BNCH, cache
-    rings = cache.ring_keys, cache.ring_values
+    ring_keys, ring_values = cache.rings()
+    ring = index - 1
     local_BNCH = attend_window(
-        q_BNCH, (k_BKCH, v_BKCH), tuple(ring[:, index - 1] for ring in rings), before_B
+        q_BNCH, (k_BKCH, v_BKCH), (ring_keys[:, ring], ring_values[:, ring]), before_B
     )
-    ring_slots_BC = ring_slots_of_chunk(rings[0].shape[3], positions_BC, lengths_B, before_B)
-    ring_keys, ring_values = (
-        write_rings(ring, new[:, None], ring_slots_BC, index - 1)
-        for ring, new in zip(rings, (k_BKCH, v_BKCH), strict=True)
+    slots_BC = ring_slots_of_chunk(ring_keys.shape[3], positions_BC, lengths_B, before_B)
+    cache = cache._replace(
+        ring_keys=write_rings(ring_keys, k_BKCH[:, None], slots_BC, ring),
+        ring_values=write_rings(ring_values, v_BKCH[:, None], slots_BC, ring),
     )
-    cache = cache._replace(ring_keys=ring_keys, ring_values=ring_values)
+    assert gate_BNC is not None  # schemes with rings have gates
     return blend(gate_BNC, global_BNCH, local_BNCH), cache
 
 

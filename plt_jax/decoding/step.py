@@ -192,17 +192,19 @@ def _attend_rows(
     if loop.later_attention == "shared" or not later:
         return global_BNRH, cache
     first, rings = later[0], slice(loops[later[0]] - 1, loops[-1])
-    window = cache.ring_keys.shape[3]
+    ring_keys, ring_values = cache.rings()
+    window = ring_keys.shape[3]
 
     def in_ring(ring_BRKWH: jax.Array, new_BKRH: jax.Array) -> jax.Array:
         new_BRK1H = new_BKRH[:, :, first:].swapaxes(1, 2)[:, :, :, None]
         return write_rings(ring_BRKWH, new_BRK1H, slots_B1 % window, rings.start)
 
-    cache = cache._replace(
-        ring_keys=in_ring(cache.ring_keys, k_BKRH), ring_values=in_ring(cache.ring_values, v_BKRH)
-    )
+    ring_keys, ring_values = in_ring(ring_keys, k_BKRH), in_ring(ring_values, v_BKRH)
+    cache = cache._replace(ring_keys=ring_keys, ring_values=ring_values)
     ring_mask_B1W = (ring_positions(lengths_B + 1, window) >= 0)[:, None]
-    seen = (cache.ring_keys[:, rings], cache.ring_values[:, rings])
-    local_BNRH = attend_own(q_BNRH[:, :, first:], *seen, ring_mask_B1W)
+    local_BNRH = attend_own(
+        q_BNRH[:, :, first:], ring_keys[:, rings], ring_values[:, rings], ring_mask_B1W
+    )
+    assert gate_BNR is not None  # schemes with rings have gates
     blended = blend(gate_BNR[:, :, first:], global_BNRH[:, :, first:], local_BNRH)
     return jnp.concatenate([global_BNRH[:, :, :first], blended], axis=2), cache

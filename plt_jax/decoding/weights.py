@@ -30,8 +30,7 @@ Params = Mapping[str, Any]
 Weights = Mapping[str, jax.Array]
 
 
-@flax.struct.dataclass
-class DecodeWeights:
+class DecodeWeights(flax.struct.PyTreeNode):
     """A model's weights as `prepare_for_decode` lays them out."""
 
     embedding: jax.Array
@@ -59,8 +58,8 @@ def prepare_for_decode(config: ModelConfig, params: Params | DecodeWeights) -> D
     """
     if isinstance(params, DecodeWeights):
         return params
-    params = unboxed(params)
-    return _prepare_on_mesh(config, params) if mesh_is_active() else _prepare(config, params)
+    declared: Params = unboxed(params)
+    return _prepare_on_mesh(config, declared) if mesh_is_active() else _prepare(config, declared)
 
 
 def _prepare(config: ModelConfig, params: Params) -> DecodeWeights:

@@ -72,7 +72,7 @@ def gate_parameters(config: ModelConfig) -> dict[str, Parameter]:
 def project_qkv(
     config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, N, T, H], keys and values [B, K, T, H] as the weights make them."""
+    """Queries [B, N, T, H], keys and values [B, K, T, H], by the declared weights alone."""
     q_BNTH, k_BKTH, v_BKTH = (
         jnp.einsum("BTD,DNH->BNTH", x_BTD, weights[name].astype(x_BTD.dtype)) for name in "qkv"
     )
@@ -80,7 +80,7 @@ def project_qkv(
 
 
 def project_output(weights: Mapping[str, jax.Array], out_BNTH: jax.Array) -> jax.Array:
-    """The heads' outputs to [B, T, D]."""
+    """The output projection: the heads' outputs [B, N, T, H] to [B, T, D]."""
     return jnp.einsum("BNTH,NHD->BTD", out_BNTH, weights["o"].astype(out_BNTH.dtype))
 
 
@@ -90,7 +90,7 @@ def finish_qkv(
     qkv: tuple[jax.Array, jax.Array, jax.Array],
     rotation: Rotation,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What follows the products: biases, norms of queries and keys, and their rotation."""
+    """Adds biases, and normalises and rotates queries and keys."""
     q_BNTH, k_BKTH, v_BKTH = qkv
     if config.qkv_bias:
         q_BNTH, k_BKTH, v_BKTH = (
@@ -130,17 +130,17 @@ def blend(gate_BNT: jax.Array, global_BNTH: jax.Array, local_BNTH: jax.Array) ->
 
 
 def fastest_backend() -> Backend:
-    """The fastest that the program's devices run, on their mesh, of models that it takes."""
+    """The fastest attention on the program's devices and mesh, for models that it supports."""
     available = available_backend()
     # cuDNN knows no offset between queries and keys.
     return "xla" if available == "cudnn" and sharded_axes("length") else available
 
 
 def choose_backend(config: ModelConfig) -> Backend:
-    """What computes attention over whole sequences: `config.attention`, with auto made definite.
+    """The attention for whole sequences: `config.attention`, or for "auto" the fastest.
 
     Raises:
-      InputError: the devices that the program is traced for cannot run what the configuration asks.
+      InputError: the devices that the program is traced for cannot run the configured attention.
     """
     available = fastest_backend()
     if config.attention == "auto":
@@ -169,9 +169,9 @@ def sequence_attention(
     """Causal attention over whole sequences, [B, N, T, H] in the dtype of the queries.
 
     Args:
-      documents_BT: int32 numbers of documents, whose borders nothing crosses; None if each row is
+      documents_BT: int32 document numbers; no position sees another document. None if each row is
         one document.
-      window: number of keys that a position sees, itself included; None for all earlier ones.
+      window: number of keys that a position sees, its own included; None for all earlier ones.
 
     Raises:
       InputError: see `choose_backend`.
@@ -183,8 +183,8 @@ def sequence_attention(
         return spread_attention(backend, q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
     if backend == "splash":
         return splash_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
-    # cuDNN knows documents only as a [T, T] bias, beside which it has no windows before 9.10.2. The
-    # blocks below take both, and no memory that grows as T·T.
+    # cuDNN takes documents only as a [T, T] bias, with which it has no windows before 9.10.2. The
+    # blocks below take both, in memory that does not grow as T·T.
     if backend == "cudnn" and (window is None or documents_BT is None):
         return cudnn_attention(q_BNTH, k_BKTH, v_BKTH, documents_BT, window)
     if window is None:

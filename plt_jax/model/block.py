@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 
 from plt_jax.config import ModelConfig
 from plt_jax.model.attention import (
@@ -188,7 +189,7 @@ class Block(nn.Module):
         x_BTD, (keys_values, gate_B), router = apply_block(
             self.config, weights, x_BTD, context.rotation, attend
         )
-        x_BTD = nn.with_logical_constraint(x_BTD, ("batch", "length", "activation"))
+        x_BTD = with_logical_constraint(x_BTD, ("batch", "length", "activation"))
         return x_BTD, LayerOutputs(keys_values, router, gate_B)
 
 
@@ -211,7 +212,7 @@ def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> n
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] - flax takes trees of axes
         length=stack.layers,
         unroll=min(config.layer_unroll, stack.layers),
         metadata_params={nn.PARTITION_NAME: "layers"},

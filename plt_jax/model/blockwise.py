@@ -1,7 +1,7 @@
-"""Attention over whole sequences in plain XLA, on any device, and the parts it can be merged from.
+"""Attention over whole sequences in plain XLA, on any device, and how partial results merge.
 
-Arrays are named as in attention.py. Blocks of queries meet only the blocks of keys that they can
-see.
+Arrays are named as in attention.py. A block of queries is multiplied only with the blocks of keys
+that it can see.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 
 # Far below any logit, yet finite: a float32 softmax gives such keys a weight of exactly zero, and
-# so an exactly zero gradient, without the NaN that a row of infinities would make.
+# thus an exactly zero gradient, without the NaN that a row of infinities would give.
 MASKED = -1e30
 MIN_BLOCK = 64  # Smaller blocks of queries cost more in overhead than they save in products.
 MAX_BLOCKS = 8  # Of causal attention; each is compiled by itself. 8 skip 7/16 of all products.
 
 
 class Partial(NamedTuple):
-    """Softmax attention over some of the keys, all float32, [..., H] or [..., 1] by query."""
+    """Softmax attention over some of the keys, float32, [..., H] or [..., 1] for each query."""
 
     sum: jax.Array
     """The sum of values, weighted with exp(logit - largest)."""
@@ -30,7 +30,7 @@ class Partial(NamedTuple):
     """The largest logit."""
 
     def merge(self, other: Partial) -> Partial:
-        """Over the keys of both."""
+        """Attention over the keys of both."""
         largest = jnp.maximum(self.largest, other.largest)
         one, two = jnp.exp(self.largest - largest), jnp.exp(other.largest - largest)
         return Partial(
@@ -38,10 +38,11 @@ class Partial(NamedTuple):
         )
 
     def merge_over(self, axes: tuple[str, ...]) -> Partial:
-        """Over the keys of all devices along some axes of the mesh."""
+        """Attention over the keys of all devices along mesh axes."""
         largest = jax.lax.pmax(self.largest, axes)
         scale = jnp.exp(self.largest - largest)
-        return Partial(*jax.lax.psum((scale * self.sum, scale * self.total), axes), largest)
+        values, total = jax.lax.psum((scale * self.sum, scale * self.total), axes)
+        return Partial(values, total, largest)
 
     def heads(self, like_BNTH: jax.Array) -> jax.Array:
         """The attention's output, in the shape and dtype of the queries."""
@@ -65,9 +66,9 @@ def masked_attention(
 def partial_attention(
     q_BNTH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array
 ) -> Partial:
-    """As `masked_attention`, to be merged with the attention to other keys, [B, K, G, T, H].
+    """Softmax attention to some of the keys, [B, K, G, T, H], to be merged with that to others.
 
-    A query without an allowed key gives junk of no weight beside one with keys.
+    A query without an allowed key gives junk, to which `merge` gives no weight.
     """
     B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
@@ -94,7 +95,7 @@ def causal_attention(
 ) -> jax.Array:
     """Attention of every position to itself and all earlier ones of its document, [B, N, T, H].
 
-    Each block of queries meets only the keys up to its own end.
+    Each block of queries is multiplied with the keys up to its own end alone.
     """
     T = q_BNTH.shape[2]
     block = max(MIN_BLOCK, -(-T // MAX_BLOCKS))
@@ -118,8 +119,8 @@ def windowed_attention(
 ) -> jax.Array:
     """Attention of every position to the last `window` keys of its document, itself included.
 
-    Work and memory grow as T·window: each block of queries meets its own block of keys and the one
-    before, which together hold every key of its windows. [B, N, T, H].
+    Returns [B, N, T, H]. Work and memory grow as T·window: each block of queries is multiplied with
+    its own block of keys and the one before, which together hold every key of its windows.
     """
     B, N, T, H = q_BNTH.shape
     block = min(max(window - 1, MIN_BLOCK), T)
@@ -127,14 +128,14 @@ def windowed_attention(
     padded = blocks * block
 
     def split(x_BKTH: jax.Array) -> jax.Array:
-        """Blocks as batch rows, [B·blocks, K, block, H]."""
+        """Turns blocks into batch rows, [B·blocks, K, block, H]."""
         x_BKTH = jnp.pad(x_BKTH, ((0, 0), (0, 0), (0, padded - T), (0, 0)))
         heads = x_BKTH.shape[1]
         x = x_BKTH.reshape(B, heads, blocks, block, H).swapaxes(1, 2)
         return x.reshape(B * blocks, heads, block, H)
 
     def with_previous(x: jax.Array, rows: int = B) -> jax.Array:
-        """Each block [rows·blocks, ..., block, H] behind the one before it in its sequence."""
+        """Puts before each block [rows·blocks, ..., block, H] the previous one of its sequence."""
         x = x.reshape(rows, blocks, *x.shape[1:])
         previous = jnp.concatenate([jnp.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
         pairs = jnp.concatenate([previous, x], axis=-2)
@@ -142,7 +143,7 @@ def windowed_attention(
 
     distance = (block + jnp.arange(block))[:, None] - jnp.arange(2 * block)[None, :]
     mask = (distance >= 0) & (distance < window)
-    # Document 0 is what lies before the first block.
+    # Document 0 is the padding before the first block.
     numbers_BT = jnp.ones((1, T), jnp.int32) if documents_BT is None else documents_BT + 1
     rows = numbers_BT.shape[0]
     numbers = jnp.pad(numbers_BT, ((0, 0), (0, padded - T))).reshape(rows * blocks, block, 1)

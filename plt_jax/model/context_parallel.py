@@ -1,9 +1,9 @@
 """Context parallelism: sequences whose positions are spread over the devices of a mesh axis.
 
-Each of C devices holds T/C positions behind one another. What crosses from one to the next: the one
-state of the shift, the last W - 1 keys of a window, and for causal attention every key (gathered)
-and half of the queries. Those travel because later positions see more keys: with its own first half
-and the second half of its mirror image (device C - 1 - i's), each device has the same work.
+Each of C devices holds T/C consecutive positions. Between devices travel: the one state of the
+shift, the last W - 1 keys of a window, and for causal attention every key (gathered) and half of
+the queries. Queries travel since later positions see more keys: device i takes its own first half
+and the second half of device C - 1 - i, its mirror image, and so all devices have the same work.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from plt_jax.model.blockwise import MASKED, Partial, partial_attention, windowed
 from plt_jax.model.kernels import Backend, run_splash, splash_blocks, splash_kernel
 
 QUERY_BLOCK, KEY_BLOCK = 512, 512
-"""Of causal attention in plain XLA: its logits take QUERY_BLOCK x KEY_BLOCK for each head."""
+"""Block sizes of causal attention in plain XLA: logits take QUERY_BLOCK x KEY_BLOCK per head."""
 
 NO_DOCUMENT = -1
-"""The document of queries that fill up a block."""
+"""The document number of queries that only fill up a block."""
 
 
 def shift_right(x_BTD: jax.Array) -> jax.Array:
-    """Moves positions one to the right, on all devices of a sequence; zero comes first."""
+    """Moves positions one to the right, across the devices of a sequence; zero comes first."""
     axes = sharded_axes("length")
     if not axes:
         return _shift(x_BTD, jnp.zeros_like(x_BTD[:, :1]))
@@ -57,7 +57,7 @@ def spread_attention(
     documents_BT: jax.Array | None,
     window: int | None,
 ) -> jax.Array:
-    """As `attention.sequence_attention`, over sequences that a mesh axis spreads."""
+    """`attention.sequence_attention` over sequences that a mesh axis spreads over devices."""
     axes = sharded_axes("length")
     if documents_BT is None:
         documents_BT = jnp.zeros((q_BNTH.shape[0], q_BNTH.shape[2]), jnp.int32)
@@ -101,11 +101,11 @@ def with_halo(
     window: int,
     axes: tuple[str, ...],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Keys, values and their documents behind the window - 1 that came before them."""
+    """Keys, values and document numbers, with those of the window - 1 positions before them."""
     if window == 1:
         return k_BKTH, v_BKTH, documents_BT
     halo = partial(before, count=window - 1, axes=axes)
-    # Numbers count from 1 while they travel, so that the zeros before the first stand out.
+    # Numbers count from 1 while they travel, to differ from the zeros before the first position.
     numbers = jnp.concatenate([halo(documents_BT + 1, axis=1), documents_BT + 1], axis=1)
     k, v = (jnp.concatenate([halo(x, axis=2), x], axis=2) for x in (k_BKTH, v_BKTH))
     return k, v, numbers - 1
@@ -114,13 +114,13 @@ def with_halo(
 def _window(axes, window, q_BNTH, k_BKTH, v_BKTH, documents_BT):
     """Windowed attention of one device's queries, in plain XLA."""
     k, v, documents = with_halo(k_BKTH, v_BKTH, documents_BT, window, axes)
-    # The halo's positions get queries too, which nobody reads.
+    # The positions before get queries too, whose outputs are dropped.
     q = jnp.pad(q_BNTH, ((0, 0), (0, 0), (window - 1, 0), (0, 0)))
     return windowed_attention(q, k, v, documents, window)[:, :, window - 1 :]
 
 
 def _splash_window(axes, window, q_BNTH, k_BKTH, v_BKTH, documents_BT):
-    """The same by splash."""
+    """Windowed attention of one device's queries, by splash."""
     k, v, documents = with_halo(k_BKTH, v_BKTH, documents_BT, window, axes)
     N, T = q_BNTH.shape[1:3]
     block, blocks = splash_blocks(T, window)
@@ -130,7 +130,7 @@ def _splash_window(axes, window, q_BNTH, k_BKTH, v_BKTH, documents_BT):
 
 
 def swap_halves(x: jax.Array, axes: tuple[str, ...], axis: int) -> jax.Array:
-    """Each device's own first half and its mirror image's second half; undoes itself."""
+    """Each device's own first half, and the second half of its mirror image; its own inverse."""
     devices, half = jax.lax.axis_size(axes), x.shape[axis] // 2
     first, second = jnp.split(x, [half], axis=axis)
     mirror = [(source, devices - 1 - source) for source in range(devices)]
@@ -169,8 +169,8 @@ def attend_from(
 ) -> jax.Array:
     """Causal attention of queries at positions start, start + 1, ... to keys at 0, 1, ...
 
-    Blocks of keys behind a block of queries are skipped, though where they begin is known on the
-    device alone; the backward pass computes a block of queries anew. Memory grows as the block.
+    Blocks of keys after a block of queries are skipped, although only the device knows where they
+    begin. The backward pass recomputes a block of queries, so memory grows with the block alone.
     """
     B, N, T, H = q_BNTH.shape
     S = k_BKSH.shape[2]
@@ -207,7 +207,7 @@ def attend_from(
 
 
 def _blocks(x: jax.Array, size: int, axis: int, fill: int = 0) -> jax.Array:
-    """An axis cut into blocks, which come first; the last is filled up."""
+    """Cuts an axis into blocks, which become the first axis; fills up the last block."""
     length = x.shape[axis]
     count = -(-length // size)
     padding = [(0, 0)] * x.ndim
@@ -218,11 +218,11 @@ def _blocks(x: jax.Array, size: int, axis: int, fill: int = 0) -> jax.Array:
 
 
 def mirrored_rows(length: int, devices: int) -> tuple[int, np.ndarray]:
-    """What `swap_halves` makes of the positions of a sequence, for splash.
+    """The positions of a sequence after `swap_halves`, for splash.
 
     Returns:
-      The size of blocks, and the position of each row, int32: for each device both its halves,
-      each filled up to whole blocks by repeating its last position.
+      The block size, and the position of each row, int32: for each device both of its halves, each
+      filled up to whole blocks by repeating its last position.
     """
     each = length // devices
     half = each // 2
@@ -238,14 +238,14 @@ def mirrored_rows(length: int, devices: int) -> tuple[int, np.ndarray]:
 
 
 def _splash_causal(axes, shape, q_BNTH, k_BKTH, v_BKTH, documents_BT, kernel):
-    """Causal attention of one device's queries by splash; `kernel` is made for all of them."""
+    """Causal attention of one device's queries by splash; `kernel` is made for all devices."""
     k_BKSH, v_BKSH, documents_BS = gather(axes, k_BKTH, v_BKTH, documents_BT)
     q_BNTH, documents_BT = swap_halves(q_BNTH, axes, 2), swap_halves(documents_BT, axes, 1)
     T, each = q_BNTH.shape[2], shape[0] // jax.lax.axis_size(axes)
     half, room = T // 2, each // 2
 
     def filled(x: jax.Array, axis: int) -> jax.Array:
-        """Both halves filled up as `mirrored_rows` has them."""
+        """Fills up both halves as `mirrored_rows` does."""
         parts = []
         for part in jnp.split(x, [half], axis=axis):
             padding = [(0, 0)] * x.ndim

@@ -1,4 +1,4 @@
-"""What a model costs, counted from its configuration: parameters, arithmetic, keys and values."""
+"""The costs of a model, counted from its configuration: parameters, arithmetic, cache."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from plt_jax.model.transformer import top_parameters
 
 
 class ParameterCount(NamedTuple):
-    """How many parameters a model has."""
+    """Numbers of parameters of a model."""
 
     total: int
     active: int
-    """That work on one token: all but the experts that it does not choose."""
+    """Parameters that work on one token: all but the experts that it does not choose."""
     embeddings: int
-    """Of both: the embedding and, where it is another, the head."""
+    """Parameters of the embedding and, where it is not tied, the head."""
 
 
 def count_parameters(config: ModelConfig) -> ParameterCount:
-    """The parameters of a model, each counted once however often loops use it."""
+    """Counts the parameters of a model; loops use the same ones again."""
     top = top_parameters(config)
     total = sum(math.prod(parameter.shape) for parameter in top.values())
     active = total
@@ -38,7 +38,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def _active(config: ModelConfig, name: str, parameter: Parameter) -> int:
-    """How many of a layer's parameter work on one token."""
+    """The number of elements of a layer's parameter that work on one token."""
     size = math.prod(parameter.shape)
     if name in EXPERTS:
         return size * config.moe.experts_per_token // config.moe.experts
@@ -53,7 +53,7 @@ class LoopFlops(NamedTuple):
     attention: int
     """Products of queries with keys, and of weights with values."""
     head: int
-    """The output head, which the last loop alone has."""
+    """Product with the output head, in the last loop alone."""
 
     @property
     def total(self) -> int:
@@ -61,12 +61,13 @@ class LoopFlops(NamedTuple):
 
 
 def flops_by_loop(config: ModelConfig, length: int) -> list[LoopFlops]:
-    """The forward pass of whole sequences of one document, loop by loop; training costs three.
+    """Forward FLOPs of sequences of one document, loop by loop; training costs three times.
 
-    Counted by hand, since XLA counts a loop's body once, and 6·N·D a looped model's weights once.
+    They are counted here, since XLA's cost analysis counts the body of a scan once, and the rule
+    6·N·D counts the weights of a looped model once.
 
     Args:
-      length: tokens per sequence; a position attends to itself and all before, on average half.
+      length: tokens per sequence. A position attends to itself and all before it, on average half.
     """
     loop, products, gates = config.loop, 0, 0
     for stack in stacks_of(config).values():
@@ -86,7 +87,7 @@ def flops_by_loop(config: ModelConfig, length: int) -> list[LoopFlops]:
     for index in range(loop.count):
         gated = index > 0 and loop.later_attention == "gated"
         last = index == loop.count - 1
-        # Loops that attend to loop 1's keys and values alone make none of their own.
+        # Loops that attend to loop 1's keys and values alone compute none of their own.
         unmade = index > 0 and loop.later_attention == "shared"
         costs.append(
             LoopFlops(
@@ -99,12 +100,12 @@ def flops_by_loop(config: ModelConfig, length: int) -> list[LoopFlops]:
 
 
 class CacheBytes(NamedTuple):
-    """What decoding keeps of a sequence."""
+    """Bytes that decoding keeps for a sequence."""
 
     per_token: int
     """Keys and values that grow with the context."""
     windows: int
-    """Of the later loops' last W tokens, in a context of at least as many."""
+    """Keys and values of the later loops' last W tokens, in a context of at least W."""
 
 
 def cache_bytes(config: ModelConfig) -> CacheBytes:

@@ -16,9 +16,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import logical_to_mesh_axes
 from jax.sharding import PartitionSpec
 
 from plt_jax.config import MoEConfig
@@ -64,7 +64,7 @@ def routed_experts(
     """
     if not mesh_is_active():
         return local_experts(moe, weights, x_BTD)
-    x_spec = nn.logical_to_mesh_axes(("batch", "length", "activation"))
+    x_spec = logical_to_mesh_axes(("batch", "length", "activation"))
     devices = devices_along(current_axes("batch"))
     if x_BTD.shape[0] % devices:
         raise InputError(
@@ -73,12 +73,12 @@ def routed_experts(
         )
     # The model's width is whole on every device, gathered in the compute dtype.
     specs = {
-        name: nn.logical_to_mesh_axes([None if axis == "embed" else axis for axis in axes])
+        name: logical_to_mesh_axes([None if axis == "embed" else axis for axis in axes])
         for name, axes in EXPERTS.items()
     }
     experts = {name: weights[name].astype(x_BTD.dtype) for name in EXPERTS}
     routers = {name: weights[name] for name in ROUTER if name in weights}
-    statistics_spec = RouterStatistics(*[PartitionSpec()] * 4, chosen_BTk=x_spec)
+    statistics_spec = RouterStatistics._make([*[PartitionSpec()] * 4, x_spec])
     run = jax.shard_map(
         partial(_route_and_exchange, moe),
         in_specs=(dict.fromkeys(routers, PartitionSpec()), specs, x_spec),
@@ -109,7 +109,9 @@ def replicate_rows(
     routers = {name: weights[name] for name in ROUTER if name in weights}
     experts = {name: weights[name] for name in expert_axes}
 
-    def apply(routers: Weights, experts: Weights, x_BTD: jax.Array, first: int = 0) -> jax.Array:
+    def apply(
+        routers: Weights, experts: Weights, x_BTD: jax.Array, first: int | jax.Array = 0
+    ) -> jax.Array:
         routing = route(moe, routers, x_BTD)
         held = next(iter(experts.values())).shape[0]
         chosen_Mk = routing.chosen_Mk - first
@@ -129,10 +131,9 @@ def replicate_rows(
 
     rows = [axis for axis in current_axes("decode_batch") if axis not in spread]
     x_spec = PartitionSpec(dividing_axes(tuple(rows), x_BTD.shape[0]))
-    over = {"expert": spread, "decode_width": width}
+    over = {"expert": spread, "decode_width": width, None: None}
     specs = {
-        name: PartitionSpec(*(over.get(axis) for axis in axes))
-        for name, axes in expert_axes.items()
+        name: PartitionSpec(*(over[axis] for axis in axes)) for name, axes in expert_axes.items()
     }
     return jax.shard_map(
         apply_own,

@@ -1,7 +1,8 @@
 """Grouped products: rows sorted by group, each group's rows times a weight of the group's own.
 
-Axes: M rows, X groups (experts), D inputs, N outputs. All forms compute `jax.lax.ragged_dot`, which
-is the reference: it multiplies every row with every group's weight where no kernel takes it over.
+Axes: M rows, X groups (experts), D inputs, N outputs. All kernels compute `jax.lax.ragged_dot`,
+which is the reference. Where XLA has no kernel for it, it multiplies every row with the weight of
+every group.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from plt_jax.model.kernels import traced_platform
 GroupedProduct = Callable[..., jax.Array]
 """`product(rows_MD, weight_XDN, sizes_X, outputs_first=False) -> [M, N]` in the dtype of the rows.
 
-Rows behind the last group come out as zero. With `outputs_first` the weight is [X, N, D].
+Rows after the last group give zero. With `outputs_first` the weight is [X, N, D].
 """
 
 Kernel = Literal["ragged_dot", "blocks", "megablox", "tokamax"]
@@ -32,10 +33,10 @@ MAX_TILE = 512
 
 
 def choose_kernel(moe: MoEConfig) -> Kernel:
-    """`moe.grouped_product`, with auto made definite for the devices that are being traced for.
+    """The kernel for the devices that the program is traced for; "auto" takes the fastest.
 
     Raises:
-      InputError: those devices cannot run what the configuration asks, or a package is missing.
+      InputError: those devices cannot run the configured kernel, or its package is missing.
     """
     available = available_kernels()
     if moe.grouped_product == "auto":
@@ -53,7 +54,7 @@ def choose_kernel(moe: MoEConfig) -> Kernel:
 
 
 def available_kernels() -> tuple[Kernel, ...]:
-    """What the devices run that are being traced for; the last is the one to use."""
+    """The kernels that the devices run which the program is traced for, the fastest last."""
     platform = traced_platform()
     if platform == "tpu":
         return "ragged_dot", "blocks", "megablox"
@@ -74,9 +75,9 @@ def ragged_dot(
 def blocks(
     rows_MD: jax.Array, weight: jax.Array, sizes_X: jax.Array, outputs_first: bool = False
 ) -> jax.Array:
-    """Block by block of one group's rows, in a loop on the device that runs for used blocks alone.
+    """Multiplies blocks of rows of one group, in a loop on the device over the used blocks alone.
 
-    The fastest form on CPUs (benchmarks/results/experts.md), and correct everywhere.
+    It is the fastest kernel on CPUs (benchmarks/results/experts.md), and runs on every device.
     """
     return _multiply_blocks(rows_MD, weight, sizes_X, outputs_first)
 
@@ -108,7 +109,7 @@ def _multiply_blocks(
         matrix = jax.lax.dynamic_index_in_dim(weight, group_b[index], keepdims=False)
         formula = "bD,ND->bN" if outputs_first else "bD,DN->bN"
         out_bN = jnp.einsum(formula, rows_bD, matrix, preferred_element_type=jnp.float32)
-        # What a block writes beyond its group's end, the blocks after it overwrite.
+        # A block writes beyond the end of its group; the blocks after it overwrite that.
         return jax.lax.dynamic_update_slice_in_dim(
             out_MN, out_bN.astype(out_MN.dtype), first_b[index], axis=0
         )
@@ -119,7 +120,7 @@ def _multiply_blocks(
 
 
 def _sum_blocks(left_MD: jax.Array, right_MN: jax.Array, sizes_X: jax.Array) -> jax.Array:
-    """For each group, the sum over its rows of left x right, float32 [X, D, N]."""
+    """Sums left x right over the rows of each group, float32 [X, D, N]."""
     M = left_MD.shape[0]
     block = _block_size(M, sizes_X.size)
     left_MD, right_MN = (jnp.pad(rows, ((0, block), (0, 0))) for rows in (left_MD, right_MN))
@@ -147,7 +148,7 @@ def _block_size(rows: int, groups: int) -> int:
 def _block_table(
     sizes_X: jax.Array, rows: int, block: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Each block's group, first row and number of rows, int32 [b], and how many blocks are used."""
+    """The group, first row and number of rows of each block, int32 [b], and the number in use."""
     blocks_X = -(-sizes_X // block)
     ends_X = jnp.cumsum(blocks_X)
     index_b = jnp.arange(rows // block + sizes_X.shape[0])
@@ -159,7 +160,7 @@ def _block_table(
 
 
 def _zero_behind(rows_MD: jax.Array, sizes_X: jax.Array) -> jax.Array:
-    """Rows that belong to a group as they are, those behind the last one as zero."""
+    """Sets the rows after the last group to zero."""
     return jnp.where((jnp.arange(rows_MD.shape[0]) < jnp.sum(sizes_X))[:, None], rows_MD, 0)
 
 
@@ -170,14 +171,14 @@ def megablox(
     outputs_first: bool = False,
     interpret: bool = False,
 ) -> jax.Array:
-    """JAX's Pallas kernel for TPUs, which skips the tiles that no group needs."""
+    """JAX's Pallas kernel for TPUs, which skips tiles without rows of a group."""
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
     M = rows_MD.shape[0]
     tile = min(MAX_TILE, -(-M // 128) * 128)
     D, N = (weight.shape[1], weight.shape[2])[:: -1 if outputs_first else 1]
-    # The kernel takes whole tiles of rows. It leaves rows behind the last group as memory was, in
-    # the gradient too: they are cleared on both sides.
+    # The kernel takes whole tiles of rows. It leaves rows after the last group uninitialised, also
+    # in the gradient, so they are set to zero on both sides.
     padded_MD = jnp.pad(_zero_behind(rows_MD, sizes_X), ((0, -M % tile), (0, 0)))
     out_MN = ops.gmm(
         padded_MD,
@@ -196,7 +197,7 @@ def tokamax(
     rows_MD: jax.Array, weight: jax.Array, sizes_X: jax.Array, outputs_first: bool = False
 ) -> jax.Array:
     """tokamax's kernels for GPUs, or XLA's product where it has none."""
-    import tokamax
+    import tokamax  # pyright: ignore[reportMissingImports] - an extra
 
     contracted = (((1,), (2 if outputs_first else 1,)), ((), ()))
     numbers = jax.lax.RaggedDotDimensionNumbers(contracted, (0,), (0,))
@@ -206,14 +207,14 @@ def tokamax(
 
 KERNELS: dict[Kernel, GroupedProduct] = {
     "ragged_dot": ragged_dot,
-    "blocks": blocks,
+    "blocks": cast(GroupedProduct, blocks),
     "megablox": megablox,
     "tokamax": tokamax,
 }
 
 
 def grouped_product(moe: MoEConfig) -> GroupedProduct:
-    """The product that a model uses on the devices that are being traced for.
+    """The product for the devices that the program is traced for.
 
     Raises:
       InputError: see `choose_kernel`.

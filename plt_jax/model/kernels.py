@@ -26,22 +26,24 @@ from plt_jax.distributed.axes import on_each_device
 
 Backend = Literal["xla", "cudnn", "splash"]
 
-LANES = 128  # Numbers of a TPU's vectors. The kernel's blocks of keys are multiples of it.
+LANES = 128
+"""Width of a TPU's vectors. The kernel's blocks of keys are multiples of it."""
 MAX_BLOCK = 512
-# A window needs few keys, but every block has a cost of its own: an estimate, not measured.
 MIN_WINDOW_BLOCK = 256
+"""Smallest block for windows: a window needs few keys, but every block has a fixed cost. This is an
+estimate, not measured."""
 
 
 def traced_platform() -> str:
     """The platform ("cpu", "gpu", "tpu") that the program is being traced for."""
-    # A program that is compiled ahead of time is traced on a machine without its devices, but under
+    # A program that is compiled ahead of time is traced on a machine without its devices, under
     # their mesh.
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
 
 
 def available_backend() -> Backend:
-    """The fastest attention that the devices can run which the program is being traced for."""
+    """The fastest attention on the devices that the program is being traced for."""
     platform = traced_platform()
     if platform == "tpu":
         return "splash"
@@ -51,7 +53,7 @@ def available_backend() -> Backend:
 def _cudnn_attention_runs() -> bool:
     """Whether this process's GPUs are NVIDIA's, of a generation with fused attention (Ampere)."""
     device = jax.local_devices()[0]
-    # A ROCm device is a "gpu" too, and its capability is no number.
+    # A ROCm device is a "gpu" too, but its capability is not a number.
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
 
 
@@ -64,13 +66,13 @@ def cudnn_attention(
 ) -> jax.Array:
     """cuDNN's fused attention, [B, N, T, H]; bfloat16 or float16, H a multiple of 8.
 
-    Documents cost a [B, 1, T, T] mask (`jax.nn.dot_product_attention` has no ids of segments), and
-    before jax 0.12 also a gradient of its shape that nobody reads (jax-ml/jax#34685).
+    Documents cost a [B, 1, T, T] mask, since `jax.nn.dot_product_attention` has no segment ids.
+    Before jax 0.12 they also cost an unused gradient of that shape (jax-ml/jax#34685).
     """
 
     def attend(q_BNTH, k_BKTH, v_BKTH, documents_BT):
         T, mask = q_BNTH.shape[2], None
-        # The backward pass takes even lengths only. No query of the sequence sees the key added.
+        # The backward pass takes even lengths only. No query of the sequence sees the added key.
         q_BNTH, k_BKTH, v_BKTH = (_pad_length(x, T % 2) for x in (q_BNTH, k_BKTH, v_BKTH))
         if documents_BT is not None:
             documents_BT = jnp.pad(documents_BT, ((0, 0), (0, T % 2)))
@@ -78,7 +80,7 @@ def cudnn_attention(
         out_BNTH = _call_cudnn(
             *(q_BNTH, k_BKTH, v_BKTH),
             mask=mask,
-            # Beside a window too: it bounds the left side alone (jax-ml/jax#39576).
+            # Needed with a window too, which bounds the left side alone (jax-ml/jax#39576).
             is_causal=True,
             local_window_size=None if window is None else (window - 1, 0),
         )
@@ -92,7 +94,8 @@ def cudnn_masked_attention(
 ) -> jax.Array:
     """cuDNN's fused attention to the keys that a mask allows, [B, N, T, H]; for inference alone.
 
-    Its causal masks align queries and keys at their starts, which a chunk behind others does not.
+    The mask is explicit, since cuDNN's causal masks align the first query with the first key, which
+    is wrong for a chunk that follows others.
     """
     return _call_cudnn(q_BNTH, k_BKSH, v_BKSH, mask=mask_BTS[:, None])
 
@@ -114,8 +117,8 @@ def splash_attention(
 ) -> jax.Array:
     """Splash attention, [B, N, T, H], of any float dtype, length and head width.
 
-    From `jax.experimental.pallas.ops.tpu.splash_attention`. Query heads share their group's keys
-    and values without copies.
+    It calls `jax.experimental.pallas.ops.tpu.splash_attention`. Query heads share the keys and
+    values of their group without copies.
     """
 
     def attend(q_BNTH, k_BKTH, v_BKTH, documents_BT):
@@ -137,16 +140,17 @@ def run_splash(
     documents: tuple[jax.Array, jax.Array] | None,
     shape: tuple[int, int],
 ) -> jax.Array:
-    """A splash kernel over a batch, [B, N, T, H].
+    """Runs a splash kernel over a batch, [B, N, T, H].
 
     Args:
-      documents: of queries [B, T] and keys [B, S].
-      shape: the lengths of queries and keys that the kernel is made for; what is added at the ends
-        to reach them must lie in every real query's future.
+      documents: document numbers of the queries [B, T] and of the keys [B, S].
+      shape: the numbers of queries and keys that the kernel is made for. Padding at the ends must
+        lie in the future of every real query.
     """
     T, H = q_BNTH.shape[2:]
     more_T, more_S = shape[0] - T, shape[1] - k_BKSH.shape[2]
-    # The kernel does not scale. In float32, lest bfloat16 round the factor for all alike.
+    # The kernel does not scale the logits. Scaling in float32 keeps bfloat16 from rounding the
+    # factor, which would be an error in the same direction everywhere.
     q_BNTH = (q_BNTH.astype(jnp.float32) / math.sqrt(H)).astype(q_BNTH.dtype)
     segments = None
     if documents is not None:
@@ -160,7 +164,7 @@ def run_splash(
 
 
 def splash_blocks(length: int, window: int | None) -> tuple[int, int]:
-    """Size of the blocks of queries and keys, a multiple of 128, and how many hold a sequence."""
+    """The size of blocks of queries and keys, a multiple of 128, and the number in a sequence."""
     largest = MAX_BLOCK
     if window is not None:
         largest = min(max(_round_up(window, LANES), MIN_WINDOW_BLOCK), MAX_BLOCK)
@@ -172,9 +176,9 @@ def splash_kernel(heads: int, mask: Mask, block: int, length_shards: int = 1) ->
     """The kernel `(q_NTH, k_KSH, v_KSH, segments) -> [N, T, H]` of one sequence.
 
     Args:
-      mask: of queries and keys, the same for all heads.
-      block: queries and keys that are multiplied at once.
-      length_shards: devices that the queries are spread over.
+      mask: the mask of queries and keys, the same for all heads.
+      block: number of queries and of keys that are multiplied at once.
+      length_shards: number of devices that the queries are spread over.
     """
     return make_splash_mha(
         MultiHeadMask([mask] * heads),

@@ -14,7 +14,7 @@ from plt_jax.config import ModelConfig, RopeScalingConfig
 
 
 class Parameter(NamedTuple):
-    """One declaration of a parameter: shape, logical axis names, how it starts, if it decays."""
+    """The declaration of a parameter."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -25,7 +25,7 @@ class Parameter(NamedTuple):
 
 def declare(module: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str, jax.Array]:
     """Creates (or reads) a module's parameters, float32, with their logical axis names attached."""
-    return {
+    return {  # pyright: ignore[reportReturnType] - `param` unboxes
         name: module.param(
             name,
             nn.with_logical_partitioning(parameter.initializer, parameter.axes),
@@ -82,7 +82,7 @@ def scale_frequencies(scaling: RopeScalingConfig, frequencies: jax.Array) -> jax
     low = frequencies / scaling.factor
     if scaling.kind == "linear":
         return low
-    # How many of its periods the original context held decides whether a frequency stays.
+    # A frequency stays if the original context held many of its periods.
     periods = scaling.original_length * frequencies / (2 * math.pi)
     span = scaling.high_frequency_factor - scaling.low_frequency_factor
     kept = jnp.clip((periods - scaling.low_frequency_factor) / span, 0.0, 1.0)
@@ -108,8 +108,8 @@ def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.
 
 def embed(tokens_BT: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """Rows of the embedding table, [B, T] -> [B, T, D] in the compute dtype."""
-    # Rows are converted, not the table: the gradient of a row is then summed over all places of its
-    # token in float32. In bfloat16 that of a token in 1000 places or more was wrong by 14 %.
+    # Rows are converted, not the table: so the gradient of a row is summed over all positions of
+    # its token in float32. In bfloat16 it was wrong by 14 % for tokens at 1000 positions or more.
     return embedding_VD[tokens_BT].astype(dtype)
 
 

@@ -1,8 +1,10 @@
 """Mixture-of-experts feed-forward: a softmax router and dropless dispatch to SwiGLU experts.
 
-Every token reaches every expert it chose: rows are sorted by expert, multiplied group by group
-(`grouped.py`), and put back. M is the number of tokens, X of experts, k of those chosen; P = M·k
-pairs of a token and one of its experts. `expert_parallel.py` does this on several devices.
+Every token reaches every expert that it chose: rows are sorted by expert, multiplied group by group
+(`grouped.py`), and put back. `expert_parallel.py` does this on several devices.
+
+Axes: M tokens, X experts, k chosen experts of a token, P = M·k pairs of a token and one of its
+experts.
 """
 
 from __future__ import annotations
@@ -30,34 +32,34 @@ EXPERTS = {
 
 
 class RouterStatistics(NamedTuple):
-    """What one router did with one batch, all float32; loops and layers lead where stacked."""
+    """Statistics of one router over one batch, float32; stacked, loops and layers lead."""
 
     load_X: jax.Array
-    """Rows that each expert worked on, as a share of all choices."""
+    """Share of all choices that each expert worked on."""
     dropped: jax.Array
-    """Choices that no expert worked on, as a share of all: none, whatever the loads are."""
+    """Share of all choices that no expert worked on. It is 0, whatever the loads are."""
     probability_X: jax.Array
     """Mean router probability of each expert; sums to 1."""
     squared_log_z: jax.Array
     """Mean squared log-normaliser of the router's softmax."""
     chosen_BTk: jax.Array
-    """int32 numbers of the experts that each position chose."""
+    """int32, the experts that each position chose."""
 
 
 class Routing(NamedTuple):
-    """What a router decides about tokens."""
+    """A router's decisions about M tokens."""
 
     weight_Mk: jax.Array
-    """float32 weights of the chosen experts' outputs."""
+    """float32, the weights of the chosen experts' outputs."""
     chosen_Mk: jax.Array
-    """int32 numbers of the chosen experts."""
+    """int32, the chosen experts."""
     probability_X: jax.Array
     squared_log_z: jax.Array
     """See RouterStatistics."""
 
 
 RoutedExperts = Callable[[MoEConfig, Weights, jax.Array], tuple[jax.Array, RouterStatistics | None]]
-"""Router and routed experts, [B, T, D] -> [B, T, D], and statistics where training wants them."""
+"""Router and routed experts, [B, T, D] -> [B, T, D], and the statistics that training needs."""
 
 
 def moe_parameters(moe: MoEConfig, loop: LoopConfig, D: int, depth: float) -> dict[str, Parameter]:
@@ -65,7 +67,7 @@ def moe_parameters(moe: MoEConfig, loop: LoopConfig, D: int, depth: float) -> di
 
     Args:
       D: model width.
-      depth: how much smaller the output projections start than others.
+      depth: factor on the initial scale of the output projections.
     """
     X, F, S = moe.experts, moe.expert_width, moe.shared_width
     sizes = {"expert": X, "embed": D, "ffn": F}
@@ -75,7 +77,7 @@ def moe_parameters(moe: MoEConfig, loop: LoopConfig, D: int, depth: float) -> di
         shape = tuple(sizes[axis] for axis in axes)
         parameters[name] = projection(shape, axes, sizes[axes[1]], scale)
     if moe.bias_update_rate is not None:
-        # The same router sees L different distributions, which one bias could not all make even.
+        # The router sees another distribution in each loop, and one bias could not balance all.
         parameters["router_bias"] = zero_parameter((loop.count, X), ("loops", None))
     if S:
         parameters |= {
@@ -89,10 +91,10 @@ def moe_parameters(moe: MoEConfig, loop: LoopConfig, D: int, depth: float) -> di
 
 
 def weights_of_loop(weights: Weights, loops: int | jax.Array) -> Weights:
-    """A layer's weights, with what each loop has of its own picked out: the router's bias.
+    """A layer's weights in given loops: of the router's biases, which each loop has its own, those.
 
     Args:
-      loops: the loop (0 for the first) of all positions, or int32 [T], of each.
+      loops: the loop (0 for the first) of all positions, or int32 [T], the loop of each position.
     """
     if "router_bias" not in weights:
         return weights
@@ -100,7 +102,7 @@ def weights_of_loop(weights: Weights, loops: int | jax.Array) -> Weights:
 
 
 def route(moe: MoEConfig, weights: Weights, x_BTD: jax.Array) -> Routing:
-    """Each token's k experts, all in float32; `router_bias` is [X] or [T, X]."""
+    """Chooses k experts for each token, in float32; `router_bias` is [X] or [T, X]."""
     logits_BTX = float32_product(x_BTD, weights["router"])
     logits_MX = logits_BTX.reshape(-1, moe.experts)
     ranked_MX = logits_MX
@@ -123,7 +125,7 @@ def route(moe: MoEConfig, weights: Weights, x_BTD: jax.Array) -> Routing:
 
 
 def float32_product(x_BTD: jax.Array, weight_DN: jax.Array) -> jax.Array:
-    """A product in float32 throughout: by default, accelerators round its operands."""
+    """A product in float32 throughout; by default, accelerators would round its operands."""
     weight_DN = weight_DN.astype(jnp.float32)
     return jnp.matmul(x_BTD.astype(jnp.float32), weight_DN, precision=jax.lax.Precision.HIGHEST)
 
@@ -134,13 +136,13 @@ def run_groups(
     x_MD: jax.Array,
     expert_P: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Each pair's token through its expert: outputs [P, D], and rows by expert, int32 [X].
+    """Applies each pair's expert to its token: outputs [P, D], and rows per expert, int32 [X].
 
     Args:
-      swiglu: `(rows [P, D], sorted by expert, and how many each has, int32 [X]) -> [P, D]`.
-      experts: how many there are, X.
-      expert_P: int32 numbers of experts, those of one token behind one another; X, which is none,
-        gives zero.
+      swiglu: `(rows [P, D] sorted by expert, rows per expert int32 [X]) -> [P, D]`.
+      experts: the number of experts, X.
+      expert_P: int32 expert of each pair. The pairs of one token are neighbours. X stands for no
+        expert, and gives zero.
     """
     order_P = jnp.argsort(expert_P, stable=True)
     back_P = inverse(order_P)
@@ -150,13 +152,13 @@ def run_groups(
 
 
 def pair_rows(x_MD: jax.Array, pairs: int) -> jax.Array:
-    """Each token's row once for each of its pairs, [P, D]."""
+    """Repeats each token's row for each of its pairs, [P, D]."""
     return jnp.repeat(x_MD, pairs // x_MD.shape[0], axis=0)
 
 
 @jax.custom_vjp
 def permute(rows_PD: jax.Array, order_P: jax.Array, back_P: jax.Array) -> jax.Array:
-    """Rows in another order, given its inverse too: then the gradient is read, not scattered."""
+    """Rows in another order. With the inverse at hand, the gradient is a gather too, no scatter."""
     return rows_PD[order_P]
 
 
@@ -169,14 +171,14 @@ permute.defvjp(
 def expert_swiglu(
     product: GroupedProduct, weights: Weights, rows_PD: jax.Array, sizes_X: jax.Array
 ) -> jax.Array:
-    """Rows sorted by expert through the experts' SwiGLU, [P, D], with the declared weights."""
+    """Applies the experts' SwiGLU to rows sorted by expert, [P, D], with the declared weights."""
     gate_XDF, up_XDF, down_XFD = (weights[name].astype(rows_PD.dtype) for name in EXPERTS)
     gate_PF, up_PF = product(rows_PD, gate_XDF, sizes_X), product(rows_PD, up_XDF, sizes_X)
     return product(jax.nn.silu(gate_PF) * up_PF, down_XFD, sizes_X)
 
 
 def count_experts(expert_P: jax.Array, experts: int) -> jax.Array:
-    """How many pairs fall on each of the first `experts` numbers, int32 [X]."""
+    """Number of pairs of each of the first `experts` experts, int32 [X]."""
     return jnp.zeros(experts, jnp.int32).at[expert_P].add(1, mode="drop")
 
 
@@ -187,7 +189,7 @@ def inverse(order_P: jax.Array) -> jax.Array:
 
 
 def weighted_sum(weight_Mk: jax.Array, out_PD: jax.Array) -> jax.Array:
-    """Each token's pairs, weighted and added, [P, D] -> [M, D]."""
+    """Adds each token's pairs by their weights, [P, D] -> [M, D]."""
     out_MkD = out_PD.reshape(*weight_Mk.shape, -1)
     return jnp.einsum("Mk,MkD->MD", weight_Mk.astype(out_MkD.dtype), out_MkD)
 
@@ -211,9 +213,9 @@ def statistics_of(
     """A router's statistics.
 
     Args:
-      sizes_X: how many rows each expert worked on.
-      choices: how many there were to work on.
-      shape: of the tokens, [B, T, D].
+      sizes_X: number of rows that each expert worked on.
+      choices: number of choices, P.
+      shape: shape of the tokens, [B, T, D].
     """
     return RouterStatistics(
         load_X=sizes_X / choices,
@@ -238,8 +240,8 @@ def mixture_of_experts(
 ) -> tuple[jax.Array, RouterStatistics | None]:
     """The chosen experts' weighted sum, plus the shared expert if there is one, [B, T, D].
 
-    The shared expert waits for nothing that the routed ones do, so that a compiler can compute it
-    while tokens travel to the devices of their experts.
+    The shared expert does not depend on the routed ones, so that a compiler can compute it while
+    tokens travel to the devices of their experts.
     """
     out_BTD, statistics = routed(moe, weights, x_BTD)
     if moe.shared_width:
@@ -270,9 +272,10 @@ def load_entropy(load_X: jax.Array) -> jax.Array:
 
 
 def experts_per_step(chosen_LBTk: jax.Array) -> jax.Array:
-    """How many experts a one-pass decode step of one sequence reads in a layer, on average.
+    """Mean number of experts that a one-pass decode step of one sequence reads in a layer.
 
-    The loops of a position are the rows of its step: k where they agree on all, L·k where on none.
+    The loops of a position are the rows of its step. They read k experts if they agree on all, and
+    L·k if they agree on none.
     """
     chosen_BTP = jnp.moveaxis(chosen_LBTk, 0, -1).reshape(*chosen_LBTk.shape[1:3], -1)
     ordered_BTP = jnp.sort(chosen_BTP, axis=-1)
@@ -281,9 +284,10 @@ def experts_per_step(chosen_LBTk: jax.Array) -> jax.Array:
 
 
 def balance_step(moe: MoEConfig, load_X: jax.Array) -> jax.Array:
-    """What a step adds to the router's biases [..., X], given the loads it had.
+    """The change of the router's biases after a step, [..., X], by the loads of that step.
 
     Auxiliary-loss-free balancing (arXiv 2408.15664, Algorithm 1), on logits instead of scores, so
     that the rate means the same for any number of experts.
     """
+    assert moe.bias_update_rate is not None  # else the model has no such biases
     return moe.bias_update_rate * jnp.sign(1.0 / moe.experts - load_X)

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import with_logical_constraint
 
 from plt_jax.config import ModelConfig
 from plt_jax.distributed.axes import devices_along, sharded_axes
@@ -36,9 +37,9 @@ from plt_jax.model.looping import LoopStates, run_loops
 def top_parameters(config: ModelConfig) -> dict[str, Parameter]:
     """The parameters outside the layers."""
     V, D = config.vocab_size, config.width
-    # As large as the normed states that later loops add to them, and as the sum of the first
-    # layers' outputs, so that tokens are told apart from the start. Tied, they are the head too,
-    # whose logits must start small.
+    # Embeddings start as large as the normed outputs that later loops add to them, and as the sum
+    # of the first layers' outputs, so that the model distinguishes tokens from the start. Tied
+    # embeddings are the head too, whose logits must start small.
     embedding_std = 1 / math.sqrt(D) if config.tied_embeddings else 1.0
     parameters = {
         "embedding": Parameter((V, D), ("vocab", "embed"), nn.initializers.normal(embedding_std)),
@@ -50,9 +51,9 @@ def top_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
-    """Shapes and dtypes of what `Transformer.init` makes, boxed with their logical axis names.
+    """Shapes and dtypes of the model's parameters, boxed with their logical axis names.
 
-    Straight from the declarations: tracing `init` takes half a second.
+    They come from the declarations, since tracing `init` takes half a second.
     """
 
     def boxed(parameter: Parameter) -> nn.LogicallyPartitioned:
@@ -74,20 +75,20 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
 
 
 def number_documents(segment_ids_BT: jax.Array) -> jax.Array:
-    """Numbers the runs of equal segment ids of each row 0, 1, ...; each run is one document."""
+    """Numbers the documents of each row 0, 1, ..., int32 [B, T]: runs of equal segment ids."""
     starts = segment_ids_BT[:, 1:] != segment_ids_BT[:, :-1]
     return jnp.pad(jnp.cumsum(starts, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def positions_in_documents(documents_BT: jax.Array) -> jax.Array:
-    """Position of each token in its document, int32 [B, T], from the documents' numbers."""
+    """Position of each token in its document, int32 [B, T], from the document numbers."""
     index = jnp.arange(documents_BT.shape[1], dtype=jnp.int32)
     starts = jnp.pad(documents_BT[:, 1:] != documents_BT[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def check_length(length: int) -> None:
-    """Raises InputError for sequences that the current mesh cannot spread over its devices."""
+    """Raises InputError for a length that does not divide over the devices of the current mesh."""
     axes = sharded_axes("length")
     if axes and length % devices_along(axes):
         raise InputError(
@@ -143,15 +144,13 @@ class Transformer(nn.Module):
             positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         context = Context(rope_rotation(config, positions), documents_BT)
         embeddings_BTD = embed(tokens_BT, self.top["embedding"], jnp.dtype(config.dtype))
-        embeddings_BTD = nn.with_logical_constraint(
-            embeddings_BTD, ("batch", "length", "activation")
-        )
+        embeddings_BTD = with_logical_constraint(embeddings_BTD, ("batch", "length", "activation"))
         return run_loops(self, config.loop, embeddings_BTD, context)
 
     def logits(self, normed_BTD: jax.Array) -> jax.Array:
         """Normed states [B, T, D] to float32 logits [B, T, V]."""
         logits_BTV = logits_from(normed_BTD, self.top["embedding"], self.top.get("head"))
-        return nn.with_logical_constraint(logits_BTV, ("batch", "length", "vocab"))
+        return with_logical_constraint(logits_BTV, ("batch", "length", "vocab"))
 
     def __call__(
         self,
@@ -171,8 +170,11 @@ class Transformer(nn.Module):
         return self.logits(states.output_LBTD[-1])
 
     def declare_all(self) -> None:
-        """Touches every parameter, in one loop over one token: `init(key, method="declare_all")` is
-        `init(key, tokens)` at a fraction of its time and memory."""
+        """Declares every parameter, by one loop over one token.
+
+        `init(key, method="declare_all")` gives the parameters of `init(key, tokens)` in a fraction
+        of its time and memory.
+        """
         rotation = rope_rotation(self.config, jnp.zeros((1, 1), jnp.int32))
         x_BTD = jnp.zeros((1, 1, self.config.width), jnp.dtype(self.config.dtype))
         self.layers(x_BTD, Context(rotation, None), None)
@@ -183,6 +185,6 @@ class Transformer(nn.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """A readout of every loop: the head on each loop's normed output, float32 [L, B, T, V]."""
+        """The readout of every loop: the head on its normed hidden states, float32 [L, B, T, V]."""
         states = self.loop_states(tokens, segment_ids, positions)
         return jax.vmap(self.logits)(self.normalize(states.hidden_LBTD))
