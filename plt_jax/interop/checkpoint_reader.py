@@ -102,7 +102,7 @@ def load_params(
     boxed = abstract_params(checkpoint.config)
     shapes, shardings = leaves_by_path(boxed), leaves_by_path(shardings_of(boxed, mesh))
     files, dtypes = checkpoint.files, checkpoint.dtypes
-    # The order of the files, so that few of them are open at a time.
+    # Parameters are read file by file, so that few files are open at a time.
     order = sorted(
         checkpoint.parameters, key=lambda parameter: files.tensors[parameter.tensor_names[0]].file
     )

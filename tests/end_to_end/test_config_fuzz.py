@@ -26,7 +26,7 @@ from tests.training.runs import CACHE, REPOSITORY, environment, simulated
 # Other programs, which compile in half of the time; later versions know no such flag, and end.
 QUICK = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
 CASES = {1: 12, 8: 2}
-"""Of a plain run of the tests, by devices."""
+"""The number of cases in a plain run of the tests, by the number of devices."""
 
 
 def fuzz(folder, devices: int, cases: int, seed: int) -> dict[str, Any]:
