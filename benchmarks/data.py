@@ -2,8 +2,9 @@
 
 python -m benchmarks.data CORPUS [--inputs FILE ...] [--out FOLDER]
 
-Reads batches of a prepared corpus as training does, in shuffled order and without reading ahead, in
-one thread; with --inputs prepares those files, too, in one process and with the corpus's tokenizer.
+Reads batches of a tokenized corpus as training does, in shuffled order and without reading ahead,
+in one thread; with --inputs it prepares those files, too, in one process and with the corpus's
+tokenizer.
 Speeds are tokens per second of one core's time. A chip's consumption is that of training --config
 at 50 % MFU.
 """
@@ -24,10 +25,10 @@ from plt_jax.benchmarks.machine import machine
 from plt_jax.benchmarks.rounds import interleave, positive_integers, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import RunConfig
-from plt_jax.data.corpus_reader import Prepared, open_prepared
-from plt_jax.data.corpus_writer import Options, prepare
+from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.pipeline import Source, training_dataset
 from plt_jax.data.streams import DocumentStream, TokenStream
+from plt_jax.data.tokenized_corpus import TokenizedCorpus, open_tokenized_corpus
 from plt_jax.data.tokens import TokenizedDocuments
 from plt_jax.distributed.chips import CHIPS
 from plt_jax.errors import InputError
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("corpus", help="folder that plt_jax.data.prepare made")
     parser.add_argument("--inputs", nargs="*", default=[], help="files and folders to prepare")
     parser.add_argument(
-        "--text_field", default=Options().text_field, help="text field of those files"
+        "--text_field", default=CorpusOptions().text_field, help="text field of those files"
     )
     parser.add_argument(
         "--lengths", type=positive_integers, default=[256, 2048, 4096], help="tokens of an example"
@@ -65,7 +66,7 @@ def main() -> None:
     if min(arguments.batch, arguments.batches, arguments.rounds) < 1:
         raise InputError("--batch, --batches and --rounds must be at least 1")
     config = load_config(arguments.config)
-    corpus = open_prepared(arguments.corpus)
+    corpus = open_tokenized_corpus(arguments.corpus)
     readers = {
         f"{name}, examples of {length}": reader(stream, length, arguments)
         for length in arguments.lengths
@@ -103,7 +104,7 @@ def main() -> None:
         write_text(folder / "data.txt", text + "\n")
 
 
-def as_array(corpus: Prepared) -> TokenStream:
+def as_array(corpus: TokenizedCorpus) -> TokenStream:
     """The corpus's training tokens in memory, as text at hand is kept: the baseline."""
     stream = corpus.stream("training")
     tokens, documents = stream.read(0, len(stream))
@@ -133,18 +134,18 @@ def reader(stream: TokenStream, length: int, arguments) -> Callable[[], float]:
     return seconds_per_token
 
 
-def preparer(inputs: list[str], text_field: str, corpus: Prepared) -> Callable[[], float]:
+def preparer(inputs: list[str], text_field: str, corpus: TokenizedCorpus) -> Callable[[], float]:
     """A timer that prepares the inputs in this process, and returns seconds of a core per token."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
     def seconds_per_token() -> float:
         with tempfile.TemporaryDirectory() as folder:
             start = time.process_time()
-            manifest = prepare(
+            manifest = write_corpus(
                 inputs,
                 Path(folder),
                 corpus.tokenizer,
-                Options(text_field=text_field),
+                CorpusOptions(text_field=text_field),
                 1,
                 lambda *_: lambda *_: None,
             )

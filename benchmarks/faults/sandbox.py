@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.data.corpus_writer import Options, prepare
+from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.tokenizer import train_tokenizer
 from plt_jax.runs.directory import open_trained
 from plt_jax.runs.metrics_file import read_metrics, without_times
@@ -85,8 +85,8 @@ class Sandbox:
         rows = (json.dumps({"text": text}) + "\n" for text in documents)
         self.texts.write_text("".join(rows), encoding="utf-8")
         self.tokenizer = train_tokenizer(documents, MODEL["vocab_size"], 2)
-        self.options = Options(validation_fraction=0.1, shard_bytes=2**14)
-        prepare([str(self.texts)], self.corpus, self.tokenizer, self.options, 1, _no_progress)
+        self.options = CorpusOptions(validation_fraction=0.1, shard_bytes=2**14)
+        write_corpus([str(self.texts)], self.corpus, self.tokenizer, self.options, 1, _no_progress)
 
     def config(self, name: str, corpus: Path | None = None, **sections: Any) -> Path:
         """Writes the configuration of a run called `name`, and returns its path."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.faults.sandbox import REPOSITORY, STEPS, TIMEOUT, TrainingProcess
 from benchmarks.faults.trial import Fault, Trial, require
-from plt_jax.data.corpus_reader import open_prepared
+from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 
 
 def kill_at(wait: Callable[[Trial, TrainingProcess], str]) -> Fault:
@@ -143,12 +143,12 @@ def kill_preparation(trial: Trial) -> str:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from plt_jax.data.corpus_writer import Options, prepare\n"
+        "from plt_jax.data.corpus_writer import CorpusOptions, write_corpus\n"
         "from plt_jax.data.tokenizer import load_tokenizer\n"
         "texts, out, tokenizer, pause = sys.argv[1:]\n"
-        "prepare([texts], Path(out), load_tokenizer(tokenizer),\n"
-        "        Options(validation_fraction=0.1, shard_bytes=2**14), 1,\n"
-        "        lambda *_: lambda unit, done: time.sleep(float(pause)))\n"
+        "write_corpus([texts], Path(out), load_tokenizer(tokenizer),\n"
+        "        CorpusOptions(validation_fraction=0.1, shard_bytes=2**14), 1,\n"
+        "        lambda *_: lambda unit, result: time.sleep(float(pause)))\n"
     )
     command = [sys.executable, "-c", script, str(trial.sandbox.texts), str(out), str(tokenizer)]
     started = subprocess.Popen([*command, "0.1"], cwd=REPOSITORY, stderr=subprocess.DEVNULL)
@@ -160,6 +160,9 @@ def kill_preparation(trial: Trial) -> str:
     started.kill()
     started.wait()
     subprocess.run([*command, "0"], cwd=REPOSITORY, check=True)
-    same = open_prepared(out).fingerprint == open_prepared(trial.sandbox.corpus).fingerprint
+    same = (
+        open_tokenized_corpus(out).fingerprint
+        == open_tokenized_corpus(trial.sandbox.corpus).fingerprint
+    )
     require(same, "the corpus differs from one that was prepared undisturbed")
     return f"killed {1000 * delay:.0f} ms after {units} finished shards; went on to the same corpus"

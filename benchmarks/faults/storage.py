@@ -11,7 +11,7 @@ from benchmarks.faults.sandbox import REPOSITORY, STEPS, copy_corpus, damage, ne
 from benchmarks.faults.trial import Fault, Trial, require, require_error_line
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.data.corpus_reader import MANIFEST, open_prepared
+from plt_jax.data.tokenized_corpus import MANIFEST, open_tokenized_corpus
 from plt_jax.runs.names import CHECKPOINTS
 
 
@@ -42,7 +42,7 @@ def damaged_shard(kind: str) -> Fault:
     def fault(trial: Trial) -> str:
         corpus = copy_corpus(trial.sandbox, trial.name)
         config = trial.sandbox.config(trial.name, corpus)
-        shards = open_prepared(corpus).manifest.shards
+        shards = open_tokenized_corpus(corpus).manifest.shards
         shard = trial.draw.choice([one for one in shards if one.split == "training"])
         process = trial.sandbox.start(config)
         process.wait_for_step(trial.draw.randint(1, STEPS - 6))

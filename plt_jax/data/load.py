@@ -1,4 +1,4 @@
-"""All of a run's data from its configuration: text at hand, prepared corpora, or questions."""
+"""Loads the data that a run's configuration names: text, tokenized corpora, or a synthetic task."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,11 +10,17 @@ from tokenizers import Tokenizer
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.corpus import load_corpus, read_documents
-from plt_jax.data.corpus_reader import SPLITS, Prepared, open_prepared
 from plt_jax.data.packing import Examples, PackedExamples
 from plt_jax.data.pipeline import Source, batches_of, epochs_read, training_dataset
 from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
 from plt_jax.data.synthetic_examples import SyntheticExamples, byte_tokenizer, check_test_set
+from plt_jax.data.tokenized_corpus import (
+    SPLITS,
+    Count,
+    Split,
+    TokenizedCorpus,
+    open_tokenized_corpus,
+)
 from plt_jax.data.tokenizer import check_size, named_tokenizer, token_bytes, tokenizer_for
 from plt_jax.data.tokens import TokenizedDocuments, tokenize
 from plt_jax.errors import InputError, naming
@@ -25,45 +31,48 @@ class Data(NamedTuple):
 
     tokenizer: Tokenizer
     training: grain.IterDataset
-    """Endless batches, see `pipeline.batches_of`."""
+    """Endless training batches, see `pipeline.batches_of`."""
     validation: Examples
     """Held-out examples, for `pipeline.evaluation_batches`."""
     token_bytes: np.ndarray
     """int32 [V], UTF-8 bytes of each token, for bits per byte."""
     bytes_per_target: float
-    """UTF-8 bytes that a target stands for in training, on average."""
+    """Average number of UTF-8 bytes that a training target stands for."""
     about: list[str]
-    """What is read, in lines for people."""
+    """A description of the data, in lines to print."""
     fingerprint: str
-    """The same for the same documents as the same tokens."""
+    """Equal for the same documents as the same tokens."""
 
 
 class _Text(NamedTuple):
-    """Documents as tokens."""
+    """Tokenized text, before it is packed."""
 
     tokenizer: Tokenizer
     training: list[Source]
     validation: TokenStream
     counts: dict[str, int]
-    """{training,validation}_{documents,tokens,bytes}; tokens include bos and eos."""
+    """Sizes of the text, with the keys {training,validation}_{documents,tokens,bytes}; tokens
+    include bos and eos."""
     fingerprint: str
 
 
 def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
-    """Reads the text, trains or loads the tokenizer, and packs both parts of the text.
+    """Reads the text, trains or loads the tokenizer, and packs the training and validation text;
+    or generates a synthetic task's examples.
 
     Args:
-      rows: numbers of the rows of a training batch that this process reads; default all.
+      config: the run.
+      rows: indices of the rows of a training batch that this process reads; default all.
 
     Raises:
-      InputError: the text, the tokenizer or the cache folder cannot be used, or the text is too
-        short for one batch; see the functions that this calls.
+      InputError: the text, the tokenizer, the synthetic task or the cache folder cannot be used, or
+        the text is too short for one batch.
     """
     if config.data.synthetic.task != "none":
         return _load_synthetic(config, rows)
-    text = _from_prepared(config) if config.data.sources else _from_text(config)
+    text = _load_corpora(config) if config.data.sources else _load_text(config)
     counts = text.counts
-    targets = counts["training_tokens"] - counts["training_documents"]  # all but each bos
+    targets = counts["training_tokens"] - counts["training_documents"]  # no bos is a target
     return Data(
         text.tokenizer,
         training_dataset(config, text.training, rows),
@@ -76,7 +85,7 @@ def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
 
 
 def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> Examples:
-    """The validation part of `load_data` for a tokenizer at hand, such as a run directory's.
+    """The validation examples of `load_data`, for a given tokenizer such as a run directory's.
 
     Raises:
       InputError: as `load_data`.
@@ -86,16 +95,19 @@ def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> Examples:
     if config.data.sources:
         corpora = open_sources(config)
         check_same_tokenizer(config, corpora, tokenizer)
-        return PackedExamples(held_out(corpora), config.sequence_length)
+        return PackedExamples(validation_stream(corpora), config.sequence_length)
     documents = load_corpus(config.data).validation
     return examples_from_text(documents, tokenizer, config.sequence_length, config.data.cache_dir)
 
 
 def examples_for(config: RunConfig, tokenizer: Tokenizer, text: str | None) -> Examples:
-    """The examples to evaluate on: of a text file or folder, by default the run's held-out text.
+    """The examples to evaluate on: those of a given text, or the run's validation examples.
+
+    Args:
+      text: a text file, or a folder of .txt files; None for the run's held-out data.
 
     Raises:
-      InputError: as `load_data`, or no such text.
+      InputError: as `load_data`, or the text cannot be read.
     """
     if text is None:
         return validation_examples(config, tokenizer)
@@ -106,7 +118,7 @@ def examples_for(config: RunConfig, tokenizer: Tokenizer, text: str | None) -> E
 def examples_from_text(
     documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, cache_dir: str
 ) -> PackedExamples:
-    """Documents, such as `corpus.read_documents` gives them, as examples to evaluate on.
+    """Tokenizes and packs documents, in their order, to evaluate on them.
 
     Raises:
       InputError: the cache folder cannot be written to.
@@ -115,22 +127,22 @@ def examples_from_text(
     return PackedExamples(stream, sequence_length)
 
 
-def open_sources(config: RunConfig) -> list[Prepared]:
-    """The prepared corpora of a configuration.
+def open_sources(config: RunConfig) -> list[TokenizedCorpus]:
+    """Opens the tokenized corpora of `data.sources`.
 
     Raises:
-      InputError: one cannot be used, or they were made with different tokenizers.
+      InputError: a corpus cannot be used, or the corpora have different tokenizers.
     """
     with naming("data.sources"):
-        corpora = [open_prepared(source.path) for source in config.data.sources]
+        corpora = [open_tokenized_corpus(source.path) for source in config.data.sources]
     check_same_tokenizer(config, corpora, corpora[0].tokenizer)
     return corpora
 
 
 def check_same_tokenizer(
-    config: RunConfig, corpora: Sequence[Prepared], tokenizer: Tokenizer
+    config: RunConfig, corpora: Sequence[TokenizedCorpus], tokenizer: Tokenizer
 ) -> None:
-    """Raises InputError where a corpus was made with another tokenizer."""
+    """Raises InputError where a corpus of `data.sources` has another tokenizer."""
     for source, corpus in zip(config.data.sources, corpora, strict=True):
         if corpus.tokenizer.to_str() != tokenizer.to_str():
             raise InputError(
@@ -139,11 +151,11 @@ def check_same_tokenizer(
             )
 
 
-def held_out(corpora: Sequence[Prepared]) -> JoinedStream:
-    """The validation documents of corpora, one corpus after the other.
+def validation_stream(corpora: Sequence[TokenizedCorpus]) -> JoinedStream:
+    """The validation documents of all corpora, one corpus after the other.
 
     Raises:
-      InputError: none has any.
+      InputError: no corpus has validation documents.
     """
     streams = [stream for corpus in corpora if len(stream := corpus.stream("validation"))]
     if not streams:
@@ -154,7 +166,7 @@ def held_out(corpora: Sequence[Prepared]) -> JoinedStream:
     return JoinedStream([len(stream) for stream in streams], streams.__getitem__)
 
 
-def _from_text(config: RunConfig) -> _Text:
+def _load_text(config: RunConfig) -> _Text:
     corpus = load_corpus(config.data)
     tokenizer = tokenizer_for(config, corpus.training)
     training = tokenize(corpus.training, tokenizer, config.data.cache_dir)
@@ -168,13 +180,13 @@ def _from_text(config: RunConfig) -> _Text:
             )
         ],
         DocumentStream(validation),
-        _counts("training", corpus.training, training)
-        | _counts("validation", corpus.validation, validation),
+        _sizes("training", corpus.training, training)
+        | _sizes("validation", corpus.validation, validation),
         fingerprint([tokenizer.to_str(), *corpus.training, "", *corpus.validation]),
     )
 
 
-def _from_prepared(config: RunConfig) -> _Text:
+def _load_corpora(config: RunConfig) -> _Text:
     corpora = open_sources(config)
     tokenizer = corpora[0].tokenizer
     if config.tokenizer.path is not None:
@@ -187,14 +199,18 @@ def _from_prepared(config: RunConfig) -> _Text:
         )
         for source, corpus in zip(config.data.sources, corpora, strict=True)
     ]
-    fields = {"documents": "documents", "tokens": "tokens", "bytes": "text_bytes"}
+    fields: dict[str, Count] = {
+        "documents": "documents",
+        "tokens": "tokens",
+        "bytes": "text_bytes",
+    }
     counts = {
         f"{split}_{name}": sum(corpus.manifest.total(split, field) for corpus in corpora)
         for split in SPLITS
         for name, field in fields.items()
     }
     identity = fingerprint([corpus.fingerprint for corpus in corpora])
-    return _Text(tokenizer, sources, held_out(corpora), counts, identity)
+    return _Text(tokenizer, sources, validation_stream(corpora), counts, identity)
 
 
 def _load_synthetic(config: RunConfig, rows: np.ndarray | None) -> Data:
@@ -221,9 +237,9 @@ def _load_synthetic(config: RunConfig, rows: np.ndarray | None) -> Data:
 
 def _count_lines(counts: dict[str, int]) -> list[str]:
     return [
-        f"{part} text: {counts[f'{part}_documents']} documents, "
-        f"{counts[f'{part}_tokens']:,} tokens, {counts[f'{part}_bytes']:,} bytes"
-        for part in ("training", "validation")
+        f"{split} text: {counts[f'{split}_documents']} documents, "
+        f"{counts[f'{split}_tokens']:,} tokens, {counts[f'{split}_bytes']:,} bytes"
+        for split in SPLITS
     ]
 
 
@@ -234,9 +250,9 @@ def _epoch_lines(config: RunConfig, sources: list[Source]) -> list[str]:
     ]
 
 
-def _counts(part: str, documents: Sequence[str], tokenized: TokenizedDocuments) -> dict[str, int]:
+def _sizes(split: Split, documents: Sequence[str], tokenized: TokenizedDocuments) -> dict[str, int]:
     return {
-        f"{part}_documents": len(documents),
-        f"{part}_tokens": len(tokenized.tokens),
-        f"{part}_bytes": sum(len(document.encode("utf-8")) for document in documents),
+        f"{split}_documents": len(documents),
+        f"{split}_tokens": len(tokenized.tokens),
+        f"{split}_bytes": sum(len(document.encode("utf-8")) for document in documents),
     }

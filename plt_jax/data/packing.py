@@ -1,4 +1,4 @@
-"""Documents packed into examples of one length, addressable by index."""
+"""Packs documents into examples of one length, addressable by index."""
 
 import operator
 from typing import Protocol, SupportsIndex
@@ -8,11 +8,11 @@ import numpy as np
 from plt_jax.data.streams import TokenStream
 
 Example = dict[str, np.ndarray]
-"""tokens, targets and segment_ids, int32, and weights, float32; [T], or [B, T] in a batch."""
+"""Arrays tokens, targets, segment_ids (int32) and weights (float32): [T], or [B, T] in a batch."""
 
 
 class Examples(Protocol):
-    """Examples of one length T."""
+    """A sequence of examples of one length T."""
 
     def __len__(self) -> int: ...
 
@@ -22,18 +22,18 @@ class Examples(Protocol):
 class PackedExamples:
     """Documents concatenated, then split every T tokens: a random-access source for grain.
 
-    Example i has tokens i·T to (i+1)·T as inputs, and as targets the tokens one to the right:
+    Inputs of example i are the tokens i·T to (i+1)·T - 1, and targets the tokens one to the right:
 
       tokens       int32 [T]    0 where padded
       targets      int32 [T]    0 where padded
       segment_ids  int32 [T]    1, 2, ... by document within the example; 0 where padded
       weights      float32 [T]  1 where the target belongs to the input's document, else 0
 
-    So every token but each document's bos is predicted once over all examples, and never from
-    another document's last token.
+    So each token except a document's bos is predicted once over all examples, and never from the
+    last token of another document.
 
-    An example depends on its index alone, so a reader's only state is one integer, how far it has
-    come, and that holds for any number of processes that share the work.
+    An example depends on its index alone. A reader's only state is therefore one integer, how many
+    examples have been read, and it is the same for any number of processes that share the reading.
     """
 
     def __init__(
@@ -43,16 +43,16 @@ class PackedExamples:
         *,
         drop_incomplete: bool = False,
     ):
-        """Packs documents; no token is read yet.
+        """Packs documents, without reading a token.
 
         Args:
           stream: the documents, one after the other.
           sequence_length: T.
-          drop_incomplete: leave out the last example if padding would have to fill it.
+          drop_incomplete: whether to leave out the last example if it would need padding.
         """
         self._stream = stream
         self._length = sequence_length
-        # The last token is a target but never an input.
+        # The last token of the stream is a target but never an input.
         inputs = max(len(stream) - 1, 0)
         self._count = inputs // self._length if drop_incomplete else -(-inputs // self._length)
 

@@ -1,9 +1,9 @@
-"""Batches of packed examples, for training and for evaluation."""
+"""Batches of examples, for training and for evaluation."""
 
 import operator
 import sys
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, SupportsIndex
+from typing import NamedTuple, SupportsIndex, cast
 
 import grain
 import numpy as np
@@ -15,19 +15,22 @@ from plt_jax.errors import InputError
 
 
 class Source(NamedTuple):
-    """Documents to train on."""
+    """Documents to train on, with their share of the training examples."""
 
     name: str
-    """For messages."""
+    """Name of the source in messages."""
     stream: TokenStream
     weight: float | None = None
-    """See SourceConfig."""
+    """`SourceConfig.weight`."""
     epochs: float | None = None
-    """See SourceConfig."""
+    """`SourceConfig.epochs`."""
 
 
 class _Rows:
-    """Some rows of every batch of an endless stream of examples, as a source for grain."""
+    """The examples of some rows of all batches, in order, as a source for grain.
+
+    Batch i holds the examples i·B to (i+1)·B - 1.
+    """
 
     def __init__(self, examples: Examples, rows: np.ndarray, batch_size: int):
         self._examples, self._rows, self._batch_size = examples, rows, batch_size
@@ -41,10 +44,9 @@ class _Rows:
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):
-    """Interleaves endless sources in fixed proportions, each in its own order.
+    """Interleaves endless sources in fixed proportions, and keeps each source's own order.
 
-    Among the first n examples every source has its share of n, but for less than one example for
-    each source before it.
+    Among the first n examples, the k-th source differs from its share of n by less than k examples.
     """
 
     def __init__(self, weights: Sequence[float]):
@@ -52,7 +54,7 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         self._weights = [max(round(weight / total * 10**9), 1) for weight in weights]
 
     def counts(self, total: int) -> list[int]:
-        """How many of the first `total` examples each source gives."""
+        """The number of examples that each source has among the first `total`."""
         counts, remaining = [], sum(self._weights)
         for weight in self._weights:
             left = total * (remaining - weight) // remaining
@@ -64,25 +66,26 @@ class Mixture(grain.transforms.DatasetSelectionMap):
         return sys.maxsize
 
     def __getitem__(self, index: int) -> tuple[int, int]:
-        before, behind = self.counts(index), self.counts(index + 1)
-        source = next(k for k, count in enumerate(before) if behind[k] > count)
+        before, after = self.counts(index), self.counts(index + 1)
+        source = next(k for k, count in enumerate(before) if after[k] > count)
         return source, before[source]
 
 
 def training_dataset(
     config: RunConfig, sources: Sequence[Source], rows: np.ndarray | None = None
 ) -> grain.IterDataset:
-    """Endless training batches of text, shuffled anew in every epoch, the same for the same seed.
+    """Endless training batches of text, in a new random order each epoch, which the seed decides.
 
-    No order is laid out in memory.
+    No permutation is held in memory.
 
     Args:
-      config: seed, data and training are read.
-      sources: at least one.
+      config: the run; seed, data and training are read.
+      sources: at least one source.
       rows: see `batches_of`.
 
     Raises:
-      InputError: a source makes fewer than B examples, or would be read more often than it may.
+      InputError: a source has fewer than B examples, or would be read more often than its epochs
+        allow.
     """
     packed = _pack(config, sources)
     mixture = _mix(config, sources, [len(examples) for examples in packed])
@@ -90,38 +93,41 @@ def training_dataset(
         grain.MapDataset.source(examples).seed(config.seed + number).shuffle().repeat()
         for number, examples in enumerate(packed)
     ]
-    return batches_of(config, grain.MapDataset.select_from_datasets(shuffled, mixture), rows)
+    mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
+    # grain's type allows for filtered elements, which would be None; nothing is filtered here.
+    return batches_of(config, cast(Examples, mixed), rows)
 
 
 def batches_of(
     config: RunConfig, examples: Examples, rows: np.ndarray | None = None
 ) -> grain.IterDataset:
-    """Batches of endless examples, in their order.
+    """Batches of endless examples, in the order of the examples.
 
-    The iterator's whole state, `get_state()`, is the number of batches taken, so it resumes
-    exactly, and in any number of processes.
+    The iterator's whole state, `get_state()`, is the number of batches taken. A run therefore
+    resumes exactly, also with another number of processes.
 
     Args:
-      config: data and training are read.
-      rows: numbers of the rows of each batch of B = `training.batch_size` examples to read, those
-        that this process's devices hold (`sharding.BatchLayout.rows`); default all.
+      config: the run; data and training are read.
+      examples: endless examples, those of batch i being i·B to (i+1)·B - 1.
+      rows: indices of the rows that this process reads of each batch of B = `training.batch_size`
+        examples, those that its devices hold (`BatchLayout.rows`); default all.
 
     Returns:
       A dataset whose elements are the examples' dicts with a leading axis of len(rows).
     """
     batch_size = config.training.batch_size
     rows = np.arange(batch_size) if rows is None else rows
-    # (Without a remainder, whose count overflows for batches of one of endless examples.)
+    # grain's count of batches with a remainder would overflow for batches of one endless example.
     own = grain.MapDataset.source(_Rows(examples, rows, batch_size))
     batches = own.batch(len(rows), drop_remainder=True)
     prefetch = config.data.prefetch
-    # Reading is mostly Python: more threads than one wait for one another, and are slower.
+    # Reading is mostly Python code, so several threads would wait for one another and be slower.
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
     return batches.to_iter_dataset(options)
 
 
 def epochs_read(config: RunConfig, sources: Sequence[Source]) -> dict[str, float]:
-    """How often `training.steps` steps read each source, by its name.
+    """The number of times that `training.steps` steps read each source, by the source's name.
 
     Raises:
       InputError: as `training_dataset`.
@@ -142,7 +148,7 @@ def _pack(config: RunConfig, sources: Sequence[Source]) -> list[PackedExamples]:
 
 
 def _mix(config: RunConfig, sources: Sequence[Source], examples: Sequence[int]) -> Mixture:
-    """The proportions in which sources of so many examples are read."""
+    """The mixture of sources with these numbers of examples; refuses what cannot be read."""
     training = config.training
     for source, count in zip(sources, examples, strict=True):
         if count < training.batch_size:
@@ -179,13 +185,13 @@ def evaluation_batches(
     limit: int | None = None,
     rows: np.ndarray | None = None,
 ) -> Iterator[Example]:
-    """Every example once, in order, in batches of one shape.
+    """Yields every example once, in order, in batches of one shape.
 
     Args:
       examples: validation examples.
-      batch_size: B; the last batch is filled up with rows of zeros, whose weights are 0.
-      limit: read only this many examples, evenly spaced; None reads all.
-      rows: numbers of the rows of each batch to read, as in `training_dataset`; default all.
+      batch_size: B; rows of zeros, whose weights are 0, fill the last batch.
+      limit: number of examples to read, evenly spaced; None reads all.
+      rows: indices of the rows to read of each batch, as in `batches_of`; default all.
 
     Yields:
       The examples' dicts with a leading axis of len(rows).

@@ -1,46 +1,52 @@
-"""Shards of a prepared corpus: ArrayRecord files of token ids.
+"""Shards of a tokenized corpus: ArrayRecord files of token ids.
 
-A record holds RECORD_TOKENS tokens (the last of a shard fewer), little-endian: how many documents
-begin in it, uint32; the places of their first tokens, uint32 each; and the tokens. Records are
-compressed one by one and carry their own checksums, so any of them can be read alone, and one that
-is damaged is found when it is read.
+A record holds RECORD_TOKENS tokens; only the last record of a shard may hold fewer. It stores, in
+little-endian order, the number of documents that begin in it as uint32, the place of each one's
+first token within the record as uint32, and the tokens. Each record is compressed by itself and has
+its own checksum, so any record can be read alone, and damage is found when it is read.
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python import (
+    array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without types)
+)
 
-from plt_jax.data.streams import Part
+from plt_jax.data.streams import TokenSpan
 from plt_jax.errors import InputError
 
 RECORD_TOKENS = 4096
 _FLUSH_TOKENS = 64 * RECORD_TOKENS
-_WRITER_OPTIONS = "group_size:1,zstd:1"  # one record a group, for random access
+_WRITER_OPTIONS = "group_size:1,zstd:1"  # groups of one record allow random access
 _READER_OPTIONS = "readahead_buffer_size:0"
 _COUNT = np.dtype("<u4")
 
 
 class ShardWriter:
-    """Writes documents to a new shard; the file is complete once `close` has returned."""
+    """Writes documents to a new shard, whose file is complete once `close` has returned."""
 
     def __init__(self, path: Path):
         self.path = path
         self.tokens = 0
-        """Written so far."""
+        """Tokens added so far."""
         self.documents = 0
-        """Written so far."""
+        """Documents added so far."""
         self._pieces: list[np.ndarray] = []
         self._starts: list[int] = []
         self._pending = 0
         self._writer = array_record_module.ArrayRecordWriter(str(path), _WRITER_OPTIONS)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Appends a document, unsigned [n]; of one dtype in all of a shard.
+        """Appends a document.
+
+        Args:
+          tokens: unsigned [n], of the same dtype in all of a shard.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: the file cannot be written.
         """
         self._starts.append(self._pending)
         self._pieces.append(tokens)
@@ -51,14 +57,14 @@ class ShardWriter:
             self._flush(self._pending // RECORD_TOKENS * RECORD_TOKENS)
 
     def close(self) -> None:
-        """Writes what is left, to the disk itself.
+        """Writes the remaining tokens, and waits until the disk has the whole file.
 
         Raises:
-          OSError: it cannot be written.
+          OSError: the file cannot be written.
         """
         if self._pending:
             self._flush(self._pending)
-        self._reach(self._writer.close)
+        self._call(self._writer.close)
         with open(self.path, "rb") as file:
             os.fsync(file.fileno())
 
@@ -68,33 +74,34 @@ class ShardWriter:
             end = min(begin + RECORD_TOKENS, count)
             inside = starts[np.searchsorted(starts, begin) : np.searchsorted(starts, end)] - begin
             record = np.array([len(inside), *inside], _COUNT).tobytes()
-            self._reach(self._writer.write, record + tokens[begin:end].tobytes())
+            self._call(self._writer.write, record + tokens[begin:end].tobytes())
         self._pieces = [tokens[count:]]
         self._starts = (starts[np.searchsorted(starts, count) :] - count).tolist()
         self._pending = len(self._pieces[0])
 
-    def _reach(self, write, *arguments) -> None:
+    def _call(self, write: Callable[..., None], *arguments: bytes) -> None:
         try:
             write(*arguments)
-        except RuntimeError as error:  # array_record has no other
+        except RuntimeError as error:  # array_record raises nothing else
             raise OSError(f"cannot write {self.path}: {_first_line(error)}") from error
 
 
 class ShardReader:
-    """A shard, opened to read any part of it."""
+    """An open shard, of which any span can be read."""
 
     def __init__(self, path: Path, tokens: int, dtype: np.dtype):
         """Opens a shard.
 
         Args:
-          tokens: how many it holds.
-          dtype: of the tokens.
+          path: the shard's file.
+          tokens: number of tokens that the shard holds.
+          dtype: dtype of the tokens.
 
         Raises:
-          InputError: it is not there, or holds other than this many records.
+          InputError: the file is missing, or does not hold as many records as the tokens fill.
         """
         self._path, self._tokens, self._dtype = path, tokens, dtype
-        if not path.is_file():  # array_record would say so at the first read, with a stack trace
+        if not path.is_file():  # array_record would fail only at the first read
             raise InputError(f"the shard {path} is missing; bring it back, or prepare it again")
         records = -(-tokens // RECORD_TOKENS)
         try:
@@ -108,8 +115,8 @@ class ShardReader:
     def __len__(self) -> int:
         return self._tokens
 
-    def read(self, begin: int, length: int) -> Part:
-        """The tokens from `begin` on, up to `length`, as TokenStream has it.
+    def read(self, begin: int, length: int) -> TokenSpan:
+        """Reads up to `length` tokens from `begin` on, see `TokenStream.read`.
 
         Raises:
           InputError: the shard is damaged.
@@ -132,7 +139,7 @@ class ShardReader:
     def _damaged(self, reason: object) -> InputError:
         return InputError(
             f"the shard {self._path} is damaged ({_first_line(reason)}); bring back a good copy, "
-            "or delete it and run plt_jax.data.prepare again as before, which makes what is missing"
+            "or delete it and run plt_jax.data.prepare again as before, which writes missing shards"
         )
 
 

@@ -1,4 +1,4 @@
-"""Documents one after the other, as one long array of tokens of which any part can be read."""
+"""Token streams: documents one after the other, of which any span of tokens can be read."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -7,39 +7,41 @@ import numpy as np
 
 from plt_jax.data.tokens import TokenizedDocuments
 
-Part = tuple[np.ndarray, np.ndarray]
-"""Tokens, unsigned [n], and numbers of the documents that they belong to, int64 [n]: equal within a
-document, and one more in the next."""
+TokenSpan = tuple[np.ndarray, np.ndarray]
+"""Tokens, unsigned [n], and the number of each token's document, int64 [n]: the numbers are equal
+within a document, and larger by one in the next document. Only their differences have a meaning."""
 
 
 class TokenStream(Protocol):
-    """Documents, each as bos + its text's tokens + eos."""
+    """Documents in a fixed order, each as bos + its text's tokens + eos."""
 
     def __len__(self) -> int:
-        """Tokens in all."""
+        """Number of tokens of all documents."""
+        ...
 
-    def read(self, begin: int, length: int) -> Part:
-        """The tokens from `begin` on, up to `length` of them: fewer at the end."""
+    def read(self, begin: int, length: int) -> TokenSpan:
+        """Reads `length` tokens from `begin` on, or as many as there are up to the end."""
+        ...
 
 
 class DocumentStream:
-    """Documents at hand, in their order or in another."""
+    """A stream of documents in one array, in the array's order or shuffled."""
 
     def __init__(self, tokenized: TokenizedDocuments, shuffle_seed: int | None = None):
-        """Lays documents out; no token is read yet.
+        """Decides the order of the documents, without reading a token.
 
         Args:
           tokenized: the documents.
-          shuffle_seed: put them in an order drawn from this seed, so that a document meets other
-            neighbours with another seed; None keeps their order.
+          shuffle_seed: seed of a random order, so that another seed gives a document other
+            neighbours; None keeps the documents' order.
         """
         self._tokens = tokenized.tokens
         lengths = np.diff(tokenized.starts, append=len(tokenized.tokens))
         order = np.arange(len(lengths))
         if shuffle_seed is not None:
             order = np.random.default_rng(shuffle_seed).permutation(order)
-        # Documents stay where they are in `tokens`, perhaps a file larger than memory; only the
-        # places where they begin, in it and in the stream, are laid out.
+        # The tokens stay where they are, perhaps in a file larger than memory. Memory holds only
+        # where each document begins, in the array and in the stream.
         self._sources = tokenized.starts[order]
         self._ends = np.cumsum(lengths[order])
         self._starts = self._ends - lengths[order]
@@ -47,7 +49,7 @@ class DocumentStream:
     def __len__(self) -> int:
         return len(self._tokens)
 
-    def read(self, begin: int, length: int) -> Part:
+    def read(self, begin: int, length: int) -> TokenSpan:
         """See TokenStream."""
         end = min(begin + length, len(self))
         first = int(np.searchsorted(self._ends, begin, side="right"))
@@ -64,14 +66,14 @@ class DocumentStream:
 
 
 class JoinedStream:
-    """Streams one after the other."""
+    """A stream of several streams, one after the other."""
 
     def __init__(self, lengths: Sequence[int], stream_at: Callable[[int], TokenStream]):
-        """Lays streams out; none is opened yet.
+        """Joins streams, without opening one.
 
         Args:
-          lengths: tokens of each, none of them 0.
-          stream_at: gives the stream of an index, whenever a part of it is read.
+          lengths: number of tokens of each stream, all above 0.
+          stream_at: returns the stream of an index; it is called for each span that is read.
         """
         self._lengths, self._stream_at = lengths, stream_at
         self._ends = np.cumsum(lengths, dtype=np.int64)
@@ -79,16 +81,16 @@ class JoinedStream:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def read(self, begin: int, length: int) -> Part:
+    def read(self, begin: int, length: int) -> TokenSpan:
         """See TokenStream."""
         tokens, documents, number = [], [], 0
         end = min(begin + length, len(self))
         while begin < end:
             index = int(np.searchsorted(self._ends, begin, side="right"))
             start = int(self._ends[index]) - self._lengths[index]
-            part, numbers = self._stream_at(index).read(begin - start, end - begin)
-            tokens.append(part)
+            span, numbers = self._stream_at(index).read(begin - start, end - begin)
+            tokens.append(span)
             documents.append(numbers - numbers[0] + number)
             number = int(documents[-1][-1]) + 1
-            begin += len(part)
+            begin += len(span)
         return np.concatenate(tokens), np.concatenate(documents)

@@ -29,7 +29,8 @@ class ProblemEncoder:
     """Encodes a problem as a document: bos, the bytes of prompt and answer as tokens, eos."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._ids = {chr(code): tokenizer.token_to_id(chr(code)) for code in range(33, 127)}
+        vocabulary = tokenizer.get_vocab()
+        self._ids = {chr(code): vocabulary[chr(code)] for code in range(33, 127)}
         self._bos, self.eos = bos_id(tokenizer), eos_id(tokenizer)
 
     def prompt(self, problem: Problem) -> list[int]:

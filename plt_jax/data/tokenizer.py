@@ -1,12 +1,12 @@
-"""The byte-level BPE tokenizer: trained, loaded, cached, and measured in bytes.
+"""Byte-level BPE tokenizers: trained, loaded, cached, and their tokens measured in bytes.
 
-Tokenizers are plain `tokenizers.Tokenizer` objects. Those made here read text as text: the name of
-a special token in a document is encoded as its characters.
+Tokenizers are plain `tokenizers.Tokenizer` objects. Those from this module never read a special
+token out of a document: its name there is encoded as ordinary characters.
 """
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,25 +19,26 @@ from plt_jax.files import expand
 
 BOS_NAMES = ("<|bos|>", "<s>", "<|begin_of_text|>", "<|endoftext|>")
 EOS_NAMES = ("<|eos|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
-"""Names under which tokenizers keep the two special tokens, the first that exists being used."""
+"""Names of the two special tokens in tokenizers; of several, the first in this order is used."""
 
 SMALLEST_VOCABULARY = 258
-"""All bytes, and the two special tokens."""
+"""Tokens of a tokenizer that has one for each of the 256 bytes, and the two special ones."""
 
 
 def tokenizer_for(config: RunConfig, documents: Sequence[str]) -> Tokenizer:
     """The tokenizer of a run: the one at `tokenizer.path`, or one trained on the documents.
 
-    A trained one is kept in `data.cache_dir` and found again for the same documents and settings.
+    A trained tokenizer is kept in `data.cache_dir`, and reused for the same documents and settings.
 
     Args:
-      config: its sections model, data and tokenizer are read.
-      documents: the training documents; not the validation ones, of which the vocabulary must not
-        know.
+      config: the run; its sections model, data and tokenizer are read.
+      documents: the training documents; without the validation documents, which must not have an
+        influence on the vocabulary.
 
     Raises:
-      InputError: the file is missing or broken, has more tokens than `model.vocab_size` or lacks a
-        special token; `model.vocab_size` is too small to train one; or the cache is unwritable.
+      InputError: the tokenizer's file is missing or broken, has more tokens than
+        `model.vocab_size`, or lacks a special token; `model.vocab_size` is too small to train a
+        tokenizer; or the cache cannot be written.
     """
     if config.tokenizer.path is not None:
         tokenizer = named_tokenizer(config.tokenizer.path)
@@ -54,12 +55,12 @@ def tokenizer_for(config: RunConfig, documents: Sequence[str]) -> Tokenizer:
     return tokenizer
 
 
-def train_tokenizer(documents: Sequence[str], vocab_size: int, min_frequency: int) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, min_frequency: int) -> Tokenizer:
     """Trains a byte-level BPE tokenizer, with `<|bos|>` as token 0 and `<|eos|>` as token 1.
 
     Args:
       documents: the text to train on.
-      vocab_size: most tokens that it may have; a small text makes for fewer.
+      vocab_size: largest number of tokens; a short text gives fewer.
       min_frequency: occurrences that a pair of tokens needs to be merged.
 
     Raises:
@@ -89,7 +90,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """Reads a tokenizer.json of Hugging Face tokenizers, without its truncation and padding.
 
     Raises:
-      InputError: the file cannot be read, or is no such file.
+      InputError: the file cannot be read, or is not a tokenizer.json.
     """
     path = expand(path)
     try:
@@ -99,23 +100,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"cannot read the tokenizer {path} ({error.strerror}); give the path of a "
             "tokenizer.json file"
         ) from error
-    except Exception as error:  # tokenizers raises nothing narrower for a file that it refuses
+    except Exception as error:  # tokenizers raises no narrower class for a file that it refuses
         raise InputError(
             f"{path} is not a tokenizer.json of Hugging Face tokenizers "
             f"({' '.join(str(error).split())}); replace it, or delete it to have it made again"
         ) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    # Not kept in the file: text that spells a special token must stay text.
+    # The file does not keep this setting, which makes a special token's name in a text stay text.
     tokenizer.encode_special_tokens = True
     return tokenizer
 
 
 def named_tokenizer(path: str) -> Tokenizer:
-    """The tokenizer at `tokenizer.path`.
+    """Loads the tokenizer that `tokenizer.path` names.
 
     Raises:
-      InputError: the file is missing or broken, or lacks a special token.
+      InputError: the file is missing or broken, or the tokenizer lacks a special token.
     """
     with naming("tokenizer.path"):
         tokenizer = load_tokenizer(path)
@@ -125,28 +126,36 @@ def named_tokenizer(path: str) -> Tokenizer:
 
 
 def bos_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that begins a document; InputError if none of BOS_NAMES is there."""
+    """The id of the token that begins a document.
+
+    Raises:
+      InputError: the tokenizer has none of BOS_NAMES.
+    """
     return _special_id(tokenizer, BOS_NAMES, "beginning")
 
 
 def eos_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a document; InputError if none of EOS_NAMES is there."""
+    """The id of the token that ends a document.
+
+    Raises:
+      InputError: the tokenizer has none of EOS_NAMES.
+    """
     return _special_id(tokenizer, EOS_NAMES, "end")
 
 
 def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """How many bytes of UTF-8 text each token stands for.
+    """The number of bytes of UTF-8 text that each token stands for.
 
-    Over the tokens of any text they add up to its length in bytes, if the tokenizer takes the text
-    as it is; one with a normalizer (Unicode NFC, say) or a prefix space counts the text it makes,
-    and one that lacks rare bytes (control characters, say) does not see those.
+    Summed over the tokens of a text, they are its length in bytes, provided that the tokenizer does
+    not change the text. A tokenizer with a normalizer (as Unicode NFC) or a prefix space counts the
+    changed text, and one that lacks rare bytes (such as control characters) omits those.
 
     Args:
-      tokenizer: a byte-level one.
+      tokenizer: a byte-level tokenizer.
       vocab_size: V, at least the tokenizer's size.
 
     Returns:
-      int32 [V], 0 for special tokens and for ids that no token has.
+      int32 [V], 0 for special tokens and for ids without a token.
 
     Raises:
       InputError: the tokenizer is not byte-level, lacks a byte of ordinary text, or has ids of V or
@@ -154,11 +163,11 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     """
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    # One that lacks a byte drops it from the text without a word.
+    # A tokenizer that lacks a byte drops it from the text silently.
     if not (_decodes_bytes(tokenizer) and _ordinary_bytes().issubset(vocabulary)):
         raise InputError(
             "the tokenizer is not byte-level with all bytes of ordinary text, which bits per byte "
-            "need; give one that is in tokenizer.path, or none to have one trained"
+            "need; give a byte-level one as tokenizer.path, or none to have one trained"
         )
     check_size(tokenizer, vocab_size)
     lengths = np.zeros(vocab_size, np.int32)
@@ -171,7 +180,7 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
 
 def _special_id(tokenizer: Tokenizer, names: Sequence[str], role: str) -> int:
-    # The vocabulary itself is not asked: there, "<s>" may be a merge of ordinary text.
+    # Only added tokens count: in the vocabulary, "<s>" may be a merge of ordinary text.
     ids = {
         added.content: index
         for index, added in tokenizer.get_added_tokens_decoder().items()
@@ -188,7 +197,7 @@ def _special_id(tokenizer: Tokenizer, names: Sequence[str], role: str) -> int:
 
 def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises InputError for a tokenizer with ids of `vocab_size` or above."""
-    # Ids may have gaps, so the number of tokens would not do.
+    # Ids may have gaps, so the largest id decides, not the number of tokens.
     needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
     if needed > vocab_size:
         raise InputError(
@@ -199,9 +208,11 @@ def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 @functools.cache
 def _ordinary_bytes() -> frozenset[str]:
-    """The characters that stand for the bytes of printable text in UTF-8, of any script.
+    """The byte-level alphabet's characters for all bytes in the UTF-8 of printable text, of any
+    script.
 
-    Public tokenizers lack some others: bytes that UTF-8 never has, and control characters.
+    Public tokenizers may lack the remaining bytes: those that UTF-8 never has, and control
+    characters.
     """
     visible = [9, 10, 13, *range(32, 127)]
     scripts = [*range(0xA0, 0xD800, 7), *range(0xE000, 0x10000, 7), *range(0x1F300, 0x1FB00, 7)]

@@ -1,9 +1,9 @@
-"""Documents as one array of token ids, kept in the cache folder and read from there as needed."""
+"""Tokenizes documents into one array of token ids, which the cache folder keeps."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -13,28 +13,30 @@ from plt_jax.data.tokenizer import bos_id, eos_id
 from plt_jax.errors import InputError
 
 _CHUNK_LENGTH = 2**16
-"""Characters encoded in one piece, at least, if there is more: all cores share a long document."""
+"""Fewest characters of a chunk of a long document, whose chunks all cores encode in parallel."""
 _CHARACTERS_AT_ONCE = 2**21
-"""Few, because what tokenizers returns takes a hundred bytes and more for each character."""
+"""Characters in a batch of chunks: few, because tokenizers' results take a hundred bytes and more
+for each character."""
 _LONE_NEWLINE = re.compile(r"(?<=\S)\n(?=\S)")
 
 
 class TokenizedDocuments(NamedTuple):
-    """Documents, each as bos + its text's tokens + eos, one after the other."""
+    """Documents one after the other, each as bos + its text's tokens + eos."""
 
     tokens: np.ndarray
     """uint16 or uint32 [M], possibly a memory-mapped file."""
     starts: np.ndarray
-    """int64 [documents], where each document's bos is in `tokens`; starts[0] is 0."""
+    """int64 [documents], index of each document's bos in `tokens`; starts[0] is 0."""
 
 
 def tokenize(documents: Sequence[str], tokenizer: Tokenizer, cache_dir: str) -> TokenizedDocuments:
-    """Encodes documents, or finds them encoded in the cache folder.
+    """Encodes documents, or reads their tokens from the cache folder if they are there.
 
     Args:
-      documents: at least one.
-      tokenizer: made by `plt_jax.data.tokenizer`, so that text stays text.
-      cache_dir: a folder, made if need be.
+      documents: at least one document.
+      tokenizer: one from `plt_jax.data.tokenizer`, which reads the name of a special token in a
+        document as text.
+      cache_dir: the cache folder, made if need be.
 
     Raises:
       InputError: the cache cannot be written or holds a broken file, or the tokenizer lacks a bos
@@ -51,7 +53,9 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer, cache_dir: str) -> 
 
 
 def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Each document as bos + its text's tokens + eos, in `token_dtype`; documents may be endless.
+    """Yields each document as bos + its text's tokens + eos, in `token_dtype`.
+
+    Documents are read a batch ahead, so there may be any number of them.
 
     Raises:
       InputError: the tokenizer lacks a bos or eos token.
@@ -67,7 +71,7 @@ def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator
 
 
 def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The unsigned type that holds all of a tokenizer's ids, of 2 or 4 bytes, little-endian."""
+    """The smallest little-endian dtype that holds all of a tokenizer's ids: uint16 or uint32."""
     largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
     return np.dtype("<u2" if largest_id < 2**16 else "<u4")
 
@@ -79,7 +83,7 @@ def _encode(documents: Sequence[str], tokenizer: Tokenizer) -> TokenizedDocument
 
 
 def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Pieces of all documents in turn, and whether each is its document's last."""
+    """Yields the chunks of all documents in turn, each with whether it is its document's last."""
     for document in documents:
         *others, last = _split(document)
         yield from ((chunk, False) for chunk in others)
@@ -87,9 +91,10 @@ def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
 
 
 def _split(text: str) -> list[str]:
-    """Cuts a long text after newlines between visible characters.
+    """Splits a long text into chunks, after single newlines between visible characters.
 
-    There the usual pre-tokenizers' regular expressions cut as well, so the tokens do not change.
+    The regular expressions of the usual pre-tokenizers split there too, so the tokens of the chunks
+    are those of the whole text.
     """
     chunks, begin = [], 0
     while found := _LONE_NEWLINE.search(text, begin + _CHUNK_LENGTH):
@@ -118,7 +123,7 @@ def _take(chunks: Iterator[tuple[str, bool]], characters: int) -> list[tuple[str
     return batch
 
 
-def _load(path: Path, mmap_mode: str | None = None) -> np.ndarray:
+def _load(path: Path, mmap_mode: Literal["r"] | None = None) -> np.ndarray:
     try:
         return np.load(path, mmap_mode=mmap_mode)
     except (OSError, ValueError, EOFError) as error:

@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 
 from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.data.corpus import load_corpus, read_documents
-from plt_jax.data.corpus_reader import open_prepared
-from plt_jax.data.load import check_same_tokenizer, held_out, open_sources
+from plt_jax.data.load import check_same_tokenizer, open_sources, validation_stream
 from plt_jax.data.streams import DocumentStream, TokenStream
+from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.data.tokenizer import token_bytes
 from plt_jax.data.tokens import tokenize
 from plt_jax.distributed.mesh import make_mesh, whole_batch
@@ -75,8 +75,9 @@ def evaluate_documents(
     each document in documents.jsonl.
 
     Args:
-      text, corpus: a text file or folder, or a prepared corpus's held-out documents, instead of the
-        run's held-out documents.
+      text: a text file, or a folder of .txt files, to evaluate on instead of the run's held-out
+        documents.
+      corpus: a tokenized corpus, whose held-out documents are evaluated instead.
       stride: new tokens of each window but the first; default half the context.
       limit: documents, from the first.
       batch_size: windows on all devices together, raised to divide over them; default the run's
@@ -125,13 +126,13 @@ def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenSt
     config, tokenizer = trained.config, trained.tokenizer
     if corpus is not None:
         with naming("--corpus"):
-            prepared = open_prepared(corpus)
-            if prepared.tokenizer.to_str() != tokenizer.to_str():
+            opened = open_tokenized_corpus(corpus)
+            if opened.tokenizer.to_str() != tokenizer.to_str():
                 raise InputError(
                     f"{corpus} was prepared with another tokenizer than the run's; prepare it "
                     "again with that (--tokenizer RUN/tokenizer.json)"
                 )
-            return held_out([prepared])
+            return validation_stream([opened])
     if text is None and config.data.synthetic.task != "none":
         raise InputError(
             f"{trained.directory} was trained on a synthetic task, which has no documents; test it "
@@ -140,7 +141,7 @@ def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenSt
     if text is None and config.data.sources:
         corpora = open_sources(config)
         check_same_tokenizer(config, corpora, tokenizer)
-        return held_out(corpora)
+        return validation_stream(corpora)
     documents = load_corpus(config.data).validation if text is None else read_documents(text)
     return DocumentStream(tokenize(documents, tokenizer, config.data.cache_dir))
 

@@ -142,7 +142,8 @@ def task_to_test(trained: Trained, difficulties: Sequence[int]) -> SyntheticConf
     if not difficulties:
         return task
     try:
-        return SyntheticConfig(**task.model_dump() | {"test_difficulties": difficulties})
+        changed = task.model_dump() | {"test_difficulties": difficulties}
+        return SyntheticConfig.model_validate(changed)
     except pydantic.ValidationError as error:
         raise InputError(f"--difficulties: {describe_errors(error)}") from error
 
@@ -171,6 +172,7 @@ def score(
         prompts += [prompts[-1]] * (batch_size - len(batch))
         answers = [encoder.answer(problem) for problem in batch]
         tokens_BT = generate(config, weights, prompts, max(map(len, answers)), sampling)
+        assert isinstance(tokens_BT, np.ndarray)  # not a pair: no log-probabilities are requested
         correct += [
             row[: len(answer)] == answer
             for row, answer in zip(tokens_BT.tolist(), answers, strict=False)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks.data import as_array, tokens_consumed
-from plt_jax.data.corpus_reader import open_prepared
-from plt_jax.data.corpus_writer import Options, prepare
+from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.data.tokenizer import train_tokenizer
 from plt_jax.distributed.chips import CHIPS
 from plt_jax.model.costs import flops_by_loop
@@ -23,7 +23,7 @@ def corpus(tmp_path_factory):
     (home / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = train_tokenizer(texts, 300, 2)
     source = [str(home / "a.jsonl")]
-    prepare(source, home / "made", tokenizer, Options(), 1, lambda *_: lambda *_: None)
+    write_corpus(source, home / "made", tokenizer, CorpusOptions(), 1, lambda *_: lambda *_: None)
     return home
 
 
@@ -59,8 +59,8 @@ def test_a_chip_consumes_what_its_arithmetic_allows():
 
 
 def test_the_array_is_the_shards_tokens(corpus):
-    stream = open_prepared(corpus / "made").stream("training")
-    array = as_array(open_prepared(corpus / "made"))
+    stream = open_tokenized_corpus(corpus / "made").stream("training")
+    array = as_array(open_tokenized_corpus(corpus / "made"))
     assert len(array) == len(stream)
     for one, other in zip(array.read(5, 90), stream.read(5, 90), strict=True):
         assert (one - one[0] == other - other[0]).all()
@@ -68,4 +68,4 @@ def test_the_array_is_the_shards_tokens(corpus):
 
 def test_what_cannot_work_is_refused(corpus):
     assert_refused(run(corpus / "made", "--rounds", 0), "must be at least 1")
-    assert_refused(run(corpus), "is no prepared corpus")
+    assert_refused(run(corpus), "is not a tokenized corpus")

@@ -70,7 +70,7 @@ def test_a_killed_preparation_is_gone_on_with(tmp_path):
     trial = Trial(sandbox, RunResult([], ""), "one", random.Random(0))
     assert "went on to the same corpus" in signals.kill_preparation(trial)
     Path(sandbox.corpus / "manifest.json").unlink()
-    with pytest.raises(ValueError, match="is no prepared corpus"):
+    with pytest.raises(ValueError, match="is not a tokenized corpus"):
         signals.kill_preparation(trial._replace(name="two"))
 
 

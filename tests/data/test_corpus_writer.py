@@ -1,4 +1,4 @@
-"""Prepared corpora: whole whatever happens on the way, refused where they are not."""
+"""TokenizedCorpus corpora: whole whatever happens on the way, refused where they are not."""
 
 import contextlib
 import io
@@ -14,14 +14,20 @@ import numpy as np
 import pytest
 
 from plt_jax.data import corpus_writer
-from plt_jax.data.corpus_reader import MANIFEST, TOKENIZER, Manifest, find_problems, open_prepared
-from plt_jax.data.corpus_writer import Options, prepare, split_of
+from plt_jax.data.corpus_writer import CorpusOptions, split_of, write_corpus
+from plt_jax.data.tokenized_corpus import (
+    MANIFEST,
+    TOKENIZER,
+    CorpusManifest,
+    find_problems,
+    open_tokenized_corpus,
+)
 from plt_jax.data.tokenizer import train_tokenizer
 from plt_jax.data.tokens import encode_documents
 from plt_jax.errors import InputError
 from tests.training.runs import REPOSITORY, assert_refused, command, environment
 
-OPTIONS = Options(validation_fraction=0.3, shard_bytes=3000)
+OPTIONS = CorpusOptions(validation_fraction=0.3, shard_bytes=3000)
 """About six shards of each split for the documents below."""
 
 
@@ -46,23 +52,23 @@ def lines(texts, tmp_path_factory):
 
 
 def make(source, out, tokenizer, options=OPTIONS, workers=1, advance=lambda unit, done: None):
-    return prepare([str(source)], Path(out), tokenizer, options, workers, lambda *_: advance)
+    return write_corpus([str(source)], Path(out), tokenizer, options, workers, lambda *_: advance)
 
 
 @pytest.fixture(scope="module")
 def corpus(lines, tokenizer, tmp_path_factory) -> Path:
-    """Prepared in one go; no test may change it."""
+    """TokenizedCorpus in one go; no test may change it."""
     out = tmp_path_factory.mktemp("corpus") / "made"
     make(lines, out, tokenizer)
     return out
 
 
 def same_corpus(one: Path, other: Path) -> bool:
-    return open_prepared(one).fingerprint == open_prepared(other).fingerprint
+    return open_tokenized_corpus(one).fingerprint == open_tokenized_corpus(other).fingerprint
 
 
 def test_every_document_is_in_one_split(corpus, texts, tokenizer):
-    opened = open_prepared(corpus)
+    opened = open_tokenized_corpus(corpus)
     assert opened.tokenizer.to_str() == tokenizer.to_str()
     assert opened.manifest.empty_documents == 2
     for split in ("training", "validation"):
@@ -99,8 +105,8 @@ def test_what_is_finished_is_not_made_again(corpus, lines, tokenizer, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         make(lines, out, tokenizer, advance=stop_at_third)
-    with pytest.raises(InputError, match="is no prepared corpus, or not finished"):
-        open_prepared(out)
+    with pytest.raises(InputError, match="is not a tokenized corpus, or is not finished"):
+        open_tokenized_corpus(out)
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
     assert len(times) >= 3
     (out / ".training-00003.unfinished").write_text("half")
@@ -128,7 +134,7 @@ def test_killed_at_any_moment_it_goes_on(corpus, lines, tokenizer, tmp_path, wor
     assert not (out / MANIFEST).exists()
     assert len(list(out.glob("parts/0*.json"))) >= 2
     again = make_when_free(lines, out, tokenizer)
-    assert isinstance(again, Manifest)
+    assert isinstance(again, CorpusManifest)
     assert same_corpus(out, corpus)
 
 
@@ -178,18 +184,18 @@ def test_other_options_do_not_go_on(corpus, lines, tokenizer, changes, message):
 
 
 def test_another_tokenizer_does_not_go_on(corpus, lines, documents):
-    with pytest.raises(InputError, match="is made with another tokenizer"):
+    with pytest.raises(InputError, match="was made with another tokenizer"):
         make(lines, corpus, train_tokenizer(documents, 290, 2))
 
 
 def test_other_files_do_not_go_on(corpus, lines, tokenizer):
-    with pytest.raises(InputError, match="is made with other files; give the same"):
+    with pytest.raises(InputError, match="was made with other files; give the same"):
         make(lines / "a.jsonl", corpus, tokenizer)
 
 
 def test_a_folder_of_something_else_is_left_alone(lines, tokenizer, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(InputError, match="is not empty, and no prepared corpus"):
+    with pytest.raises(InputError, match="is not empty, and holds no tokenized corpus"):
         make(lines, tmp_path, tokenizer)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "letter.txt"]
 
@@ -217,7 +223,7 @@ def test_the_vocabulary_knows_nothing_of_what_is_held_out(tmp_path):
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["--vocab_size", 300, "--validation_fraction", 0.5]
     assert run(source, "--out", tmp_path / "made", *words).code == 0
-    vocabulary = open_prepared(tmp_path / "made").tokenizer.get_vocab()
+    vocabulary = open_tokenized_corpus(tmp_path / "made").tokenizer.get_vocab()
     assert any("wombat" in token for token in vocabulary)
     assert not any("quokka" in token for token in vocabulary)
 
@@ -230,7 +236,7 @@ def test_another_vocabulary_does_not_go_on(lines, tmp_path):
 
 def test_two_do_not_make_one_corpus_at_once(lines, tokenizer, tmp_path):
     def start_another(unit, done):
-        with pytest.raises(InputError, match="is being made by another process"):
+        with pytest.raises(InputError, match="another process is writing"):
             make(lines, tmp_path / "made", tokenizer)
 
     make(lines, tmp_path / "made", tokenizer, advance=start_another)
@@ -284,7 +290,7 @@ def test_damage_is_found_named_and_mended(copy, corpus, lines, tokenizer, kind, 
     assert str(path) in problem
     if kind != "flipped" or name == TOKENIZER:  # shards are too large to hash at every start
         with pytest.raises(InputError, match=name):
-            open_prepared(copy)
+            open_tokenized_corpus(copy)
     if name != TOKENIZER:
         path.unlink(missing_ok=True)
         make(lines, copy, tokenizer)
@@ -294,8 +300,8 @@ def test_damage_is_found_named_and_mended(copy, corpus, lines, tokenizer, kind, 
 
 def test_a_damaged_manifest_is_named(copy):
     (copy / MANIFEST).write_text("{")
-    with pytest.raises(InputError, match=rf"{MANIFEST} is damaged, or of another version"):
-        open_prepared(copy)
+    with pytest.raises(InputError, match=rf"{MANIFEST} is damaged, or from another version"):
+        open_tokenized_corpus(copy)
 
 
 def run(*words) -> tuple[int, str, str]:
@@ -308,7 +314,7 @@ def test_the_command_trains_a_tokenizer_prepares_and_verifies(lines, tmp_path):
     assert result.code == 0, result.err
     assert "training: " in result.out
     assert "left out: 2 documents that were empty" in result.out
-    made = open_prepared(tmp_path / "made")
+    made = open_tokenized_corpus(tmp_path / "made")
     assert made.tokenizer.get_vocab_size() <= 300
     assert run(*words).code == 0  # its tokenizer is found again
     verified = command("plt_jax.data.verify", tmp_path / "made")

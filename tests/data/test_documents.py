@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plt_jax.data.documents import Piece, find_files, read_piece, split_files
+from plt_jax.data.documents import FilePiece, find_files, read_piece, split_files
 from plt_jax.errors import InputError
 
 TEXTS = ["one", "zwei äöü\nthree", "", "  ", "four \u2028 五"]
@@ -127,7 +127,7 @@ def test_a_damaged_file_is_refused(name, damage, tmp_path):
         write(path, lines(str(number) * 3 for number in range(5000)))
     contents = path.read_bytes()
     path.write_bytes(contents[: len(contents) // 2] if damage == "truncated" else b"no such file")
-    with pytest.raises(InputError, match=f"cannot read {path} .*; mend it, or leave it out"):
+    with pytest.raises(InputError, match=f"cannot read {path} .*; repair it, or leave it out"):
         read_all(path)
 
 
@@ -142,6 +142,6 @@ def test_what_is_not_there_or_of_no_known_kind_is_refused(tmp_path):
 
 
 def test_a_file_that_goes_away_is_refused(tmp_path):
-    piece = Piece(str(tmp_path / "a.jsonl"), 0, 10, 10)
+    piece = FilePiece(str(tmp_path / "a.jsonl"), 0, 10, 10)
     with pytest.raises(InputError, match=r"cannot read .*a\.jsonl \(No such file"):
         list(read_piece(piece, "text", refuse))

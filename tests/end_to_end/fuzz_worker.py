@@ -27,7 +27,7 @@ import jax
 import yaml
 
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.data.corpus_writer import Options, prepare
+from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.tokenizer import train_tokenizer
 from plt_jax.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from tests.end_to_end.drawn_configs import Case, base, drawn, nested
@@ -40,7 +40,7 @@ CASES_CACHED = 40
 
 
 def make(home: Path) -> Path:
-    """Makes texts, prepared corpora, tokenizers, and what is none of these."""
+    """Makes texts, tokenized corpora, tokenizers, and what is none of these."""
     make_home(home)
     for path in (home / "corpus").iterdir():
         path.write_text(f"{path.read_text()} " * 4)
@@ -54,8 +54,8 @@ def make(home: Path) -> Path:
     ):
         rows = (json.dumps({"text": text}) for text in texts)
         (home / f"{name}.jsonl").write_text("\n".join(rows))
-        options = Options(validation_fraction=fraction, shard_bytes=2000)
-        prepare([str(home / f"{name}.jsonl")], home / name, trained, options, 1, _silent)
+        options = CorpusOptions(validation_fraction=fraction, shard_bytes=2000)
+        write_corpus([str(home / f"{name}.jsonl")], home / name, trained, options, 1, _silent)
     (home / "tokenizer.json").write_text(tokenizer.to_str())
     (home / "large.json").write_text(train_tokenizer(texts * 9, 500, 1).to_str())
     unspecial = json.loads(tokenizer.to_str()) | {"added_tokens": []}

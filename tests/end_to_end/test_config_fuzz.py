@@ -104,7 +104,7 @@ def test_a_new_field_is_drawn_by_its_type(tmp_path):
         ("error: --run_dir x is a file; choose another", "run_dir", True),
         ("error: there is no text at 'x'; give the source of one", "data.source", False),
         ("error: /tmp/data/source/x is no folder", "data.source", False),
-        ("error: data.sources: x is no prepared corpus", "data.source", False),
+        ("error: data.sources: x is not a tokenized corpus", "data.source", False),
         ("error: cannot read the tokenizer x; give the path of one", "tokenizer.path", False),
         ("error: a.yaml: unknown field model.wdths; did you mean", "model.wdths", True),
     ],

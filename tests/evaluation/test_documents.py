@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import plt_jax
-from plt_jax.data.corpus_writer import Options, prepare
+from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.load import load_corpus
 from plt_jax.data.streams import DocumentStream
 from plt_jax.data.tokenizer import eos_id, token_bytes
@@ -110,8 +110,10 @@ def test_a_prepared_corpus_is_scored_on_its_held_out_documents(copy, tmp_path):
     texts = load_corpus(trained.config.data).training
     source = tmp_path / "texts.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    options = Options(validation_fraction=0.5)
-    manifest = prepare([str(source)], tmp_path / "corpus", trained.tokenizer, options, 1, silently)
+    options = CorpusOptions(validation_fraction=0.5)
+    manifest = write_corpus(
+        [str(source)], tmp_path / "corpus", trained.tokenizer, options, 1, silently
+    )
     held_out = sum(shard.documents for shard in manifest.shards if shard.split == "validation")
     words = ["--by_document", "--corpus", tmp_path / "corpus"]
     result = command("eval.py", copy, *words)

@@ -1,4 +1,4 @@
-"""Runs on prepared corpora, from the command line to a resume on other processes' terms."""
+"""Runs on tokenized corpora, from the command line to a resume on other processes' terms."""
 
 import json
 import shutil
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from plt_jax.data.corpus_reader import open_prepared
-from plt_jax.data.corpus_writer import Options, prepare
+from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.data.tokenizer import train_tokenizer
 from plt_jax.training import trainer
 from tests.training.runs import (
@@ -39,8 +39,8 @@ def corpora(tmp_path_factory, finished):
         source = home / f"{name}.jsonl"
         rows = (json.dumps({"text": f"{text} {again}"}) for text in part for again in range(4))
         source.write_text("\n".join(rows))
-        options = Options(validation_fraction=0.2, shard_bytes=500)
-        prepare([str(source)], home / name, trained, options, 1, lambda *_: lambda *_: None)
+        options = CorpusOptions(validation_fraction=0.2, shard_bytes=500)
+        write_corpus([str(source)], home / name, trained, options, 1, lambda *_: lambda *_: None)
     return home
 
 
@@ -129,7 +129,7 @@ def test_what_cannot_work_is_refused_in_a_line(finished, corpora, tmp_path):
         train_refused(tiny_config(finished.home, tmp_path / "run", **sections), *parts)
         assert not (tmp_path / "run").exists()
 
-    refused("nothing is no prepared corpus", **sources(corpora / "nothing"))
+    refused("nothing is not a tokenized corpus", **sources(corpora / "nothing"))
     refused(
         "strange was prepared with another tokenizer",
         **sources(corpora / "one", corpora / "strange"),
@@ -148,7 +148,7 @@ def test_what_cannot_work_is_refused_in_a_line(finished, corpora, tmp_path):
             tmp_path / "run",
             data={"sources": [{"path": "a", "weight": 1}, {"path": "b"}]},
         )
-    with pytest.raises(ValueError, match=r"validation_source is for data.source"):
+    with pytest.raises(ValueError, match=r"validation_source goes with data.source"):
         tiny_config(
             finished.home,
             tmp_path / "run",
@@ -168,10 +168,10 @@ def test_a_shard_that_vanishes_stops_the_run_with_its_checkpoint_intact(
         training={"steps": 40},
     )
     # Shards are opened when they are first read; without the cache that is every time.
-    monkeypatch.setattr("plt_jax.data.prepared.OPEN_SHARDS", 0)
+    monkeypatch.setattr("plt_jax.data.tokenized_corpus.OPEN_SHARDS", 0)
 
     def vanish():
-        for shard in open_prepared(copy).manifest.shards:
+        for shard in open_tokenized_corpus(copy).manifest.shards:
             (copy / shard.name).unlink()
 
     with call_at(6, vanish):

@@ -1,10 +1,10 @@
-"""Prepared corpora: folders that `python -m plt_jax.data.prepare` makes, and training reads.
+"""Tokenized corpora: folders that `python -m plt_jax.data.prepare` writes and training reads.
 
-manifest.json                   what the corpus holds; written last, so that it is there if all is
+manifest.json                   lists the shards; written last, so a folder that has it is complete
 tokenizer.json                  the tokenizer (Hugging Face tokenizers)
 training-NNNNN.array_record     shards of tokens, see `shards.py`
-validation-NNNNN.array_record   the same, of documents held out
-parts/                          what `corpus_writer.py` needs to make a missing shard again
+validation-NNNNN.array_record   shards of the held-out documents
+parts/                          what `corpus_writer.py` needs to write a missing shard again
 """
 
 from __future__ import annotations
@@ -29,64 +29,65 @@ from plt_jax.files import expand
 
 MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
 OPEN_SHARDS = 64
-"""Shards kept open at a time, whatever their number: an open one keeps its records' places."""
+"""Most shards of a split that are open at once; an open shard holds an index of its records."""
 
 Split = Literal["training", "validation"]
 SPLITS: tuple[Split, ...] = ("training", "validation")
+Count = Literal["tokens", "documents", "text_bytes"]
 
 
 class Shard(Section):
-    """One file of tokens."""
+    """A file of tokens, as the manifest lists it."""
 
     name: str
-    """In the corpus's folder."""
+    """Name of the file in the corpus's folder."""
     split: Split
     tokens: PositiveInt
-    """bos and eos included."""
+    """Tokens in the shard, bos and eos included."""
     documents: PositiveInt
     text_bytes: NonNegativeInt
-    """Of the documents, in UTF-8."""
+    """Bytes of the documents' text in UTF-8."""
     size: PositiveInt
-    """Of the file, in bytes."""
+    """Bytes of the file."""
     sha256: str
-    """Of the file."""
+    """SHA-256 of the file, in hexadecimal."""
 
 
-class Manifest(Section):
-    """What a prepared corpus holds."""
+class CorpusManifest(Section):
+    """Contents of a tokenized corpus; manifest.json holds it."""
 
     format: Literal[1] = 1
     token_bytes: Literal[2, 4]
-    """Of a token id."""
+    """Bytes of a token id."""
     tokenizer_sha256: str
-    """Of tokenizer.json."""
+    """SHA-256 of tokenizer.json, in hexadecimal."""
     made_from: dict[str, object]
-    """The files, by path, size and time, and the options."""
+    """The input files, each with its path, size and time of change, and the options."""
     empty_documents: NonNegativeInt
-    """Left out, because they were white space alone."""
+    """Documents left out because they held only white space."""
     broken_documents: NonNegativeInt
-    """Left out, because they could not be read (--skip_broken)."""
+    """Documents left out because they could not be read (--skip_broken)."""
     shards: tuple[Shard, ...]
 
-    def total(self, split: Split, what: Literal["tokens", "documents", "text_bytes"]) -> int:
-        """A sum over a split's shards."""
+    def total(self, split: Split, what: Count) -> int:
+        """The sum of one field over the shards of a split."""
         return sum(getattr(shard, what) for shard in self.shards if shard.split == split)
 
 
-class Prepared(NamedTuple):
-    """A prepared corpus, checked but for the contents of its shards."""
+class TokenizedCorpus(NamedTuple):
+    """An open corpus; all of it has been checked except the contents of its shards."""
 
     folder: Path
-    manifest: Manifest
+    manifest: CorpusManifest
     fingerprint: str
-    """The same for the same shards and tokenizer, wherever they are."""
+    """Equal for corpora with the same shards and tokenizer, in whatever folders they are."""
     tokenizer: Tokenizer
 
     def stream(self, split: Split) -> JoinedStream:
-        """A split's documents, in the order of its shards; opens no shard yet.
+        """Returns the documents of a split, in the order of its shards, without opening a shard.
 
-        Memory grows with the number of shards, not of documents or tokens. Reading raises
-        InputError where a shard is missing or damaged.
+        The stream's memory grows with the number of shards, not of documents or tokens. Reading
+        from it raises InputError where a shard is missing or damaged.
         """
         shards = [shard for shard in self.manifest.shards if shard.split == split]
         dtype = np.dtype(f"<u{self.manifest.token_bytes}")
@@ -98,51 +99,52 @@ class Prepared(NamedTuple):
         return JoinedStream([shard.tokens for shard in shards], open_shard)
 
 
-def open_prepared(folder: str | Path) -> Prepared:
-    """Opens a prepared corpus.
+def open_tokenized_corpus(folder: str | Path) -> TokenizedCorpus:
+    """Opens a tokenized corpus.
 
     Raises:
-      InputError: it is none, is not finished, or a file of it is missing or has another size.
+      InputError: the folder is not a tokenized corpus, it is not finished, or one of its files is
+        missing or has another size.
     """
     folder = expand(folder)
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
     for shard in manifest.shards:
         check_size(folder, shard)
     check_sha256(folder / TOKENIZER, manifest.tokenizer_sha256)
     parts = [manifest.tokenizer_sha256, *(shard.sha256 for shard in manifest.shards)]
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    return Prepared(folder, manifest, fingerprint, load_tokenizer(folder / TOKENIZER))
+    return TokenizedCorpus(folder, manifest, fingerprint, load_tokenizer(folder / TOKENIZER))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_corpus_manifest(folder: Path) -> CorpusManifest:
     """Reads a corpus's manifest.
 
     Raises:
-      InputError: there is none, or it is broken.
+      InputError: the manifest is missing, cannot be read, or is broken.
     """
     path = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return CorpusManifest.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"{folder} is no prepared corpus, or not finished: {MANIFEST} is missing; make it "
-            f"with python -m plt_jax.data.prepare --out {folder}"
+            f"{folder} is not a tokenized corpus, or is not finished: {MANIFEST} is missing; write "
+            f"it with python -m plt_jax.data.prepare --out {folder}"
         ) from error
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from error
     except (UnicodeDecodeError, pydantic.ValidationError) as error:
         raise InputError(
-            f"{path} is damaged, or of another version of plt_jax; prepare the corpus again"
+            f"{path} is damaged, or from another version of plt_jax; prepare the corpus again"
         ) from error
 
 
 def find_problems(folder: Path) -> list[str]:
-    """A line for each file that is missing or damaged.
+    """Checks all files of a corpus; returns a line for each that is missing or damaged.
 
     Raises:
-      InputError: the folder is no prepared corpus.
+      InputError: the folder is not a tokenized corpus.
     """
-    manifest = read_manifest(folder)
+    manifest = read_corpus_manifest(folder)
 
     def check(shard: Shard) -> str | None:
         try:
@@ -150,33 +152,34 @@ def find_problems(folder: Path) -> list[str]:
             check_sha256(folder / shard.name, shard.sha256)
         except InputError as error:
             return str(error)
+        return None
 
     problems = []
     try:
         check_sha256(folder / TOKENIZER, manifest.tokenizer_sha256)
     except InputError as error:
         problems.append(str(error))
-    with ThreadPoolExecutor() as threads:  # hashing lets go of the interpreter's lock
+    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
         problems += [problem for problem in threads.map(check, manifest.shards) if problem]
     return problems
 
 
 def check_size(folder: Path, shard: Shard) -> None:
-    """Raises InputError where a shard is missing or has another size than it was written with."""
+    """Raises InputError where a shard is missing, or its size is not the manifest's."""
     path = folder / shard.name
     try:
         size = path.stat().st_size
     except OSError as error:
         raise InputError(
             f"the shard {path} cannot be read ({error.strerror}); bring it back, or run "
-            "plt_jax.data.prepare again as before, which makes what is missing"
+            "plt_jax.data.prepare again as before, which writes missing shards"
         ) from error
     if size != shard.size:
         raise _differs(path, f"it has {size:,} bytes instead of {shard.size:,}")
 
 
 def check_sha256(path: Path, expected: str) -> None:
-    """Raises InputError where a file cannot be read, or its contents are not those expected."""
+    """Raises InputError where a file cannot be read, or its SHA-256 is not the expected one."""
     try:
         found = file_sha256(path)
     except OSError as error:
@@ -186,7 +189,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Of a file's contents, in hexadecimal."""
+    """SHA-256 of a file's contents, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -194,5 +197,5 @@ def file_sha256(path: Path) -> str:
 def _differs(path: Path, reason: str) -> InputError:
     return InputError(
         f"{path} is damaged ({reason}); bring back a good copy, or delete it and run "
-        "plt_jax.data.prepare again as before, which makes what is missing"
+        "plt_jax.data.prepare again as before, which writes missing shards"
     )
