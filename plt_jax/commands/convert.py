@@ -72,7 +72,8 @@ def add_retrofit(commands: Any) -> None:
         "retrofit",
         help="a model without loops to the starting point of a looped one",
         description="Give a model without loops the loops of a PLT, as a run directory for "
-        "continued training: train.py configs/continue.yaml --start_from DESTINATION. With "
+        "continued training: train.py configs/continue.yaml --start_from DESTINATION --data.source "
+        "FOLDER. With "
         f"--hidden_scale 0 --gate_bias {CLOSED_GATE_BIAS:g} its logits are the source's.",
     )
     command.add_argument("source", help="a run directory, or one of its checkpoints/STEP folders")

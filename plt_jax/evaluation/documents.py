@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.data.corpus import load_corpus, read_documents
-from plt_jax.data.load import check_same_tokenizer, open_sources, validation_stream
+from plt_jax.data.load import check_held_out, check_same_tokenizer, open_sources, validation_stream
 from plt_jax.data.streams import DocumentStream, TokenStream
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.data.tokenizer import token_bytes
@@ -133,6 +133,8 @@ def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenSt
                     "again with that (--tokenizer RUN/tokenizer.json)"
                 )
             return validation_stream([opened])
+    if text is None:
+        check_held_out(config)
     if text is None and config.data.synthetic.task != "none":
         raise InputError(
             f"{trained.directory} was trained on a synthetic task, which has no documents; test it "

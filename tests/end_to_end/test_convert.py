@@ -98,6 +98,18 @@ def test_a_trained_run_leaves_and_comes_back(finished, tmp_path):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("words", [[], ["--by_document"], ["--loops"]], ids=" ".join)
+def test_an_import_has_no_held_out_text(finished, tmp_path, words):
+    convert("export", finished.directory, tmp_path / "out")
+    convert("import", tmp_path / "out", tmp_path / "back")
+    assert find_checkpoint(tmp_path / "back").config.data.text == "no data"
+    result = command("eval.py", tmp_path / "back", *words)
+    assert_refused(result, "made without data", "no held-out text", "--text FILE_OR_FOLDER")
+    text = finished.home / "corpus" / "00.txt"
+    result = command("eval.py", tmp_path / "back", *words, "--text", text)
+    assert (result.code, result.err) == (0, "")
+
+
 @pytest.mark.slow(reason="compiles several programs")
 def test_half_precision_by_choice(finished, tmp_path):
     convert("export", finished.directory, tmp_path / "out", "--dtype", "bfloat16")

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
@@ -108,6 +109,22 @@ def train_refused(config, *parts):
     path = Path(config.run_dir).parent / "refused.yaml"
     write_config(path, config.model_dump(mode="json"))
     assert_refused(command("train.py", path), *parts)
+
+
+def test_a_run_of_an_earlier_version_goes_on(finished, trained, tmp_path):
+    """Its config.yaml has renamed fields, and names a source that it did not read."""
+    shutil.copytree(trained.run_dir, tmp_path / "run")
+    values = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    values["data"]["source"] = "sotu"
+    values["data"]["questions"] = values["data"].pop("synthetic")
+    write_config(tmp_path / "run" / "config.yaml", values)
+    config = trained.model_copy(update={"run_dir": str(tmp_path / "run")})
+    path = write_config(tmp_path / "again.yaml", config.model_dump(mode="json"))
+    result = command("train.py", path)
+    assert result.code == 0, result
+    assert f"is at step {STEPS} of {STEPS}" in result.out
+    evaluated = command("eval.py", tmp_path / "run")
+    assert evaluated.code == 0, evaluated
 
 
 def test_other_text_does_not_resume(finished, corpora, trained, tmp_path):
