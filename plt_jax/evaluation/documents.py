@@ -122,7 +122,12 @@ def evaluate_documents(
 
 
 def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenStream:
-    """The documents to evaluate on, tokenized."""
+    """The tokenized documents to evaluate on: those of a text, of a corpus, or the run's held-out
+    documents.
+
+    Raises:
+      InputError: there are none, they cannot be read, or the corpus has another tokenizer.
+    """
     config, tokenizer = trained.config, trained.tokenizer
     if corpus is not None:
         with naming("--corpus"):
@@ -133,18 +138,19 @@ def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenSt
                     "again with that (--tokenizer RUN/tokenizer.json)"
                 )
             return validation_stream([opened])
-    if text is None:
-        check_held_out(config)
-    if text is None and config.data.synthetic.task != "none":
+    if text is not None:
+        return DocumentStream(tokenize(read_documents(text), tokenizer, config.data.cache_dir))
+    check_held_out(config)
+    if config.data.synthetic.task != "none":
         raise InputError(
             f"{trained.directory} was trained on a synthetic task, which has no documents; test it "
             "with --exact_match, or give a --text"
         )
-    if text is None and config.data.sources:
+    if config.data.sources:
         corpora = open_sources(config)
         check_same_tokenizer(config, corpora, tokenizer)
         return validation_stream(corpora)
-    documents = load_corpus(config.data).validation if text is None else read_documents(text)
+    documents = load_corpus(config.data).validation
     return DocumentStream(tokenize(documents, tokenizer, config.data.cache_dir))
 
 

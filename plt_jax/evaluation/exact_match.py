@@ -17,7 +17,7 @@ from plt_jax.data.synthetic_examples import ProblemEncoder, check_test_set
 from plt_jax.data.synthetic_tasks import Problem, make_test_set
 from plt_jax.decoding.generation import generate
 from plt_jax.decoding.sampling import Sampling
-from plt_jax.decoding.weights import Params, prepare_for_decode
+from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
@@ -92,14 +92,10 @@ def evaluate_exact_match(
     size = whole_batch(batch_size or trained.config.evaluation.batch_size, mesh)
     others = {count: with_loops(trained.config.model, trained.params, count) for count in at_loops}
     task = task_to_test(trained, difficulties)
-    check_test_set(task, trained.config.model.max_length)
-    test_sets = {
-        difficulty: make_test_set(task, difficulty, limit or TEST_PROBLEMS)
-        for difficulty in task.test_difficulties
-    }
+    test_sets = make_test_sets(task, limit or TEST_PROBLEMS, trained.config.model.max_length)
     encoder = ProblemEncoder(trained.tokenizer)
 
-    def test(model: ModelConfig, params: Any) -> list[dict[str, Any]]:
+    def by_difficulty(model: ModelConfig, params: Any) -> list[dict[str, Any]]:
         with use_mesh(mesh):
             weights = prepare_for_decode(model, params)
             return [
@@ -116,11 +112,12 @@ def evaluate_exact_match(
         "step": trained.step,
         "task": task.task,
         "limit": limit or TEST_PROBLEMS,
-        "by_difficulty": test(trained.config.model, trained.params),
+        "by_difficulty": by_difficulty(trained.config.model, trained.params),
     }
     if others:
         numbers["at_loops"] = [
-            {"loops": count, "by_difficulty": test(*other)} for count, other in others.items()
+            {"loops": count, "by_difficulty": by_difficulty(*other)}
+            for count, other in others.items()
         ]
     target = trained.directory / EXACT_MATCH
     write_text(target, json.dumps(numbers, indent=2) + "\n")
@@ -148,9 +145,22 @@ def task_to_test(trained: Trained, difficulties: Sequence[int]) -> SyntheticConf
         raise InputError(f"--difficulties: {describe_errors(error)}") from error
 
 
+def make_test_sets(task: SyntheticConfig, limit: int, max_length: int) -> dict[int, list[Problem]]:
+    """The test set of each test difficulty, of at most `limit` problems.
+
+    Raises:
+      InputError: a difficulty has no held-out problem, or one that a context of `max_length` tokens
+        cannot hold.
+    """
+    check_test_set(task, max_length)
+    return {
+        difficulty: make_test_set(task, difficulty, limit) for difficulty in task.test_difficulties
+    }
+
+
 def score(
     config: ModelConfig,
-    weights: Params,
+    weights: DecodeWeights,
     encoder: ProblemEncoder,
     problems: Sequence[Problem],
     batch_size: int,
