@@ -191,7 +191,7 @@ def _advice(config: ModelConfig, destination: str) -> list[str]:
         option = " --model.loop.hidden_scale 0.01"
     lines.append(
         "to train from it: python train.py configs/continue.yaml --start_from "
-        f"{destination}{option}"
+        f"{destination} --data.source FOLDER{option}"
     )
     return lines
 
