@@ -153,5 +153,5 @@ def test_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_configuration_without_text_is_refused():
-    with pytest.raises(InputError, match="names no data to train on; give data.source"):
+    with pytest.raises(InputError, match="names no data to train on; give "):
         load_corpus(DataConfig())
