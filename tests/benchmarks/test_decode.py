@@ -56,6 +56,7 @@ def rows(report):
             yield cell, row, {row["label"]: row for row in cell["rows"]}
 
 
+@pytest.mark.slow(reason="times the decoding of several models")
 def test_every_cell_has_every_variant(report):
     report, _ = report
     cells = [(cell["batch"], cell["context"]) for cell in report["cells"]]
@@ -64,6 +65,7 @@ def test_every_cell_has_every_variant(report):
     assert all([row["label"] for row in cell["rows"]] == labels for cell in report["cells"])
 
 
+@pytest.mark.slow(reason="times the decoding of several models")
 def test_caches_grow_as_the_paper_says(report):
     """L times without sharing; (L-1)·W/S of a plain cache more with windows."""
     for cell, row, by_label in rows(report[0]):
@@ -74,6 +76,7 @@ def test_caches_grow_as_the_paper_says(report):
             assert row["kv_bytes"] == loops * plain
 
 
+@pytest.mark.slow(reason="times the decoding of several models")
 def test_figures_are_of_the_rounds_and_of_each_other(report):
     report, _ = report
     for cell, row, by_label in rows(report):
@@ -94,6 +97,7 @@ def test_figures_are_of_the_rounds_and_of_each_other(report):
         )
 
 
+@pytest.mark.slow(reason="times the decoding of several models")
 def test_what_is_written(report):
     report, out = report
     names = {path.name for path in Path(out).iterdir()}
@@ -103,6 +107,7 @@ def test_what_is_written(report):
     assert text.count("plt-2") == 2
 
 
+@pytest.mark.slow(reason="times the decoding of several models")
 def test_contexts_and_loops_are_drawn_where_there_are_several(report, tmp_path):
     report, _ = report
     (first, _), three_loops = report["cells"], report["cells"][0]["rows"][-1] | {"loops": 3}

@@ -35,6 +35,7 @@ def test_every_scheme_is_measured_with_its_ratios(config, tmp_path, capsys):
     assert "attention xla" in printed and "x vanilla" in printed
 
 
+@pytest.mark.slow(reason="times several train steps")
 def test_a_known_device_has_a_share_of_its_peak(config, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "peak_flops", lambda kind: 1e12)
     out = tmp_path / "train.json"

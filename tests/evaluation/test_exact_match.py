@@ -99,6 +99,7 @@ def test_the_command_scores_a_run_by_difficulty(run):
     assert "with 1 loop  " in lines[0] and lines[3].split()[:4] == ["difficulty", "3", "9", "no"]
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_each_number_of_loops_answers_for_itself(run, monkeypatch):
     """Rightly if there are three, of which each has its weights."""
     trained = open_trained(run)

@@ -198,6 +198,7 @@ def check_gradients(actual, expected, tolerance):
     jax.tree_util.tree_map_with_path(check, actual, expected)
 
 
+@pytest.mark.slow(reason="compiles every scheme's gradient")
 @pytest.mark.parametrize(
     "config",
     [
@@ -218,6 +219,7 @@ def test_gradients(config):
     check_gradients(gradients(config, SEGMENTS.tobytes())[1], expected, TOLERANCE)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize(
     "settings",
     [{"layer_unroll": 2}, {"remat": "full"}, {"remat": "dots", "layer_unroll": 2}],
@@ -257,6 +259,7 @@ def forward_of(config, tokens):
 # ---- bfloat16 ----
 
 
+@pytest.mark.slow(reason="compiles every scheme twice")
 @pytest.mark.parametrize("scheme", ["plt", "vanilla_loop"])
 def test_bfloat16_is_near_float32(scheme):
     """Within 5 % of the logits' spread; bfloat16 has 8 bits, each layer rounds a few times."""
@@ -270,6 +273,7 @@ def test_bfloat16_is_near_float32(scheme):
     assert 1e-4 < error < 0.05
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_model_runs_with_other_numbers_of_loops(count):
     moe = {"experts": 3, "expert_width": 5, "bias_update_rate": 0.1}

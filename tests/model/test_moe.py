@@ -39,6 +39,7 @@ def moe_config(**moe):
     )
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_and_gradients_equal_the_reference(variant):
     config = moe_config(**VARIANTS[variant])

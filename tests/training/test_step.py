@@ -189,6 +189,7 @@ def test_accumulation_gives_the_same_updates():
         assert one == pytest.approx(two, rel=1e-5)
 
 
+@pytest.mark.slow(reason="trains until the loss is small")
 def test_one_batch_can_be_learned_by_heart():
     state, metrics = take_steps(make_config(**LEARNING), [make_batch(3)] * 50)
     losses = [values["loss"] for values in metrics]
