@@ -1,0 +1,42 @@
+"""The notebook of examples/ runs from its first cell to its last, and is kept without results."""
+
+import os
+from unittest import mock
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.training.runs import REPOSITORY, environment
+
+EXAMPLES = REPOSITORY / "examples"
+NOTEBOOK = EXAMPLES / "looping_in_a_minute.ipynb"
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+@pytest.mark.slow(reason="a kernel of its own trains, measures and decodes a model")
+def test_the_notebook_runs_and_draws(notebook, tmp_path):
+    """Its last cell asserts that decoding is the forward pass."""
+    (parameters,) = (
+        cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())
+    )
+    parameters.source = f"STEPS, LOOPS, RUN = 3, 3, {str(tmp_path / 'run')!r}"
+    variables = environment(HOME=str(tmp_path), JAX_PLATFORMS="cpu")
+    where = {"metadata": {"path": str(EXAMPLES)}}
+    with mock.patch.dict(os.environ, variables):
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert sum("image/png" in output.get("data", ()) for output in outputs) == 2
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "fixed-point gap" in printed
+    assert "largest difference" in printed
+
+
+def test_no_results_are_kept(notebook):
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in code)
