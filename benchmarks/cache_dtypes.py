@@ -22,7 +22,7 @@ from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import DTYPES, Cache, init_cache
 from plt_jax.decoding.step import decode_step
-from plt_jax.decoding.weights import Params, prepare_for_decode
+from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.errors import InputError
 from plt_jax.evaluation.documents import documents_of, stream_of
 from plt_jax.runs.directory import Trained, open_trained
@@ -82,7 +82,7 @@ def beginnings(trained: Trained, text: str | None, documents: int, tokens: int) 
     return np.array([long_enough[index] for index in spaced], np.int32)
 
 
-def predictions(config: ModelConfig, params: Params, tokens_BT: np.ndarray, dtype: str):
+def predictions(config: ModelConfig, params: DecodeWeights, tokens_BT: np.ndarray, dtype: str):
     """Log-probabilities of the next token after each but the last, float32 [T - 1, B, V]."""
     B, T = tokens_BT.shape
     cache = init_cache(config, B, T, dtype)
@@ -90,7 +90,7 @@ def predictions(config: ModelConfig, params: Params, tokens_BT: np.ndarray, dtyp
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _predictions(config: ModelConfig, params: Params, tokens_TB: jax.Array, cache: Cache):
+def _predictions(config: ModelConfig, params: DecodeWeights, tokens_TB: jax.Array, cache: Cache):
     def step(cache: Cache, tokens_B: jax.Array):
         logits_BV, cache = decode_step(config, params, tokens_B, cache)
         return cache, jax.nn.log_softmax(logits_BV)

@@ -2,11 +2,10 @@
 
 python -m benchmarks.data CORPUS [--inputs FILE ...] [--out FOLDER]
 
-Reads batches of a tokenized corpus as training does, in shuffled order and without reading ahead,
-in one thread; with --inputs it prepares those files, too, in one process and with the corpus's
-tokenizer.
-Speeds are tokens per second of one core's time. A chip's consumption is that of training --config
-at 50 % MFU.
+It reads batches of a tokenized corpus as training does, in shuffled order, in one thread and
+without reading ahead. With --inputs it also prepares those files, in one process and with the
+corpus's tokenizer. Speeds are tokens per second of one core's time. A chip's consumption is that of
+training --config at 50 % MFU.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Row(NamedTuple):
     scheme: str
     label: str
     milliseconds: float
-    """Of one decode step, median over rounds."""
+    """Time of one decode step, median over rounds."""
     ratio: float
     """To `no_loop` in the same rounds, median."""
     goal: float | None

@@ -11,6 +11,7 @@ a context whose keys and values are random.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import sys
@@ -171,14 +172,14 @@ def variant_weights(config: ModelConfig, weights: DecodeWeights) -> DecodeWeight
     """
     layers = weights.layers
     copies = (jax.tree.map(jnp.copy, layers[-1]) for _ in range(config.layers - len(layers)))
-    weights = weights.replace(layers=(*layers, *copies))
+    weights = dataclasses.replace(weights, layers=(*layers, *copies))
     if config.loop.later_attention != "gated":
         return weights
     gates = {
         name: gate.initializer(jax.random.key(0), gate.shape, jnp.float32)
         for name, gate in gate_parameters(config).items()
     }
-    return weights.replace(layers=tuple(layer | gates for layer in weights.layers))
+    return dataclasses.replace(weights, layers=tuple(layer | gates for layer in weights.layers))
 
 
 class PreparedVariant(NamedTuple):
