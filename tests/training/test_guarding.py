@@ -138,9 +138,9 @@ def test_data_that_stays_bad_stops_the_run_with_its_checkpoints_intact(finished,
     assert [row for row in numbers(config) if "rolled_back_from" not in row] == numbers(other)
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(finished, tmp_path):
+def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(finished, tmp_path):
     config = tiny_config(finished.home, tmp_path / "run", guard=PATIENT)
-    message = "there is no checkpoint to go back to"
+    message = "there is no checkpoint to roll back to"
     with bad_data(*range(40)), pytest.raises(FailedError, match=message):
         trainer.train(config)
     assert steps_of(config) == []
