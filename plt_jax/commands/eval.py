@@ -200,7 +200,7 @@ def choose_mode(arguments: Namespace) -> str:
 
 
 def run_scores(arguments: Namespace) -> Report:
-    from plt_jax.evaluation.report import evaluate_trained
+    from plt_jax.evaluation.scores import evaluate_trained
 
     report = evaluate_trained(
         arguments.path, arguments.text, arguments.batch_size, arguments.at_loops or []

@@ -1,7 +1,7 @@
-"""Perplexity document by document: each by itself, long ones in windows that overlap.
+"""Perplexity document by document, with overlapping windows for long documents.
 
-Unlike in the packed examples of perplexity.py, a token lacks at most `stride - 1` positions of the
-context that its document and the model's length would give it.
+A token sees the part of its own document before it, as far as the context reaches, less at most
+`stride - 1` positions. In the packed examples of perplexity.py it may see far less.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from plt_jax.reports.tables import table_of
 from plt_jax.runs.directory import Trained, open_trained
 
 DOCUMENTS, EACH = "documents.json", "documents.jsonl"
-AT_ONCE = 1024
-"""Documents that are in memory together, and batched by length."""
-READ = 2**20
-"""Tokens that are read of a corpus at once."""
+GROUP_SIZE = 1024
+"""The number of documents that are in memory together and batched by length."""
+READ_TOKENS = 2**20
+"""The number of tokens that are read from a corpus at once."""
 
 COLUMNS = (
     ("tokens", "tokens", "{:,}"),
@@ -47,14 +47,15 @@ COLUMNS = (
 
 
 class DocumentReport(NamedTuple):
-    """What was found, and where it was written."""
+    """The scores of a model on documents, and the file that holds them."""
 
     numbers: dict[str, Any]
-    """Over all documents `by_loop`, and of the last loop `by_position` in the document."""
+    """The content of documents.json: scores over all documents `by_loop`, and scores of the last
+    loop `by_position` in the document."""
     path: Path
 
     def table(self) -> str:
-        """Lines by loop, and by position."""
+        """A table with a line per loop and a line per range of positions."""
         loops = [row | {"label": f"loop {row['loop']}"} for row in self.numbers["by_loop"]]
         places = [
             row | {"label": f"position {row['first']} to {row['last']}"}
@@ -79,7 +80,7 @@ def evaluate_documents(
         documents.
       corpus: a tokenized corpus, whose held-out documents are evaluated instead.
       stride: new tokens of each window but the first; default half the context.
-      limit: documents, from the first.
+      limit: the number of documents to evaluate, from the first one on.
       batch_size: windows on all devices together, raised to divide over them; default the run's
         evaluation.batch_size.
 
@@ -155,11 +156,11 @@ def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenSt
 
 
 def documents_of(stream: TokenStream) -> Iterator[np.ndarray]:
-    """A stream's documents one by one, tokens [n] with bos and eos, whatever its length."""
+    """The documents of a stream one by one: tokens [n] with bos and eos, for any length n."""
     pieces: list[np.ndarray] = []
     last = None
-    for begin in range(0, len(stream), READ):
-        tokens, numbers = stream.read(begin, READ)
+    for begin in range(0, len(stream), READ_TOKENS):
+        tokens, numbers = stream.read(begin, READ_TOKENS)
         cuts = np.flatnonzero(np.diff(numbers)) + 1
         for piece, number in zip(
             np.split(tokens, cuts), numbers[np.concatenate([[0], cuts])], strict=True
@@ -174,27 +175,37 @@ def documents_of(stream: TokenStream) -> Iterator[np.ndarray]:
 
 
 def windows_of(document: np.ndarray, context: int, stride: int) -> Iterator[Scored]:
-    """Windows that score every token of a document but the first once: as many as the context
-    predicts in the first window, then `stride` in each, with all before them that fits."""
+    """Windows that score every token of a document once, except the first token.
+
+    The first window scores as many tokens as the context predicts. Each further window scores
+    `stride` tokens and begins with as many earlier tokens as fit.
+    """
     scored = 1
     while scored < len(document):
         end = min(context + 1 if scored == 1 else scored + stride, len(document))
         start = max(end - context - 1, 0)
-        yield Scored(document[start:end], scored - start)  # a view: windows may overlap a lot
+        yield Scored(
+            document[start:end], scored - start
+        )  # a view, because windows may overlap by far
         scored = end
 
 
 class Sums:
-    """Of all documents so far, by loop and by position."""
+    """Sums over all documents so far, by loop and by position."""
 
     def __init__(self, loops: int):
         self.nats_L = np.zeros(loops)
         self.tokens = self.text_bytes = self.documents = 0
         self._buckets: dict[int, np.ndarray] = {}
-        """By number: tokens, nats and bytes."""
+        """Tokens, nats and bytes of each bucket of positions, by the bucket's number."""
 
     def add(self, nll_Ln: np.ndarray, bytes_n: np.ndarray) -> None:
-        """A document's tokens behind its first."""
+        """Adds a document.
+
+        Args:
+          nll_Ln: negative log-likelihoods of its tokens except the first, in nats, [L, n].
+          bytes_n: UTF-8 bytes that these tokens stand for, [n].
+        """
         self.nats_L += nll_Ln.sum(axis=1)
         self.tokens += nll_Ln.shape[1]
         self.text_bytes += int(bytes_n.sum())
@@ -207,7 +218,7 @@ class Sums:
             self._buckets[bucket] = self._buckets.get(bucket, np.zeros(3)) + added
 
     def to_json(self) -> dict[str, Any]:
-        """Scores over all."""
+        """Scores over all documents, in the form of documents.json."""
         return {
             "documents": self.documents,
             "tokens": self.tokens,
@@ -241,10 +252,10 @@ def measure(
     bytes_V: np.ndarray,
     sums: Sums,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each document, in their order; adds to the sums."""
+    """Yields a row of documents.jsonl for each document, in order, and adds it to `sums`."""
     config = trained.config.model
     number = 0
-    while group := list(islice(documents, AT_ONCE)):
+    while group := list(islice(documents, GROUP_SIZE)):
         for document, nll_Ln in zip(
             group, nll_of(config, trained.params, mesh, group, stride, batch_size), strict=True
         ):
@@ -269,7 +280,7 @@ def nll_of(
     stride: int,
     batch_size: int,
 ) -> list[np.ndarray]:
-    """Of each document the negative log-likelihoods of its tokens but the first, float64 [L, n]."""
+    """Negative log-likelihoods of each document's tokens except the first, float64 [L, n]."""
     windows = [list(windows_of(one, config.max_length, stride)) for one in documents]
     owners = [(index, place) for index, own in enumerate(windows) for place in range(len(own))]
     parts: list[list[Any]] = [[None] * len(own) for own in windows]

@@ -1,13 +1,15 @@
-"""Models of this package in EleutherAI's lm-evaluation-harness (lm_eval, the extra `lm_eval`).
+"""Models of this package for EleutherAI's lm-evaluation-harness (lm_eval, the extra `lm_eval`).
 
-`eval.py RUN --tasks ...` runs it, or its own command, `python -m plt_jax.lm_eval`.
+`eval.py RUN --tasks ...` uses it, and so does the harness's own command
+`python -m plt_jax.lm_eval`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,7 @@ from plt_jax.data.tokenizer import bos_id, eos_id
 from plt_jax.decoding.generation import GenerationRequest, stream
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.text import encode_prompt
-from plt_jax.decoding.weights import prepare_for_decode
+from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.evaluation.likelihood import Scored, likelihoods
@@ -30,15 +32,15 @@ from plt_jax.runs.directory import open_trained
 
 MAX_NEW_TOKENS = 256  # the harness's own default
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""What tasks call the number of tokens that are made."""
-LOOK_EVERY = 8  # steps between two looks for texts that end a generation
+"""The names by which tasks set the number of new tokens."""
+CHECK_EVERY = 8
+"""The number of steps between two checks whether all texts have ended."""
 
 
-@register_model("plt_jax")
 class HarnessModel(LM):
-    """A run or checkpoint, on all devices, of which each takes its rows of a batch.
+    """A run or checkpoint on all devices; each device takes its rows of a batch.
 
-    Every text begins a document, with the encode_prompt token before it, as in training.
+    Every text is the beginning of a document, with the begin token before it, as in training.
     """
 
     def __init__(
@@ -54,15 +56,15 @@ class HarnessModel(LM):
         """
         Args:
           path: a run directory, or one of its checkpoints.
-          batch_size: sequences per batch, on all devices, raised to divide over them; default the
-            run's evaluation.batch_size.
-          loops: that the model runs; default as many as it was trained with.
-          seed: of the draws, where a task samples.
-          max_batch_size, device: of the harness, for other models; not read.
+          batch_size: sequences per batch on all devices together, rounded up to divide over them;
+            default the run's evaluation.batch_size.
+          loops: the number of loops; default the number that it was trained with.
+          seed: seed of the sampling, for tasks that sample.
+          max_batch_size, device: arguments of the harness for other models; they are ignored.
 
         Raises:
-          InputError: no such checkpoint, no such batch size or number of loops, or an argument that
-            is not known.
+          InputError: no such checkpoint, an invalid batch size or number of loops, or an unknown
+            argument.
         """
         super().__init__()
         if unknown:
@@ -77,7 +79,6 @@ class HarnessModel(LM):
         self._trained = open_trained(path, self._mesh, count)
         self._config = self._trained.config.model
         self.tokenizer = self._trained.tokenizer
-        self._weights = None
         own = self._trained.config.evaluation.batch_size
         self.batch_size = whole_batch(own if size is None else size, self._mesh)
 
@@ -85,7 +86,7 @@ class HarnessModel(LM):
     def create_from_arg_string(
         cls, arg_string: str, additional_config: dict[str, Any] | None = None
     ) -> HarnessModel:
-        """From the harness's --model_args, as `path=RUN,loops=3`."""
+        """Makes a model from the harness's --model_args, such as `path=RUN,loops=3`."""
         return cls.create_from_arg_obj(
             utils.simple_parse_args_string(arg_string), additional_config
         )
@@ -94,14 +95,17 @@ class HarnessModel(LM):
     def create_from_arg_obj(
         cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
     ) -> HarnessModel:
-        """From arguments of the model; of the harness's own, which hold a batch size of 1 that
-        nobody asked for, those that they leave open."""
+        """Makes a model from its arguments.
+
+        They take precedence over the harness's own arguments, which contain a default batch size
+        of 1.
+        """
         given = {name: one for name, one in (additional_config or {}).items() if one is not None}
         return cls(**(given | arg_dict))
 
     @property
     def step(self) -> int:
-        """Of the checkpoint."""
+        """The step of the checkpoint."""
         return self._trained.step
 
     @property
@@ -111,7 +115,7 @@ class HarnessModel(LM):
 
     @property
     def max_length(self) -> int:
-        """Tokens of the context."""
+        """The length of the context, in tokens."""
         return self._config.max_length
 
     @property
@@ -123,14 +127,15 @@ class HarnessModel(LM):
         return str(self.directory)
 
     def _tokens(self, text: str) -> list[int]:
-        """Of a text that goes on."""
+        """The tokens of a text that continues another, without a begin token."""
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of a context and of what continues it: those of the whole text.
+        """The tokens of a context and of its continuation, as parts of the whole text's tokens.
 
-        The continuation's are its own where the tokenizer would join its beginning to the context's
-        end, as union and s. Behind the joined token there may be nothing left to score.
+        If the tokenizer would join the end of the context with the beginning of the continuation,
+        as in "union" and "s", the continuation is tokenized separately: otherwise there might be no
+        token left to score after the joined one.
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
@@ -147,17 +152,19 @@ class HarnessModel(LM):
         """Summed log-likelihoods of continuations in nats, and whether they are what greedy
         decoding gives.
 
-        Of what is too long for the context the beginning is cut off; a continuation that is itself
-        longer is scored in windows.
+        If the text is too long for the context, its beginning is cut off. A continuation that is
+        itself longer is scored in windows.
 
         Raises:
-          InputError: a continuation is no token, and would be likelier than any other.
+          InputError: a continuation has no tokens, so that its likelihood would exceed any other.
         """
-        pairs = [request.args for request in requests]
+        pairs = [_arguments(request) for request in requests]
         encoded = [self._split(*pair) for pair in pairs]
         for (context, _), (_, continuation) in zip(pairs, encoded, strict=True):
             if not continuation:
-                raise InputError(f"a task asks how likely nothing is, behind {context[-40:]!r}")
+                raise InputError(
+                    f"a task has an empty continuation after the context {context[-40:]!r}"
+                )
         answers = self._likelihoods("log-likelihoods", encoded, disable_tqdm)
         for pair, answer in zip(pairs, answers, strict=True):
             self.cache_hook.add_partial("loglikelihood", pair, answer)
@@ -168,7 +175,7 @@ class HarnessModel(LM):
     ) -> list[float]:
         """Log-likelihoods of whole texts in nats, each token scored once, in windows as long as the
         context."""
-        texts = [request.args[0] for request in requests]
+        texts = [_arguments(request)[0] for request in requests]
         encoded = [([bos_id(self.tokenizer)], self._tokens(text)) for text in texts]
         found = self._likelihoods("log-likelihoods of texts", encoded, disable_tqdm)
         totals = [total for total, _ in found]
@@ -179,7 +186,7 @@ class HarnessModel(LM):
     def _likelihoods(
         self, title: str, pairs: Sequence[tuple[list[int], list[int]]], silent: bool
     ) -> list[tuple[float, bool]]:
-        """Of each continuation behind its context, in tokens."""
+        """The log-likelihood of each continuation after its context, and whether it is greedy."""
         windows = [self._windows(*pair) for pair in pairs]
         sequences = [window for of_one in windows for window in of_one]
         with Progress(disable=silent) as progress:
@@ -207,44 +214,49 @@ class HarnessModel(LM):
         return [Scored([*c, *new], len(c)) for c, new in map(utils.make_disjoint_window, pairs)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to the first of each request's `until` texts, left out; greedy unless it
-        asks for `do_sample` or a `temperature`.
+        """Continuations, which end before the first of their request's `until` texts.
 
-        At most half the context is made, however much is asked for, and of prompts that do not fit
-        beside it the beginning is cut off. What a request draws depends on the seed and its place
-        among the requests, not on batches.
+        Decoding is greedy unless the request sets `do_sample` or a `temperature`. At most half the
+        context is generated, even if a request sets more, and the beginning of a prompt that does
+        not fit beside it is cut off. Samples depend on the seed and on the request's position among
+        the requests, not on batches.
 
         Raises:
-          InputError: a setting that is not known here.
+          InputError: a request has an unknown setting.
         """
         for request in requests:
-            read_settings(request.args[1], self.eot_token_id)  # before any is computed
-        if self._weights is None:
-            with use_mesh(self._mesh):
-                self._weights = prepare_for_decode(self._config, self._trained.params)
-        answers: list[str | None] = [None] * len(requests)
+            read_settings(
+                _arguments(request)[1], self.eot_token_id
+            )  # refuses before any computation
+        answers: dict[int, str] = {}
         with Progress(disable=disable_tqdm) as progress:
             task = progress.add_task("generating", total=len(requests))
             for indices, settings in self._alike(requests):
-                contexts = [requests[index].args[0] for index in indices]
+                contexts = [_arguments(requests[index])[0] for index in indices]
                 for index, text in zip(
                     indices, self._generate(contexts, indices, settings), strict=True
                 ):
                     answers[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
                 progress.advance(task, len(indices))
-        return answers
+        return [answers[index] for index in range(len(requests))]
+
+    @functools.cached_property
+    def _weights(self) -> DecodeWeights:
+        """The parameters as decoding uses them."""
+        with use_mesh(self._mesh):
+            return prepare_for_decode(self._config, self._trained.params)
 
     def _alike(self, requests: Sequence[Instance]) -> Iterator[tuple[list[int], dict[str, Any]]]:
-        """Batches of requests of the same settings, the longest contexts first."""
+        """Batches of requests with equal settings, the longest contexts first."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+            groups.setdefault(repr(sorted(_arguments(request)[1].items())), []).append(index)
         for group in groups.values():
-            group.sort(key=lambda index: -len(requests[index].args[0]))
+            group.sort(key=lambda index: -len(_arguments(requests[index])[0]))
             for start in range(0, len(group), self.batch_size):
                 indices = group[start : start + self.batch_size]
-                yield indices, requests[indices[0]].args[1]
+                yield indices, _arguments(requests[indices[0]])[1]
 
     def _generate(
         self, contexts: Sequence[str], indices: Sequence[int], settings: dict[str, Any]
@@ -253,7 +265,7 @@ class HarnessModel(LM):
         most = min(most, self.max_length // 2)
         room = self.max_length - most
         prompts = [encode_prompt(self.tokenizer, context)[-room:] for context in contexts]
-        # All batches have as many rows, for which one program is compiled.
+        # All batches have the same number of rows, so that one program is compiled.
         missing = self.batch_size - len(prompts)
         prompts += [prompts[-1]] * missing
         numbers = jnp.array([*indices, *[indices[-1]] * missing])
@@ -265,13 +277,13 @@ class HarnessModel(LM):
             for count, column in enumerate(steps, start=1):
                 for tokens, token in zip(made, column.tolist(), strict=False):
                     tokens.append(token)
-                texts = self._texts(made, until) if count % LOOK_EVERY == 0 else []
+                texts = self._texts(made, until) if count % CHECK_EVERY == 0 else []
                 if texts and all(ended for _, ended in texts):
                     break
         return [text for text, _ in self._texts(made, until)]
 
     def _texts(self, made: Iterable[list[int]], until: Sequence[str]) -> list[tuple[str, bool]]:
-        """The texts of tokens, cut where they end, and whether they do."""
+        """The text of each row of tokens, cut at its end, and whether it has ended."""
         texts = []
         for tokens in made:
             end = self.eot_token_id
@@ -282,32 +294,43 @@ class HarnessModel(LM):
         return texts
 
 
+def _arguments(request: Instance) -> tuple[Any, ...]:
+    """The arguments of a request, such as a context and a continuation."""
+    return cast("tuple[Any, ...]", request.args)
+
+
 def read_settings(settings: dict[str, Any], end: int) -> tuple[list[str], Sampling, int]:
-    """Texts that end a generation, how tokens are drawn, and how many at most.
+    """The texts that end a generation, the sampling, and the largest number of new tokens.
 
     Raises:
-      InputError: a setting that is not known here.
+      InputError: a request has an unknown setting.
     """
     left = dict(settings)
     until = left.pop("until", None) or []
     until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
     limits = [int(left.pop(name)) for name in LIMITS if name in left]
     most = limits[0] if limits else MAX_NEW_TOKENS
-    asked = left.pop("temperature", None)
-    sampled = left.pop("do_sample", bool(asked))
-    temperature = float(1.0 if asked is None else asked) if sampled else 0.0
+    temperature = left.pop("temperature", None)
+    sampled = left.pop("do_sample", bool(temperature))
+    temperature = float(1.0 if temperature is None else temperature) if sampled else 0.0
     top_k, top_p = int(left.pop("top_k", 0) or 0), float(left.pop("top_p", 1.0) or 1.0)
     if left:
-        raise InputError(f"the generation setting {next(iter(left))} is not known here")
+        raise InputError(
+            f"the generation setting {next(iter(left))} is unknown; known are until, temperature, "
+            f"do_sample, top_k, top_p, {', '.join(LIMITS)}"
+        )
     sampling = Sampling(temperature, top_k, top_p, stop_tokens=(end,))
     sampling.check()
     return until, sampling, most
 
 
 def _number(name: str, value: Any, least: int) -> int:
-    """A model argument, which the harness may give as text."""
+    """A whole number from a model argument, which the harness may give as text."""
     text = str(value)
     number = int(text) if text.isdecimal() else least - 1
     if number < least:
-        raise InputError(f"{name} is {value}; it must be a number of {least} or more")
+        raise InputError(f"{name} is {value}; it must be a whole number of at least {least}")
     return number
+
+
+register_model("plt_jax")(HarnessModel)

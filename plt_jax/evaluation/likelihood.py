@@ -1,4 +1,4 @@
-"""How likely a model holds given tokens: sequences of any lengths, batched by length."""
+"""Log-likelihoods of given tokens: sequences of any lengths, batched by length."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import Transformer
 
 SHORTEST = 32
-"""Sequences are padded to at least so many tokens."""
+"""The least number of tokens that sequences are padded to."""
 LOGITS = 2**28
-"""Numbers in the largest array of logits: of more, positions take turns."""
+"""Largest number of logits that are computed at once; more are computed in chunks."""
 
 
 class Scored(NamedTuple):
-    """Tokens, of which those from `first` on are scored, each given all before it."""
+    """A sequence of tokens; those from index `first` on are scored, each given all before it."""
 
     tokens: Sequence[int] | np.ndarray
     first: int
 
 
 class Likelihood(NamedTuple):
-    """Of a sequence's scored tokens."""
+    """The likelihood of a sequence's scored tokens."""
 
     log_probability: float
-    """Their sum, in nats."""
+    """The sum of their log-probabilities, in nats."""
     greedy: bool
-    """Whether each is the one that the model holds likeliest where it stands."""
+    """Whether each of them is the most probable token at its position."""
 
 
 def likelihoods(
@@ -49,24 +49,24 @@ def likelihoods(
 ) -> list[Likelihood]:
     """The likelihoods of sequences, in their order; the longest are computed first.
 
-    Rows share programs and batches by their lengths, which changes nothing: no position sees those
-    behind it, and rows do not see one another.
+    Sequences of similar length share a batch and a compiled program. That does not change the
+    results: no position sees later positions or other rows.
 
     Args:
       params: as `Transformer.init` gives them, over the mesh.
       batch_size: rows on all devices of the mesh together.
-      done: is told how many sequences each batch was.
+      done: is called after each batch with its number of sequences.
 
     Raises:
-      InputError: a sequence is longer than the context, or scores its first token, which nothing
-        is before; or the batch size does not divide over the mesh.
+      InputError: a sequence is longer than the context, or scores its first token, which has no
+        token before it; or the batch size does not divide over the mesh.
     """
-    found: list[Likelihood | None] = [None] * len(sequences)
+    found: dict[int, Likelihood] = {}
     compute = partial(_score, config, params)
     for index, (nll_n, greedy_n) in in_batches(config, mesh, sequences, batch_size, compute, done):
         total = float(np.sum(nll_n, dtype=np.float64))
         found[index] = Likelihood(-total, bool(np.all(greedy_n)))
-    return found
+    return [found[index] for index in range(len(sequences))]
 
 
 def in_batches(
@@ -77,18 +77,20 @@ def in_batches(
     compute: Callable[..., tuple[jax.Array, ...]],
     done: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
-    """Values of the scored tokens of sequences, as their numbers come, the longest first.
+    """Computes values of the scored tokens of sequences, the longest sequences first.
+
+    Yields the index of a sequence and its values.
 
     Args:
-      compute: `compute(tokens_BT=..., targets_BT=...)` gives arrays [B, ..., T]; of each, those of
-        a sequence's scored tokens are [..., n].
+      compute: `compute(tokens_BT=..., targets_BT=...)` returns arrays [B, ..., T]; the yielded
+        values are their parts at the scored tokens, [..., n].
       mesh, batch_size, done: see `likelihoods`.
 
     Raises:
       InputError: as `likelihoods`.
     """
     for tokens, first in sequences:
-        if len(tokens) > config.max_length + 1:  # nothing is predicted from the last
+        if len(tokens) > config.max_length + 1:  # the last token is only predicted
             raise InputError(
                 f"{len(tokens)} tokens are more than a context of {config.max_length} "
                 "(model.max_length) and one behind it"
@@ -110,7 +112,7 @@ def in_batches(
 def _batches(
     config: ModelConfig, sequences: Sequence[Scored], batch_size: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """The length of each batch, and which sequences are in it."""
+    """The padded length of each batch, and the indices of its sequences."""
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].tokens))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
@@ -119,8 +121,10 @@ def _batches(
 
 
 def padded_length(length: int, most: int) -> int:
-    """The length that sequences of this one are padded to: four to each doubling, so that few
-    programs are compiled, and at most `most`."""
+    """The length to which sequences are padded, at most `most`.
+
+    There are four such lengths per doubling, so that few programs are compiled.
+    """
     if length <= SHORTEST:
         return min(SHORTEST, most)
     step = 1 << max((length - 1).bit_length() - 3, 0)
@@ -128,6 +132,7 @@ def padded_length(length: int, most: int) -> int:
 
 
 def _padded(rows: Sequence[Scored], batch_size: int, length: int) -> dict[str, np.ndarray]:
+    """A batch of sequences, padded with token 0 to `length`, as tokens and targets [B, T]."""
     tokens_BS = np.zeros((batch_size, length + 1), np.int32)
     for row, (tokens, _) in zip(tokens_BS, rows, strict=False):
         row[: len(tokens)] = tokens
@@ -138,50 +143,54 @@ def _padded(rows: Sequence[Scored], batch_size: int, length: int) -> dict[str, n
 def _score(
     config: ModelConfig, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Each target's negative log-likelihood, float32, and whether it is the likeliest, [B, T]."""
+    """Each target's negative log-likelihood, float32, and whether it is the most probable token,
+    [B, T]."""
 
     def scores(model: Transformer) -> tuple[jax.Array, jax.Array]:
         states = model.loop_states(tokens_BT)
-        return in_turns(model, states.output_LBTD[-1], targets_BT)
+        return score_in_chunks(model, states.output_LBTD[-1], targets_BT)
 
-    return Transformer(config).apply({"params": params}, method=scores)
+    nll_and_greedy: Any = Transformer(config).apply({"params": params}, method=scores)
+    return nll_and_greedy
 
 
 @partial(jax.jit, static_argnums=0)
 def nll_by_loop(
     config: ModelConfig, params: Any, tokens_BT: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array]:
-    """Each target's negative log-likelihood read out at every loop, float32 [B, L, T]."""
+    """Each target's negative log-likelihood at the output of every loop, float32 [B, L, T]."""
 
     def scores(model: Transformer) -> jax.Array:
         def of_loop(raw_BTD: jax.Array) -> jax.Array:
-            nll_BT, _ = in_turns(model, model.normalize(raw_BTD), targets_BT)
+            nll_BT, _ = score_in_chunks(model, model.normalize(raw_BTD), targets_BT)
             return nll_BT
 
         return jax.lax.map(of_loop, model.loop_states(tokens_BT).hidden_LBTD)
 
-    nll_LBT = Transformer(config).apply({"params": params}, method=scores)
+    nll_LBT: Any = Transformer(config).apply({"params": params}, method=scores)
     return (jnp.moveaxis(nll_LBT, 0, 1),)
 
 
-def in_turns(
+def score_in_chunks(
     model: Transformer, normed_BTD: jax.Array, targets_BT: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """As `_score`, of normed states; stretches of positions take turns where logits are many."""
+    """The values of `_score` for normed states, computed in chunks of positions if there are more
+    than LOGITS logits."""
     B, T = targets_BT.shape
-    turns = 1
-    while B * T // turns * model.config.vocab_size > LOGITS and T % (2 * turns) == 0:
-        turns *= 2
+    chunks = 1
+    while B * T // chunks * model.config.vocab_size > LOGITS and T % (2 * chunks) == 0:
+        chunks *= 2
 
-    def of_stretch(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def score_chunk(part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         normed, targets = part
         logits = model.logits(normed)
         nll, _ = cross_entropy(logits, targets)
         return nll, jnp.argmax(logits, axis=-1) == targets
 
     parts = [
-        jnp.moveaxis(x.reshape(B, turns, T // turns, *x.shape[2:]), 1, 0)
+        jnp.moveaxis(x.reshape(B, chunks, T // chunks, *x.shape[2:]), 1, 0)
         for x in (normed_BTD, targets_BT)
     ]
-    nll, greedy = jax.lax.map(of_stretch, tuple(parts))
-    return tuple(jnp.moveaxis(x, 0, 1).reshape(B, T) for x in (nll, greedy))
+    nll, greedy = jax.lax.map(score_chunk, tuple(parts))
+    nll_BT, greedy_BT = (jnp.moveaxis(x, 0, 1).reshape(B, T) for x in (nll, greedy))
+    return nll_BT, greedy_BT

@@ -1,8 +1,7 @@
-"""What loops do to states, attention and predictions: LoopCoder-v2's diagnostics (its section on
-them; R loops are compared, one position at a time).
+"""Measures of what loops change in states, attention and predictions (LoopCoder-v2).
 
-Axes: T positions, D width, N query heads, S keys, V vocabulary. Everything is float32; a value per
-position is left to the caller to average.
+Axes: T positions, D width, N query heads, S keys, V vocabulary. All values are float32. Measures
+are per position; the caller averages them.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ def distance(states_TD: jax.Array, others_TD: jax.Array) -> jax.Array:
 
 def turn(newest_TD: jax.Array, middle_TD: jax.Array, oldest_TD: jax.Array) -> jax.Array:
     """cosθ: the cosine of each position's update with the update before it, [T]; 0 where one of
-    them is nothing."""
+    the two is zero."""
     update_TD, before_TD = newest_TD - middle_TD, middle_TD - oldest_TD
     lengths_T = jnp.linalg.norm(update_TD, axis=-1) * jnp.linalg.norm(before_TD, axis=-1)
     return jnp.sum(update_TD * before_TD, axis=-1) / jnp.maximum(lengths_T, TINY)
@@ -60,7 +59,7 @@ def attention_change(attention_NTS: jax.Array, before_NTS: jax.Array) -> jax.Arr
 
 
 def head_diversity(attention_NTS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Of each query's N x S attention its effective rank, and the mean cosine of two heads, [T]."""
+    """The effective rank of each query's N x S attention, and the mean cosine of two heads, [T]."""
     products_TNN = jnp.einsum("NTS,MTS->TNM", attention_NTS, attention_NTS)
     singular_TN = jnp.sqrt(jnp.maximum(jnp.linalg.eigvalsh(products_TNN), 0.0))
     lengths_TN = jnp.sqrt(jnp.maximum(jnp.diagonal(products_TNN, axis1=1, axis2=2), TINY))
@@ -81,6 +80,6 @@ def entropy(log_p_TV: jax.Array) -> jax.Array:
 
 
 def rank_of_truth(log_p_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
-    """How many tokens are held likelier than the true one, and 1, [T] as float32."""
+    """Rank of the true token, 1 if it is the most probable, [T] as float32."""
     true_T1 = jnp.take_along_axis(log_p_TV, targets_T[:, None], axis=-1)
     return 1.0 + jnp.sum(log_p_TV > true_T1, axis=-1, dtype=jnp.float32)

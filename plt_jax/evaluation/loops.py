@@ -1,7 +1,8 @@
-"""What each loop of a trained model does: LoopCoder-v2's diagnostics on held-out text.
+"""Diagnostics of each loop of a trained model on held-out text (LoopCoder-v2).
 
-A forward pass of its own, one sequence at a time and with every attention map explicit, made of the
-model's own layers (`apply_block`); loop_measures.py says what is measured.
+They need every attention map, so this file has a forward pass that computes the maps explicitly,
+one sequence at a time. It uses the model's own layers (`apply_block`). loop_measures.py holds the
+measures.
 """
 
 from __future__ import annotations
@@ -34,25 +35,27 @@ from plt_jax.runs.directory import open_trained
 
 LOOPS, PAGE = "loops.json", "loops.html"
 SEQUENCES = 16
+"""Default number of sequences."""
 LONGEST = 512
-"""Positions of a sequence that are looked at: a map of attention grows with their square."""
+"""Most positions of a sequence; an attention map grows with their square."""
 
 Values = dict[str, jax.Array]
 
 
 class LoopReport(NamedTuple):
-    """What was found, and where it was written."""
+    """The diagnostics of a model's loops, and the page that shows them."""
 
     numbers: dict[str, Any]
-    """`by_loop`, a row per loop, and `by_layer`, per name a list [loops][layers]."""
+    """The content of loops.json: `by_loop`, a row per loop, and `by_layer`, a list [loops][layers]
+    per measure."""
     path: Path
 
     def table(self) -> str:
-        """A line per measure, a column per loop."""
+        """A table with a line per measure and a column per loop."""
         return aligned(self.cells())
 
     def cells(self) -> list[list[str]]:
-        """The same in cells, below the loops' numbers."""
+        """Cells of that table, row by row, with the numbers of the loops first."""
         rows = self.numbers["by_loop"]
         used = [measure for measure in MEASURES if any(measure[0] in row for row in rows)]
         return [
@@ -88,10 +91,10 @@ def evaluate_loops(path: str, text: str | None = None, sequences: int = SEQUENCE
     a page that draws it, loops.html.
 
     Args:
-      sequences: how many, evenly spaced over the text.
+      sequences: the number of sequences, evenly spaced over the text.
 
     Raises:
-      InputError: no such checkpoint or text, or no sequence to look at.
+      InputError: no such checkpoint or text, or `sequences` is below 1.
     """
     if sequences < 1:
         raise InputError(f"--sequences is {sequences}; it must be at least 1")
@@ -165,11 +168,11 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
     tokens_1T, targets_T = example["tokens"][None], example["targets"]
     documents_1T = number_documents(example["segment_ids"][None])
     counted_T = example["weights"] > 0
-    # Positions behind one of their own document.
+    # Positions that have an earlier position in their own document.
     behind_T = jnp.pad(documents_1T[0, 1:] == documents_1T[0, :-1], (1, 0)) & counted_T
     positions_T = positions_in_documents(documents_1T)[0]
     passes, looped = config.loop.count, config.loop.scheme != "no_loop"
-    # One loop more than the model has, for what it would do to the last state.
+    # One more loop than the model has, for the fixed-point gap of the last state.
     longer = with_loops(config, params, passes + 1) if looped else (config, params)
     states_RTD, maps = run_loops(*longer, tokens_1T, documents_1T)
     logs = [log_p_of(config, params, raw_TD) for raw_TD in states_RTD[1 : passes + 1]]
@@ -178,7 +181,7 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
         return jnp.sum(jnp.where(where_T, value_T, 0.0)) / jnp.maximum(jnp.sum(where_T), 1)
 
     def by_loop(of_loop: Callable[[int], jax.Array], first: int = 1) -> jax.Array:
-        """Of each loop r; nan of those before the first."""
+        """Stacks the values of all loops r, nan for loops before `first`."""
         nothing = jnp.float32(jnp.nan)
         return jnp.stack([of_loop(r) if r >= first else nothing for r in range(1, passes + 1)])
 
@@ -210,6 +213,7 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
 
 
 def chosen(log_p_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
+    """The log-probabilities of the targets, [T]."""
     return jnp.take_along_axis(log_p_TV, targets_T[:, None], axis=-1)[:, 0]
 
 
@@ -310,7 +314,7 @@ def run_layer(
     window_TS = causal_TS & (index_T[:, None] - index_T < loop.window)
 
     def attend(q, k, v, gate_1NT):
-        keys, values = (k, v) if index == 0 or loop.later_attention == "own" else shared
+        keys, values = (k, v) if shared is None or loop.later_attention == "own" else shared
         map_NTS, global_1NTH = explicit(q, keys, values, causal_TS)
         if index == 0 or loop.later_attention != "gated":
             return global_1NTH, ((k, v), map_NTS, jnp.full(T, jnp.nan))

@@ -1,4 +1,7 @@
-"""Loss, perplexity and bits per byte on packed text, of the last loop and read out at each."""
+"""Loss, perplexity and bits per byte on packed text, for every loop.
+
+A loop's score is that of the head applied to its output; the last loop's score is the model's.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from plt_jax.model.transformer import Transformer
 
 
 class Score(NamedTuple):
-    """How well text is predicted."""
+    """How well a model predicts a text."""
 
     loss: float
     """Nats per token."""
@@ -31,14 +34,14 @@ class Score(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """Scores over a text, of which the last loop's is the model's."""
+    """The scores of a model on a text."""
 
     by_loop: list[Score]
-    """The head read out on each loop's normed output, loop 1 first."""
+    """The score of the head on each loop's normed output, loop 1 first."""
     tokens: int
-    """Tokens predicted."""
+    """The number of predicted tokens."""
     text_bytes: int
-    """UTF-8 bytes they stand for."""
+    """The number of UTF-8 bytes that these tokens stand for."""
 
     @property
     def score(self) -> Score:
@@ -46,7 +49,7 @@ class Evaluation(NamedTuple):
         return self.by_loop[-1]
 
     def to_json(self) -> dict[str, Any]:
-        """As eval.json has it."""
+        """The evaluation in the form of eval.json."""
         by_loop = [{"loop": index + 1, **s._asdict()} for index, s in enumerate(self.by_loop)]
         return {
             **self.score._asdict(),
@@ -61,8 +64,8 @@ def make_evaluate(
 ) -> Callable[[Any, Examples, int | None], Evaluation]:
     """`evaluate(params, examples, limit) -> Evaluation`, compiled once for the mesh.
 
-    `limit` reads that many examples, evenly spaced; None reads all. A batch is of
-    evaluation.batch_size rows, raised to divide over the mesh.
+    `limit` is the number of examples to read, evenly spaced; None reads all. A batch has
+    evaluation.batch_size rows, rounded up to a number that divides over the mesh.
 
     Raises:
       InputError: data.sequence_length does not divide over the mesh.
@@ -92,14 +95,14 @@ def make_evaluate(
 
 
 class BatchSums(NamedTuple):
-    """What a batch adds to an evaluation."""
+    """The sums of a batch, from which an evaluation is computed."""
 
     nats_L: jax.Array
-    """Summed negative log-likelihood of its targets by loop, float32 [L]."""
+    """Summed negative log-likelihood of the targets in nats, by loop, float32 [L]."""
     tokens: jax.Array
-    """int32 scalar: how many targets."""
+    """The number of targets, int32 scalar."""
     text_bytes: jax.Array
-    """int32 scalar: the UTF-8 bytes they stand for."""
+    """The number of UTF-8 bytes that the targets stand for, int32 scalar."""
 
 
 def batch_sums(
@@ -123,10 +126,11 @@ def losses_by_loop(config: ModelConfig, params: Any, batch: dict[str, jax.Array]
 
     def losses(model: Transformer) -> jax.Array:
         states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
-        # One loop at a time: logits are the largest array there is.
+        # One loop at a time, because the logits are the largest array.
         return jax.lax.map(lambda raw_BTD: summed(model, raw_BTD), states.hidden_LBTD)
 
-    return model.apply({"params": params}, method=losses)
+    nats_L: Any = model.apply({"params": params}, method=losses)
+    return nats_L
 
 
 def score(nats: float, tokens: int, text_bytes: int) -> Score:

@@ -44,19 +44,20 @@ SUITES = {
         "commonsense_qa",
     ),
 }
-"""The PLT paper's suites, of its mixtures and of its open dense models, as the harness calls their
-tasks. Its numbers of examples in the prompt are not stated; the tasks' own are taken."""
+"""The PLT paper's suites for its mixtures of experts and for its open dense models, by the names
+that the harness gives their tasks. The paper does not state numbers of examples in the prompt, so
+each task's own number is used."""
 
 
 class TaskReport(NamedTuple):
-    """What tasks came to, and where it was written."""
+    """The results of tasks, and the file that holds them."""
 
     results: dict[str, Any]
-    """As the harness gives them, of the checkpoint `step`."""
+    """The harness's own results, and the `step` of the checkpoint."""
     path: Path
 
     def table(self) -> str:
-        """The harness's own tables, of tasks and of groups of them."""
+        """The harness's own tables of tasks and of groups of tasks."""
         from lm_eval.utils import make_table
 
         tables = [make_table(self.results)]
@@ -76,18 +77,18 @@ def evaluate_tasks(
 ) -> TaskReport:
     """Runs tasks on a run or checkpoint; writes tasks.json in the run directory.
 
-    Nothing is fetched but what a task's own configuration asks for.
+    It downloads only what a task's own configuration requires.
 
     Args:
-      limit: examples of each task; None for all.
-      shots: examples in the prompt; None for each task's own number.
+      limit: the number of examples of each task; None for all.
+      shots: the number of examples in the prompt; None for each task's own number.
       include_path: a folder of further tasks.
       batch_size: see `HarnessModel`.
       run_code: whether tasks that run what the model writes (humaneval, mbpp) may.
 
     Raises:
-      InputError: the package is not there, no task is called so, it runs code and may not, or it
-        cannot be loaded, as where its data is not there; or as `HarnessModel`.
+      InputError: lm_eval is not installed; a task does not exist, runs code without permission, or
+        cannot be loaded, for example because its data is missing; or an error of `HarnessModel`.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise InputError(
@@ -100,7 +101,7 @@ def evaluate_tasks(
     if include_path is not None and not os.path.isdir(include_path):
         raise InputError(f"--include_path {include_path} is no folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from lm_eval import simple_evaluate
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
     from plt_jax.evaluation.harness import HarnessModel
@@ -111,6 +112,7 @@ def evaluate_tasks(
     names = check_names(manager, tasks, run_code)
     model = HarnessModel(path, batch_size)
     loaded = load_tasks(manager, names, run_code)
+    simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its signature
     results = simple_evaluate(
         model,
         tasks=loaded,
@@ -130,7 +132,7 @@ def check_names(manager: TaskManager, patterns: Sequence[str], run_code: bool) -
     """The names of tasks and groups that patterns stand for.
 
     Raises:
-      InputError: there are none of one, or one says that it runs code and may not.
+      InputError: a pattern matches no task, or a task declares that it runs code and may not.
     """
     for pattern in patterns:
         if not manager.match_tasks([pattern]):
@@ -144,7 +146,7 @@ def check_names(manager: TaskManager, patterns: Sequence[str], run_code: bool) -
 
 
 def _runs_code(manager: TaskManager, name: str) -> bool:
-    """Whether a task says so, or one of a group or tag."""
+    """Whether a task, or a member of a group or tag, declares that it runs code."""
     entry = manager.task_index.get(name)
     if entry is None:
         return False
@@ -165,7 +167,8 @@ def load_tasks(manager: TaskManager, names: Sequence[str], run_code: bool) -> li
     found: list[Task | Group] = []
     for name in names:
         loaded = _loaded(manager, name, [name])
-        found += [loaded["groups"][name]] if name in loaded["groups"] else loaded["tasks"].values()
+        groups = loaded.get("groups", {})
+        found += [groups[name]] if name in groups else loaded["tasks"].values()
     everything = _loaded(manager, ", ".join(names), found)["tasks"]
     unsafe = [name for name, task in everything.items() if getattr(task, "UNSAFE_CODE", False)]
     _check_code(unsafe, run_code)
@@ -180,10 +183,10 @@ def _check_code(names: Sequence[str], run_code: bool) -> None:
         )
 
 
-def _loaded(manager: TaskManager, name: str, tasks: list[str | Task | Group]) -> TaskDict:
+def _loaded(manager: TaskManager, name: str, tasks: Sequence[str | Task | Group]) -> TaskDict:
     try:
-        return manager.load(tasks)
-    except Exception as error:  # whatever a task's own code raises, or what it fetches
+        return manager.load(list(tasks))
+    except Exception as error:  # a task's own code and downloads may raise anything
         raise InputError(f"{name} cannot be loaded: {_first_line(error)}") from error
 
 

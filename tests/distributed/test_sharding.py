@@ -9,7 +9,7 @@ import pytest
 from plt_jax.config import MeshConfig
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import InputError
-from plt_jax.evaluation.report import evaluate_trained
+from plt_jax.evaluation.scores import evaluate_trained
 from plt_jax.runs.configuration import load_config
 from plt_jax.runs.directory import open_trained
 from plt_jax.training import trainer

@@ -23,7 +23,7 @@ from plt_jax import load_huggingface, save_huggingface
 from plt_jax.config import RunConfig
 from plt_jax.distributed.mesh import batch_layout, make_mesh, shardings_of
 from plt_jax.errors import InputError
-from plt_jax.evaluation.report import evaluate_trained
+from plt_jax.evaluation.scores import evaluate_trained
 from plt_jax.model.transformer import abstract_params
 from plt_jax.training.program import TrainProgram
 from plt_jax.training.step import TrainState

@@ -133,7 +133,9 @@ def test_on_eight_devices(run):
 
 
 def test_how_likely_nothing_is_cannot_be_asked(model):
-    with pytest.raises(InputError, match="how likely nothing is, behind 'union'"):
+    with pytest.raises(
+        InputError, match="a task has an empty continuation after the context 'union'"
+    ):
         model.loglikelihood(requests(("union", "")), disable_tqdm=True)
 
 
@@ -211,14 +213,16 @@ def test_settings_of_generations(given, until, temperature, most):
 
 
 def test_a_setting_that_is_not_known_is_refused():
-    with pytest.raises(InputError, match="generation setting num_beams is not known"):
+    with pytest.raises(InputError, match="generation setting num_beams is unknown"):
         read_settings({"num_beams": 4}, 9)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "loops"])
 @pytest.mark.parametrize("number", ["many", "0", "-1", 2.5, True])
 def test_a_number_that_is_none_is_refused(run, name, number):
-    with pytest.raises(InputError, match=f"{name} is {number}; it must be a number of 1 or more"):
+    with pytest.raises(
+        InputError, match=f"{name} is {number}; it must be a whole number of at least 1"
+    ):
         HarnessModel(str(run.directory), **{name: number})
 
 

@@ -1,4 +1,4 @@
-"""The evaluation that eval.py prints and writes."""
+"""Loss, perplexity and bits per byte of a trained model: the default evaluation of eval.py."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from plt_jax.runs.directory import open_trained
 EVALUATION = "eval.json"
 
 
-class Report(NamedTuple):
-    """What was found, and where it was written."""
+class ScoreReport(NamedTuple):
+    """The scores of a model, and the file that holds them."""
 
     numbers: dict[str, Any]
-    """`loss`, `perplexity`, `bits_per_byte` of the last loop, the same `by_loop` and, if asked,
-    `at_loops`, and what was read."""
+    """The content of eval.json: `loss`, `perplexity` and `bits_per_byte` of the last loop, the same
+    `by_loop` and, if requested, `at_loops`, and the text and its size."""
     path: Path
 
     def table(self) -> str:
-        """The numbers by loop, as text; the last loop's are the model's."""
+        """A table with a line per loop; the last loop is the model's own output."""
         lines = [f"{'loop':>4}  {'loss':>8}  {'perplexity':>10}  {'bits per byte':>13}"]
         lines += [line_of(row["loop"], row) for row in self.numbers["by_loop"]]
         if "at_loops" in self.numbers:
-            lines += ["with as many loops:"]
+            lines += ["with other numbers of loops:"]
             lines += [line_of(row["loops"], row) for row in self.numbers["at_loops"]]
         return "\n".join(lines)
 
 
 def line_of(loop: int, row: Mapping[str, float]) -> str:
-    """A loop's, or a number of loops', scores as a line of the table."""
+    """A line of the table: the scores of a loop, or of a number of loops."""
     return (
         f"{loop:>4}  {row['loss']:>8.4f}  {row['perplexity']:>10.2f}  {row['bits_per_byte']:>13.4f}"
     )
@@ -50,18 +50,18 @@ def evaluate_trained(
     text: str | None = None,
     batch_size: int | None = None,
     at_loops: Sequence[int] = (),
-) -> Report:
+) -> ScoreReport:
     """Evaluates a run or checkpoint on its held-out documents, or on other text; writes eval.json.
 
     Args:
-      at_loops: numbers of loops that it is evaluated with besides, more or fewer than it was
-        trained with.
+      at_loops: further numbers of loops to evaluate the model with; they may differ from the number
+        that it was trained with.
 
     Raises:
       InputError: no such checkpoint or text, a batch size that is not positive, or a number of
         loops that the scheme cannot run.
     """
-    # All devices here share the batch, whatever mesh the run was trained on.
+    # All devices of this machine share the batch, independently of the mesh of the training.
     mesh = make_mesh(MeshConfig())
     trained = open_trained(path, mesh)
     config = trained.config
@@ -85,4 +85,4 @@ def evaluate_trained(
         numbers.setdefault("at_loops", []).append({"loops": count, **score._asdict()})
     target = trained.directory / EVALUATION
     write_text(target, json.dumps(numbers, indent=2) + "\n")
-    return Report(numbers, target)
+    return ScoreReport(numbers, target)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from plt_jax.evaluation.report import evaluate_trained
+from plt_jax.evaluation.scores import evaluate_trained
 from plt_jax.runs.names import CHECKPOINTS, METRICS
 from tests.training.runs import (
     STEPS,
@@ -156,7 +156,7 @@ def test_other_numbers_of_loops_stand_in_the_table(copy):
     assert two["loss"] == pytest.approx(written["loss"], rel=1e-6)
     assert one["loss"] == pytest.approx(written["by_loop"][0]["loss"], rel=1e-6)
     assert three["loss"] != two["loss"] and np.isfinite(three["loss"])
-    assert "with as many loops:" in result.out
+    assert "with other numbers of loops:" in result.out
 
 
 @pytest.mark.parametrize(
