@@ -1,5 +1,7 @@
 """The notebook of examples/ runs from its first cell to its last, and is kept without results."""
 
+import ast
+import importlib
 import os
 from unittest import mock
 
@@ -34,6 +36,16 @@ def test_the_notebook_runs_and_draws(notebook, tmp_path):
     printed = "".join(output.get("text", "") for output in outputs)
     assert "fixed-point gap" in printed
     assert "largest difference" in printed
+
+
+def test_what_the_notebook_imports_exists(notebook):
+    """The same in no time, for those who rename things."""
+    code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
+    imports = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    assert imports
+    for node in imports:
+        module = importlib.import_module(node.module)
+        assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
 def test_no_results_are_kept(notebook):

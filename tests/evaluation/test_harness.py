@@ -85,6 +85,7 @@ def expected_likelihood(run, context, continuation):
     return total, greedy
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_loglikelihoods_are_the_models(run, batch_size):
     assert len(encode_prompt(run.tokenizer, "our union")) == len(
@@ -139,6 +140,7 @@ def test_how_likely_nothing_is_cannot_be_asked(model):
         model.loglikelihood(requests(("union", "")), disable_tqdm=True)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_rolling_scores_each_token_once_with_the_begin_token_before(run, model):
     texts = ["the state of our union is strong and the work of peace goes on" * 2, "peace"]
     found = model.loglikelihood_rolling(requests(*((text,) for text in texts)), disable_tqdm=True)
@@ -182,6 +184,7 @@ def test_generation_is_greedy_and_ends_before_its_stops(run, model):
     assert again == [text.split(stop)[0] for text in found]
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_draws_depend_on_the_seed_and_not_on_the_batch(run):
     asked = requests(
         *((text, {"do_sample": True, "temperature": 1.0, "max_gen_toks": 6}) for text in "abcde")

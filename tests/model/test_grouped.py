@@ -61,6 +61,7 @@ def groupings(draw):
     return draw(st.sampled_from([rows, max(1, sum(sizes))])), sizes
 
 
+@pytest.mark.slow(reason="compiles a program for every example")
 @settings(max_examples=20, derandomize=True)
 @given(groupings(), st.booleans(), st.integers(0, 99))
 def test_blocks_are_the_product_of_each_group(grouping, outputs_first, seed):

@@ -43,6 +43,7 @@ def test_no_gradient_from_later_tokens_nor_other_documents(scheme, count):
     assert np.all(derivative[visible] > 0)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("scheme", ["plt", "clp", "loop_kv_share_window"])
 def test_no_gradient_from_later_tokens_of_a_whole_row(scheme):
     config = small_config(scheme, 2, vocab_size=T, max_length=T, gate_input="hidden")
