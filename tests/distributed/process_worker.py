@@ -17,7 +17,7 @@ from plt_jax.distributed import processes
 from plt_jax.errors import InputError
 from plt_jax.training.trainer import train
 from tests.training.runs import call_at, tiny_config
-from tests.training.test_guarding import bad_data
+from tests.training.test_rollback import bad_data
 
 
 def main(spec: dict) -> None:

@@ -22,7 +22,7 @@ from tests.training.runs import (
     snapshot,
     tiny_config,
 )
-from tests.training.test_guarding import bad_data
+from tests.training.test_rollback import bad_data
 
 pytestmark = pytest.mark.slow(reason="starts several processes that train together")
 

@@ -154,7 +154,7 @@ KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 import jax
-from plt_jax.config.yaml_file import load_config
+from plt_jax.runs.configuration import load_config
 from plt_jax.training import trainer
 from tests.training.runs import call_at
 
@@ -194,7 +194,7 @@ SIGNALLED_TWICE = """
 import os, signal, sys
 from plt_jax.checkpoint import store
 from plt_jax.commands.parser import run_command
-from plt_jax.config.yaml_file import load_config
+from plt_jax.runs.configuration import load_config
 from plt_jax.training import trainer
 from tests.training.runs import call_at
 

@@ -213,14 +213,6 @@ def test_metrics_are_the_gradients_norm_and_the_rate_that_was_used():
     assert metrics[1]["loss"] == metrics[0]["loss"] != metrics[2]["loss"]
 
 
-def test_the_seed_decides_the_start():
-    one, same, other = (build(make_config(seed=seed)).init_state() for seed in (1, 1, 2))
-    close(one.params, same.params, rtol=0, atol=0)
-    assert not np.array_equal(one.params["head"], other.params["head"])
-    assert int(one.step) == 0
-    assert {leaf.dtype for leaf in jax.tree.leaves(one.params)} == {jnp.dtype("float32")}
-
-
 @pytest.mark.parametrize(
     ("spoil", "limits"),
     [
