@@ -1,7 +1,7 @@
-"""What is refused before any device work.
+"""Checks of input to decoding, before any device work.
 
-Shapes are known always, values only outside of jit: there these functions wait for the arrays that
-they look at, such as the lengths that the step before makes.
+Shapes are always known. Values are known outside of jit alone; there, these functions wait for the
+arrays that they read, such as the lengths that the step before computes.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _check_batch(tokens: jax.Array, cache: Cache) -> None:
 
 
 def _check_room(new: np.ndarray, cache: Cache) -> None:
-    """Of `new` tokens for each sequence."""
+    """Raises InputError unless the cache has room for `new` tokens [B] of the sequences."""
     if _unknown(cache.lengths):
         return
     held = np.asarray(cache.lengths)

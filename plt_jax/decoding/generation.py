@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import flax.struct
 import jax
@@ -91,6 +91,36 @@ class GenerationRequest(NamedTuple):
         # Rounded up, so that prompts of many lengths share few compiled programs.
         capacity = -(-longest // PREFILL_CHUNK) * PREFILL_CHUNK
         return init_cache(config, len(self.prompts), capacity, self.cache_dtype)
+
+
+@overload
+def generate(
+    config: ModelConfig,
+    params: Params | DecodeWeights,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = ...,
+    key: jax.Array | None = ...,
+    *,
+    stop_tokens: Sequence[Sequence[int]] | None = ...,
+    log_probabilities: Literal[False] = ...,
+    cache_dtype: jnp.dtype | str | None = ...,
+) -> np.ndarray: ...
+
+
+@overload
+def generate(
+    config: ModelConfig,
+    params: Params | DecodeWeights,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = ...,
+    key: jax.Array | None = ...,
+    *,
+    stop_tokens: Sequence[Sequence[int]] | None = ...,
+    log_probabilities: Literal[True],
+    cache_dtype: jnp.dtype | str | None = ...,
+) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 def generate(

@@ -182,7 +182,6 @@ def score(
         prompts += [prompts[-1]] * (batch_size - len(batch))
         answers = [encoder.answer(problem) for problem in batch]
         tokens_BT = generate(config, weights, prompts, max(map(len, answers)), sampling)
-        assert isinstance(tokens_BT, np.ndarray)  # not a pair: no log-probabilities are requested
         correct += [
             row[: len(answer)] == answer
             for row, answer in zip(tokens_BT.tolist(), answers, strict=False)

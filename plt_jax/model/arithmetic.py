@@ -1,8 +1,8 @@
 """Floating-point operations of a step, counted from the configuration loop by loop.
 
 A product-sum counts two. Model FLOPs are those of the mathematics: training costs three forward
-passes, and only they count for MFU. Executed FLOPs are what the devices multiply: also what the
-backward pass computes again, and the parts of attention's blocks that its masks throw away.
+passes, and MFU counts these alone. Executed FLOPs are those of the devices: they include what the
+backward pass recomputes, and the masked parts of attention's blocks.
 """
 
 from __future__ import annotations
@@ -15,26 +15,28 @@ from plt_jax.model.costs import flops_by_loop
 from plt_jax.model.kernels import splash_blocks
 
 BACKWARD = 2
-"""Of products with weights, in forward passes."""
+"""Cost of the backward pass of products with weights, in forward passes."""
 SPLASH_BACKWARD = 3.5
-"""Of splash attention: seven products where forward has two, since each of its two kernels makes
-the weights of attention again."""
+"""Cost of the backward pass of splash attention, in forward passes: seven products instead of two,
+since each of its two kernels recomputes the attention weights."""
 
 
 class StepFlops(NamedTuple):
-    """Of one step on all devices."""
+    """FLOPs of one step, over all devices."""
 
     by_loop: tuple[int, ...]
     """Model FLOPs of each loop."""
     executed: int
+    """FLOPs that the devices execute."""
 
     @property
     def model(self) -> int:
+        """Model FLOPs of all loops."""
         return sum(self.by_loop)
 
 
 def train_flops(config: RunConfig) -> StepFlops:
-    """Of a train step on TPUs, for sequences of one document."""
+    """FLOPs of a train step on TPUs, for sequences of one document."""
     model, T, B = config.model, config.sequence_length, config.training.batch_size
     loops = flops_by_loop(model, T)
     by_loop = tuple((1 + BACKWARD) * B * T * one.total for one in loops)
@@ -48,7 +50,7 @@ def train_flops(config: RunConfig) -> StepFlops:
 
 
 def _expert_share(model: ModelConfig, length: int) -> float:
-    """Of a loop's products with weights, those of routed experts, which no policy keeps."""
+    """Share of the routed experts in a loop's products with weights; no remat policy keeps them."""
     if not model.moe.experts:
         return 0.0
     layers = sum(stack.layers for stack in stacks_of(model).values() if stack.mixture)
@@ -69,8 +71,12 @@ def _attention(config: RunConfig, loop: int) -> int:
 
 
 def decode_flops(model: ModelConfig, batch: int, context: int) -> StepFlops:
-    """Of a decode step of `batch` sequences that attends to a cache of `context` positions, which
-    it does whole, however many of them are filled."""
+    """FLOPs of a decode step.
+
+    Args:
+      batch: number of sequences.
+      context: positions of the cache. The step attends to all of them, filled or not.
+    """
     loops = flops_by_loop(model, 1)
     per_key = 4 * model.layers * model.heads * model.head_width
     by_loop = []

@@ -1,4 +1,4 @@
-"""What a configuration and a mesh fix about training, built once per run and handed on."""
+"""The program of training that a configuration and a mesh determine, built once per run."""
 
 from __future__ import annotations
 

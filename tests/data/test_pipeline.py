@@ -16,7 +16,7 @@ from plt_jax.errors import InputError
 
 EXAMPLES = 10
 SHARED_ROWS = ([0, 1, 2], [1, 2, 3])
-"""Of a batch of four, by process."""
+"""Rows of a batch of four, by process."""
 
 
 def numbered(*lengths: int) -> TokenizedDocuments:

@@ -123,7 +123,7 @@ def test_a_run_reads_them_and_goes_on_where_it_was():
 @pytest.mark.slow(reason="draws all examples of a run")
 @pytest.mark.parametrize("task", ["addition", "permutations"])
 def test_nothing_that_is_asked_in_tests_is_in_what_a_run_reads(task):
-    """Of so few problems all are read: whatever is not, is held out."""
+    """There are few problems, so all are read: those that are not, are held out."""
     config = config_of(task, difficulties=[1, 2], test_difficulties=[1, 2], symbols=None)
     data, examples = load_data(config), examples_of(config)
     batches = iter(data.training)

@@ -150,7 +150,7 @@ def intermediate_sizes(jaxpr):
 
 @pytest.mark.parametrize(("scheme", "count"), [("plt", 2), ("clp", 2), ("no_loop", 1)])
 def test_prefill_makes_nothing_of_chunk_times_cache(scheme, count):
-    """Of 4096 tokens in one chunk, one head's logits would be 16 million numbers."""
+    """The logits of one head over a chunk of 4096 tokens would be 16 million numbers."""
     config = small_config(scheme, count, layers=1)
     S = 4096
     params = random_params(config)

@@ -52,7 +52,7 @@ def test_characters_of_several_bytes_come_whole(tokenizer, monkeypatch, continua
 
 
 def test_pieces_are_the_decoded_tokens(tokenizer):
-    """Of a random model, whose bytes are mostly no characters."""
+    """The model is random, so that most of its bytes are no characters."""
     sampling = Sampling(temperature=2.0)
     prompt = [bos_id(tokenizer), *tokenizer.encode("state").ids]
     for seed in range(3):

@@ -89,7 +89,7 @@ def current(mesh: dict):
 
 
 def shift(mesh: dict) -> float:
-    """Of what a loop hands on, and its gradient."""
+    """The shift between loops, and its gradient."""
     rng = np.random.default_rng(0)
     x, weights = (jnp.asarray(rng.normal(size=(B, 24, 3)), jnp.float32) for _ in range(2))
     documents = inputs(24)[3]

@@ -31,7 +31,7 @@ MESHES = {
     "expert 2 x context 4": {"data": 1, "expert": 2, "context": 4},
 }
 EXCHANGES = [name for name in MESHES if "context" not in name]
-"""Of these, single layers of skewed load."""
+"""Meshes on which single layers with a skewed load are tested."""
 MOE = {
     "experts": 8,
     "experts_per_token": 2,

@@ -57,7 +57,7 @@ def model(run):
 
 
 def log_probabilities(run, tokens):
-    """Of each token but the first, given all before it, float64."""
+    """Log-probability of each token but the first, given all before it, float64."""
     config = run.config.model
     inputs = np.array([tokens[:-1]], np.int32)
     logits = plt_jax.Transformer(config).apply({"params": run.params}, inputs)[0]

@@ -240,7 +240,7 @@ def simulated(devices: int) -> dict[str, str]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Of a subprocess: this one's without XLA_FLAGS, set up as tests/conftest.py does."""
+    """The environment of a subprocess: this one's without XLA_FLAGS, set up as conftest.py does."""
     inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     return inherited | {
         "PYTHONPATH": str(REPOSITORY),
