@@ -169,6 +169,7 @@ def generated(run, context, count):
 CONTEXTS = ["the state of", "union", "the work of peace goes on and the state of our union is"]
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_generation_is_greedy_and_ends_before_its_stops(run, model):
     settings = {"until": [], "max_gen_toks": 8}
     found = model.generate_until(
@@ -263,6 +264,7 @@ def test_a_model_argument_that_is_not_known_is_refused(run):
         HarnessModel(str(run.directory), pth="x")
 
 
+@pytest.mark.slow(reason="reads all tasks of the harness")
 def test_the_papers_tasks_are_the_harnesss():
     manager = TaskManager()
     for names in SUITES.values():
@@ -316,6 +318,7 @@ def test_the_harness_itself_knows_the_model(copy, tasks, monkeypatch):
     assert "|choices|" in result.out
 
 
+@pytest.mark.slow(reason="reads all tasks of the harness")
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -66,6 +66,7 @@ def test_logits_and_gradients_equal_the_reference(variant):
     )
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_decoding_gives_the_forward_logits():
     config = moe_config(shared_width=12, shared_gate=True)
     params, tokens = random_params(config), random_tokens(config, 2, 10)
@@ -78,6 +79,7 @@ def test_decoding_gives_the_forward_logits():
     np.testing.assert_allclose(logits, expected[:, -1], atol=1e-4)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_one_expert_taking_all_tokens_and_empty_experts_are_exact():
     config = moe_config(experts_per_token=1, renormalize=True)
     weights = {name: leaf[0] for name, leaf in random_params(config)["layers"].items()}
@@ -103,6 +105,7 @@ def test_one_expert_taking_all_tokens_and_empty_experts_are_exact():
     assert load_entropy(statistics.load_X) == pytest.approx(0.0, abs=1e-6)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_statistics_have_one_entry_for_every_loop_and_layer():
     config = moe_config()
     params, tokens = random_params(config), random_tokens(config, 2, 12)

@@ -67,6 +67,7 @@ def test_shapes_and_axes(scheme, count, gate_input):
     check_tree(config, TOP | HEAD, LAYER | (GATES[gate_input] if gated else {}))
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("moe", [{}, {"experts": 4, "dense_layers": 1, "bias_update_rate": 0.1}])
 def test_one_loop_declares_what_all_do(moe):
     config = config_of("plt", 3, moe=moe, qk_norm=True)
