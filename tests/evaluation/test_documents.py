@@ -28,7 +28,7 @@ def test_documents_are_read_whole_whatever_is_read_at_once(lengths, at_once):
     starts = np.cumsum([0, *lengths[:-1]])
     stream = DocumentStream(TokenizedDocuments(tokens, starts))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "READ", at_once)
+        patch.setattr(module, "READ_TOKENS", at_once)
         found = [document.tolist() for document in documents_of(stream)]
     assert found == [list(range(a, a + n)) for a, n in zip(starts, lengths, strict=True)]
 
