@@ -7,12 +7,16 @@ from unittest import mock
 
 import nbformat
 import pytest
+import yaml
 from nbclient import NotebookClient
 
-from tests.training.runs import REPOSITORY, environment
+from plt_jax.config.yaml_file import merge
+from tests.training.runs import REPOSITORY, environment, write_config
 
 EXAMPLES = REPOSITORY / "examples"
 NOTEBOOK = EXAMPLES / "looping_in_a_minute.ipynb"
+SMALLER = {"vocab_size": 512, "max_length": 128, "width": 48, "ffn_width": 96}
+"""The model that the test trains, where it differs from the notebook's."""
 
 
 @pytest.fixture
@@ -26,7 +30,17 @@ def test_the_notebook_runs_and_draws(notebook, tmp_path):
     (parameters,) = (
         cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())
     )
-    parameters.source = f"STEPS, LOOPS, RUN = 3, 3, {str(tmp_path / 'run')!r}"
+    values = yaml.safe_load((REPOSITORY / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+    path = write_config(tmp_path / "smaller.yaml", merge(values, {"model": SMALLER}))
+    parameters.source = "\n".join(
+        f"{name} = {value!r}"
+        for name, value in {
+            "CONFIG": str(path),
+            "STEPS": 3,
+            "LOOPS": 3,
+            "RUN": str(tmp_path / "run"),
+        }.items()
+    )
     variables = environment(HOME=str(tmp_path), JAX_PLATFORMS="cpu")
     where = {"metadata": {"path": str(EXAMPLES)}}
     with mock.patch.dict(os.environ, variables):
