@@ -56,6 +56,7 @@ def test_batches_and_padding_change_nothing(seed, batch_size):
         assert one.greedy == greedy
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_rows_of_experts_do_not_see_one_another():
     sequences = draw_sequences(1, 5, EXPERTS)
     found = likelihoods(EXPERTS, random_params(EXPERTS), MESH, sequences, 5)
@@ -64,6 +65,7 @@ def test_rows_of_experts_do_not_see_one_another():
         assert one.log_probability == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_what_greedy_decoding_gives_is_greedy():
     tokens = [3, 7]
     for _ in range(6):

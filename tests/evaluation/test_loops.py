@@ -66,6 +66,7 @@ def test_the_states_and_gates_are_the_models(scheme, count):
     np.testing.assert_allclose(entropy[:, :, [0, 5, 14]], 0.0, atol=1e-5)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_experts_and_leading_dense_layers():
     config = small_config(
         "plt",

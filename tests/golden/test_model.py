@@ -22,7 +22,7 @@ from tests.tiers import slow_but
 TRANSFORMERS = Path(__file__).parent / "transformers"
 DENSE = sorted(path.parent.name for path in TRANSFORMERS.glob("*/config.json"))
 PREFILLED = 10
-QUICK = ["pltcoder_l2_hs_norm", "moeplt_l2_q_norm"]
+QUICK = ["pltcoder_l2_hs_norm"]
 OTHERS = "compiles another model"
 
 

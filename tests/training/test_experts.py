@@ -57,6 +57,7 @@ def break_second_router(state):
     return state.replace(params=state.params | {"layers": layers | broken})
 
 
+@pytest.mark.slow(reason="compiles several train steps")
 def test_routers_are_reported_by_loop_and_layer():
     _, (metrics,) = take_steps(make_config())
     for name in ("expert_load_entropy_by_loop", "expert_max_load_by_loop", "router_z_by_loop"):
@@ -79,6 +80,7 @@ def test_experts_per_step_counts_those_that_differ():
     assert experts_per_step(chosen_LBTk) == pytest.approx((2 + 3 + 4) / 3)
 
 
+@pytest.mark.slow(reason="compiles several train steps")
 def test_micro_batches_report_and_move_what_the_whole_batch_does():
     # Without the loss of balance, which is one of each micro-batch.
     moe = {"bias_update_rate": 0.05, "load_balance_loss": 0.0}
@@ -90,6 +92,7 @@ def test_micro_batches_report_and_move_what_the_whole_batch_does():
     np.testing.assert_array_equal(*biases)
 
 
+@pytest.mark.slow(reason="compiles several train steps")
 def test_biases_move_by_the_rate_towards_an_even_load():
     config = make_config(bias_update_rate=0.05, load_balance_loss=0.0)
     state, (metrics,) = take_steps(config)
@@ -107,6 +110,7 @@ def test_biases_move_by_the_rate_towards_an_even_load():
     assert last.mean() > 0.98
 
 
+@pytest.mark.slow(reason="compiles several train steps")
 def test_biases_take_no_gradient_and_no_decay():
     config = make_config(bias_update_rate=0.0)
     state, _ = take_steps(config, 2, lambda state: with_layers(state, router_bias=1.0))

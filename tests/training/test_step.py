@@ -177,6 +177,7 @@ LEARNING = {
 }
 
 
+@pytest.mark.slow(reason="compiles several train steps")
 def test_accumulation_gives_the_same_updates():
     batches = [make_batch(seed) for seed in range(3)]
     (state, metrics), (other_state, other_metrics) = (
