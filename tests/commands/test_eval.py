@@ -32,7 +32,10 @@ def test_every_option_that_chooses_a_mode_has_one():
     assert mode_of("--suite", "paper_moe") == mode_of("--suite", "paper_moe", "--tasks", "a")
 
 
-@pytest.mark.parametrize("option", [one for one in OPTIONS if not one.chooses_mode], ids=str)
+OF_SOME_MODES = [option for option in OPTIONS if not option.chooses_mode]
+
+
+@pytest.mark.parametrize("option", OF_SOME_MODES, ids=lambda option: option.name)
 @pytest.mark.parametrize("mode", MODES)
 def test_an_option_is_taken_by_its_modes_alone(option, mode):
     words = [*CHOICES[mode], f"--{option.name}", *VALUES.get(option.type, ["1,2"])]
