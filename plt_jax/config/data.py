@@ -117,7 +117,7 @@ class DataConfig(Section):
     sequence_length: PositiveInt | None = None
     """Tokens per training example T; default model.max_length."""
     cache_dir: MayChange[PathText] = "~/.cache/plt_jax"
-    """Folder for trained tokenizers and tokenised corpora."""
+    """Folder for trained tokenizers and tokenized corpora."""
     prefetch: MayChange[NonNegativeInt] = 4
     """Batches read ahead by a background thread; 0 for none."""
 

@@ -38,7 +38,7 @@ KeysValues = tuple[jax.Array, jax.Array]
 Left = TypeVar("Left")
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Left]]
 """`attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT) -> (out_BNTH, left)`: decides which keys the queries
-see. `left` is whatever the caller wants to have of it besides: a cache, keys, statistics."""
+see. `left` is what the caller wants returned with the output: a cache, keys, statistics."""
 
 
 class LayerOutputs(NamedTuple):

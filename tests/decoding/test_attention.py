@@ -165,7 +165,7 @@ def test_prefill_makes_nothing_of_chunk_times_cache(scheme, count):
 
 
 def test_prefill_reads_no_more_keys_than_there_are(monkeypatch):
-    """Slots behind the last position are not looked at: what lies there cannot be told."""
+    """Slots after the last position are not read: their contents change nothing."""
     monkeypatch.setattr(attention, "KEY_BLOCK", 4)
     q, k, v = draw(0, 1, 4, 3, H), draw(1, 1, 2, 16, H), draw(2, 1, 2, 16, H)
     positions = jnp.array([[4, 5, 6]])
