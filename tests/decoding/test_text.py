@@ -51,6 +51,7 @@ def test_characters_of_several_bytes_come_whole(tokenizer, monkeypatch, continua
     assert sum(map(bool, out)) == len(continuation)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_pieces_are_the_decoded_tokens(tokenizer):
     """The model is random, so that most of its bytes are no characters."""
     sampling = Sampling(temperature=2.0)

@@ -80,6 +80,7 @@ def test_resumes(folder, name, step):
     assert_same_numbers(new, expected_numbers()[name][f"resumed_at_{step}"])
 
 
+@pytest.mark.slow(reason="compiles the programs of two old runs")
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluates(folder, name):
     result = command("eval.py", name)
@@ -90,6 +91,7 @@ def test_evaluates(folder, name):
     assert_same_numbers(found, expected)
 
 
+@pytest.mark.slow(reason="compiles the programs of two old runs")
 @pytest.mark.parametrize("name", NAMES)
 def test_decodes(name):
     trained = open_trained(RUNS / name)

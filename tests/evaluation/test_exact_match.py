@@ -119,6 +119,7 @@ def test_each_number_of_loops_answers_for_itself(run, monkeypatch):
     assert {row["accuracy"] for row in numbers["by_difficulty"]} == {0.0}
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_other_evaluations_read_its_held_out_answers(run):
     result = command("eval.py", run)
     assert result.code == 0, result

@@ -342,6 +342,7 @@ def test_what_is_asked_wrongly_is_one_line(copy, words, message):
     assert not (copy / "tasks.json").exists()
 
 
+@pytest.mark.slow(reason="reads all tasks of the harness")
 def test_a_task_that_runs_code_by_what_it_includes_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = write_task(tmp_path / "tasks", "hidden", "include: base\n", ROWS)
@@ -361,6 +362,7 @@ def test_a_task_whose_data_is_not_there_is_one_line(copy, tasks, monkeypatch):
     assert_refused(result, "choices cannot be loaded: ")
 
 
+@pytest.mark.slow(reason="runs the whole harness")
 def test_a_tokenizer_of_more_tokens_than_the_model_is_one_line(copy, tasks):
     tokenizer = json.loads((copy / "tokenizer.json").read_text())
     tokenizer["added_tokens"].append(

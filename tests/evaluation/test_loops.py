@@ -81,6 +81,7 @@ def test_experts_and_leading_dense_layers():
     assert maps["head_rank"].shape == (3, 3, T)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_what_is_measured_of_a_model():
     config = small_config("plt", 2)
     params, example = random_params(config), example_of(config)

@@ -6,6 +6,7 @@ import pytest
 
 from tests import reference
 from tests.golden.huggingface import GOLDEN, read_case
+from tests.tiers import slow_but
 
 CASES = (
     "loopcoder_l2",
@@ -31,7 +32,10 @@ def test_every_case_is_listed():
     assert sorted(path.parent.name for path in GOLDEN.glob("*/config.json")) == sorted(CASES)
 
 
-@pytest.mark.parametrize("case", CASES)
+OTHERS = "computes another model in NumPy"
+
+
+@pytest.mark.parametrize("case", slow_but([CASES[0]], CASES, OTHERS))
 def test_golden_case(case):
     settings, params, expected = read_case(GOLDEN / case)
     result = reference.forward(settings, params, expected["input_ids"])
@@ -108,6 +112,7 @@ def test_renormalised_softmax_then_topk_is_topk_then_softmax():
     assert largest_difference(logits, expected["logits"]) < TOLERANCE
 
 
+@pytest.mark.slow(reason="computes every scheme in NumPy")
 @pytest.mark.parametrize("scheme", reference.SCHEMES)
 def test_packed_documents_are_separate_documents(scheme):
     """Documents are runs of equal ids: where the id 7 returns, a third document begins."""

@@ -107,7 +107,10 @@ def test_whole_rows(scheme, count):
     assert largest_difference(forward(config)(params, tokens), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+OPTIONS = slow_but(["tied_ffn_norm"], VARIANTS, "compiles another model")
+
+
+@pytest.mark.parametrize("variant", OPTIONS)
 def test_options(variant):
     config = VARIANTS[variant]
     check_against_reference(config, random_tokens(config, B, T), SEGMENTS)
@@ -299,6 +302,7 @@ def test_one_loop_only_stays_one():
         with_loops(config, random_params(config), 2)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_a_window_wider_than_any_sequence_sees_all_of_it():
     tokens = jnp.arange(12).reshape(1, 12)
     params = random_params(small_config())

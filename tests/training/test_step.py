@@ -75,6 +75,7 @@ def close(one, other, rtol=1e-5, atol=1e-6):
         np.testing.assert_allclose(left, right, rtol, atol, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow(reason="compiles another train step")
 def test_the_loss_is_the_mean_over_weighted_targets():
     params, batch = random_params(MODEL), make_batch()
     nll, _ = hand_computed(params, batch)
@@ -93,6 +94,7 @@ def test_the_z_loss_is_the_weighted_squared_log_normaliser():
     assert float(sums["loss"]) == pytest.approx((nll * weights).sum(), rel=1e-5)
 
 
+@pytest.mark.slow(reason="compiles another train step")
 def test_the_z_loss_reaches_the_gradient_but_not_the_reported_loss():
     params, batch = random_params(MODEL), make_batch()
     plain, gradients = accumulate_gradients(make_config(), params, batch)
@@ -145,6 +147,7 @@ def test_states_and_gates_are_means_over_targets():
     assert float(sums["gate_by_loop"][0, 0]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow(reason="compiles another train step")
 def test_accumulation_gives_the_whole_batchs_gradient():
     params, batch = random_params(MODEL), make_batch()
     totals = [batch["weights"][start::2].sum() for start in range(2)]
@@ -214,6 +217,7 @@ def test_metrics_are_the_gradients_norm_and_the_rate_that_was_used():
     assert metrics[1]["loss"] == metrics[0]["loss"] != metrics[2]["loss"]
 
 
+@pytest.mark.slow(reason="compiles another train step")
 @pytest.mark.parametrize(
     ("spoil", "limits"),
     [

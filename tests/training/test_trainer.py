@@ -92,6 +92,7 @@ def test_the_events_hold_the_same_numbers(finished):
     assert not found
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_what_is_printed(finished, tmp_path, capsys):
     config = tiny_config(finished.home, tmp_path / "run", training={"sample_prompt": "the peace"})
     trainer.train(config)
@@ -117,6 +118,7 @@ def test_what_is_printed(finished, tmp_path, capsys):
     assert re.search(r"median [\d,]+ tokens/s, peak memory \d+\.\d\d GiB", out)
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_bits_per_byte_that_are_printed_are_those_of_the_training_text(finished, tmp_path, capsys):
     # Of a uniform guess over the vocabulary, for instance: log2(V) for each token predicted.
     config = tiny_config(finished.home, tmp_path / "run")
@@ -157,6 +159,7 @@ def test_nothing_is_written_for_a_run_that_cannot_start(finished, tmp_path, sect
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_at_most_one_step_waits_while_another_is_computed(finished, tmp_path, monkeypatch):
     """Else a stop would wait for all that have been begun since the last logged step."""
     step, wait, begun, waited = TrainProgram.step, jax.block_until_ready, [], []
@@ -179,6 +182,7 @@ def test_at_most_one_step_waits_while_another_is_computed(finished, tmp_path, mo
     assert sorted(set(waited)) == list(range(STEPS))  # the last, logged, at the end
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_checkpoints_that_are_kept(finished, tmp_path):
     config = tiny_config(
         finished.home,
@@ -194,6 +198,7 @@ def test_checkpoints_that_are_kept(finished, tmp_path):
     assert list_steps(tmp_path / "run" / CHECKPOINTS) == sorted({6, 7, 8, best["step"]})
 
 
+@pytest.mark.slow(reason="trains a run of its own")
 def test_waiting_for_a_step_is_time_of_steps(finished, tmp_path, monkeypatch):
     """Whether its metrics, an evaluation or a checkpoint wait for it."""
 
