@@ -99,6 +99,7 @@ def test_raw_boxed_and_prepared_params_answer_alike():
         )
 
 
+@pytest.mark.slow(reason="compiles several programs")
 def test_a_step_that_lays_weights_out_says_so_once():
     config = small_config()
     params, cache = random_params(config), init_cache(config, 1, 4)

@@ -81,6 +81,7 @@ def test_an_imported_checkpoint_is_exported_unchanged(published, tmp_path):
         assert after[key] == before[key], key
 
 
+@pytest.mark.slow(reason="writes and reads every golden case")
 def test_bfloat16_and_back_is_exact(published, tmp_path):
     """A checkpoint stored in bfloat16, read as float32, is written in bfloat16 unchanged."""
     config, params = load_huggingface(published, dtype="bfloat16")

@@ -58,6 +58,7 @@ def test_one_name_makes_a_section(name, section):
     assert titles(*rows) == [section]
 
 
+@pytest.mark.slow(reason="draws every figure")
 def test_numbers_that_are_not_finite_leave_gaps(recwarn):
     rows = full_rows(30)
     for name in set(rows[0]) - {"step", "time", "clock"}:

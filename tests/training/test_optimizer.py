@@ -104,6 +104,7 @@ def first_moment(config: OptimizerConfig, gradients):
     return jax.tree.map(lambda leaf: np.asarray(leaf) / (1 - config.beta1), mean)
 
 
+@pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize(
     ("clip_norm", "norm", "expected"), [(1.0, 5.0, 1.0), (1.0, 0.5, 0.5), (None, 5.0, 5.0)]
 )
