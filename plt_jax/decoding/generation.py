@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, overload
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -93,36 +93,6 @@ class GenerationRequest(NamedTuple):
         return init_cache(config, len(self.prompts), capacity, self.cache_dtype)
 
 
-@overload
-def generate(
-    config: ModelConfig,
-    params: Params | DecodeWeights,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling = ...,
-    key: jax.Array | None = ...,
-    *,
-    stop_tokens: Sequence[Sequence[int]] | None = ...,
-    log_probabilities: Literal[False] = ...,
-    cache_dtype: jnp.dtype | str | None = ...,
-) -> np.ndarray: ...
-
-
-@overload
-def generate(
-    config: ModelConfig,
-    params: Params | DecodeWeights,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    sampling: Sampling = ...,
-    key: jax.Array | None = ...,
-    *,
-    stop_tokens: Sequence[Sequence[int]] | None = ...,
-    log_probabilities: Literal[True],
-    cache_dtype: jnp.dtype | str | None = ...,
-) -> tuple[np.ndarray, np.ndarray]: ...
-
-
 def generate(
     config: ModelConfig,
     params: Params | DecodeWeights,
@@ -154,12 +124,19 @@ def generate(
     request = GenerationRequest(
         prompts, max_new_tokens, sampling, key, stop_tokens, log_probabilities, cache_dtype
     )
+    tokens, logs = generate_all(config, params, request)
+    return (tokens, logs) if log_probabilities else tokens
+
+
+def generate_all(
+    config: ModelConfig, params: Params | DecodeWeights, request: GenerationRequest
+) -> tuple[np.ndarray, np.ndarray]:
+    """The new tokens and their log-probabilities, [B, max_new_tokens] each; see `generate`."""
     blocks = list(_generate_blocks(config, params, request, BLOCK))
     tokens, logs = (np.concatenate(arrays, axis=1) for arrays in zip(*blocks, strict=True))
-    missing = max_new_tokens - tokens.shape[1]
+    missing = request.max_new_tokens - tokens.shape[1]
     tokens = np.pad(tokens, ((0, 0), (0, missing)), mode="edge")
-    logs = np.pad(logs, ((0, 0), (0, missing)))
-    return (tokens, logs) if log_probabilities else tokens
+    return tokens, np.pad(logs, ((0, 0), (0, missing)))
 
 
 def stream(

@@ -15,7 +15,7 @@ from plt_jax.config.data import SyntheticConfig
 from plt_jax.config.yaml_file import describe_errors
 from plt_jax.data.synthetic_examples import ProblemEncoder, check_test_set
 from plt_jax.data.synthetic_tasks import Problem, make_test_set
-from plt_jax.decoding.generation import generate
+from plt_jax.decoding.generation import GenerationRequest, generate_all
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
@@ -181,7 +181,8 @@ def score(
         prompts = [encoder.prompt(problem) for problem in batch]
         prompts += [prompts[-1]] * (batch_size - len(batch))
         answers = [encoder.answer(problem) for problem in batch]
-        tokens_BT = generate(config, weights, prompts, max(map(len, answers)), sampling)
+        request = GenerationRequest(prompts, max(map(len, answers)), sampling)
+        tokens_BT, _ = generate_all(config, weights, request)
         correct += [
             row[: len(answer)] == answer
             for row, answer in zip(tokens_BT.tolist(), answers, strict=False)
