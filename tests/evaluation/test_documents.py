@@ -72,6 +72,7 @@ def direct(trained, text, stride):
     return nats, tokens
 
 
+@pytest.mark.slow(reason="scores every document, and each again by hand")
 def test_a_run_is_scored_document_by_document(copy):
     result = command("eval.py", copy, "--by_document", "--stride", "5", "--batch_size", "3")
     assert result.code == 0 and result.err == ""

@@ -202,6 +202,7 @@ def test_one_batch_can_be_learned_by_heart():
     assert int(state.step) == 50
 
 
+@pytest.mark.slow(reason="compiles another train step")
 def test_metrics_are_the_gradients_norm_and_the_rate_that_was_used():
     batch, config = make_batch(3), make_config(**LEARNING)
     params = build(config).init_params()
