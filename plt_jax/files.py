@@ -118,9 +118,14 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder, into which threads of a failed writer may still be writing."""
+    """Removes a folder, into which threads of a failed writer may still be writing.
+
+    It must stay away for a while: a thread may make the folder again after it was removed.
+    """
+    absent = 0
     for _ in range(50):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        absent = 0 if folder.exists() else absent + 1
+        if absent == 5:
             return
+        shutil.rmtree(folder, ignore_errors=True)
         time.sleep(0.1)

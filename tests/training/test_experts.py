@@ -142,6 +142,7 @@ def test_a_router_that_fails_is_named():
     assert describe_skip(values) == "the loss is nan"
 
 
+@pytest.mark.slow(reason="compiles the train step of a mixture")
 def test_a_step_with_a_broken_router_says_which():
     _, (values,) = take_steps(make_config(), 1, break_second_router)
     assert np.isnan(values["loss"])

@@ -132,6 +132,7 @@ def test_a_batch_without_targets_changes_nothing_and_is_finite():
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
 
 
+@pytest.mark.slow(reason="compiles another train step")
 def test_states_and_gates_are_means_over_targets():
     params, batch = random_params(MODEL), make_batch()
     _, sums = batch_loss(MODEL, params, batch, 0.0)
