@@ -85,9 +85,7 @@ def missing_corpus(trial: Trial) -> str:
 
 def disk_too_small(trial: Trial) -> str:
     """The run directory lies on a disk of 260 to 700 KiB, which one checkpoint fills."""
-    folder = trial.sandbox.home / trial.name / "run"
-    config = trial.sandbox.config(trial.name)
-    folder.mkdir(parents=True)
+    folder, config = trial.new_run()
     size = trial.draw.randint(260, 700)
     with small_disk(folder, f"{size}k"):
         ended = trial.sandbox.start(config).wait()
@@ -101,9 +99,7 @@ def disk_too_small(trial: Trial) -> str:
 
 def disk_fills_up(trial: Trial) -> str:
     """Another file takes all the space of the run's disk after a step."""
-    folder = trial.sandbox.home / trial.name / "run"
-    config = trial.sandbox.config(trial.name)
-    folder.mkdir(parents=True)
+    folder, config = trial.new_run()
     with small_disk(folder, "64m"):
         process = trial.sandbox.start(config)
         step = trial.draw.randint(3, STEPS - 6)
@@ -118,9 +114,7 @@ def disk_fills_up(trial: Trial) -> str:
 
 def read_only_disk(trial: Trial) -> str:
     """The run directory is read-only when the run is resumed."""
-    folder = trial.sandbox.home / trial.name / "run"
-    config = trial.sandbox.config(trial.name)
-    folder.mkdir(parents=True)
+    folder, config = trial.new_run()
     with small_disk(folder, "64m"):
         process = trial.sandbox.start(config)
         process.wait_for_step(trial.draw.randint(1, STEPS - 6))

@@ -21,6 +21,12 @@ class Trial(NamedTuple):
     draw: random.Random
     """Draws moments, files and bits."""
 
+    def new_run(self) -> tuple[Path, Path]:
+        """Makes a run's folder, where a disk can be mounted; returns it and the configuration."""
+        folder = self.sandbox.home / self.name / "run"
+        folder.mkdir(parents=True)
+        return folder, self.sandbox.config(self.name)
+
     def compare(self, config: Path) -> None:
         """Compares a finished run with the undisturbed one, bit for bit.
 

@@ -6,6 +6,8 @@ import argparse
 import statistics
 from collections.abc import Callable
 
+from plt_jax.commands.parser import integers
+
 
 def interleave(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """The seconds that each timer returns, by round; a first call of each warms up.
@@ -38,12 +40,12 @@ def spread(name: str, values: list[float]) -> dict[str, float]:
 
 
 def positive_integers(text: str) -> list[int]:
-    """Parses an option: positive whole numbers, separated by commas.
+    """Parses an option's value: positive whole numbers that are separated by commas.
 
     Raises:
-      argparse.ArgumentTypeError: one is below 1.
+      argparse.ArgumentTypeError: there is none, or a part is not a whole number of at least 1.
     """
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
+    values = integers(text)
+    if not values or min(values) < 1:
         raise argparse.ArgumentTypeError(f"{text} holds a number below 1")
     return values

@@ -6,14 +6,13 @@ refusals are made from it.
 
 from __future__ import annotations
 
-import argparse
 import json
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from plt_jax.commands.parser import CommandParser
+from plt_jax.commands.parser import CommandParser, integers
 from plt_jax.errors import InputError
 
 SCORES = "scores"
@@ -60,14 +59,6 @@ class Option(NamedTuple):
     """Whether giving it chooses its mode."""
 
 
-def numbers(text: str) -> list[int]:
-    """Converts whole numbers that are separated by commas."""
-    try:
-        return [int(part) for part in text.split(",")] if text else []
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, as 1,2,3") from error
-
-
 OPTIONS = (
     Option(
         "text",
@@ -85,7 +76,7 @@ OPTIONS = (
         "at_loops",
         (SCORES, EXACT_MATCH),
         "further numbers of loops to evaluate the model with, as 1,2,3",
-        numbers,
+        integers,
     ),
     Option(
         "limit",
@@ -104,7 +95,7 @@ OPTIONS = (
         "difficulties",
         (EXACT_MATCH,),
         "difficulties to test, as 1,2,8; default data.synthetic.test_difficulties",
-        numbers,
+        integers,
     ),
     Option(
         "by_document",

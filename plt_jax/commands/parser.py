@@ -79,6 +79,18 @@ class CommandParser(argparse.ArgumentParser):
         return known
 
 
+def integers(text: str) -> list[int]:
+    """Parses an option's value: whole numbers that are separated by commas; none if it is empty.
+
+    Raises:
+      argparse.ArgumentTypeError: a part is not a whole number.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text} is not a list of numbers, as 1,2,3") from error
+
+
 def with_underscores(option: str) -> str:
     """The spelling of a long option with underscores; other words stay as they are."""
     return "--" + option[2:].replace("-", "_") if option.startswith("--") else option

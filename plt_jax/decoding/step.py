@@ -33,7 +33,7 @@ from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, 
 from plt_jax.model.attention import blend
 from plt_jax.model.block import apply_block
 from plt_jax.model.layers import embed, rms_norm, rope_rotation
-from plt_jax.model.looping import loop_output, next_loop_input
+from plt_jax.model.looping import Norm, loop_output, next_loop_input
 from plt_jax.model.moe import weights_of_loop
 
 
@@ -80,21 +80,20 @@ def _decode_step(
     config: ModelConfig, params: Params | DecodeWeights, tokens: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     weights = prepare_for_decode(config, params)
+    normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
     E_B1D = embed(tokens[:, None], weights.embedding, jnp.dtype(config.dtype))
     one_pass = config.loop.shifted or config.loop.count == 1
     run_loops = _run_loops_together if one_pass else _run_loops_in_turn
-    output_B1D, cache = run_loops(config, weights, E_B1D, cache)
+    output_B1D, cache = run_loops(config, weights, normalize, E_B1D, cache)
     cache = shard_cache(cache.replace(lengths=cache.lengths + 1))
     return head_logits(weights, output_B1D)[:, 0], cache
 
 
 def _run_loops_together(
-    config: ModelConfig, weights: DecodeWeights, E_B1D: jax.Array, cache: Cache
+    config: ModelConfig, weights: DecodeWeights, normalize: Norm, E_B1D: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """All loops in one pass: the last loop's output [B, 1, D], and the cache after it."""
-    loop = config.loop
-    normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
-    x_BLD = E_B1D
+    loop, x_BLD = config.loop, E_B1D
     if loop.count > 1:
         # The cache holds the outputs of the position before: they are shifted already.
         previous = cache.carried.astype(E_B1D.dtype)
@@ -108,12 +107,10 @@ def _run_loops_together(
 
 
 def _run_loops_in_turn(
-    config: ModelConfig, weights: DecodeWeights, E_B1D: jax.Array, cache: Cache
+    config: ModelConfig, weights: DecodeWeights, normalize: Norm, E_B1D: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """One pass for each loop: the last loop's output [B, 1, D], and the cache after it."""
-    loop = config.loop
-    normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
-    output_B1D = E_B1D
+    loop, output_B1D = config.loop, E_B1D
     for index in range(loop.count):
         hidden_B1D, cache = _run_rows(config, weights, range(index, index + 1), output_B1D, cache)
         output_B1D = loop_output(loop, hidden_B1D, normalize, is_last=index == loop.count - 1)

@@ -22,6 +22,9 @@ from plt_jax.model.block import Context, KeysValues, LayerOutputs
 from plt_jax.model.context_parallel import shift_right
 from plt_jax.model.moe import RouterStatistics
 
+Norm = Callable[[jax.Array], jax.Array]
+"""The final norm, [..., D] -> [..., D]."""
+
 
 class LoopStates(NamedTuple):
     """The states of all loops, in the compute dtype."""
@@ -62,7 +65,7 @@ def shift_states(states_BTD: jax.Array, documents_BT: jax.Array | None) -> jax.A
 def loop_output(
     loop: LoopConfig,
     hidden: jax.Array,
-    normalize: Callable[[jax.Array], jax.Array],
+    normalize: Norm,
     is_last: bool | jax.Array,
 ) -> jax.Array:
     """The output of a loop, [..., D]: its hidden state, through the final norm or as it is.
@@ -72,7 +75,6 @@ def loop_output(
 
     Args:
       hidden: the last layer's output [..., D].
-      normalize: the final norm.
       is_last: whether this is the last loop; an array, broadcast to `hidden`, where that differs
         between rows or is known on the device alone.
     """

@@ -122,7 +122,7 @@ def test_contexts_and_loops_are_drawn_where_there_are_several(report, tmp_path):
     [
         (["--schemes", "plt,plr"], "no scheme plr; known are no_loop"),
         (["--batch", "1,0"], "argument --batch: 1,0 holds a number below 1"),
-        (["--context", "many"], "argument --context: invalid"),
+        (["--context", "many"], "argument --context: many is not a list of numbers, as 1,2,3"),
         (["--tokens", "32"], "--tokens is 32; it must be 1 to 31"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
