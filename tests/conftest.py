@@ -1,5 +1,5 @@
-"""Settings of all tests: compiled programs are kept on disk between runs, and not in memory between
-files; products are exact in float32; every test is fast, slow or opt-in.
+"""Settings of all tests: programs are compiled quickly, and kept on disk between runs but not in
+memory between files; products are exact in float32; every test is fast, slow or opt-in.
 
 The three tiers are markers, which pyproject.toml explains:
 
@@ -19,7 +19,12 @@ from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CACHE = os.environ.get("PLT_TEST_CACHE") or str(REPOSITORY / ".jax_cache")
+QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""Flags of XLA. The tests' programs run for milliseconds and compile for seconds, so LLVM leaves
+its passes out; XLA's own passes, which make the program, all run."""
 
+# XLA reads them when the first program is compiled.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip()
 jax.config.update("jax_compilation_cache_dir", CACHE)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_default_matmul_precision", "highest")

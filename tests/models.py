@@ -22,14 +22,6 @@ ALL = [("no_loop", 1), *LOOPED]
 THREE_LOOPS = [("no_loop", 1), *(case for case in LOOPED if case[1] == 3)]
 """Every scheme once, with three loops if it loops."""
 
-# The tests' programs run for milliseconds and compile for seconds, so they are compiled quickly.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def compiled(function: Callable, **options) -> Callable:
-    """`jax.jit` with options that make compilation quick."""
-    return jax.jit(function, compiler_options=QUICK, **options)
-
 
 def small_config(scheme: str = "plt", count: int = 2, window: int = 5, **settings) -> ModelConfig:
     """A configuration with two layers of width 16, four heads, two key/value heads and 31 tokens.
@@ -77,7 +69,7 @@ def random_tokens(config: ModelConfig, batch: int, length: int, seed: int = 0) -
 def forward(config: ModelConfig) -> Callable[..., jax.Array]:
     """The compiled `(params, tokens, segment_ids=None, positions=None) -> logits [B, T, V]`."""
     model = Transformer(config)
-    return compiled(lambda params, *inputs: model.apply({"params": params}, *inputs))
+    return jax.jit(lambda params, *inputs: model.apply({"params": params}, *inputs))
 
 
 @functools.cache
@@ -89,7 +81,7 @@ def forward_with_states(config: ModelConfig) -> Callable[..., tuple[jax.Array, L
         return model.logits(states.output_LBTD[-1]), states
 
     model = Transformer(config)
-    return compiled(
+    return jax.jit(
         lambda params, *inputs: model.apply({"params": params}, *inputs, method=logits_and_states)
     )
 

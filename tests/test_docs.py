@@ -7,7 +7,6 @@ repository's configurations and commands. Only sizes differ from what a reader r
 import functools
 import importlib.util
 import io
-import os
 import re
 import runpy
 import shlex
@@ -18,14 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-import jax
 import pytest
 
 from benchmarks.decode_chart import CHART, draw
 from plt_jax.config import RunConfig
 from plt_jax.config.yaml_file import annotation_at
+from tests.training.runs import REPOSITORY, environment
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 DOCS = [
     *(REPOSITORY / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
     *sorted((REPOSITORY / "docs").glob("*.md")),
@@ -304,18 +302,11 @@ def run_command(command: str, folder: Path) -> None:
 
 
 def run_python(words: list[str], folder: Path) -> None:
-    """Runs Python in a reader's folder; programs are compiled quickly, and kept."""
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-    }
+    """Runs Python in a reader's folder."""
     done = subprocess.run(
         [sys.executable, *words],
         cwd=folder,
-        env=environment,
+        env=environment(JAX_PLATFORMS="cpu"),
         capture_output=True,
         text=True,
         check=False,

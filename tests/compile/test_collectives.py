@@ -8,15 +8,19 @@ import pytest
 
 from plt_jax.compile.collectives import axes_between, first_group, read_collectives
 from plt_jax.compile.hlo import parse_program
-from tests.training.runs import REPOSITORY, environment
+from tests.training.runs import REPOSITORY, environment, simulated
 
 
 @pytest.fixture(scope="module")
 def on_eight_devices():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.compile.cpu_worker"],
-        **{"cwd": REPOSITORY, "env": environment(**flags), "capture_output": True, "timeout": 300},
+        **{
+            "cwd": REPOSITORY,
+            "env": environment(**simulated(8)),
+            "capture_output": True,
+            "timeout": 300,
+        },
     )
     assert done.returncode == 0, done.stderr.decode()
     return json.loads(done.stdout)

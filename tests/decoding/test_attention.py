@@ -13,7 +13,7 @@ from plt_jax import init_cache, prefill, prepare_for_decode
 from plt_jax.decoding import attention
 from plt_jax.decoding.attention import attend, attend_causally, attend_own, attend_window
 from plt_jax.decoding.cache import Quantized, quantize
-from tests.models import compiled, random_params, small_config
+from tests.models import random_params, small_config
 
 H = 4
 
@@ -92,7 +92,7 @@ def test_windows_reach_from_the_chunk_into_the_ring(chunk, window, before):
         rings.append(jnp.asarray(ring))
         new.append(jnp.asarray(part))
     q = draw(0, B, 4, chunk, H)
-    out = compiled(attend_window)(q, tuple(new), tuple(rings), jnp.asarray(before))
+    out = jax.jit(attend_window)(q, tuple(new), tuple(rings), jnp.asarray(before))
     distance = (np.array(before)[:, None] + np.arange(chunk))[:, :, None] - np.arange(total)
     mask = (distance >= 0) & (distance < window)
     np.testing.assert_allclose(out, plain(q, keys, values, mask), atol=1e-5)
@@ -171,5 +171,5 @@ def test_prefill_reads_no_more_keys_than_there_are(monkeypatch):
     positions = jnp.array([[4, 5, 6]])
     right = attend_causally(q, k, v, positions)
     broken = k.at[:, :, 8:].set(np.nan), v.at[:, :, 8:].set(np.nan)
-    out = compiled(attend_causally)(q, *broken, positions)
+    out = jax.jit(attend_causally)(q, *broken, positions)
     np.testing.assert_allclose(out, right, atol=1e-6)

@@ -13,7 +13,7 @@ from plt_jax.decoding import cache as caches
 from plt_jax.decoding.cache import ring_positions
 from plt_jax.decoding.prefill import ring_slots_of_chunk
 from plt_jax.decoding.step import UnpreparedWeightsWarning
-from tests.models import ALL, compiled, random_params, small_config
+from tests.models import ALL, random_params, small_config
 
 B, S, W, D = 3, 40, 5, 16
 
@@ -83,12 +83,12 @@ def test_raw_boxed_and_prepared_params_answer_alike():
     config = small_config("no_loop", 1)
     tokens, lengths, cache = jnp.ones((2, 3), int), jnp.array([3, 2]), init_cache(config, 2, 8)
 
-    @compiled
+    @jax.jit
     def answer(params):
         logits, filled = prefill(config, params, tokens, lengths, cache)
         return logits, *decode_step(config, params, tokens[:, 0], filled)
 
-    boxed = compiled(Transformer(config).init)(jax.random.key(0), tokens)["params"]
+    boxed = jax.jit(Transformer(config).init)(jax.random.key(0), tokens)["params"]
     assert isinstance(boxed["head"], nn.Partitioned)
     prepared = answer(prepare_for_decode(config, boxed))
     for params in (boxed, nn.unbox(boxed)):

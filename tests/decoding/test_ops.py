@@ -13,7 +13,6 @@ from plt_jax.config import MoEConfig
 from plt_jax.decoding import ops
 from plt_jax.decoding.linear import linear
 from plt_jax.decoding.ops import few_experts, many_experts
-from tests.models import compiled
 
 
 @settings(max_examples=40, derandomize=True)
@@ -80,5 +79,5 @@ def test_prepared_experts_are_the_declared_ones(monkeypatch, platform, tokens, c
     inputs = jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), (prepared, x, weight))
     moe = MoEConfig(experts=X, experts_per_token=chosen, expert_width=F)
     for run in (few_experts, functools.partial(many_experts, moe)):
-        out = compiled(functools.partial(run))(*inputs, jnp.minimum(which, held))
+        out = jax.jit(functools.partial(run))(*inputs, jnp.minimum(which, held))
         np.testing.assert_allclose(out, expected, atol=1e-4)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from plt_jax import InputError, Sampling
 from plt_jax.decoding.sampling import restrict, sample
-from tests.models import compiled
 
 V = 8
 quickly = settings(max_examples=15, derandomize=True)
@@ -116,7 +115,7 @@ def test_tokens_are_drawn_as_often_as_they_should_be(sampling):
     if sampling.top_p < 1:
         scaled[~np.isin(np.arange(5), list(fewest_reaching(scaled, sampling.top_p)))] = -np.inf
     keys = jax.random.split(jax.random.key(7), draws)
-    drawn = compiled(functools.partial(sample, sampling=sampling))(
+    drawn = jax.jit(functools.partial(sample, sampling=sampling))(
         jnp.broadcast_to(logits, (draws, 5)), keys_B=keys
     )
     assert drawn.dtype == jnp.int32

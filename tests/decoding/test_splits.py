@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from plt_jax import ModelConfig, decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.decoding.cache import Cache, ring_positions
-from tests.models import ALL, compiled, forward, random_params, random_tokens, small_config
+from tests.models import ALL, forward, random_params, random_tokens, small_config
 from tests.tiers import slow_but
 
 TOLERANCE = 1e-4
@@ -69,8 +69,8 @@ operations = st.lists(
 def programs(config: ModelConfig):
     """`prefill(params, tokens, lengths, cache)` and `decode_step(params, tokens, cache)`."""
     return (
-        compiled(functools.partial(prefill, config)),
-        compiled(functools.partial(decode_step, config)),
+        jax.jit(functools.partial(prefill, config)),
+        jax.jit(functools.partial(decode_step, config)),
     )
 
 

@@ -15,7 +15,7 @@ from plt_jax.config import RunConfig
 from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.model import attention, blockwise, context_parallel, kernels
 from plt_jax.model.looping import shift_states
-from tests.models import compiled, small_config
+from tests.models import small_config
 
 B, N, K, H = 4, 4, 2, 4
 MESHES = {
@@ -54,7 +54,7 @@ def out_and_gradients(attend, q, k, v, documents, weights):
         out, pullback = jax.vjp(lambda *x: attend(*x, documents), *inputs)
         return out, *pullback(weights)
 
-    return jax.device_get(compiled(run)(q, k, v))
+    return jax.device_get(jax.jit(run)(q, k, v))
 
 
 def largest(one, other) -> float:
@@ -98,9 +98,9 @@ def shift(mesh: dict) -> float:
         out, pullback = jax.vjp(lambda x: shift_states(x, documents), x)
         return out, *pullback(weights)
 
-    expected = jax.device_get(compiled(run)(x))
+    expected = jax.device_get(jax.jit(run)(x))
     with use_mesh(current(mesh)):
-        got = jax.device_get(compiled(lambda x: run(x))(x))
+        got = jax.device_get(jax.jit(lambda x: run(x))(x))
     return largest(expected, got)
 
 

@@ -16,7 +16,7 @@ import plt_jax
 from plt_jax import decode_step, init_cache, prefill, prepare_for_decode
 from tests.golden.huggingface import GOLDEN, read_case
 from tests.golden.test_reference import CASES, TOLERANCE, largest_difference
-from tests.models import compiled, forward, forward_with_states
+from tests.models import forward, forward_with_states
 from tests.tiers import slow_but
 
 TRANSFORMERS = Path(__file__).parent / "transformers"
@@ -49,8 +49,8 @@ def check_decoding(config, params, expected):
     tokens, logits = expected["input_ids"], expected["logits"]
     B, T = tokens.shape
     params = prepare_for_decode(config, params)
-    step = compiled(functools.partial(decode_step, config))
-    actual, cache = compiled(functools.partial(prefill, config))(
+    step = jax.jit(functools.partial(decode_step, config))
+    actual, cache = jax.jit(functools.partial(prefill, config))(
         params, tokens[:, :PREFILLED], jnp.full(B, PREFILLED), init_cache(config, B, T)
     )
     assert largest_difference(actual, logits[:, PREFILLED - 1]) < TOLERANCE

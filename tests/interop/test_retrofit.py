@@ -19,7 +19,7 @@ from plt_jax.config import SCHEMES
 from plt_jax.interop.options import CLOSED_GATE_BIAS
 from plt_jax.interop.retrofit import compare_models, retrofit
 from tests.golden.test_model import TRANSFORMERS
-from tests.models import compiled, forward, random_params, random_tokens, small_config
+from tests.models import forward, random_params, random_tokens, small_config
 
 DENSE = small_config("no_loop", 1, max_length=32)
 TOKENS = random_tokens(DENSE, 2, 20)
@@ -105,7 +105,7 @@ def test_a_retrofit_decodes_as_its_source_does():
     params = random_params(DENSE)
     looped, looped_params = retrofit(DENSE, params, repeating("plt", 2), CLOSED_GATE_BIAS)
     expected = np.asarray(forward(DENSE)(params, TOKENS))
-    step = compiled(functools.partial(decode_step, looped))
+    step = jax.jit(functools.partial(decode_step, looped))
     weights, cache = prepare_for_decode(looped, looped_params), init_cache(looped, 2, 20)
     for t in range(TOKENS.shape[1]):
         logits, cache = step(weights, TOKENS[:, t], cache)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from plt_jax.model.blockwise import causal_attention, masked_attention, windowed_attention
-from tests.models import compiled
 
 B, N, K, H = 2, 4, 2, 6
 LENGTHS = (1, 5, 64, 65, 200, 300)
@@ -70,7 +69,7 @@ def one_query_at_a_time(q, k, v, documents, window):
 def test_blocks_are_one_query_at_a_time(length, window, packed):
     q, k, v = random_inputs(length)
     documents = random_documents(length) if packed else None
-    out = compiled(attention(window))(q, k, v, documents)
+    out = jax.jit(attention(window))(q, k, v, documents)
     expected = one_query_at_a_time(q, k, v, documents, window)
     np.testing.assert_allclose(out, expected, atol=2e-5)
 
@@ -92,7 +91,7 @@ def test_gradients_are_those_of_dense_attention(window):
     weights = np.random.default_rng(0).normal(size=inputs[0].shape).astype(np.float32)
 
     def gradients(function):
-        return compiled(jax.grad(lambda inputs: jnp.sum(weights * function(*inputs))))(inputs)
+        return jax.jit(jax.grad(lambda inputs: jnp.sum(weights * function(*inputs))))(inputs)
 
     actual = gradients(lambda q, k, v: attention(window)(q, k, v, documents))
     expected = gradients(lambda q, k, v: dense(q, k, v, documents, window))
@@ -108,7 +107,7 @@ def test_equal_and_huge_logits_have_finite_gradients(window):
     documents = np.broadcast_to(np.arange(65, dtype=np.int32), (B, 65))
     q, k = np.full((B, N, 65, H), 1e4, np.float32), np.full((B, K, 65, H), 1e4, np.float32)
 
-    @compiled
+    @jax.jit
     def out_and_gradients(q, k, v, documents):
         out, pullback = jax.vjp(lambda *x: attention(window)(*x, documents), q, k, v)
         return out, *pullback(jnp.ones_like(out))
@@ -122,7 +121,7 @@ def test_softmax_of_bfloat16_is_in_float32():
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in random_inputs(65))
     q = 3 * q
     for window in (None, 64):
-        out = compiled(attention(window))(q, k, v, None)
+        out = jax.jit(attention(window))(q, k, v, None)
         assert out.dtype == jnp.bfloat16
         expected = one_query_at_a_time(q, k, v, None, window)
         np.testing.assert_allclose(np.asarray(out, np.float32), expected, atol=0.04)

@@ -17,7 +17,6 @@ from tests import reference
 from tests.models import (
     ALL,
     LOOPED,
-    compiled,
     forward,
     forward_with_states,
     random_params,
@@ -141,7 +140,7 @@ def test_readout_of_every_loop(normalize):
     """The head on each loop's normed output; the last loop's is the model's."""
     config = small_config("plt", 3, normalize_between_loops=normalize)
     params, tokens = random_params(config), random_tokens(config, B, T)
-    logits = compiled(
+    logits = jax.jit(
         lambda params: Transformer(config).apply(
             {"params": params}, tokens, SEGMENTS, method="logits_by_loop"
         )
@@ -186,7 +185,7 @@ def gradients(config: ModelConfig, segment_ids: bytes):
         logits = Transformer(config).apply({"params": params}, tokens, packing)
         return loss(logits, tokens), logits
 
-    grads, logits = compiled(jax.grad(loss_and_logits, has_aux=True))(random_params(config))
+    grads, logits = jax.jit(jax.grad(loss_and_logits, has_aux=True))(random_params(config))
     return logits, grads
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from plt_jax import ModelConfig, Transformer
-from tests.models import THREE_LOOPS, compiled, forward, random_params, small_config
+from tests.models import THREE_LOOPS, forward, random_params, small_config
 from tests.tiers import slow_but
 
 T = 80  # Beyond MIN_BLOCK, so attention runs in blocks.
@@ -21,7 +21,7 @@ def influence(config: ModelConfig, segment_ids) -> np.ndarray:
     params = random_params(config)
 
     # One position at a time: on a CPU, jaxlib 0.10 compiles jacrev of an RMSNorm wrongly.
-    @compiled
+    @jax.jit
     @jax.grad
     def gradient(embedding, t):
         variables = {"params": {**params, "embedding": embedding}}

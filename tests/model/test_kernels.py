@@ -29,7 +29,7 @@ from plt_jax.model.kernels import (
     splash_blocks,
 )
 from plt_jax.model.transformer import abstract_params
-from tests.models import compiled, random_params, random_tokens, small_config
+from tests.models import random_params, random_tokens, small_config
 from tests.training.runs import REPOSITORY, environment, simulated
 
 B, N, K, H = 2, 4, 2, 8
@@ -83,7 +83,7 @@ def test_splash_is_the_reference(interpreted, length, window, packed):
             out, pullback = jax.vjp(lambda *x: attend(*x, documents, window), *inputs)
             return out, *pullback(weights)
 
-        return compiled(run)(*inputs)
+        return jax.jit(run)(*inputs)
 
     for actual, right in zip(
         out_and_gradients(splash_attention), out_and_gradients(reference), strict=True
@@ -100,7 +100,7 @@ def test_the_model_with_splash_is_the_model(interpreted, devices_run):
 
     def logits(kind):
         model = Transformer(config.model_copy(update={"attention": kind}))
-        return compiled(model.apply)({"params": params}, tokens, segments)
+        return jax.jit(model.apply)({"params": params}, tokens, segments)
 
     np.testing.assert_allclose(logits("splash"), logits("xla"), atol=1e-4)
 
@@ -108,7 +108,7 @@ def test_the_model_with_splash_is_the_model(interpreted, devices_run):
 @pytest.mark.slow(reason="interprets a TPU kernel")
 def test_splash_of_bfloat16_rounds_only_what_it_reads_and_writes(interpreted):
     *inputs, documents = random_inputs(100, jnp.bfloat16)
-    out = compiled(lambda *x: splash_attention(*x, documents, None))(*inputs)
+    out = jax.jit(lambda *x: splash_attention(*x, documents, None))(*inputs)
     assert out.dtype == jnp.bfloat16
     exact = causal_attention(*(x.astype(jnp.float32) for x in inputs), documents)
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.04)

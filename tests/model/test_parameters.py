@@ -10,7 +10,7 @@ import pytest
 
 from plt_jax import Transformer
 from plt_jax.model.transformer import abstract_params
-from tests.models import ALL, compiled, small_config
+from tests.models import ALL, small_config
 
 V, D, J, N, K, H, F = 31, 16, 3, 4, 2, 6, 24
 
@@ -72,8 +72,8 @@ def test_shapes_and_axes(scheme, count, gate_input):
 def test_one_loop_declares_what_all_do(moe):
     config = config_of("plt", 3, moe=moe, qk_norm=True)
     model, key = Transformer(config), jax.random.key(1)
-    right = compiled(model.init)(key, jnp.zeros((1, 3), jnp.int32))
-    got = compiled(lambda key: model.init(key, method="declare_all"))(key)
+    right = jax.jit(model.init)(key, jnp.zeros((1, 3), jnp.int32))
+    got = jax.jit(lambda key: model.init(key, method="declare_all"))(key)
     jax.tree.map(np.testing.assert_array_equal, got, right)
 
 
@@ -93,7 +93,7 @@ def test_start(gate_input):
     config = config_of(
         "plt", 2, gate_input=gate_input, qk_norm=True, ffn_output_norm=True, width=64, ffn_width=96
     )
-    init = compiled(lambda key: Transformer(config).init(key, jnp.zeros((1, 3), jnp.int32)))
+    init = jax.jit(lambda key: Transformer(config).init(key, jnp.zeros((1, 3), jnp.int32)))
     params = nn.unbox(init(jax.random.key(0)))["params"]
     layers = params["layers"]
     for name, value in {**params, **layers}.items():
@@ -125,6 +125,6 @@ def test_start(gate_input):
 def test_tied_embedding_starts_as_a_head():
     """Its logits must start small; untied, it is as large as normed states."""
     config = config_of("no_loop", 1, tied_embeddings=True, width=64)
-    init = compiled(lambda key: Transformer(config).init(key, jnp.zeros((1, 3), jnp.int32)))
+    init = jax.jit(lambda key: Transformer(config).init(key, jnp.zeros((1, 3), jnp.int32)))
     embedding = nn.unbox(init(jax.random.key(0)))["params"]["embedding"]
     assert np.std(embedding) == pytest.approx(64**-0.5, rel=0.1)

@@ -29,7 +29,7 @@ from plt_jax.runs.names import CHECKPOINTS
 from plt_jax.training import trainer
 from plt_jax.training.journal import Journal
 from plt_jax.training.program import TrainProgram
-from tests.conftest import CACHE
+from tests.conftest import CACHE, QUICK_FLAGS
 
 REPOSITORY = Path(__file__).parents[2]
 STEPS = 8
@@ -233,6 +233,7 @@ def simulated(devices: int) -> dict[str, str]:
     different orders, which happens on a busy machine.
     """
     flags = (
+        QUICK_FLAGS,
         f"--xla_force_host_platform_device_count={devices}",
         "--xla_cpu_enable_concurrency_optimized_scheduler=false",
     )
@@ -240,9 +241,9 @@ def simulated(devices: int) -> dict[str, str]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """The environment of a subprocess: this one's without XLA_FLAGS, set up as conftest.py does."""
-    inherited = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return inherited | {
+    """The environment of a subprocess, set up as conftest.py sets up this one."""
+    return os.environ | {
+        "XLA_FLAGS": QUICK_FLAGS,
         "PYTHONPATH": str(REPOSITORY),
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": CACHE,
