@@ -54,16 +54,16 @@ def decode(mesh: dict, batch: int, scheme: str, loops: int, dtype: str | None) -
         cache = init_cache(config, batch, CAPACITY, dtype)
         made = cache.keys[0][0]
         first = np.minimum(4 + np.arange(batch) % 2, 5)
-        logits, cache = prefill(config, weights, tokens[:, :5], jnp.asarray(first), cache)
+        fill, step = (jax.jit(run, static_argnums=0) for run in (prefill, decode_step))
+        logits, cache = fill(config, weights, tokens[:, :5], jnp.asarray(first), cache)
         rest = np.stack([tokens[row, start : start + 4] for row, start in enumerate(first)])
-        logits, cache = prefill(config, weights, rest, jnp.full(batch, 4), cache)
-        for step in range(3):
-            at = first + 4 + step
+        logits, cache = fill(config, weights, rest, jnp.full(batch, 4), cache)
+        for more in range(3):
+            at = first + 4 + more
             got = np.asarray(logits)
             difference = max(difference, np.abs(got - expected[np.arange(batch), at - 1]).max())
             new = jnp.asarray(np.asarray(tokens)[np.arange(batch), at])
-            logits, cache = decode_step(config, weights, new, cache)
-        step = jax.jit(decode_step, static_argnums=0)
+            logits, cache = step(config, weights, new, cache)
         longer = init_cache(config, batch, LONG, dtype)
         program = step.lower(config, weights, new, longer).compile().as_text()
     array, part = (jax.tree.leaves(keys)[0] for keys in (made, longer.keys))

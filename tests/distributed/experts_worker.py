@@ -160,14 +160,16 @@ def decode(mesh: dict) -> dict:
     difference = 0.0
     with use_mesh(mesh):
         weights = prepare_for_decode(config, placed)
-        cache, logits = init_cache(config, 3, 12), None
-        logits, cache = prefill(config, weights, tokens[:, :5], jnp.full(3, 5), cache)
+        step = jax.jit(decode_step, static_argnums=0)
+        fill = jax.jit(prefill, static_argnums=0)
+        logits, cache = fill(
+            config, weights, tokens[:, :5], jnp.full(3, 5), init_cache(config, 3, 12)
+        )
         for position in range(5, 9):
             got = np.asarray(logits)
             difference = max(difference, np.abs(got - expected[:, position - 1]).max())
             if position < 8:
-                logits, cache = decode_step(config, weights, tokens[:, position], cache)
-        step = jax.jit(decode_step, static_argnums=0)
+                logits, cache = step(config, weights, tokens[:, position], cache)
         program = step.lower(config, weights, tokens[:, 0], cache).compile().as_text()
     experts = weights.layers[1]["expert_gate_up"]
     return {
