@@ -67,8 +67,10 @@ def _read_fields(keys: ConfigJson, name: str, tensors: Collection[str]) -> dict[
 
 def _read_rope(keys: ConfigJson, model_type: ModelType) -> dict[str, Any]:
     """The fields rope_theta and rope_scaling."""
-    # Where both sections stand, transformers 5 reads rope_scaling.
-    rope = keys.rope_scaling or keys.rope_parameters or Rope()
+    # Where both sections stand, transformers 5 reads rope_scaling, unless it is empty.
+    sections = (keys.rope_scaling, keys.rope_parameters)
+    given = [one for one in sections if one is not None and one.model_dump(exclude_none=True)]
+    rope = given[0] if given else Rope()
     theta = _or_default(rope.rope_theta, _or_default(keys.rope_theta, model_type.rope_theta))
     if keys.rope_parameters is not None and rope.rope_theta is None:
         theta = _or_default(keys.rope_parameters.rope_theta, theta)
