@@ -1,16 +1,25 @@
-"""Atomic writes: a file or folder appears whole or not at all."""
+"""Files: small ones are read within bounds, and all are written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
+import numbers
 import os
 import shutil
+import stat
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from plt_jax.errors import InputError
+
+MOST_JSON_BYTES = 2**26
+"""Bytes of the largest JSON file that is read as a whole; the index of a model of a thousand files
+has some millions."""
 
 
 def expand(path: str | Path) -> Path:
@@ -25,6 +34,52 @@ def expand(path: str | Path) -> Path:
         raise InputError(
             f"{path} begins with the home folder of an unknown user; give an existing one"
         ) from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file, which anyone may have made.
+
+    Raises:
+      InputError: the file cannot be read, is no regular file of at most MOST_JSON_BYTES, or does
+        not hold a JSON mapping.
+    """
+    try:
+        found = path.stat()
+        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+            raise InputError(f"{path} is not a regular file")  # it might have no end
+        if found.st_size > MOST_JSON_BYTES:
+            raise InputError(
+                f"{path} has {found.st_size:,} bytes; such a file has at most {MOST_JSON_BYTES:,}"
+            )
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold a mapping, not a {type(values).__name__}")
+    return values
+
+
+def to_json(values: Any, *, indent: int | None = None) -> str:
+    """A JSON text, in which numbers that are not finite are null, since JSON has none.
+
+    Args:
+      values: mappings, sequences and numbers; what JSON does not have becomes its string.
+    """
+    return json.dumps(_finite(values), indent=indent, allow_nan=False, default=str)
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _finite(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    if isinstance(values, numbers.Real) and not isinstance(values, numbers.Integral):
+        return float(values) if math.isfinite(values) else None
+    return values
 
 
 def write_text(path: Path, text: str) -> None:

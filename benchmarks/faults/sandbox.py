@@ -21,7 +21,7 @@ import yaml
 
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
-from plt_jax.data.tokenizer import train_tokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.runs.directory import open_trained
 from plt_jax.runs.metrics_file import read_metrics, without_times
 from plt_jax.runs.names import CHECKPOINTS

@@ -6,7 +6,6 @@ refusals are made from it.
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from plt_jax.commands.parser import CommandParser, integers
 from plt_jax.errors import InputError
+from plt_jax.files import to_json
 
 SCORES = "scores"
 EXACT_MATCH = "--exact_match"
@@ -133,6 +133,19 @@ OPTIONS = (
     Option("num_fewshot", (TASKS,), "examples in the prompt; default each task's own number", int),
     Option("include_path", (TASKS,), "folder with further tasks"),
     Option(
+        "apply_chat_template",
+        (TASKS,),
+        "put each prompt into the chat template of an imported model",
+        bool,
+    ),
+    Option(
+        "fewshot_as_multiturn",
+        (TASKS,),
+        "make each example in the prompt a turn of the chat; with --apply_chat_template",
+        bool,
+    ),
+    Option("system_instruction", (TASKS,), "the system's message, or a text before each prompt"),
+    Option(
         "run_code",
         (TASKS,),
         "allow tasks to run the code that the model writes (humaneval, mbpp)",
@@ -196,7 +209,7 @@ def run_scores(arguments: Namespace) -> Report:
     report = evaluate_trained(
         arguments.path, arguments.text, arguments.batch_size, arguments.at_loops or []
     )
-    print(json.dumps(report.numbers, indent=2))
+    print(to_json(report.numbers, indent=2))
     return report
 
 
@@ -248,6 +261,9 @@ def run_tasks(arguments: Namespace) -> Report:
         include_path=arguments.include_path,
         batch_size=arguments.batch_size,
         run_code=arguments.run_code,
+        apply_chat_template=arguments.apply_chat_template,
+        fewshot_as_multiturn=arguments.fewshot_as_multiturn,
+        system_instruction=arguments.system_instruction,
     )
 
 

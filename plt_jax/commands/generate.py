@@ -3,10 +3,19 @@
 In Python `plt_jax.generate` is the function of decoding/generation.py.
 """
 
+from __future__ import annotations
+
 import sys
+from argparse import Namespace
+from typing import TYPE_CHECKING
 
 from plt_jax.commands.parser import CommandParser
+from plt_jax.data.tokenizer import HUGGINGFACE
 from plt_jax.decoding.options import DTYPES
+from plt_jax.errors import InputError
+
+if TYPE_CHECKING:  # it imports JAX
+    from plt_jax.runs.directory import Trained
 
 
 def main() -> None:
@@ -16,7 +25,19 @@ def main() -> None:
         "temperature is given.",
     )
     parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
-    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--prompt", default="", help="text to continue; with --chat, to answer")
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="send the prompt as a user's message, by the chat template of an imported model; "
+        "shows the answer alone",
+    )
+    parser.add_argument("--system", help="the system's message before it, with --chat")
+    parser.add_argument(
+        "--special_tokens",
+        action="store_true",
+        help="read names of special tokens in the prompt as these tokens, instead of as text",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="most new tokens")
     parser.add_argument(
         "--temperature",
@@ -43,6 +64,8 @@ def main() -> None:
         "--loops", type=int, help="number of loops; default the number that it was trained with"
     )
     arguments = parser.parse_args()
+    if arguments.system is not None and not arguments.chat:
+        raise InputError("--system is the system's message of a chat; give --chat with it")
     import jax
 
     from plt_jax.decoding.sampling import Sampling
@@ -56,14 +79,35 @@ def main() -> None:
         trained.config.model,
         trained.params,
         trained.tokenizer,
-        arguments.prompt,
+        encode(arguments, trained),
         arguments.max_new_tokens,
         sampling,
         jax.random.key(arguments.seed),
         arguments.cache_dtype,
     )
-    sys.stdout.write(arguments.prompt)
+    if not arguments.chat:
+        sys.stdout.write(arguments.prompt)
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     print()
+
+
+def encode(arguments: Namespace, trained: Trained) -> list[int]:
+    """The tokens of the prompt, or of the chat with it.
+
+    Raises:
+      InputError: the model has no chat template, or it refuses the messages.
+    """
+    tokenizer = trained.tokenizer
+    if not arguments.chat:
+        chosen = tokenizer.reading_special if arguments.special_tokens else tokenizer
+        return chosen.encode_prompt(arguments.prompt)
+    from plt_jax.decoding.chat import load_chat_template
+
+    messages = [{"role": "user", "content": arguments.prompt}]
+    if arguments.system is not None:
+        messages.insert(0, {"role": "system", "content": arguments.system})
+    template = load_chat_template(trained.directory / HUGGINGFACE, tokenizer)
+    # The template's text has the begin token, if any.
+    return tokenizer.reading_special.encode(template.render(messages))

@@ -25,7 +25,6 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
-from tokenizers import Tokenizer
 
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.corpus_writer import (
@@ -37,8 +36,9 @@ from plt_jax.data.corpus_writer import (
     write_corpus,
 )
 from plt_jax.data.documents import find_files, read_piece, split_files
-from plt_jax.data.tokenized_corpus import SPLITS, TOKENIZER, CorpusManifest
-from plt_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from plt_jax.data.tokenized_corpus import SPLITS, CorpusManifest
+from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import EXIT_STOPPED, InputError
 from plt_jax.files import expand
 
@@ -112,7 +112,9 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def choose_tokenizer(arguments: argparse.Namespace, out: Path, options: CorpusOptions) -> Tokenizer:
+def choose_tokenizer(
+    arguments: argparse.Namespace, out: Path, options: CorpusOptions
+) -> TextTokenizer:
     """The tokenizer of --tokenizer, the one that an earlier call trained, or a newly trained one.
 
     Raises:

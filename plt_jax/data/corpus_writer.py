@@ -22,22 +22,20 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
-
 from plt_jax.config.types import Section
 from plt_jax.data.documents import FilePiece, find_files, read_piece, split_files
 from plt_jax.data.shards import ShardWriter
+from plt_jax.data.special_tokens import SPECIAL_TOKENS
 from plt_jax.data.tokenized_corpus import (
     MANIFEST,
     SPLITS,
-    TOKENIZER,
     CorpusManifest,
     Shard,
     Split,
     file_sha256,
 )
 from plt_jax.data.tokenized_corpus import check_size as check_shard_size
-from plt_jax.data.tokenizer import load_tokenizer
+from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.data.tokens import encode_documents, token_dtype
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
@@ -87,7 +85,7 @@ UnitCallback = Callable[[WorkUnit, UnitResult], None]
 def write_corpus(
     inputs: Sequence[str],
     out: Path,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     options: CorpusOptions,
     workers: int,
     start_progress: Callable[[int, int], UnitCallback],
@@ -113,7 +111,7 @@ def write_corpus(
         _check_same(out, made_from, tokenizer)
         (out / PARTS).mkdir(exist_ok=True)
         _remove_unfinished(out)
-        write_text(out / TOKENIZER, tokenizer.to_str())
+        tokenizer.save(out)
         write_text(out / PARTS / PLAN, json.dumps(made_from))
         report_unit = start_progress(len(units), sum(unit.size for unit in units))
         results: dict[int, UnitResult] = {}
@@ -143,7 +141,7 @@ def group_pieces(pieces: Sequence[FilePiece], unit_bytes: int) -> list[WorkUnit]
 
 
 def make_shards(
-    unit: WorkUnit, out: Path, tokenizer: Tokenizer, options: CorpusOptions
+    unit: WorkUnit, out: Path, tokenizer: TextTokenizer, options: CorpusOptions
 ) -> UnitResult:
     """Writes a unit's shards, and after them the JSON file that marks the unit as finished."""
     writers: dict[Split, ShardWriter] = {}
@@ -193,7 +191,7 @@ def split_of(contents: bytes, validation_fraction: float) -> Split:
 
 
 def _encode(
-    documents: Iterator[tuple[Split, str]], tokenizer: Tokenizer
+    documents: Iterator[tuple[Split, str]], tokenizer: TextTokenizer
 ) -> Iterator[tuple[Split, Any]]:
     splits: collections.deque[Split] = collections.deque()
 
@@ -228,7 +226,7 @@ def _finish_shard(
 def _write_units(
     units: Sequence[WorkUnit],
     out: Path,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     options: CorpusOptions,
     workers: int,
 ) -> Iterator[tuple[WorkUnit, UnitResult]]:
@@ -239,7 +237,7 @@ def _write_units(
         return
     # A forked process would inherit locks that the parent's threads hold, and never get them.
     context = multiprocessing.get_context("spawn")
-    arguments = (tokenizer.to_str(), out, options)
+    arguments = (out, options)
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
         waiting = {pool.submit(_work, unit): unit for unit in units}
         try:
@@ -255,7 +253,7 @@ def _write_units(
 
 
 class _Worker(NamedTuple):
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     out: Path
     options: CorpusOptions
 
@@ -264,12 +262,10 @@ _worker: list[_Worker] = []
 """What this worker process was started with; empty in the parent."""
 
 
-def _start_worker(tokenizer: str, out: Path, options: CorpusOptions) -> None:
+def _start_worker(out: Path, options: CorpusOptions) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C must not print a stack trace per worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
-    loaded = Tokenizer.from_str(tokenizer)
-    loaded.encode_special_tokens = True
-    _worker.append(_Worker(loaded, out, options))
+    _worker.append(_Worker(load_tokenizer(out / TOKENIZER), out, options))
 
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -296,11 +292,11 @@ def _made_from(files: Sequence[Path], options: CorpusOptions) -> dict[str, Any]:
     return {"files": listed, **options._asdict()}
 
 
-def _check_same(out: Path, made_from: dict[str, Any], tokenizer: Tokenizer) -> None:
+def _check_same(out: Path, made_from: dict[str, Any], tokenizer: TextTokenizer) -> None:
     """Raises InputError where `out` holds anything but this corpus, finished or not."""
     plan = out / PARTS / PLAN
     if not plan.exists():
-        unfinished = {LOCK, PARTS, TOKENIZER, f"{TOKENIZER}.tmp"}
+        unfinished = {LOCK, PARTS, TOKENIZER, SPECIAL_TOKENS, f"{TOKENIZER}.tmp"}
         if set(os.listdir(out)) - unfinished:
             raise InputError(
                 f"--out {out} is not empty, and holds no tokenized corpus; choose another folder"
@@ -314,7 +310,7 @@ def _check_same(out: Path, made_from: dict[str, Any], tokenizer: Tokenizer) -> N
                 f"--out {out} was made with other {name}{shown}; give the same to go on with it, "
                 "or choose another folder"
             )
-    if load_tokenizer(out / TOKENIZER).to_str() != tokenizer.to_str():
+    if load_tokenizer(out / TOKENIZER).identity != tokenizer.identity:
         raise InputError(
             f"--out {out} was made with another tokenizer, {out / TOKENIZER}; give that one to go "
             "on with it, or choose another folder"
@@ -340,7 +336,7 @@ def _result_path(out: Path, unit: WorkUnit) -> Path:
 
 
 def _write_manifest(
-    out: Path, results: Sequence[UnitResult], made_from: dict[str, Any], tokenizer: Tokenizer
+    out: Path, results: Sequence[UnitResult], made_from: dict[str, Any], tokenizer: TextTokenizer
 ) -> CorpusManifest:
     manifest = CorpusManifest(
         token_bytes=2 if token_dtype(tokenizer).itemsize == 2 else 4,

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import grain
 import numpy as np
-from tokenizers import Tokenizer
 
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import fingerprint
@@ -14,6 +13,7 @@ from plt_jax.data.packing import Examples, PackedExamples
 from plt_jax.data.pipeline import Source, batches_of, epochs_read, training_dataset
 from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
 from plt_jax.data.synthetic_examples import SyntheticExamples, byte_tokenizer, check_test_set
+from plt_jax.data.token_bytes import token_bytes
 from plt_jax.data.tokenized_corpus import (
     SPLITS,
     Count,
@@ -21,7 +21,8 @@ from plt_jax.data.tokenized_corpus import (
     TokenizedCorpus,
     open_tokenized_corpus,
 )
-from plt_jax.data.tokenizer import check_size, named_tokenizer, token_bytes, tokenizer_for
+from plt_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from plt_jax.data.tokenizer_training import tokenizer_for
 from plt_jax.data.tokens import TokenizedDocuments, tokenize
 from plt_jax.errors import InputError, naming
 
@@ -29,7 +30,7 @@ from plt_jax.errors import InputError, naming
 class Data(NamedTuple):
     """What a training run reads."""
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     training: grain.IterDataset
     """Endless training batches, see `pipeline.batches_of`."""
     validation: Examples
@@ -47,7 +48,7 @@ class Data(NamedTuple):
 class _Text(NamedTuple):
     """Tokenized text, before it is packed."""
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     training: list[Source]
     validation: TokenStream
     counts: dict[str, int]
@@ -99,7 +100,7 @@ def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
     )
 
 
-def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> Examples:
+def validation_examples(config: RunConfig, tokenizer: TextTokenizer) -> Examples:
     """The validation examples of `load_data`, for a given tokenizer such as a run directory's.
 
     Raises:
@@ -115,7 +116,7 @@ def validation_examples(config: RunConfig, tokenizer: Tokenizer) -> Examples:
     return examples_from_text(documents, tokenizer, config.sequence_length, config.data.cache_dir)
 
 
-def examples_for(config: RunConfig, tokenizer: Tokenizer, text: str | None) -> Examples:
+def examples_for(config: RunConfig, tokenizer: TextTokenizer, text: str | None) -> Examples:
     """The examples to evaluate on: those of a given text, or the run's validation examples.
 
     Args:
@@ -132,7 +133,7 @@ def examples_for(config: RunConfig, tokenizer: Tokenizer, text: str | None) -> E
 
 
 def examples_from_text(
-    documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int, cache_dir: str
+    documents: Sequence[str], tokenizer: TextTokenizer, sequence_length: int, cache_dir: str
 ) -> PackedExamples:
     """Tokenizes and packs documents, in their order, to evaluate on them.
 
@@ -156,11 +157,11 @@ def open_sources(config: RunConfig) -> list[TokenizedCorpus]:
 
 
 def check_same_tokenizer(
-    config: RunConfig, corpora: Sequence[TokenizedCorpus], tokenizer: Tokenizer
+    config: RunConfig, corpora: Sequence[TokenizedCorpus], tokenizer: TextTokenizer
 ) -> None:
     """Raises InputError where a corpus of `data.sources` has another tokenizer."""
     for source, corpus in zip(config.data.sources, corpora, strict=True):
-        if corpus.tokenizer.to_str() != tokenizer.to_str():
+        if corpus.tokenizer.identity != tokenizer.identity:
             raise InputError(
                 f"data.sources {source.path} was prepared with another tokenizer than the other "
                 "sources or the run; prepare it again with theirs (--tokenizer)"
@@ -198,7 +199,7 @@ def _load_text(config: RunConfig) -> _Text:
         DocumentStream(validation),
         _sizes("training", corpus.training, training)
         | _sizes("validation", corpus.validation, validation),
-        fingerprint([tokenizer.to_str(), *corpus.training, "", *corpus.validation]),
+        fingerprint([tokenizer.identity, *corpus.training, "", *corpus.validation]),
     )
 
 
@@ -206,9 +207,11 @@ def _load_corpora(config: RunConfig) -> _Text:
     corpora = open_sources(config)
     tokenizer = corpora[0].tokenizer
     if config.tokenizer.path is not None:
-        check_same_tokenizer(config, corpora, named_tokenizer(config.tokenizer.path))
+        with naming("tokenizer.path"):
+            named = load_tokenizer(config.tokenizer.path)
+        check_same_tokenizer(config, corpora, named)
     with naming("data.sources"):
-        check_size(tokenizer, config.model.vocab_size)
+        tokenizer.check_size(config.model.vocab_size)
     sources = [
         Source(
             f"data.sources {source.path}", corpus.stream("training"), source.weight, source.epochs

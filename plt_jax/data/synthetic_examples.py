@@ -7,19 +7,13 @@ from random import Random
 from typing import SupportsIndex
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from plt_jax.config import RunConfig
 from plt_jax.config.data import SyntheticConfig
 from plt_jax.data.packing import Example
 from plt_jax.data.synthetic_tasks import TASKS, Problem, draw_problems, make_test_set
-from plt_jax.data.tokenizer import (
-    SMALLEST_VOCABULARY,
-    bos_id,
-    eos_id,
-    load_tokenizer,
-    train_tokenizer,
-)
+from plt_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from plt_jax.data.tokenizer_training import SMALLEST_VOCABULARY, train_tokenizer
 from plt_jax.errors import InputError, naming
 
 VALIDATION_EXAMPLES = 64
@@ -28,14 +22,14 @@ VALIDATION_EXAMPLES = 64
 class ProblemEncoder:
     """Encodes a problem as a document: bos, the bytes of prompt and answer as tokens, eos."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        vocabulary = tokenizer.get_vocab()
+    def __init__(self, tokenizer: TextTokenizer):
+        vocabulary = tokenizer.library.get_vocab()
         self._ids = {chr(code): vocabulary[chr(code)] for code in range(33, 127)}
-        self._bos, self.eos = bos_id(tokenizer), eos_id(tokenizer)
+        self._begin, self.eos = tokenizer.encode_prompt(""), tokenizer.eos
 
     def prompt(self, problem: Problem) -> list[int]:
         """The tokens that the model is given, bos first."""
-        return [self._bos, *map(self._ids.__getitem__, problem.prompt)]
+        return [*self._begin, *map(self._ids.__getitem__, problem.prompt)]
 
     def answer(self, problem: Problem) -> list[int]:
         """The tokens that the model must write, eos last."""
@@ -51,7 +45,7 @@ class SyntheticExamples:
     nothing follows it. An example depends on the configuration and its index alone.
     """
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, *, held_out: bool):
+    def __init__(self, config: RunConfig, tokenizer: TextTokenizer, *, held_out: bool):
         """
         Args:
           config: the run; its seed, data and model are read.
@@ -105,7 +99,7 @@ class SyntheticExamples:
         }
 
 
-def byte_tokenizer(config: RunConfig) -> Tokenizer:
+def byte_tokenizer(config: RunConfig) -> TextTokenizer:
     """The tokenizer of synthetic tasks, which has 256 bytes and the two special tokens.
 
     Raises:
@@ -114,7 +108,7 @@ def byte_tokenizer(config: RunConfig) -> Tokenizer:
     tokenizer = train_tokenizer([], config.model.vocab_size, min_frequency=1)
     if config.tokenizer.path is not None:
         with naming("tokenizer.path"):
-            if load_tokenizer(config.tokenizer.path).to_str() != tokenizer.to_str():
+            if load_tokenizer(config.tokenizer.path).identity != tokenizer.identity:
                 raise InputError(
                     f"{config.tokenizer.path} is not the tokenizer of synthetic tasks, which has "
                     f"{SMALLEST_VOCABULARY} tokens, one for each byte and two special ones; drop "

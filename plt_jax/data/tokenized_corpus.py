@@ -18,16 +18,15 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pydantic
 from pydantic import NonNegativeInt, PositiveInt
-from tokenizers import Tokenizer
 
 from plt_jax.config.types import Section
 from plt_jax.data.shards import ShardReader
 from plt_jax.data.streams import JoinedStream
-from plt_jax.data.tokenizer import load_tokenizer
+from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import expand
 
-MANIFEST, TOKENIZER = "manifest.json", "tokenizer.json"
+MANIFEST = "manifest.json"
 OPEN_SHARDS = 64
 """Most shards of a split that are open at once; an open shard holds an index of its records."""
 
@@ -81,7 +80,7 @@ class TokenizedCorpus(NamedTuple):
     manifest: CorpusManifest
     fingerprint: str
     """Equal for corpora with the same shards and tokenizer, in whatever folders they are."""
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
 
     def stream(self, split: Split) -> JoinedStream:
         """Returns the documents of a split, in the order of its shards, without opening a shard.

@@ -1,227 +1,237 @@
-"""Byte-level BPE tokenizers: trained, loaded, cached, and their tokens measured in bytes.
+"""Tokenizers: text to tokens and back, with the special tokens around a text.
 
-Tokenizers are plain `tokenizers.Tokenizer` objects. Those from this module never read a special
-token out of a document: its name there is encoded as ordinary characters.
+The work is done by Hugging Face's `tokenizers`. A TextTokenizer adds what a tokenizer.json does not
+say: which tokens begin and end a text, and that most text continues another. Names of special
+tokens in a text are ordinary text unless a caller asks for them to be read.
 """
 
+from __future__ import annotations
+
+import contextlib
+import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
-from plt_jax.config import RunConfig
-from plt_jax.data.cache import cache_folder, fingerprint, write_atomically
-from plt_jax.errors import InputError, naming
-from plt_jax.files import expand
+from plt_jax.data.special_tokens import (
+    SPECIAL_TOKENS,
+    SpecialTokens,
+    find_special_tokens,
+    special_tokens_by_name,
+)
+from plt_jax.errors import InputError
+from plt_jax.files import expand, write_text
 
-BOS_NAMES = ("<|bos|>", "<s>", "<|begin_of_text|>", "<|endoftext|>")
-EOS_NAMES = ("<|eos|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")
-"""Names of the two special tokens in tokenizers; of several, the first in this order is used."""
-
-SMALLEST_VOCABULARY = 258
-"""Tokens of a tokenizer that has one for each of the 256 bytes, and the two special ones."""
-
-
-def tokenizer_for(config: RunConfig, documents: Sequence[str]) -> Tokenizer:
-    """The tokenizer of a run: the one at `tokenizer.path`, or one trained on the documents.
-
-    A trained tokenizer is kept in `data.cache_dir`, and reused for the same documents and settings.
-
-    Args:
-      config: the run; its sections model, data and tokenizer are read.
-      documents: the training documents; without the validation documents, which must not have an
-        influence on the vocabulary.
-
-    Raises:
-      InputError: the tokenizer's file is missing or broken, has more tokens than
-        `model.vocab_size`, or lacks a special token; `model.vocab_size` is too small to train a
-        tokenizer; or the cache cannot be written.
-    """
-    if config.tokenizer.path is not None:
-        tokenizer = named_tokenizer(config.tokenizer.path)
-        with naming("tokenizer.path"):
-            check_size(tokenizer, config.model.vocab_size)
-        return tokenizer
-    settings = (config.model.vocab_size, config.tokenizer.min_frequency)
-    name = f"tokenizer-{fingerprint([repr(settings), *documents])}.json"
-    path = cache_folder(config.data.cache_dir) / name
-    if path.exists():
-        return load_tokenizer(path)
-    tokenizer = train_tokenizer(documents, *settings)
-    write_atomically(path, lambda file: file.write(tokenizer.to_str().encode("utf-8")))
-    return tokenizer
+TOKENIZER = "tokenizer.json"
+HUGGINGFACE = "huggingface"
+"""The folder in a run directory that keeps the files of an imported model."""
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int, min_frequency: int) -> Tokenizer:
-    """Trains a byte-level BPE tokenizer, with `<|bos|>` as token 0 and `<|eos|>` as token 1.
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextTokenizer:
+    """A tokenizer and its special tokens."""
 
-    Args:
-      documents: the text to train on.
-      vocab_size: largest number of tokens; a short text gives fewer.
-      min_frequency: occurrences that a pair of tokens needs to be merged.
+    library: Tokenizer
+    """What encodes and decodes; it adds no special tokens and reads none in a text."""
+    special: SpecialTokens
 
-    Raises:
-      InputError: vocab_size cannot hold every byte and the two special tokens.
-    """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise InputError(
-            f"model.vocab_size {vocab_size} cannot hold all 256 bytes and 2 special tokens; "
-            f"set it to {SMALLEST_VOCABULARY} or more"
-        )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=min_frequency,
-        special_tokens=[BOS_NAMES[0], EOS_NAMES[0]],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(documents, trainer)
-    tokenizer.encode_special_tokens = True
-    return tokenizer
+    @property
+    def eos(self) -> int:
+        """The token that training writes behind a document."""
+        return self.special.eos[0]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """A text that is equal for tokenizers that give every text the same tokens."""
+        text = self.library.to_str()
+        with contextlib.suppress(InputError):
+            if find_special_tokens(self.library, None) == self.special:
+                return text
+        return text + self.special.to_json()
+
+    @functools.cached_property
+    def continuing(self) -> TextTokenizer:
+        """The tokenizer of a text that continues another.
+
+        SentencePiece's tokenizers put a space before a text, and some strip one: both belong to its
+        beginning alone.
+        """
+        settings = without_beginning(json.loads(self.library.to_str()))
+        library = Tokenizer.from_str(json.dumps(settings))
+        library.encode_special_tokens = self.library.encode_special_tokens
+        return TextTokenizer(library, self.special)
+
+    @functools.cached_property
+    def reading_special(self) -> TextTokenizer:
+        """The tokenizer that reads names of special tokens in a text as these tokens, as a rendered
+        chat needs."""
+        library = Tokenizer.from_str(self.library.to_str())
+        library.encode_special_tokens = False
+        return TextTokenizer(library, self.special)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without those that begin and end it.
+
+        Raises:
+          InputError: the tokenizer fails on the text.
+        """
+        with refusing_panics("the tokenizer fails on a text"):
+            return self.library.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The tokens of a text at the beginning of a document, the begin token first; at least one.
+
+        A text that brings its own begin token, as a rendered chat may, gets no second one. A model
+        without a begin token begins an empty text behind the end of another document.
+        """
+        tokens, bos = self.encode(text), self.special.bos
+        if bos is None:
+            return tokens or [self.eos]
+        return tokens if tokens[:1] == [bos] else [bos, *tokens]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens from the beginning of a text on; special tokens have none."""
+        return self.library.decode(tokens)
+
+    def decode_continuation(self, given: Sequence[int], new: Sequence[int]) -> str:
+        """The text of new tokens behind given ones: what all have, less what the given ones have.
+
+        Both have the text that they have together, spaces included. Where the given tokens end
+        within a character, that character is new.
+        """
+        return behind(self.decode(given), self.decode([*given, *new]))
+
+    def name_of(self, token: int) -> str:
+        """A token as its vocabulary spells it; nothing for an id without a token."""
+        return self.library.id_to_token(token) or ""
+
+    def check_size(self, vocab_size: int) -> None:
+        """Raises InputError for ids of `vocab_size` or above."""
+        # Ids may have gaps, so the largest id decides, not the number of tokens.
+        needed = self.largest_id + 1
+        if needed > vocab_size:
+            raise InputError(
+                f"the tokenizer has {needed} tokens, more than model.vocab_size {vocab_size}; "
+                f"set model.vocab_size to {needed} or more"
+            )
+        for token in (self.special.bos, *self.special.eos):
+            if token is not None and token >= vocab_size:
+                raise InputError(
+                    f"the special token {token} lies outside of the model's vocabulary of "
+                    f"{vocab_size}; correct its number in the tokenizer's files"
+                )
+
+    @property
+    def largest_id(self) -> int:
+        return max(self.library.get_vocab(with_added_tokens=True).values())
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        """All special tokens, which have no text."""
+        return frozenset(special_tokens_by_name(self.library).values())
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer's files into a folder.
+
+        Raises:
+          InputError: they cannot be written.
+        """
+        write_text(folder / TOKENIZER, self.library.to_str())
+        write_text(folder / SPECIAL_TOKENS, self.special.to_json())
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, described_in: Path | None = None) -> TextTokenizer:
     """Reads a tokenizer.json of Hugging Face tokenizers, without its truncation and padding.
 
+    Args:
+      path: the file.
+      described_in: the folder whose files say which of its tokens are special, if there are any;
+        default: the file's own, or for a run directory its huggingface/.
+
     Raises:
-      InputError: the file cannot be read, or is not a tokenizer.json.
+      InputError: the file cannot be read, or is not a tokenizer.json; or its special tokens are
+        not known, see `find_special_tokens`.
     """
     path = expand(path)
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"cannot read the tokenizer {path} ({error.strerror}); give the path of a "
             "tokenizer.json file"
         ) from error
-    except Exception as error:  # tokenizers raises no narrower class for a file that it refuses
-        raise InputError(
-            f"{path} is not a tokenizer.json of Hugging Face tokenizers "
-            f"({' '.join(str(error).split())}); replace it, or delete it to have it made again"
-        ) from error
+    except ValueError as error:
+        raise _not_a_tokenizer(path, error) from error
+    with refusing_panics(f"{path} is not a tokenizer.json that can be used"):
+        try:
+            tokenizer = Tokenizer.from_str(text)
+        except Exception as error:  # tokenizers raises no narrower class for what it refuses
+            raise _not_a_tokenizer(path, error) from error
     tokenizer.no_truncation()
     tokenizer.no_padding()
     # The file does not keep this setting, which makes a special token's name in a text stay text.
     tokenizer.encode_special_tokens = True
-    return tokenizer
+    folder = described_in or _described_in(path)
+    return TextTokenizer(tokenizer, find_special_tokens(tokenizer, folder))
 
 
-def named_tokenizer(path: str) -> Tokenizer:
-    """Loads the tokenizer that `tokenizer.path` names.
-
-    Raises:
-      InputError: the file is missing or broken, or the tokenizer lacks a special token.
-    """
-    with naming("tokenizer.path"):
-        tokenizer = load_tokenizer(path)
-        bos_id(tokenizer)
-        eos_id(tokenizer)
-    return tokenizer
+def _described_in(path: Path) -> Path | None:
+    """The folder of the files that describe a tokenizer."""
+    if path.name != TOKENIZER:
+        return None  # the files beside it are those of another one
+    own, kept = path.parent, path.parent / HUGGINGFACE
+    return kept if kept.is_dir() and not (own / SPECIAL_TOKENS).exists() else own
 
 
-def bos_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that begins a document.
-
-    Raises:
-      InputError: the tokenizer has none of BOS_NAMES.
-    """
-    return _special_id(tokenizer, BOS_NAMES, "beginning")
-
-
-def eos_id(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends a document.
-
-    Raises:
-      InputError: the tokenizer has none of EOS_NAMES.
-    """
-    return _special_id(tokenizer, EOS_NAMES, "end")
-
-
-def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-    """The number of bytes of UTF-8 text that each token stands for.
-
-    Summed over the tokens of a text, they are its length in bytes, provided that the tokenizer does
-    not change the text. A tokenizer with a normalizer (as Unicode NFC) or a prefix space counts the
-    changed text, and one that lacks rare bytes (such as control characters) omits those.
-
-    Args:
-      tokenizer: a byte-level tokenizer.
-      vocab_size: V, at least the tokenizer's size.
-
-    Returns:
-      int32 [V], 0 for special tokens and for ids without a token.
-
-    Raises:
-      InputError: the tokenizer is not byte-level, lacks a byte of ordinary text, or has ids of V or
-        above.
-    """
-    vocabulary = tokenizer.get_vocab(with_added_tokens=False)
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    # A tokenizer that lacks a byte drops it from the text silently.
-    if not (_decodes_bytes(tokenizer) and _ordinary_bytes().issubset(vocabulary)):
-        raise InputError(
-            "the tokenizer is not byte-level with all bytes of ordinary text, which bits per byte "
-            "need; give a byte-level one as tokenizer.path, or none to have one trained"
-        )
-    check_size(tokenizer, vocab_size)
-    lengths = np.zeros(vocab_size, np.int32)
-    for token, index in vocabulary.items():
-        # In a byte-level vocabulary each character of this alphabet is one byte.
-        lengths[index] = len(token) if alphabet.issuperset(token) else len(token.encode("utf-8"))
-    for index, added in tokenizer.get_added_tokens_decoder().items():
-        lengths[index] = 0 if added.special else len(added.content.encode("utf-8"))
-    return lengths
-
-
-def _special_id(tokenizer: Tokenizer, names: Sequence[str], role: str) -> int:
-    # Only added tokens count: in the vocabulary, "<s>" may be a merge of ordinary text.
-    ids = {
-        added.content: index
-        for index, added in tokenizer.get_added_tokens_decoder().items()
-        if added.special
-    }
-    for name in names:
-        if name in ids:
-            return ids[name]
-    raise InputError(
-        f"the tokenizer has no special token for the {role} of a document; "
-        f"add one of {', '.join(names)} to it"
+def _not_a_tokenizer(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is not a tokenizer.json of Hugging Face tokenizers "
+        f"({' '.join(str(error).split())}); replace it, or delete it to have it made again"
     )
 
 
-def check_size(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises InputError for a tokenizer with ids of `vocab_size` or above."""
-    # Ids may have gaps, so the largest id decides, not the number of tokens.
-    needed = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-    if needed > vocab_size:
-        raise InputError(
-            f"the tokenizer has {needed} tokens, more than model.vocab_size {vocab_size}; "
-            f"set model.vocab_size to {needed} or more"
-        )
+def behind(shown: str, text: str) -> str:
+    """The part of a text behind what it has in common with an earlier one, from the beginning."""
+    if text.startswith(shown):
+        return text[len(shown) :]
+    pairs = zip(shown, text, strict=False)
+    return text[next((i for i, (old, new) in enumerate(pairs) if old != new), len(text)) :]
 
 
-@functools.cache
-def _ordinary_bytes() -> frozenset[str]:
-    """The byte-level alphabet's characters for all bytes in the UTF-8 of printable text, of any
-    script.
-
-    Public tokenizers may lack the remaining bytes: those that UTF-8 never has, and control
-    characters.
-    """
-    visible = [9, 10, 13, *range(32, 127)]
-    scripts = [*range(0xA0, 0xD800, 7), *range(0xE000, 0x10000, 7), *range(0x1F300, 0x1FB00, 7)]
-    text = "".join(map(chr, visible + scripts))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return frozenset(level.pre_tokenize_str(text)[0][0])
+@contextlib.contextmanager
+def refusing_panics(message: str) -> Iterator[None]:
+    """Turns a panic of the library, which is no Exception, into an InputError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"{message}: {error}") from error
 
 
-def _decodes_bytes(tokenizer: Tokenizer) -> bool:
-    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
-    steps = decoder.get("decoders", [decoder])
-    return any(step.get("type") == "ByteLevel" for step in steps)
+def without_beginning(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a tokenizer without what it does at the beginning of a text."""
+    return settings | {
+        "normalizer": _continuing_step(settings["normalizer"]),
+        "pre_tokenizer": _continuing_step(settings["pre_tokenizer"]),
+    }
+
+
+def _continuing_step(step: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A normalizer or pre-tokenizer without what it does at the beginning of a text."""
+    if step is None or step["type"] == "Prepend":
+        return None
+    if step["type"] == "Sequence":
+        name = "normalizers" if "normalizers" in step else "pretokenizers"
+        steps = [kept for one in step[name] if (kept := _continuing_step(one)) is not None]
+        return step | {name: steps}
+    changes = {
+        "Metaspace": {"prepend_scheme": "never"},
+        "ByteLevel": {"add_prefix_space": False},
+        "Strip": {"strip_left": False},
+    }
+    return step | changes.get(step["type"], {})

@@ -1,22 +1,27 @@
 """Tokenizes documents into one array of token ids, which the cache folder keeps."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding
 
 from plt_jax.data.cache import cache_folder, fingerprint, write_atomically
-from plt_jax.data.tokenizer import bos_id, eos_id
+from plt_jax.data.tokenizer import TextTokenizer, refusing_panics
 from plt_jax.errors import InputError
 
 _CHUNK_LENGTH = 2**16
 """Fewest characters of a chunk of a long document, whose chunks all cores encode in parallel."""
+_MARGIN = 2**10
+"""Characters behind a chunk that are encoded with it, to see whether a token ends where it ends.
+They are far more than a tokenizer looks ahead."""
 _CHARACTERS_AT_ONCE = 2**21
 """Characters in a batch of chunks: few, because tokenizers' results take a hundred bytes and more
 for each character."""
+_BETWEEN_WORDS = re.compile(r"(?<=\w)\n(?=\w)")
 _LONE_NEWLINE = re.compile(r"(?<=\S)\n(?=\S)")
 
 
@@ -29,7 +34,9 @@ class TokenizedDocuments(NamedTuple):
     """int64 [documents], index of each document's bos in `tokens`; starts[0] is 0."""
 
 
-def tokenize(documents: Sequence[str], tokenizer: Tokenizer, cache_dir: str) -> TokenizedDocuments:
+def tokenize(
+    documents: Sequence[str], tokenizer: TextTokenizer, cache_dir: str
+) -> TokenizedDocuments:
     """Encodes documents, or reads their tokens from the cache folder if they are there.
 
     Args:
@@ -42,7 +49,7 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer, cache_dir: str) -> 
       InputError: the cache cannot be written or holds a broken file, or the tokenizer lacks a bos
         or eos token.
     """
-    key = fingerprint([tokenizer.to_str(), *documents])
+    key = fingerprint([tokenizer.identity, *documents])
     folder = cache_folder(cache_dir)
     tokens_path, starts_path = folder / f"tokens-{key}.npy", folder / f"starts-{key}.npy"
     if not (tokens_path.exists() and starts_path.exists()):
@@ -52,7 +59,7 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer, cache_dir: str) -> 
     return TokenizedDocuments(_load(tokens_path, mmap_mode="r"), _load(starts_path))
 
 
-def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+def encode_documents(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
     """Yields each document as bos + its text's tokens + eos, in `token_dtype`.
 
     Documents are read a batch ahead, so there may be any number of them.
@@ -61,7 +68,8 @@ def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator
       InputError: the tokenizer lacks a bos or eos token.
     """
     dtype = token_dtype(tokenizer)
-    bos, eos = np.array([bos_id(tokenizer)], dtype), np.array([eos_id(tokenizer)], dtype)
+    bos = np.array([] if tokenizer.special.bos is None else [tokenizer.special.bos], dtype)
+    eos = np.array([tokenizer.eos], dtype)
     pieces = [bos]
     for tokens, last in _encode_chunks(_chunks(documents), tokenizer, dtype):
         pieces.append(tokens)
@@ -70,54 +78,125 @@ def encode_documents(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator
             pieces = [bos]
 
 
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+def token_dtype(tokenizer: TextTokenizer) -> np.dtype:
     """The smallest little-endian dtype that holds all of a tokenizer's ids: uint16 or uint32."""
-    largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    return np.dtype("<u2" if largest_id < 2**16 else "<u4")
+    return np.dtype("<u2" if tokenizer.largest_id < 2**16 else "<u4")
 
 
-def _encode(documents: Sequence[str], tokenizer: Tokenizer) -> TokenizedDocuments:
+def _encode(documents: Sequence[str], tokenizer: TextTokenizer) -> TokenizedDocuments:
     encoded = list(encode_documents(documents, tokenizer))
     lengths = np.array([len(tokens) for tokens in encoded], np.int64)
     return TokenizedDocuments(np.concatenate(encoded), np.cumsum(lengths) - lengths)
 
 
-def _chunks(documents: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Yields the chunks of all documents in turn, each with whether it is its document's last."""
-    for document in documents:
-        *others, last = _split(document)
-        yield from ((chunk, False) for chunk in others)
-        yield last, True
+class _Chunk(NamedTuple):
+    """A part of a document that is encoded by itself."""
+
+    number: int
+    """The document's number."""
+    document: str
+    """The whole document."""
+    begin: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == len(self.document)
+
+    @property
+    def margin(self) -> str:
+        """The beginning of the text behind the chunk."""
+        return self.document[self.end : self.end + _MARGIN]
+
+    @property
+    def with_margin(self) -> str:
+        return self.document[self.begin : self.end + _MARGIN]
 
 
-def _split(text: str) -> list[str]:
-    """Splits a long text into chunks, after single newlines between visible characters.
+def _chunks(documents: Iterable[str]) -> Iterator[_Chunk]:
+    """Yields the chunks of all documents in turn."""
+    for number, document in enumerate(documents):
+        begin = 0
+        for end in _cuts(document):
+            yield _Chunk(number, document, begin, end)
+            begin = end
+        yield _Chunk(number, document, begin, len(document))
 
-    The regular expressions of the usual pre-tokenizers split there too, so the tokens of the chunks
-    are those of the whole text.
+
+def _cuts(text: str) -> Iterator[int]:
+    """Where a long text may be cut: behind newlines between words, or other visible characters.
+
+    Most tokenizers split there, too. `_encode_chunks` sees whether one does.
     """
-    chunks, begin = [], 0
-    while found := _LONE_NEWLINE.search(text, begin + _CHUNK_LENGTH):
-        chunks.append(text[begin : found.end()])
+    begin = 0
+    while True:
+        least = begin + _CHUNK_LENGTH
+        found = _BETWEEN_WORDS.search(text, least, least + _CHUNK_LENGTH)
+        found = found or _LONE_NEWLINE.search(text, least)
+        if found is None:
+            return
         begin = found.end()
-    return [*chunks, text[begin:]]
+        yield begin
 
 
 def _encode_chunks(
-    chunks: Iterator[tuple[str, bool]], tokenizer: Tokenizer, dtype: np.dtype
+    chunks: Iterator[_Chunk], tokenizer: TextTokenizer, dtype: np.dtype
 ) -> Iterator[tuple[np.ndarray, bool]]:
+    """Yields the tokens of each chunk, and whether it is its document's last.
+
+    The tokens of a document's chunks are together those of the document. Where the tokenizer joins
+    the end of a chunk with what follows, the rest of the document is encoded as a whole.
+    """
+    done: int | None = None
+    """The number of the document that was encoded as a whole."""
     while batch := _take(chunks, _CHARACTERS_AT_ONCE):
-        texts, last = zip(*batch, strict=True)
-        encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        for encoding, ends in zip(encodings, last, strict=True):
-            yield np.array(encoding.ids, dtype), ends
+        texts = [(chunk.with_margin, chunk.begin > 0) for chunk in batch]
+        margins = [(chunk.margin, True) for chunk in batch if not chunk.is_last]
+        encodings = iter(_encode_texts([*texts, *margins], tokenizer))
+        own = list(itertools.islice(encodings, len(batch)))
+        for chunk, encoding in zip(batch, own, strict=True):
+            margin = None if chunk.is_last else next(encodings)
+            if chunk.number == done:
+                continue
+            if margin is None:
+                yield np.array(encoding.ids, dtype), True
+            elif _ends_apart(encoding, margin):
+                yield np.array(encoding.ids[: len(encoding) - len(margin)], dtype), False
+            else:
+                rest = (chunk.document[chunk.begin :], chunk.begin > 0)
+                (encoding,) = _encode_texts([rest], tokenizer)
+                yield np.array(encoding.ids, dtype), True
+                done = chunk.number
 
 
-def _take(chunks: Iterator[tuple[str, bool]], characters: int) -> list[tuple[str, bool]]:
+def _encode_texts(texts: Sequence[tuple[str, bool]], tokenizer: TextTokenizer) -> list[Encoding]:
+    """Encodes texts, each with whether it continues another, on all cores."""
+    encodings: list[Encoding | None] = [None] * len(texts)
+    for continues in {continues for _, continues in texts}:
+        own = [index for index, text in enumerate(texts) if text[1] == continues]
+        with refusing_panics("the tokenizer fails on a text"):
+            chosen = tokenizer.continuing if continues else tokenizer
+            done = chosen.library.encode_batch_fast(
+                [texts[index][0] for index in own], add_special_tokens=False
+            )
+        for index, encoding in zip(own, done, strict=True):
+            encodings[index] = encoding
+    return cast("list[Encoding]", encodings)
+
+
+def _ends_apart(encoding: Encoding, margin: Encoding) -> bool:
+    """Whether the last tokens of a chunk with its margin are those of the margin by itself.
+
+    Then the text behind the chunk has the same tokens whether the chunk is before it or not.
+    """
+    return encoding.ids[len(encoding) - len(margin) :] == margin.ids
+
+
+def _take(chunks: Iterator[_Chunk], characters: int) -> list[_Chunk]:
     batch = []
-    for chunk, last in chunks:
-        batch.append((chunk, last))
-        characters -= len(chunk)
+    for chunk in chunks:
+        batch.append(chunk)
+        characters -= chunk.end - chunk.begin
         if characters <= 0:
             break
     return batch

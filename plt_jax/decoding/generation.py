@@ -28,6 +28,9 @@ BLOCK = 32
 STREAMED_BLOCK = 4
 """The same, where text is shown while it is generated."""
 
+NOT_FINITE = -1
+"""The token of a step whose logits are not finite."""
+
 _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=4)
 
 
@@ -77,10 +80,10 @@ class GenerationRequest(NamedTuple):
         return key
 
     def stops(self) -> np.ndarray:
-        """The stop tokens of each prompt, int32 [B, M], filled up with -1, which no token is."""
+        """The stop tokens of each prompt, int32 [B, M], filled up with NOT_FINITE, at least one."""
         own = [()] * len(self.prompts) if self.stop_tokens is None else self.stop_tokens
         rows = [[*self.sampling.stop_tokens, *stops] for stops in own]
-        filled = np.full((len(rows), max(map(len, rows))), -1, np.int32)
+        filled = np.full((len(rows), max(map(len, rows)) + 1), NOT_FINITE, np.int32)
         for row, stops in zip(filled, rows, strict=True):
             row[: len(stops)] = stops
         return filled
@@ -119,7 +122,7 @@ def generate(
     Raises:
       InputError: a prompt is empty, holds an unknown token, or leaves no room for max_new_tokens
         within config.max_length; a stop token lies outside of the vocabulary; or keys or lists of
-        stop tokens are not one per prompt.
+        stop tokens are not one per prompt; or a logit is not finite.
     """
     request = GenerationRequest(
         prompts, max_new_tokens, sampling, key, stop_tokens, log_probabilities, cache_dtype
@@ -145,7 +148,7 @@ def stream(
     """Yields the new tokens int32 [B] of each step, until all rows have stopped.
 
     Raises:
-      InputError: at the call; see `generate`.
+      InputError: at the call, or at a step whose logits are not finite; see `generate`.
     """
     blocks = _generate_blocks(config, params, request, STREAMED_BLOCK)
     return (column for tokens, _ in blocks for column in tokens.T)
@@ -199,14 +202,24 @@ def _run(
     )
     tokens_B, logs_B, running_B = _choose(choice, logits_BV, keys_B, stops_BM, state)
     state = state.replace(tokens_B=tokens_B, running_B=running_B)
-    yield np.asarray(tokens_B)[:, None], np.asarray(logs_B)[:, None]
+    yield _checked(np.asarray(tokens_B)[:, None]), np.asarray(logs_B)[:, None]
     done = 1
     while done < request.max_new_tokens and np.any(state.running_B):
         count = min(block, request.max_new_tokens - done)
         state, tokens_nB, logs_nB = advance(config, choice, weights, keys_B, stops_BM, state, count)
         new = int(state.index) + 1 - done
         done += new
-        yield np.asarray(tokens_nB[:new]).T, np.asarray(logs_nB[:new]).T
+        yield _checked(np.asarray(tokens_nB[:new]).T), np.asarray(logs_nB[:new]).T
+
+
+def _checked(tokens_Bn: np.ndarray) -> np.ndarray:
+    """The tokens, unless a row has met logits that are not finite."""
+    if np.any(tokens_Bn == NOT_FINITE):
+        raise InputError(
+            "the model's logits are not finite (NaN or infinite), so it can write nothing: its "
+            "weights are damaged, or its numbers do not fit its dtype (model.dtype)"
+        )
+    return tokens_Bn
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=5)
@@ -225,7 +238,7 @@ def advance(
 
     Args:
       keys_B: the key of each row's draws.
-      stops_BM: int32, the tokens that end each row; -1 where there are fewer than M.
+      stops_BM: int32, the tokens that end each row; NOT_FINITE where there are fewer than M.
       state: is donated.
 
     Returns:
@@ -265,6 +278,9 @@ def _choose(
     """
     step_keys_B = jax.vmap(partial(jax.random.fold_in, data=state.index))(keys_B)
     drawn_B = sample(logits_BV, choice.sampling, step_keys_B)
+    # NaN and infinity are what a draw takes, and numbers elsewhere do not bring them back.
+    drawn_logit_B = jnp.take_along_axis(logits_BV, drawn_B[:, None], axis=1)[:, 0]
+    drawn_B = jnp.where(jnp.isfinite(drawn_logit_B), drawn_B, NOT_FINITE)
     tokens_B = jnp.where(state.running_B, drawn_B, state.tokens_B)
     logs_B = jnp.zeros(tokens_B.shape, jnp.float32)
     if choice.log_probabilities:

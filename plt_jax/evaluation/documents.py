@@ -6,7 +6,6 @@ A token sees the part of its own document before it, as far as the context reach
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -21,14 +20,14 @@ from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.data.corpus import load_corpus, read_documents
 from plt_jax.data.load import check_held_out, check_same_tokenizer, open_sources, validation_stream
 from plt_jax.data.streams import DocumentStream, TokenStream
+from plt_jax.data.token_bytes import token_bytes
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
-from plt_jax.data.tokenizer import token_bytes
 from plt_jax.data.tokens import tokenize
 from plt_jax.distributed.mesh import make_mesh, whole_batch
 from plt_jax.errors import InputError, naming
 from plt_jax.evaluation.likelihood import Scored, in_batches, nll_by_loop
 from plt_jax.evaluation.perplexity import score
-from plt_jax.files import write_pieces, write_text
+from plt_jax.files import to_json, write_pieces, write_text
 from plt_jax.reports.tables import table_of
 from plt_jax.runs.directory import Trained, open_trained
 
@@ -108,7 +107,7 @@ def evaluate_documents(
     bytes_V = token_bytes(trained.tokenizer, config.vocab_size)
     size = whole_batch(batch_size or trained.config.evaluation.batch_size, mesh)
     rows = measure(trained, mesh, documents, stride, size, bytes_V, sums)
-    write_pieces(trained.directory / EACH, (json.dumps(row) + "\n" for row in rows))
+    write_pieces(trained.directory / EACH, (to_json(row) + "\n" for row in rows))
     if not sums.tokens:
         raise InputError("the text holds no token to predict; give a longer one (--text)")
     numbers = {
@@ -118,7 +117,7 @@ def evaluate_documents(
         "stride": stride,
         **sums.to_json(),
     }
-    write_text(target, json.dumps(numbers, indent=2) + "\n")
+    write_text(target, to_json(numbers, indent=2) + "\n")
     return DocumentReport(numbers, target)
 
 
@@ -133,7 +132,7 @@ def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenSt
     if corpus is not None:
         with naming("--corpus"):
             opened = open_tokenized_corpus(corpus)
-            if opened.tokenizer.to_str() != tokenizer.to_str():
+            if opened.tokenizer.identity != tokenizer.identity:
                 raise InputError(
                     f"{corpus} was prepared with another tokenizer than the run's; prepare it "
                     "again with that (--tokenizer RUN/tokenizer.json)"

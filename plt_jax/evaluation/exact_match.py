@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files import to_json, write_text
 from plt_jax.model.looping import with_loops
 from plt_jax.reports.tables import table_of
 from plt_jax.runs.directory import Trained, open_trained
@@ -120,7 +119,7 @@ def evaluate_exact_match(
             for count, other in others.items()
         ]
     target = trained.directory / EXACT_MATCH
-    write_text(target, json.dumps(numbers, indent=2) + "\n")
+    write_text(target, to_json(numbers, indent=2) + "\n")
     return ExactMatchReport(numbers, target)
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,19 +20,16 @@ from lm_eval.api.registry import register_model
 from rich.progress import Progress
 
 from plt_jax.config import MeshConfig
-from plt_jax.data.tokenizer import bos_id, eos_id
+from plt_jax.data.tokenizer import HUGGINGFACE
+from plt_jax.decoding.chat import ChatTemplate, Message, load_chat_template
 from plt_jax.decoding.generation import GenerationRequest, stream
-from plt_jax.decoding.sampling import Sampling
-from plt_jax.decoding.text import encode_prompt
 from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
+from plt_jax.evaluation.answers import Answer, read_settings
 from plt_jax.evaluation.likelihood import Scored, likelihoods
 from plt_jax.runs.directory import open_trained
 
-MAX_NEW_TOKENS = 256  # the harness's own default
-LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""The names by which tasks set the number of new tokens."""
 CHECK_EVERY = 8
 """The number of steps between two checks whether all texts have ended."""
 
@@ -78,7 +75,11 @@ class HarnessModel(LM):
         count = None if loops is None else _number("loops", loops, least=1)
         self._trained = open_trained(path, self._mesh, count)
         self._config = self._trained.config.model
-        self.tokenizer = self._trained.tokenizer
+        # As with transformers, names of special tokens in a task's texts are these tokens.
+        self.tokenizer = self._trained.tokenizer.reading_special
+        self._template_name: str | None = None
+        self._is_chat = False
+        """Whether contexts are rendered chats."""
         own = self._trained.config.evaluation.batch_size
         self.batch_size = whole_batch(own if size is None else size, self._mesh)
 
@@ -120,15 +121,50 @@ class HarnessModel(LM):
 
     @property
     def eot_token_id(self) -> int:
-        return eos_id(self.tokenizer)
+        return self.tokenizer.eos
 
     @property
     def tokenizer_name(self) -> str:
         return str(self.directory)
 
-    def _tokens(self, text: str) -> list[int]:
-        """The tokens of a text that continues another, without a begin token."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The source of the model's chat template, which `apply_chat_template` then uses.
+
+        Args:
+          chat_template: the name of one of several templates, or True.
+
+        Raises:
+          InputError: the model has none, or none of that name.
+        """
+        self._template_name = chat_template if isinstance(chat_template, str) else None
+        return self._template.source if chat_template else ""
+
+    def apply_chat_template(
+        self, chat_history: Sequence[Message], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation; see `ChatTemplate.render`.
+
+        As the harness does with models of transformers, a template that refuses a system message
+        gets the others alone.
+        """
+        template, self._is_chat = self._template, True
+        try:
+            return template.render(chat_history, add_generation_prompt=add_generation_prompt)
+        except InputError:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            return template.render(others, add_generation_prompt=add_generation_prompt)
+
+    @property
+    def _template(self) -> ChatTemplate:
+        folder = self.directory / HUGGINGFACE
+        return load_chat_template(folder, self.tokenizer, self._template_name)
+
+    def _encode_context(self, text: str) -> list[int]:
+        """The tokens of a context; a rendered chat has its begin token, if any, in the text."""
+        encode = self.tokenizer.encode if self._is_chat else self.tokenizer.encode_prompt
+        return encode(text) or self.tokenizer.encode_prompt(text)
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The tokens of a context and of its continuation, as parts of the whole text's tokens.
@@ -139,12 +175,10 @@ class HarnessModel(LM):
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
-        tokens, whole = (
-            encode_prompt(self.tokenizer, text) for text in (kept, kept + continuation)
-        )
+        tokens, whole = (self._encode_context(text) for text in (kept, kept + continuation))
         if whole[: len(tokens)] == tokens:
             return tokens, whole[len(tokens) :]
-        return tokens, self._tokens(continuation)
+        return tokens, self.tokenizer.continuing.encode(continuation)
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False
@@ -176,7 +210,8 @@ class HarnessModel(LM):
         """Log-likelihoods of whole texts in nats, each token scored once, in windows as long as the
         context."""
         texts = [_arguments(request)[0] for request in requests]
-        encoded = [([bos_id(self.tokenizer)], self._tokens(text)) for text in texts]
+        begin = self.tokenizer.encode_prompt("")
+        encoded = [(begin, self.tokenizer.encode(text)) for text in texts]
         found = self._likelihoods("log-likelihoods of texts", encoded, disable_tqdm)
         totals = [total for total, _ in found]
         for request, total in zip(requests, totals, strict=True):
@@ -225,9 +260,8 @@ class HarnessModel(LM):
           InputError: a request has an unknown setting.
         """
         for request in requests:
-            read_settings(
-                _arguments(request)[1], self.eot_token_id
-            )  # refuses before any computation
+            # Refuses before any computation.
+            read_settings(_arguments(request)[1], self.tokenizer.special.eos)
         answers: dict[int, str] = {}
         with Progress(disable=disable_tqdm) as progress:
             task = progress.add_task("generating", total=len(requests))
@@ -261,67 +295,34 @@ class HarnessModel(LM):
     def _generate(
         self, contexts: Sequence[str], indices: Sequence[int], settings: dict[str, Any]
     ) -> list[str]:
-        until, sampling, most = read_settings(settings, self.eot_token_id)
+        until, sampling, most = read_settings(settings, self.tokenizer.special.eos)
+        # A stop that is one special token ends a row on the device, too.
+        ids = (self.tokenizer.library.token_to_id(stop) for stop in until)
+        ends = [token for token in ids if token in self.tokenizer.special_ids]
+        sampling = sampling._replace(stop_tokens=(*sampling.stop_tokens, *ends))
         most = min(most, self.max_length // 2)
         room = self.max_length - most
-        prompts = [encode_prompt(self.tokenizer, context)[-room:] for context in contexts]
+        prompts = [self._encode_context(context)[-room:] for context in contexts]
+        answers = [Answer(self.tokenizer, prompt, until) for prompt in prompts]
         # All batches have the same number of rows, so that one program is compiled.
         missing = self.batch_size - len(prompts)
         prompts += [prompts[-1]] * missing
         numbers = jnp.array([*indices, *[indices[-1]] * missing])
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(self._seed), number))
-        made: list[list[int]] = [[] for _ in contexts]
         with use_mesh(self._mesh):
             request = GenerationRequest(prompts, most, sampling, keys(numbers))
             steps = stream(self._config, self._weights, request)
             for count, column in enumerate(steps, start=1):
-                for tokens, token in zip(made, column.tolist(), strict=False):
-                    tokens.append(token)
-                texts = self._texts(made, until) if count % CHECK_EVERY == 0 else []
-                if texts and all(ended for _, ended in texts):
+                for answer, token in zip(answers, column.tolist(), strict=False):
+                    answer.push(token)
+                if count % CHECK_EVERY == 0 and all(answer.has_ended for answer in answers):
                     break
-        return [text for text, _ in self._texts(made, until)]
-
-    def _texts(self, made: Iterable[list[int]], until: Sequence[str]) -> list[tuple[str, bool]]:
-        """The text of each row of tokens, cut at its end, and whether it has ended."""
-        texts = []
-        for tokens in made:
-            end = self.eot_token_id
-            ended = end in tokens
-            text = self.tokenizer.decode(tokens[: tokens.index(end)] if ended else tokens)
-            cuts = [at for stop in until if (at := text.find(stop)) >= 0]
-            texts.append((text[: min(cuts)] if cuts else text, ended or bool(cuts)))
-        return texts
+        return [answer.text for answer in answers]
 
 
 def _arguments(request: Instance) -> tuple[Any, ...]:
     """The arguments of a request, such as a context and a continuation."""
     return cast("tuple[Any, ...]", request.args)
-
-
-def read_settings(settings: dict[str, Any], end: int) -> tuple[list[str], Sampling, int]:
-    """The texts that end a generation, the sampling, and the largest number of new tokens.
-
-    Raises:
-      InputError: a request has an unknown setting.
-    """
-    left = dict(settings)
-    until = left.pop("until", None) or []
-    until = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-    limits = [int(left.pop(name)) for name in LIMITS if name in left]
-    most = limits[0] if limits else MAX_NEW_TOKENS
-    temperature = left.pop("temperature", None)
-    sampled = left.pop("do_sample", bool(temperature))
-    temperature = float(1.0 if temperature is None else temperature) if sampled else 0.0
-    top_k, top_p = int(left.pop("top_k", 0) or 0), float(left.pop("top_p", 1.0) or 1.0)
-    if left:
-        raise InputError(
-            f"the generation setting {next(iter(left))} is unknown; known are until, temperature, "
-            f"do_sample, top_k, top_p, {', '.join(LIMITS)}"
-        )
-    sampling = Sampling(temperature, top_k, top_p, stop_tokens=(end,))
-    sampling.check()
-    return until, sampling, most
 
 
 def _number(name: str, value: Any, least: int) -> int:

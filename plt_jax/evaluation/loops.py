@@ -7,7 +7,6 @@ measures.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from plt_jax.data.load import examples_for
 from plt_jax.data.packing import Examples
 from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
-from plt_jax.files import write_text
+from plt_jax.files import to_json, write_text
 from plt_jax.model.attention import blend
 from plt_jax.model.block import KeysValues, apply_block, stacks_of
 from plt_jax.model.layers import Rotation, embed, logits_from, rms_norm, rope_rotation
@@ -110,7 +109,7 @@ def evaluate_loops(path: str, text: str | None = None, sequences: int = SEQUENCE
         **found,
     }
     report = LoopReport(numbers, trained.directory / PAGE)
-    write_text(trained.directory / LOOPS, json.dumps(numbers, indent=2) + "\n")
+    write_text(trained.directory / LOOPS, to_json(numbers, indent=2) + "\n")
     write_text(report.path, loops_page(trained.directory.name, numbers, report.cells()))
     return report
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from plt_jax.config import MeshConfig
 from plt_jax.data.load import examples_for
-from plt_jax.data.tokenizer import token_bytes
+from plt_jax.data.token_bytes import token_bytes
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import make_evaluate
-from plt_jax.files import write_text
+from plt_jax.files import to_json, write_text
 from plt_jax.model.looping import with_loops
 from plt_jax.runs.directory import open_trained
 
@@ -84,5 +83,5 @@ def evaluate_trained(
         score = evaluate(params, examples, None).score
         numbers.setdefault("at_loops", []).append({"loops": count, **score._asdict()})
     target = trained.directory / EVALUATION
-    write_text(target, json.dumps(numbers, indent=2) + "\n")
+    write_text(target, to_json(numbers, indent=2) + "\n")
     return ScoreReport(numbers, target)

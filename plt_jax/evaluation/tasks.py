@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files import to_json, write_text
 
 if TYPE_CHECKING:  # an extra
     from lm_eval.api.group import Group
@@ -74,6 +73,7 @@ def evaluate_tasks(
     include_path: str | None = None,
     batch_size: int | None = None,
     run_code: bool = False,
+    **prompting: Any,
 ) -> TaskReport:
     """Runs tasks on a run or checkpoint; writes tasks.json in the run directory.
 
@@ -85,9 +85,12 @@ def evaluate_tasks(
       include_path: a folder of further tasks.
       batch_size: see `HarnessModel`.
       run_code: whether tasks that run what the model writes (humaneval, mbpp) may.
+      prompting: how the harness makes prompts: its apply_chat_template, fewshot_as_multiturn and
+        system_instruction.
 
     Raises:
-      InputError: lm_eval is not installed; a task does not exist, runs code without permission, or
+      InputError: lm_eval is not installed; the model has no chat template, or another than the
+        tasks' messages need; a task does not exist, runs code without permission, or
         cannot be loaded, for example because its data is missing; or an error of `HarnessModel`.
     """
     if importlib.util.find_spec("lm_eval") is None:
@@ -98,6 +101,8 @@ def evaluate_tasks(
         raise InputError(f"--limit is {limit}; it must be at least 1")
     if shots is not None and shots < 0:
         raise InputError(f"--num_fewshot is {shots}; it must be at least 0")
+    if prompting.get("fewshot_as_multiturn") and not prompting.get("apply_chat_template"):
+        raise InputError("--fewshot_as_multiturn needs --apply_chat_template")
     if include_path is not None and not os.path.isdir(include_path):
         raise InputError(f"--include_path {include_path} is no folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -111,6 +116,7 @@ def evaluate_tasks(
     manager = TaskManager(include_path=include_path)
     names = check_names(manager, tasks, run_code)
     model = HarnessModel(path, batch_size)
+    model.chat_template(prompting.get("apply_chat_template", False))  # refuses before tasks load
     loaded = load_tasks(manager, names, run_code)
     simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its signature
     results = simple_evaluate(
@@ -121,10 +127,11 @@ def evaluate_tasks(
         task_manager=manager,
         log_samples=False,
         confirm_run_unsafe_code=run_code,
+        **prompting,
     )
     results = {"step": model.step, **results}
     target = model.directory / TASKS
-    write_text(target, json.dumps(results, indent=2, default=str) + "\n")
+    write_text(target, to_json(results, indent=2) + "\n")
     return TaskReport(results, target)
 
 

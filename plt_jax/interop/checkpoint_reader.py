@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.distributed.mesh import make_mesh, shardings_of
 from plt_jax.errors import InputError
-from plt_jax.files import expand
-from plt_jax.interop.config_json import CONFIG, read_json
+from plt_jax.files import expand, read_json
+from plt_jax.interop.config_json import CONFIG
 from plt_jax.interop.config_reader import read_config
 from plt_jax.interop.options import DTYPES
 from plt_jax.interop.safetensors_folder import SafetensorsFolder
@@ -96,7 +96,7 @@ def load_params(
       Parameters as `Transformer.init` gives them, unboxed.
 
     Raises:
-      InputError: a file cannot be read.
+      InputError: a file cannot be read, or holds a number that is not finite.
     """
     mesh = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
     boxed = abstract_params(checkpoint.config)
@@ -112,9 +112,11 @@ def load_params(
         files.keep_open([later.tensor_names[0] for later in order[position:]])
 
         def read(index: Any, parameter: UnstackedParameter = parameter) -> np.ndarray:
-            return read_part(files.read, parameter, index).astype(
-                dtypes[parameter.path], copy=False
-            )
+            part = read_part(files.read, parameter, index)
+            part = part.astype(dtypes[parameter.path], copy=False)
+            if not np.isfinite(part).all():
+                raise InputError(_not_finite(files, parameter, part.dtype))
+            return part
 
         if parameter.layer is None:
             params[path] = jax.make_array_from_callback(parameter.shape, sharding, read)
@@ -160,6 +162,20 @@ def _check_tensors(
         raise InputError(
             f"{found.file}: tensor {name} {found.shape} has no place in the model of {CONFIG}"
         )
+
+
+def _not_finite(files: SafetensorsFolder, parameter: UnstackedParameter, dtype: np.dtype) -> str:
+    """What is wrong with a parameter that holds NaN or infinite numbers."""
+    for name in parameter.tensor_names:
+        file = files.tensors[name].file
+        if not np.isfinite(files.read(name)).all():
+            return (
+                f"{file}: {name} holds numbers that are not finite (NaN or infinite), with which a "
+                "model writes nothing; get a sound copy of the file"
+            )
+    return (
+        f"{parameter.tensor_names[0]} holds numbers that {dtype} cannot hold; choose another dtype"
+    )
 
 
 def _repeats_embedding(name: str, config: ModelConfig, files: SafetensorsFolder) -> bool:

@@ -6,9 +6,7 @@ because a checkpoint that runs by the wrong rules generates fluent, wrong text.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -110,23 +108,6 @@ LLAMA3_FIELDS = {
     "original_max_position_embeddings": "original_length",
 }
 """The fields of RopeScalingConfig, by the keys of Rope."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file.
-
-    Raises:
-      InputError: the file cannot be read, or does not hold a JSON mapping.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise InputError(f"{path} must hold a mapping, not a {type(values).__name__}")
-    return values
 
 
 def check_supported(values: Mapping[str, Any], keys: ConfigJson, name: str) -> None:

@@ -6,11 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
-from plt_jax.data.tokenizer import bos_id, eos_id, load_tokenizer
-from plt_jax.files import copy_file
-from plt_jax.interop.config_json import read_json
+from plt_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from plt_jax.files import copy_file, read_json
 
 COMPANIONS = (
     "config.json",
@@ -68,19 +65,20 @@ def write_tokenizer_files(
 
 
 def _same_tokenizer(one: Path, other: Path | None) -> bool:
-    return other is not None and load_tokenizer(one).to_str() == load_tokenizer(other).to_str()
+    return other is not None and load_tokenizer(one).identity == load_tokenizer(other).identity
 
 
-def _make_files(folder: Path, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
-    bos, eos = bos_id(tokenizer), eos_id(tokenizer)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+def _make_files(folder: Path, tokenizer: TextTokenizer, max_length: int) -> dict[str, Any]:
+    bos, eos = tokenizer.special.bos, tokenizer.special.eos
+    (folder / "tokenizer.json").write_text(tokenizer.library.to_str(), encoding="utf-8")
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokenizer.id_to_token(bos),
-        "eos_token": tokenizer.id_to_token(eos),
+        "bos_token": None if bos is None else tokenizer.name_of(bos),
+        "eos_token": tokenizer.name_of(tokenizer.eos),
+        "add_bos_token": bos is not None,
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
     text = json.dumps(values, indent=2)
     (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
-    return {"bos_token_id": bos, "eos_token_id": eos}
+    return {"bos_token_id": bos, "eos_token_id": list(eos) if len(eos) > 1 else tokenizer.eos}

@@ -9,8 +9,9 @@ from typing import Any
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.config import RunConfig
 from plt_jax.config.yaml_file import load_resolved, merge, read_yaml, validate
+from plt_jax.data.tokenizer import TOKENIZER
 from plt_jax.errors import InputError, naming
-from plt_jax.runs.names import CHECKPOINTS, CONFIG, TOKENIZER, locate
+from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
 
 
 def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -12,7 +12,7 @@ import jax
 
 from plt_jax.config import EvaluationConfig, LoopConfig, ModelConfig, RunConfig
 from plt_jax.config.data import DataConfig
-from plt_jax.data.tokenizer import check_size, load_tokenizer
+from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import check_new_folder, new_folder
 from plt_jax.interop.checkpoint_reader import load_params, open_huggingface
@@ -23,8 +23,7 @@ from plt_jax.interop.options import SHARD_BYTES
 from plt_jax.interop.retrofit import compare_models, retrofit
 from plt_jax.interop.tensors import UnstackedParameter
 from plt_jax.interop.tokenizer_files import companion_files, write_tokenizer_files
-from plt_jax.runs.directory import Found, create_run, find_checkpoint, read_params
-from plt_jax.runs.names import HUGGINGFACE, TOKENIZER
+from plt_jax.runs.directory import Found, create_run, find_checkpoint, read_params, tokenizer_of
 
 Report = Callable[[str], None]
 """Receives lines for people, without their line ends."""
@@ -59,9 +58,9 @@ def import_run(
     check_new_folder(destination)
     checkpoint = open_huggingface(source, dtype)
     config = checkpoint.config
-    tokenizer_file, companions = _choose_tokenizer(checkpoint.folder, tokenizer)
-    if tokenizer_file is not None:
-        check_size(load_tokenizer(tokenizer_file), config.vocab_size)
+    chosen, companions = _choose_tokenizer(checkpoint.folder, tokenizer)
+    if chosen is not None:
+        chosen.check_size(config.vocab_size)
     else:
         report(
             f"{checkpoint.folder} has no tokenizer.json: evaluation and generation need --tokenizer"
@@ -73,7 +72,7 @@ def import_run(
         data=DataConfig(sequence_length=min(config.max_length, IMPORTED_SEQUENCE_LENGTH)),
         evaluation=EvaluationConfig(batch_size=IMPORTED_BATCH_SIZE),
     )
-    create_run(run, params, tokenizer_file, companions)
+    create_run(run, params, chosen, companions)
     report(
         f"imported {checkpoint.model_type} from {checkpoint.folder}: "
         f"{describe_model(config, params)}"
@@ -147,13 +146,12 @@ def retrofit_run(
     found = find_checkpoint(source)
     source_params = read_params(found)
     config, params = retrofit(found.config.model, source_params, loop, gate_bias)
-    tokenizer = found.directory / TOKENIZER
     create_run(
         found.config.model_copy(
             update={"model": config, "run_dir": destination, "start_from": None}
         ),
         params,
-        tokenizer if tokenizer.exists() else None,
+        tokenizer_of(found),
         companion_files(found.directory / HUGGINGFACE),
     )
     report(f"retrofitted {found.directory}, step {found.step}: {describe_model(config, params)}")
@@ -166,15 +164,18 @@ def retrofit_run(
             report(line)
 
 
-def _choose_tokenizer(folder: Path, given: str | None) -> tuple[Path | None, Mapping[str, Path]]:
-    """The tokenizer.json of an imported run, and the files that are kept beside it, by name."""
+def _choose_tokenizer(
+    folder: Path, given: str | None
+) -> tuple[TextTokenizer | None, Mapping[str, Path]]:
+    """The tokenizer of an imported run, and the files that are kept beside it, by name."""
     companions = companion_files(folder)
     own = companions.get(TOKENIZER)
     if given is None:
-        return own, companions
+        return load_tokenizer(own) if own else None, companions
     # The other files describe the checkpoint's own tokenizer, so another one does not keep them.
     kept = {} if own else companions
-    return Path(given), {**kept, TOKENIZER: Path(given)}
+    chosen = load_tokenizer(given, described_in=folder if companions and not own else None)
+    return chosen, {**kept, TOKENIZER: Path(given)}
 
 
 def _advice(config: ModelConfig, destination: str) -> list[str]:

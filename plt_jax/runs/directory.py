@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.checkpoint.store import load_params, refuse_damaged, save_params
 from plt_jax.config import MeshConfig, RunConfig
 from plt_jax.config.yaml_file import dump_config, load_resolved
-from plt_jax.data.tokenizer import check_size, load_tokenizer
+from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.distributed.mesh import abstract_arrays, make_mesh
 from plt_jax.errors import InputError
 from plt_jax.files import copy_file, new_folder, write_text
 from plt_jax.model.looping import with_loops
 from plt_jax.model.transformer import abstract_params
-from plt_jax.runs.names import CHECKPOINTS, CONFIG, HUGGINGFACE, TOKENIZER, locate
+from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
 
 
 class Found(NamedTuple):
@@ -41,7 +40,7 @@ class Trained(NamedTuple):
     directory: Path
     """The run directory."""
     config: RunConfig
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     step: int
     params: Any
     """See `read_params`."""
@@ -61,13 +60,13 @@ def open_trained(path: str | Path, mesh: Mesh | None = None, loops: int | None =
     """
     found = find_checkpoint(path)
     directory, config, step = found
-    if not (directory / TOKENIZER).exists() and (directory / HUGGINGFACE).exists():
+    # The tokenizer is read first, since the parameters take longer.
+    tokenizer = tokenizer_of(found)
+    if tokenizer is None:
         raise InputError(
             f"{directory} was imported without a tokenizer; import it again with --tokenizer FILE"
         )
-    # The tokenizer is read first, since the parameters take longer.
-    tokenizer = load_tokenizer(directory / TOKENIZER)
-    check_size(tokenizer, config.model.vocab_size)
+    tokenizer.check_size(config.model.vocab_size)
     params = read_params(found, mesh)
     # This machine need not have the kernels that the model was trained with.
     moe = config.model.moe.model_copy(update={"grouped_product": "auto"})
@@ -95,6 +94,18 @@ def find_checkpoint(path: str | Path) -> Found:
     return Found(directory, load_resolved(directory / CONFIG), step)
 
 
+def tokenizer_of(found: Found) -> TextTokenizer | None:
+    """The tokenizer of a run; None if it was imported without one.
+
+    Raises:
+      InputError: it cannot be read.
+    """
+    path = found.directory / TOKENIZER
+    if not path.exists() and (found.directory / HUGGINGFACE).exists():
+        return None
+    return load_tokenizer(path)
+
+
 def read_params(found: Found, mesh: Mesh | None = None, dtype: str | None = None) -> Any:
     """A checkpoint's parameters, as `Transformer.init` gives them, unboxed.
 
@@ -115,12 +126,12 @@ def read_params(found: Found, mesh: Mesh | None = None, dtype: str | None = None
 
 
 def create_run(
-    config: RunConfig, params: Any, tokenizer: Path | None, files: Mapping[str, Path]
+    config: RunConfig, params: Any, tokenizer: TextTokenizer | None, files: Mapping[str, Path]
 ) -> None:
     """Makes a run directory with one checkpoint, of step 0, that holds only parameters.
 
     Args:
-      tokenizer: a tokenizer.json, if there is one.
+      tokenizer: the run's tokenizer, if there is one.
       files: files to copy to its huggingface/ folder, by name.
 
     Raises:
@@ -129,7 +140,7 @@ def create_run(
     with new_folder(config.directory) as directory:
         write_text(directory / CONFIG, dump_config(config))
         if tokenizer is not None:
-            copy_file(tokenizer, directory / TOKENIZER)
+            tokenizer.save(directory)
         (directory / HUGGINGFACE).mkdir()
         for name, file in files.items():
             copy_file(file, directory / HUGGINGFACE / name)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jax
 
+from plt_jax.data.tokenizer import HUGGINGFACE
 from plt_jax.files import check_new_folder
 from plt_jax.interop.tokenizer_files import companion_files
-from plt_jax.runs.directory import create_run, find_checkpoint, read_params
-from plt_jax.runs.names import HUGGINGFACE, TOKENIZER
+from plt_jax.runs.directory import create_run, find_checkpoint, read_params, tokenizer_of
 
 
 def export_params(path: str | Path, destination: str | Path, dtype: str | None = None) -> str:
@@ -30,11 +30,10 @@ def export_params(path: str | Path, destination: str | Path, dtype: str | None =
     check_new_folder(destination)
     found = find_checkpoint(path)
     params = read_params(found, dtype=dtype)
-    tokenizer = found.directory / TOKENIZER
     create_run(
         found.config.model_copy(update={"run_dir": str(destination), "start_from": None}),
         params,
-        tokenizer if tokenizer.exists() else None,
+        tokenizer_of(found),
         companion_files(found.directory / HUGGINGFACE),
     )
     leaves = jax.tree.leaves(params)

@@ -2,6 +2,7 @@
 
 config.yaml      the resolved configuration
 tokenizer.json   the tokenizer (Hugging Face tokenizers)
+special_tokens.json  which of its tokens begin and end a text
 text.json        a fingerprint of the text, which is compared when the run resumes
 checkpoints/N/   orbax checkpoints by step
 metrics.jsonl    one JSON object per line; tensorboard/ has the same; loss.png draws it
@@ -20,14 +21,7 @@ from typing import NamedTuple
 from plt_jax.errors import InputError
 from plt_jax.files import expand
 
-CONFIG, TOKENIZER, TEXT, CHECKPOINTS, METRICS, HUGGINGFACE = (
-    "config.yaml",
-    "tokenizer.json",
-    "text.json",
-    "checkpoints",
-    "metrics.jsonl",
-    "huggingface",
-)
+CONFIG, TEXT, CHECKPOINTS, METRICS = "config.yaml", "text.json", "checkpoints", "metrics.jsonl"
 
 
 class Location(NamedTuple):

@@ -12,17 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
-
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.checkpoint.store import can_resume
 from plt_jax.config import RunConfig
 from plt_jax.config.types import MAY_CHANGE, Section
 from plt_jax.config.yaml_file import dump_config, load_resolved
-from plt_jax.data.tokenizer import load_tokenizer
+from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
-from plt_jax.runs.names import CHECKPOINTS, CONFIG, HUGGINGFACE, TEXT, TOKENIZER, locate
+from plt_jax.runs.names import CHECKPOINTS, CONFIG, TEXT, locate
 
 
 class Change(NamedTuple):
@@ -113,7 +111,7 @@ def check_directory(config: RunConfig) -> list[str]:
     return [str(change) for change in changes]
 
 
-def check_text(config: RunConfig, tokenizer: Tokenizer, fingerprint: str) -> None:
+def check_text(config: RunConfig, tokenizer: TextTokenizer, fingerprint: str) -> None:
     """Checks that a run to resume was begun with this text and tokenizer.
 
     Args:
@@ -125,7 +123,7 @@ def check_text(config: RunConfig, tokenizer: Tokenizer, fingerprint: str) -> Non
     directory = config.directory
     same = {}
     if (directory / TOKENIZER).exists():
-        same[TOKENIZER] = load_tokenizer(directory / TOKENIZER).to_str() == tokenizer.to_str()
+        same[TOKENIZER] = load_tokenizer(directory / TOKENIZER).identity == tokenizer.identity
     if (directory / TEXT).exists():  # runs of earlier versions have none
         same[TEXT] = (directory / TEXT).read_text(encoding="utf-8") == _text_file(fingerprint)
     for name, is_same in same.items():
@@ -136,7 +134,7 @@ def check_text(config: RunConfig, tokenizer: Tokenizer, fingerprint: str) -> Non
             )
 
 
-def write_directory(config: RunConfig, tokenizer: Tokenizer, fingerprint: str) -> Path:
+def write_directory(config: RunConfig, tokenizer: TextTokenizer, fingerprint: str) -> Path:
     """Makes the run directory and writes its configuration, tokenizer and the text's fingerprint.
 
     `check_directory` and `check_text` must have passed before.
@@ -150,7 +148,7 @@ def write_directory(config: RunConfig, tokenizer: Tokenizer, fingerprint: str) -
     except OSError as error:
         raise InputError(f"cannot make --run_dir {directory}: {error.strerror}") from error
     write_text(directory / CONFIG, dump_config(config))
-    write_text(directory / TOKENIZER, tokenizer.to_str())
+    tokenizer.save(directory)
     write_text(directory / TEXT, _text_file(fingerprint))
     if config.start_from is not None and not list_steps(directory / CHECKPOINTS):
         imported = locate(config.start_from).directory / HUGGINGFACE

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from plt_jax.errors import FailedError
-from plt_jax.files import write_text
+from plt_jax.files import to_json, write_text
 from plt_jax.runs.metrics_file import read_metrics
 from plt_jax.runs.names import METRICS
 from plt_jax.training.trackers import Tracker
@@ -62,9 +60,8 @@ class MetricsWriter:
           FailedError: the file cannot be written, for example on a full disk.
         """
         row = {"step": step, "time": round(time.time(), 3)}
-        row |= {name: _finite(value) for name, value in values.items()}
         try:
-            self._file.write(json.dumps(row, allow_nan=False) + "\n")
+            self._file.write(to_json(row | values) + "\n")
             self._file.flush()
         except OSError as error:
             raise FailedError(f"cannot write {self._path}: {error.strerror}") from error
@@ -81,7 +78,7 @@ class MetricsWriter:
 
     def _open(self, step: int) -> None:
         kept = [row for row in read_metrics(self._directory) if row["step"] <= step]
-        write_text(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_text(self._path, "".join(to_json(row) + "\n" for row in kept))
         self._file = self._path.open("a", encoding="utf-8")
 
     def _close(self) -> None:
@@ -97,13 +94,6 @@ class MetricsWriter:
                 tag = "/".join([name, *(f"{axis}_{first + at}" for axis, first, at in places)])
                 if math.isfinite(one):  # trackers warn of others, and do not draw them
                     yield tag, float(one)
-
-
-def _finite(value: Any) -> Any:
-    """Nested values with None for numbers that are not finite."""
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return value if math.isfinite(value) else None
 
 
 class NoMetrics(contextlib.nullcontext):

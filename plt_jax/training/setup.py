@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from tokenizers import Tokenizer
 
 from plt_jax.config import ProcessesConfig, RunConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.load import Data, load_data
-from plt_jax.decoding.text import encode_prompt
+from plt_jax.data.tokenizer import TextTokenizer
 from plt_jax.distributed import processes
 from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.errors import InputError
@@ -78,7 +77,7 @@ def shared_state(setup: RunSetup) -> dict[str, str]:
     shared = setup.config.model_copy(update={"processes": ProcessesConfig(), "data": data})
     return {
         "configuration": shared.model_dump_json(),
-        "tokenizer": fingerprint([setup.data.tokenizer.to_str()]),
+        "tokenizer": fingerprint([setup.data.tokenizer.identity]),
         "text": setup.data.fingerprint,
     }
 
@@ -117,13 +116,13 @@ def describe_kernels(config: RunConfig, mesh: Mesh) -> str:
     return ", ".join(chosen)
 
 
-def check_sample_prompt(config: RunConfig, tokenizer: Tokenizer) -> None:
+def check_sample_prompt(config: RunConfig, tokenizer: TextTokenizer) -> None:
     """Checks that the sample prompt leaves room in the context.
 
     Raises:
       InputError: it does not.
     """
-    length = len(encode_prompt(tokenizer, config.training.sample_prompt))
+    length = len(tokenizer.encode_prompt(config.training.sample_prompt))
     if length >= config.model.max_length:
         raise InputError(
             f"training.sample_prompt has {length} tokens, but the context holds "

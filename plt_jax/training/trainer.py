@@ -244,6 +244,7 @@ def print_sample(setup: RunSetup, params: Any) -> None:
     prompt, seed = config.training.sample_prompt, jax.random.key(config.seed)
     sampling = Sampling(temperature=0.8, top_p=0.95)
     tokenizer = setup.data.tokenizer
+    tokens = tokenizer.encode_prompt(prompt)
     with use_mesh(setup.mesh):
-        pieces = stream_text(config.model, params, tokenizer, prompt, SAMPLE_TOKENS, sampling, seed)
+        pieces = stream_text(config.model, params, tokenizer, tokens, SAMPLE_TOKENS, sampling, seed)
         print(f"a sample:\n{prompt}{''.join(pieces)}\n")

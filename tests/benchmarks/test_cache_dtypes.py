@@ -11,7 +11,6 @@ from benchmarks import cache_dtypes
 from benchmarks.cache_dtypes import beginnings, compare, predictions
 from plt_jax.config.data import SyntheticConfig
 from plt_jax.data.corpus import load_corpus, read_documents
-from plt_jax.decoding.text import encode_prompt
 from plt_jax.decoding.weights import prepare_for_decode
 from plt_jax.errors import InputError
 from plt_jax.runs.directory import open_trained
@@ -68,7 +67,7 @@ def test_beginnings_are_those_of_the_held_out_documents(run_directory):
     for text in (None, trained.config.data.source):
         found = beginnings(trained, text, 100, 6).tolist()
         source = documents if text is None else read_documents(text)
-        assert found == [encode_prompt(trained.tokenizer, document)[:6] for document in source]
+        assert found == [trained.tokenizer.encode_prompt(document)[:6] for document in source]
 
 
 def test_a_synthetic_task_has_no_documents(run_directory):

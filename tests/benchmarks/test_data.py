@@ -7,7 +7,7 @@ import pytest
 from benchmarks.data import as_array, tokens_consumed
 from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
-from plt_jax.data.tokenizer import train_tokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.distributed.chips import CHIPS
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.runs.configuration import load_config

@@ -22,7 +22,7 @@ from plt_jax.data.tokenized_corpus import (
     find_problems,
     open_tokenized_corpus,
 )
-from plt_jax.data.tokenizer import train_tokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.data.tokens import encode_documents
 from plt_jax.errors import InputError
 from tests.training.runs import REPOSITORY, assert_refused, command, environment
@@ -69,7 +69,7 @@ def same_corpus(one: Path, other: Path) -> bool:
 
 def test_every_document_is_in_one_split(corpus, texts, tokenizer):
     opened = open_tokenized_corpus(corpus)
-    assert opened.tokenizer.to_str() == tokenizer.to_str()
+    assert opened.tokenizer.identity == tokenizer.identity
     assert opened.manifest.empty_documents == 2
     for split in ("training", "validation"):
         own = [text for text in texts if split_of(text.encode(), 0.3) == split]
@@ -121,7 +121,7 @@ def test_what_is_finished_is_not_made_again(corpus, lines, tokenizer, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_killed_at_any_moment_it_goes_on(corpus, lines, tokenizer, tmp_path, workers):
     out, path = tmp_path / "made", tmp_path / "tokenizer.json"
-    path.write_text(tokenizer.to_str())
+    path.write_text(tokenizer.library.to_str())
     words = [sys.executable, "-c", SLOW, str(lines), str(out), str(path), str(workers)]
     started = subprocess.Popen(words, cwd=REPOSITORY, env=environment())
     try:
@@ -223,7 +223,7 @@ def test_the_vocabulary_knows_nothing_of_what_is_held_out(tmp_path):
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["--vocab_size", 300, "--validation_fraction", 0.5]
     assert run(source, "--out", tmp_path / "made", *words).code == 0
-    vocabulary = open_tokenized_corpus(tmp_path / "made").tokenizer.get_vocab()
+    vocabulary = open_tokenized_corpus(tmp_path / "made").tokenizer.library.get_vocab()
     assert any("wombat" in token for token in vocabulary)
     assert not any("quokka" in token for token in vocabulary)
 
@@ -315,7 +315,7 @@ def test_the_command_trains_a_tokenizer_prepares_and_verifies(lines, tmp_path):
     assert "training: " in result.out
     assert "left out: 2 documents that were empty" in result.out
     made = open_tokenized_corpus(tmp_path / "made")
-    assert made.tokenizer.get_vocab_size() <= 300
+    assert made.tokenizer.library.get_vocab_size() <= 300
     assert run(*words).code == 0  # its tokenizer is found again
     verified = command("plt_jax.data.verify", tmp_path / "made")
     assert (verified.code, verified.err) == (0, "")

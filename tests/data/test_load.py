@@ -40,10 +40,10 @@ def test_held_out_text_does_not_reach_training(make_config, corpus_folder):
     (corpus_folder / "06.txt").write_text("zyzzyva " * 50)
     data = load_data(make_config())
     assert data.tokenizer.decode(data.validation[0]["tokens"]).startswith("zyzzyva")
-    assert not any("zy" in token for token in data.tokenizer.get_vocab())
+    assert not any("zy" in token for token in data.tokenizer.library.get_vocab())
     batches = iter(data.training)
     tokens = np.concatenate([next(batches)["tokens"].ravel() for _ in range(40)])
-    assert data.tokenizer.token_to_id("z") not in tokens
+    assert data.tokenizer.library.token_to_id("z") not in tokens
 
 
 def test_evaluation_needs_only_the_tokenizer(make_config, corpus_folder):

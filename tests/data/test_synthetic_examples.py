@@ -15,7 +15,6 @@ from plt_jax.data.synthetic_examples import (
     byte_tokenizer,
 )
 from plt_jax.data.synthetic_tasks import Problem, is_held_out, make_test_set
-from plt_jax.data.tokenizer import bos_id, eos_id
 from plt_jax.errors import InputError
 
 T = 48
@@ -44,8 +43,8 @@ def problems_in(config, example) -> list[Problem]:
         inside = example["segment_ids"] == number
         tokens, targets = example["tokens"][inside], example["targets"][inside]
         answers = example["weights"][inside] == 1
-        assert tokens[0] == bos_id(tokenizer)
-        assert targets[-1] == eos_id(tokenizer)
+        assert tokens[0] == tokenizer.special.bos
+        assert targets[-1] == tokenizer.eos
         np.testing.assert_array_equal(tokens[1:], targets[:-1])
         assert not answers[: answers.argmax()].any() and answers[answers.argmax() :].all()
         prompt = tokens[1 : answers.argmax() + 1]
@@ -190,12 +189,12 @@ def test_another_tokenizer_is_refused(tmp_path):
     config = config_of()
     tokenizer = byte_tokenizer(config)
     path = tmp_path / "tokenizer.json"
-    path.write_text(tokenizer.to_str())
+    path.write_text(tokenizer.library.to_str())
     named = config.model_copy(
         update={"tokenizer": config.tokenizer.model_copy(update={"path": str(path)})}
     )
     assert load_data(named).fingerprint == load_data(config).fingerprint
-    tokenizer.add_tokens(["more"])
-    path.write_text(tokenizer.to_str())
+    tokenizer.library.add_tokens(["more"])
+    path.write_text(tokenizer.library.to_str())
     with pytest.raises(InputError, match="is not the tokenizer of synthetic tasks"):
         load_data(named)

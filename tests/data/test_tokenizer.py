@@ -8,21 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from plt_jax.data import tokenizer as module
-from plt_jax.data.tokenizer import (
-    bos_id,
-    eos_id,
-    load_tokenizer,
-    token_bytes,
-    tokenizer_for,
-    train_tokenizer,
-)
+from plt_jax.data import tokenizer_training as module
+from plt_jax.data.special_tokens import SpecialTokens
+from plt_jax.data.token_bytes import token_bytes
+from plt_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from plt_jax.data.tokenizer_training import tokenizer_for, train_tokenizer
 from plt_jax.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def trained(documents) -> Tokenizer:
+def trained(documents) -> TextTokenizer:
     return train_tokenizer(documents, 300, 2)
+
+
+def with_special(library: Tokenizer) -> TextTokenizer:
+    """A tokenizer, whose last two tokens begin and end a text."""
+    size = library.get_vocab_size()
+    return TextTokenizer(library, SpecialTokens(size - 2, (size - 1,)))
 
 
 def byte_level(*special: str) -> Tokenizer:
@@ -42,15 +44,15 @@ def saved(tokenizer: Tokenizer, folder) -> str:
 
 
 def test_training_merges_and_is_repeatable(trained, documents):
-    assert trained.get_vocab_size() == 300
-    assert (bos_id(trained), eos_id(trained)) == (0, 1)
-    assert len(trained.encode(documents[0]).ids) < len(documents[0]) / 2
-    assert train_tokenizer(documents, 300, 2).to_str() == trained.to_str()
+    assert trained.library.get_vocab_size() == 300
+    assert trained.special == (0, (1,))
+    assert len(trained.encode(documents[0])) < len(documents[0]) / 2
+    assert train_tokenizer(documents, 300, 2).identity == trained.identity
 
 
 def test_min_frequency_limits_merges():
-    assert train_tokenizer(["ab"] * 5, 300, 6).get_vocab_size() == 258
-    assert train_tokenizer(["ab"] * 5, 300, 5).get_vocab_size() == 259
+    assert train_tokenizer(["ab"] * 5, 300, 6).library.get_vocab_size() == 258
+    assert train_tokenizer(["ab"] * 5, 300, 5).library.get_vocab_size() == 259
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +62,7 @@ def trained_bytes(trained) -> np.ndarray:
 
 @given(text=st.text(max_size=60))
 def test_bytes_and_text_survive_encoding(trained, trained_bytes, text):
-    ids = trained.encode(text).ids
+    ids = trained.encode(text)
     assert trained_bytes[ids].sum() == len(text.encode("utf-8"))
     assert trained.decode(ids) == text
 
@@ -69,22 +71,22 @@ def test_special_and_unused_ids_stand_for_no_bytes(trained, trained_bytes):
     assert trained_bytes.dtype == np.int32
     assert trained_bytes.shape == (310,)
     assert list(np.flatnonzero(trained_bytes == 0)) == [0, 1, *range(300, 310)]
-    assert trained_bytes[trained.token_to_id("Ġthe")] == 4
+    assert trained_bytes[trained.library.token_to_id("Ġthe")] == 4
 
 
 def test_names_of_special_tokens_in_text_stay_text(trained, tmp_path):
     text = "a <|bos|> b<|eos|>"
-    for tokenizer in (trained, load_tokenizer(saved(trained, tmp_path))):
-        ids = tokenizer.encode(text).ids
+    for tokenizer in (trained, load_tokenizer(saved(trained.library, tmp_path))):
+        ids = tokenizer.encode(text)
         assert not {0, 1} & set(ids)
         assert tokenizer.decode(ids) == text
 
 
 def test_loading_drops_truncation_and_padding(trained, tmp_path):
-    other = Tokenizer.from_str(trained.to_str())
+    other = Tokenizer.from_str(trained.library.to_str())
     other.enable_truncation(2)
     other.enable_padding(length=99)
-    assert load_tokenizer(saved(other, tmp_path)).encode("x y z").ids == trained.encode("x y z").ids
+    assert load_tokenizer(saved(other, tmp_path)).encode("x y z") == trained.encode("x y z")
 
 
 def test_bytes_of_added_tokens_and_of_nested_decoders():
@@ -94,13 +96,13 @@ def test_bytes_of_added_tokens_and_of_nested_decoders():
     text = "a naïve word"
     ids = tokenizer.encode(text).ids
     assert len(ids) == 8
-    assert token_bytes(tokenizer, 300)[ids].sum() == len(text.encode("utf-8"))
+    assert token_bytes(with_special(tokenizer), 300)[ids].sum() == len(text.encode("utf-8"))
 
 
 def test_a_normalizer_makes_bytes_those_of_normalized_text():
     tokenizer = byte_level("<s>", "</s>")
     tokenizer.normalizer = normalizers.NFC()
-    assert token_bytes(tokenizer, 300)[tokenizer.encode("e\u0301").ids].sum() == 2
+    assert token_bytes(with_special(tokenizer), 300)[tokenizer.encode("e\u0301").ids].sum() == 2
 
 
 @pytest.mark.parametrize(
@@ -109,8 +111,8 @@ def test_a_normalizer_makes_bytes_those_of_normalized_text():
 def test_bytes_need_a_byte_level_tokenizer(decoder):
     tokenizer = byte_level("<s>", "</s>")
     tokenizer.decoder = decoder
-    with pytest.raises(InputError, match=r"not byte-level .* which bits per byte need"):
-        token_bytes(tokenizer, 300)
+    with pytest.raises(InputError, match=r"neither byte-level .* which bits per byte need"):
+        token_bytes(with_special(tokenizer), 300)
 
 
 def test_bytes_need_every_byte_in_the_vocabulary():
@@ -118,8 +120,8 @@ def test_bytes_need_every_byte_in_the_vocabulary():
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
     tokenizer.model = models.BPE({token: i for i, token in enumerate(sorted(vocabulary)[1:])}, [])
     assert not tokenizer.encode("!").ids
-    with pytest.raises(InputError, match="not byte-level with all bytes of ordinary text"):
-        token_bytes(tokenizer, 300)
+    with pytest.raises(InputError, match="neither byte-level with all bytes of ordinary text"):
+        token_bytes(with_special(tokenizer), 300)
 
 
 @pytest.mark.parametrize("text", ["!", "~", " ", "\n", "\t", "é", "中", "한", "😀", "\ufe0f"])
@@ -130,8 +132,8 @@ def test_bytes_need_each_byte_of_ordinary_text(text):
     for character in level.pre_tokenize_str(text)[0][0]:
         rest = sorted(vocabulary.keys() - {character})
         tokenizer.model = models.BPE({token: i for i, token in enumerate(rest)}, [])
-        with pytest.raises(InputError, match="not byte-level with all bytes of ordinary text"):
-            token_bytes(tokenizer, 300)
+        with pytest.raises(InputError, match="neither byte-level with all bytes of ordinary text"):
+            token_bytes(with_special(tokenizer), 300)
 
 
 def test_bytes_that_text_does_not_have_may_be_missing():
@@ -147,7 +149,7 @@ def test_bytes_that_text_does_not_have_may_be_missing():
     tokenizer.model = models.BPE({token: i for i, token in enumerate(rest)}, [])
     text = "naïve 中文 😀\n"
     ids = tokenizer.encode(text).ids
-    assert token_bytes(tokenizer, 300)[ids].sum() == len(text.encode("utf-8"))
+    assert token_bytes(with_special(tokenizer), 300)[ids].sum() == len(text.encode("utf-8"))
 
 
 def test_bytes_refuse_a_vocabulary_that_does_not_fit(trained):
@@ -167,8 +169,8 @@ def test_bytes_refuse_a_vocabulary_that_does_not_fit(trained):
 def test_well_known_special_tokens_are_found(make_config, tmp_path, names, bos, eos):
     path = saved(byte_level(*names), tmp_path)
     tokenizer = tokenizer_for(make_config(tokenizer={"path": path}), [])
-    assert bos_id(tokenizer) == tokenizer.token_to_id(bos)
-    assert eos_id(tokenizer) == tokenizer.token_to_id(eos)
+    assert tokenizer.special.bos == tokenizer.library.token_to_id(bos)
+    assert tokenizer.eos == tokenizer.library.token_to_id(eos)
 
 
 @pytest.mark.parametrize(("names", "role"), [((), "beginning"), (("<s>",), "end")])
@@ -192,7 +194,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(make_config, tmp_path):
 def test_a_vocabulary_below_the_bytes_is_refused(documents):
     with pytest.raises(InputError, match=r"model\.vocab_size 257 cannot hold all 256 bytes"):
         train_tokenizer(documents, 257, 2)
-    assert train_tokenizer(documents, 258, 2).get_vocab_size() == 258
+    assert train_tokenizer(documents, 258, 2).library.get_vocab_size() == 258
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", json.dumps({"version": "9"}), b"\xff\xfe"])
@@ -217,8 +219,8 @@ def test_trained_tokenizer_is_found_again(make_config, documents, monkeypatch):
 
     monkeypatch.setattr(module, "train_tokenizer", train)
     again = tokenizer_for(make_config(seed=5), documents)
-    assert again.to_str() == first.to_str()
-    assert again.encode_special_tokens
+    assert again.identity == first.identity
+    assert again.library.encode_special_tokens
     assert trainings == []
     tokenizer_for(make_config(model={"vocab_size": 290, "max_length": 16}), documents)
     tokenizer_for(make_config(tokenizer={"min_frequency": 3}), documents)

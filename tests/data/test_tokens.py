@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 from plt_jax.data import tokens as module
-from plt_jax.data.tokenizer import train_tokenizer
-from plt_jax.data.tokens import tokenize
+from plt_jax.data.special_tokens import SpecialTokens
+from plt_jax.data.tokenizer import TextTokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
+from plt_jax.data.tokens import encode_documents, tokenize
 from plt_jax.errors import InputError
+from tests.tokenizers_of_kinds import KINDS, tokenizer_of
 
 
 @pytest.fixture(scope="module")
@@ -30,29 +34,52 @@ def test_each_document_stands_between_bos_and_eos(documents, trained, tmp_path, 
         assert trained.decode(piece[1:-1]) == text
 
 
-@given(text=st.text("ab.1 \n\r\t", min_size=1, max_size=80), length=st.integers(0, 9))
-def test_chunks_of_a_long_document_make_the_same_tokens(text, length):
-    trained = train_tokenizer(["a\n\nb  a.\n\n b\r\n1\n\n"] * 3, 300, 2)
+LINES = st.sampled_from(
+    ["a", "bc d", "/usr", "end.", "x,", "", "  in", "12", "12345", "é", "日", "\t", "\r", ";\n/a"]
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    text=st.lists(LINES, min_size=1, max_size=20).map("\n".join),
+    length=st.integers(1, 9),
+    margin=st.integers(8, 24),
+)
+def test_chunks_of_a_long_document_make_the_same_tokens(kind, text, length, margin):
+    tokenizer = tokenizer_of(kind)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_CHUNK_LENGTH", length)
-        tokens = module._encode(["x", text, "y"], trained).tokens
-    whole = [trained.encode(part).ids for part in ("x", text, "y")]
-    assert tokens.tolist() == [token for ids in whole for token in (0, *ids, 1)]
+        patch.setattr(module, "_MARGIN", margin)
+        tokens = module._encode(["x", text, text, "y"], tokenizer).tokens
+    whole = [tokenizer.encode(part) for part in ("x", text, text, "y")]
+    begin, end = tokenizer.special.bos, tokenizer.eos
+    assert tokens.tolist() == [token for ids in whole for token in (begin, *ids, end)]
 
 
-def test_a_long_document_is_encoded_in_chunks(monkeypatch):
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_document_is_encoded_in_chunks(kind, monkeypatch):
+    """All of these tokenizers end a token at newlines between words."""
     monkeypatch.setattr(module, "_CHUNK_LENGTH", 4)
-    assert module._split("one\ntwo\nthree four\n\nfive\nsix") == [
-        "one\ntwo\n",
-        "three four\n\nfive\n",
-        "six",
-    ]
+    monkeypatch.setattr(module, "_MARGIN", 8)
+    text = "the fox\nthe dog\nthe union\n\nfor i\nprint"
+    chunks = module._chunks([text])
+    pieces = list(module._encode_chunks(chunks, tokenizer_of(kind), np.dtype("<u2")))
+    assert len(pieces) == 4
+    assert [last for _, last in pieces] == [False, False, False, True]
+
+
+def test_a_document_without_begin_token_begins_with_its_text():
+    tokenizer = tokenizer_of("byte-level")
+    without = TextTokenizer(tokenizer.library, SpecialTokens(None, tokenizer.special.eos))
+    (tokens,) = encode_documents(["the fox"], without)
+    assert tokens.tolist() == [*tokenizer.encode("the fox"), tokenizer.eos]
 
 
 def test_large_vocabularies_take_four_bytes(trained, tmp_path):
-    trained = type(trained).from_str(trained.to_str())
-    trained.add_tokens([f"<{number}>" for number in range(2**16)])
-    trained.encode_special_tokens = True
+    library = Tokenizer.from_str(trained.library.to_str())
+    library.add_tokens([f"<{number}>" for number in range(2**16)])
+    library.encode_special_tokens = True
+    trained = TextTokenizer(library, trained.special)
     tokens = tokenize([f"<{2**16 - 1}>"], trained, str(tmp_path)).tokens
     assert tokens.dtype == np.uint32
     assert list(tokens) == [0, 2**16 + 299, 1]

@@ -6,9 +6,9 @@ import pytest
 from tokenizers import processors
 
 from plt_jax import InputError, Sampling, generate
-from plt_jax.data.tokenizer import bos_id, eos_id, train_tokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.decoding import text
-from plt_jax.decoding.text import encode_prompt, stream_text
+from plt_jax.decoding.text import stream_text
 from tests.models import random_params, small_config
 
 CONFIG = small_config("plt", 2, vocab_size=258, max_length=40)
@@ -22,24 +22,24 @@ def tokenizer():
 
 
 def pieces(tokenizer, prompt="state", new=12, sampling=Sampling(), seed=0):
-    key = jax.random.key(seed)
-    return list(stream_text(CONFIG, random_params(CONFIG), tokenizer, prompt, new, sampling, key))
+    key, tokens = jax.random.key(seed), tokenizer.encode_prompt(prompt)
+    return list(stream_text(CONFIG, random_params(CONFIG), tokenizer, tokens, new, sampling, key))
 
 
 @pytest.mark.parametrize(
     "continuation", ["", "plain", "naïve € 😀 ünï", "😀", "ends inside 😀"], ids=repr
 )
 def test_characters_of_several_bytes_come_whole(tokenizer, monkeypatch, continuation):
-    tokens = tokenizer.encode(continuation).ids
+    tokens = tokenizer.encode(continuation)
     assert len(tokens) == len(continuation.encode())
     cut = continuation.startswith("ends")
     if cut:
         tokens = tokens[:-1]
 
     def planned(config, params, request):
-        assert request.prompts == [[bos_id(tokenizer), *tokenizer.encode("state").ids]]
-        assert request.sampling.stop_tokens == (5, eos_id(tokenizer))
-        yield from (np.array([token]) for token in [*tokens, eos_id(tokenizer)])
+        assert request.prompts == [[tokenizer.special.bos, *tokenizer.encode("state")]]
+        assert request.sampling.stop_tokens == (5, tokenizer.eos)
+        yield from (np.array([token]) for token in [*tokens, tokenizer.eos])
 
     monkeypatch.setattr(text, "stream", planned)
     out = pieces(tokenizer, sampling=Sampling(stop_tokens=(5,)))
@@ -55,14 +55,14 @@ def test_characters_of_several_bytes_come_whole(tokenizer, monkeypatch, continua
 def test_pieces_are_the_decoded_tokens(tokenizer):
     """The model is random, so that most of its bytes are no characters."""
     sampling = Sampling(temperature=2.0)
-    prompt = [bos_id(tokenizer), *tokenizer.encode("state").ids]
+    prompt = [tokenizer.special.bos, *tokenizer.encode("state")]
     for seed in range(3):
         tokens = generate(
             CONFIG,
             random_params(CONFIG),
             [prompt],
             12,
-            sampling._replace(stop_tokens=(eos_id(tokenizer),)),
+            sampling._replace(stop_tokens=(tokenizer.eos,)),
             jax.random.key(seed),
         )
         out = pieces(tokenizer, sampling=sampling, seed=seed)
@@ -89,11 +89,11 @@ def test_prompt_beyond_the_context_is_refused(tokenizer):
 
 def test_a_tokenizer_that_begins_texts_by_itself_does_not_begin_them_twice():
     tokenizer = train_tokenizer(["a state of peace"] * 9, 270, 2)
-    plain = encode_prompt(tokenizer, "state")
-    bos = bos_id(tokenizer)
-    tokenizer.post_processor = processors.TemplateProcessing(
+    plain = tokenizer.encode_prompt("state")
+    bos = tokenizer.special.bos
+    tokenizer.library.post_processor = processors.TemplateProcessing(
         single="<|bos|> $A", special_tokens=[("<|bos|>", bos)]
     )
-    assert tokenizer.encode("state").ids == plain
-    assert encode_prompt(tokenizer, "state") == plain
+    assert tokenizer.library.encode("state").ids == plain
+    assert tokenizer.encode_prompt("state") == plain
     assert plain.count(bos) == 1

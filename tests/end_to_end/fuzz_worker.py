@@ -28,7 +28,7 @@ import yaml
 
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
-from plt_jax.data.tokenizer import train_tokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from tests.end_to_end.drawn_configs import Case, base, drawn, nested
 from tests.training.runs import Result, command, json_rows, make_home
@@ -56,9 +56,9 @@ def make(home: Path) -> Path:
         (home / f"{name}.jsonl").write_text("\n".join(rows))
         options = CorpusOptions(validation_fraction=fraction, shard_bytes=2000)
         write_corpus([str(home / f"{name}.jsonl")], home / name, trained, options, 1, _silent)
-    (home / "tokenizer.json").write_text(tokenizer.to_str())
-    (home / "large.json").write_text(train_tokenizer(texts * 9, 500, 1).to_str())
-    unspecial = json.loads(tokenizer.to_str()) | {"added_tokens": []}
+    (home / "tokenizer.json").write_text(tokenizer.library.to_str())
+    (home / "large.json").write_text(train_tokenizer(texts * 9, 500, 1).library.to_str())
+    unspecial = json.loads(tokenizer.library.to_str()) | {"added_tokens": []}
     (home / "unspecial.json").write_text(json.dumps(unspecial))
     (home / "empty").mkdir()
     (home / "file.txt").write_text("mine")

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import pytest
 
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.decoding.text import encode_prompt
 from plt_jax.model.looping import with_loops
 from plt_jax.runs.directory import open_trained
 from tests.models import forward
@@ -21,6 +20,7 @@ from tests.training.runs import (
     environment,
     finished_run,
     json_rows,
+    output_of,
     snapshot,
     tiny_values,
     write_config,
@@ -54,7 +54,7 @@ def test_train_leaves_a_run_directory(trained):
     directory, result = trained
     assert {path.name for path in directory.iterdir()} == {
         *["config.yaml", "tokenizer.json", "text.json", "checkpoints", "metrics.jsonl"],
-        *["tensorboard", "loss.png"],
+        *["special_tokens.json", "tensorboard", "loss.png"],
     }
     rows = json_rows(directory / "metrics.jsonl")
     assert all({"step", "loss", "tokens_per_second"} <= set(row) for row in rows if "loss" in row)
@@ -99,9 +99,7 @@ def test_eval(trained):
 
 
 def generate(directory, *words) -> str:
-    result = command("plt_jax.generate", directory, *words)
-    assert (result.code, result.err) == (0, "")
-    return result.out
+    return output_of("plt_jax.generate", directory, *words)
 
 
 def test_generate_is_greedy_and_says_the_same_each_time(trained):
@@ -122,7 +120,7 @@ def test_generate_with_another_number_of_loops(trained, loops):
     directory, _ = trained
     model = open_trained(directory)
     config, params = with_loops(model.config.model, model.params, loops)
-    tokens = encode_prompt(model.tokenizer, "the peace")
+    tokens = model.tokenizer.encode_prompt("the peace")
     start = len(tokens)
     for _ in range(6):
         logits = forward(config)(params, jnp.array([tokens]))

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from plt_jax import load_huggingface
-from plt_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from plt_jax.data.tokenizer import load_tokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.runs.directory import find_checkpoint, open_trained, read_params
 from tests.golden.huggingface import GOLDEN
 from tests.golden.test_model import DENSE, TRANSFORMERS
@@ -20,6 +21,7 @@ from tests.training.runs import (
     command,
     finished_run,
     numbers,
+    output_of,
     saved_state,
     tiny_config,
     write_config,
@@ -29,10 +31,7 @@ WEIGHTS = "model.safetensors"
 
 
 def convert(*words):
-    """Runs a conversion that must succeed; returns what it printed."""
-    result = command("plt_jax.convert", *words)
-    assert (result.code, result.err) == (0, ""), result
-    return result.out
+    return output_of("plt_jax.convert", *words)
 
 
 def evaluate(run):
@@ -80,7 +79,7 @@ def test_a_trained_run_leaves_and_comes_back(finished, tmp_path):
     convert("import", tmp_path / "out", tmp_path / "back")
     trained, back = open_trained(finished.directory), open_trained(tmp_path / "back")
     assert back.config.model == trained.config.model
-    assert back.tokenizer.to_str() == trained.tokenizer.to_str()
+    assert back.tokenizer.identity == trained.tokenizer.identity
     jax.tree.map(np.testing.assert_array_equal, back.params, trained.params)
     words = ["--prompt", "peace", "--max_new_tokens", "8"]
     texts = [
@@ -131,12 +130,12 @@ def test_another_tokenizer_takes_the_place_of_the_sources(finished, tmp_path):
     convert("export", finished.directory, source)
     (source / "chat_template.jinja").write_text("{{ theirs }}")
     other = train_tokenizer(["a state of peace"] * 9, 262, 2)
-    (tmp_path / "other.json").write_text(other.to_str())
+    (tmp_path / "other.json").write_text(other.library.to_str())
     convert("import", source, tmp_path / "run", "--tokenizer", tmp_path / "other.json")
-    assert open_trained(tmp_path / "run").tokenizer.to_str() == other.to_str()
+    assert open_trained(tmp_path / "run").tokenizer.identity == other.identity
     convert("export", tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
-    assert load_tokenizer(tmp_path / "out" / "tokenizer.json").to_str() == other.to_str()
+    assert load_tokenizer(tmp_path / "out" / "tokenizer.json").identity == other.identity
 
 
 def test_a_tokenizer_given_where_there_was_none_joins_the_sources_files(finished, tmp_path):
@@ -196,7 +195,7 @@ def test_a_retrofit_starts_where_its_source_stands_and_trains_on(finished, dense
     start = read_params(find_checkpoint(looped))
     trained = open_trained(run)
     jax.tree.map(np.testing.assert_array_equal, trained.params, start)
-    assert trained.tokenizer.to_str() == open_trained(source).tokenizer.to_str()
+    assert trained.tokenizer.identity == open_trained(source).tokenizer.identity
 
     looped.rename(tmp_path / "elsewhere")  # which a run that has begun does not need
     resumed = command("train.py", path, "--optimizer.warmup_fraction", "0.6")

@@ -13,9 +13,8 @@ import plt_jax
 from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.load import load_corpus
 from plt_jax.data.streams import DocumentStream
-from plt_jax.data.tokenizer import eos_id, token_bytes
+from plt_jax.data.token_bytes import token_bytes
 from plt_jax.data.tokens import TokenizedDocuments
-from plt_jax.decoding.text import encode_prompt
 from plt_jax.evaluation import documents as module
 from plt_jax.evaluation.documents import documents_of, windows_of
 from plt_jax.runs.directory import open_trained
@@ -56,7 +55,7 @@ def copy(finished, tmp_path):
 def direct(trained, text, stride):
     """Nats of a text's last loop, and of loop 1, token by token in windows by hand."""
     config = trained.config.model
-    tokens = [*encode_prompt(trained.tokenizer, text), eos_id(trained.tokenizer)]
+    tokens = [*trained.tokenizer.encode_prompt(text), trained.tokenizer.eos]
     model = plt_jax.Transformer(config)
     nats = np.zeros((2, len(tokens) - 1))
     done = 1

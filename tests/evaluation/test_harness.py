@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import plt_jax
-from plt_jax.decoding.text import encode_prompt
 from plt_jax.errors import InputError
 from plt_jax.evaluation.tasks import SUITES, load_tasks
 from plt_jax.model.looping import with_loops
@@ -24,7 +23,7 @@ pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'plt_jax[lm_ev
 
 from lm_eval.tasks import TaskManager
 
-from plt_jax.evaluation.harness import HarnessModel, read_settings
+from plt_jax.evaluation.harness import HarnessModel
 
 PAIRS = [
     ("the state of our", " union"),
@@ -69,11 +68,11 @@ def expected_likelihood(run, context, continuation):
     """In whole contexts, the last one reaching back for its own, as the text is read or, where that
     would join both, each by itself."""
     kept = context.rstrip()
-    before = encode_prompt(run.tokenizer, kept)
-    whole = encode_prompt(run.tokenizer, context + continuation)
+    before = run.tokenizer.encode_prompt(kept)
+    whole = run.tokenizer.encode_prompt(context + continuation)
     if whole[: len(before)] != before:
-        new = run.tokenizer.encode(context[len(kept) :] + continuation, add_special_tokens=False)
-        whole = before + new.ids
+        new = run.tokenizer.encode(context[len(kept) :] + continuation)
+        whole = before + new
     total, greedy, done = 0.0, True, len(before)
     while done < len(whole):
         # What fits behind the context as it is; what is longer by itself goes in windows of 16.
@@ -88,8 +87,8 @@ def expected_likelihood(run, context, continuation):
 @pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_loglikelihoods_are_the_models(run, batch_size):
-    assert len(encode_prompt(run.tokenizer, "our union")) == len(
-        encode_prompt(run.tokenizer, "our unio")
+    assert len(run.tokenizer.encode_prompt("our union")) == len(
+        run.tokenizer.encode_prompt("our unio")
     )
     model = HarnessModel(str(run.directory), batch_size=str(batch_size))
     answers = model.loglikelihood(requests(*PAIRS), disable_tqdm=True)
@@ -149,7 +148,7 @@ def test_rolling_scores_each_token_once_with_the_begin_token_before(run, model):
 
 def expected_rolling(run, text):
     """In whole contexts, the last one reaching back for its own."""
-    whole, done, expected = encode_prompt(run.tokenizer, text), 0, 0.0
+    whole, done, expected = run.tokenizer.encode_prompt(text), 0, 0.0
     while done < len(whole) - 1:
         end = min(done + 16, len(whole) - 1)
         log_p, _ = log_probabilities(run, whole[max(end - 16, 0) : end + 1])
@@ -160,7 +159,7 @@ def expected_rolling(run, text):
 
 def generated(run, context, count):
     """By `generate`, one prompt alone."""
-    prompt = encode_prompt(run.tokenizer, context)[-(16 - count) :]
+    prompt = run.tokenizer.encode_prompt(context)[-(16 - count) :]
     weights = plt_jax.prepare_for_decode(run.config.model, run.params)
     (tokens,) = plt_jax.generate(run.config.model, weights, [prompt], count)
     return run.tokenizer.decode(tokens.tolist())
@@ -197,28 +196,6 @@ def test_draws_depend_on_the_seed_and_not_on_the_batch(run):
         for size, seed in ((5, 1), (2, 1), (5, 2))
     )
     assert one == other != seeded
-
-
-@pytest.mark.parametrize(
-    ("given", "until", "temperature", "most"),
-    [
-        ({}, [], 0.0, 256),
-        ({"until": "\n", "max_gen_toks": 7}, ["\n"], 0.0, 7),
-        ({"until": ["a"], "temperature": 0.7, "top_p": 0.9, "top_k": 5}, ["a"], 0.7, 256),
-        ({"do_sample": False, "temperature": 0.7}, [], 0.0, 256),
-        ({"do_sample": True, "until": ["", "b"], "max_tokens": 9}, ["b"], 1.0, 9),
-        ({"do_sample": True, "temperature": 0.0}, [], 0.0, 256),
-    ],
-)
-def test_settings_of_generations(given, until, temperature, most):
-    stops, sampling, count = read_settings(given, 9)
-    assert (stops, sampling.temperature, count) == (until, temperature, most)
-    assert sampling.stop_tokens == (9,)
-
-
-def test_a_setting_that_is_not_known_is_refused():
-    with pytest.raises(InputError, match="generation setting num_beams is unknown"):
-        read_settings({"num_beams": 4}, 9)
 
 
 @pytest.mark.parametrize("name", ["batch_size", "loops"])
@@ -300,8 +277,8 @@ def test_a_local_task_as_its_user_runs_it(run, copy, tasks, monkeypatch):
     for row in ROWS:
         scores = []
         for choice in row["choices"]:
-            whole = encode_prompt(run.tokenizer, row["start"] + choice)
-            count = len(whole) - len(encode_prompt(run.tokenizer, row["start"]))
+            whole = run.tokenizer.encode_prompt(row["start"] + choice)
+            count = len(whole) - len(run.tokenizer.encode_prompt(row["start"]))
             scores.append(log_probabilities(run, whole[-17:])[0][-count:].sum())
         right += np.argmax(scores) == row["label"]
     assert written["results"]["choices"]["acc,none"] == pytest.approx(right / 3)

@@ -20,7 +20,6 @@ import jax
 import numpy as np
 import pytest
 
-from plt_jax.decoding.text import encode_prompt
 from plt_jax.runs.directory import open_trained
 from tests.evaluation.local_tasks import CHOICES, write_task
 from tests.models import forward
@@ -79,7 +78,7 @@ def test_human_evals_prompts_as_rolling_likelihoods(copy, tmp_path, monkeypatch)
     found = evaluate(copy, folder, "prompts", monkeypatch, limit=3)
     run, nats, size = open_trained(copy), 0.0, 0
     for row in rows[:3]:
-        tokens = encode_prompt(run.tokenizer, row["prompt"])
+        tokens = run.tokenizer.encode_prompt(row["prompt"])
         for start in range(1, len(tokens), CONTEXT):
             end = min(start + CONTEXT, len(tokens))
             window = tokens[max(end - CONTEXT - 1, 0) : end]
@@ -106,8 +105,8 @@ def test_big_bench_as_choices(copy, tmp_path, monkeypatch, path):
     for row in rows:
         scores = []
         for choice in row["choices"]:
-            whole = encode_prompt(run.tokenizer, row["start"] + choice)
-            before = encode_prompt(run.tokenizer, row["start"].rstrip())
+            whole = run.tokenizer.encode_prompt(row["start"] + choice)
+            before = run.tokenizer.encode_prompt(row["start"].rstrip())
             window = whole[-CONTEXT - 1 :]
             count = min(len(whole) - len(before), len(window) - 1)
             scores.append(summed(run, window, len(window) - count))

@@ -36,7 +36,7 @@ def model(checkpoint):
 
 def test_the_model_knows_the_capital_of_france(model):
     config, params, tokenizer = model
-    prompt = tokenizer.encode("The capital of France is").ids
+    prompt = tokenizer.encode("The capital of France is")
     new = plt_jax.generate(config, params, [prompt], max_new_tokens=2)
     assert tokenizer.decode(new[0]) == " Paris."
 
@@ -51,7 +51,7 @@ def speech() -> str:
 def perplexity(model, text: str) -> float:
     """The perplexity of the first 512 tokens, of which the first is only read."""
     config, params, tokenizer = model
-    tokens = np.array([tokenizer.encode(text).ids[:512]])
+    tokens = np.array([tokenizer.encode(text)[:512]])
     forward = jax.jit(lambda *inputs: plt_jax.Transformer(config).apply(*inputs))
     log_p = jax.nn.log_softmax(forward({"params": params}, tokens)[:, :-1])
     return float(jnp.exp(-jnp.mean(jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1))))

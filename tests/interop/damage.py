@@ -10,7 +10,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from plt_jax import InputError, RunConfig, load_huggingface, save_huggingface
-from plt_jax.data.tokenizer import train_tokenizer
+from plt_jax.data.tokenizer import load_tokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.runs.directory import create_run
 from tests.models import random_params, small_config
 from tests.training.runs import (
@@ -114,13 +115,13 @@ def assert_same_params(one, other):
 
 def make_run(folder, config, tokenizer=None, files=None):
     """Makes a run directory with a checkpoint of random parameters, as an import does."""
-    create_run(
-        RunConfig(run_dir=str(folder), model=config), random_params(config), tokenizer, files or {}
-    )
+    made = RunConfig(run_dir=str(folder), model=config)
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    create_run(made, random_params(config), loaded, files or {})
     return folder
 
 
 def write_tokenizer(path):
     """Writes a tokenizer of at most 270 tokens."""
-    path.write_text(train_tokenizer([SENTENCE], 270, 2).to_str(), encoding="utf-8")
+    path.write_text(train_tokenizer([SENTENCE], 270, 2).library.to_str(), encoding="utf-8")
     return path

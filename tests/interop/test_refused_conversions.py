@@ -5,7 +5,8 @@ import shutil
 import jax.numpy as jnp
 import pytest
 
-from plt_jax.runs.names import CHECKPOINTS, CONFIG, HUGGINGFACE
+from plt_jax.data.tokenizer import HUGGINGFACE
+from plt_jax.runs.names import CHECKPOINTS, CONFIG
 from tests.interop.damage import (
     CONVERT,
     MODEL,

@@ -6,9 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from plt_jax.data.tokenizer import TOKENIZER
 from plt_jax.errors import InputError
 from plt_jax.runs.directory import open_trained
-from plt_jax.runs.names import CHECKPOINTS, CONFIG, TOKENIZER
+from plt_jax.runs.names import CHECKPOINTS, CONFIG
 from tests.training.runs import STEPS, finished_run, saved_state
 
 
@@ -36,7 +37,7 @@ def test_a_run_is_opened_at_its_newest_checkpoint(finished):
         assert trained.directory == finished.directory
         assert trained.config == finished.config
         assert equal(trained.params, expected)
-    assert trained.tokenizer.decode(trained.tokenizer.encode("peace").ids) == "peace"
+    assert trained.tokenizer.decode(trained.tokenizer.encode("peace")) == "peace"
 
 
 def test_one_checkpoint_is_opened_by_its_folder(finished):

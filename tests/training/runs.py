@@ -217,6 +217,13 @@ def command(name: str, *words: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def output_of(name: str, *words: object) -> str:
+    """What a command prints that must succeed, and say nothing on stderr."""
+    result = command(name, *words)
+    assert (result.code, result.err) == (0, ""), result
+    return result.out
+
+
 def assert_refused(result: Result, *parts: str) -> None:
     """Exit code 2 and one line on stderr that holds all the parts."""
     assert result.code == 2, result

@@ -13,8 +13,9 @@ import pytest
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.data.load import load_data
+from plt_jax.data.tokenizer import TOKENIZER
 from plt_jax.runs.directory import open_trained
-from plt_jax.runs.names import CHECKPOINTS, METRICS, TOKENIZER
+from plt_jax.runs.names import CHECKPOINTS, METRICS
 from plt_jax.training import trainer
 from tests.checkpoint.damage import forget_checksums
 from tests.training.runs import (

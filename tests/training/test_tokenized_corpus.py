@@ -9,7 +9,7 @@ import yaml
 
 from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
-from plt_jax.data.tokenizer import train_tokenizer
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.training import trainer
 from tests.training.runs import (
     STEPS,

@@ -27,7 +27,7 @@ def test_the_run_directory_holds_everything(finished):
     directory = finished.directory
     names = {path.name for path in directory.iterdir()}
     expected = {"config.yaml", "tokenizer.json", "checkpoints", "metrics.jsonl", "tensorboard"}
-    assert names == expected | {"loss.png", "text.json"}
+    assert names == expected | {"special_tokens.json", "loss.png", "text.json"}
     assert load_config(directory / CONFIG) == finished.config
     assert list_steps(directory / CHECKPOINTS)[-1] == STEPS
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

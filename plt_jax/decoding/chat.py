@@ -1,0 +1,186 @@
+"""Chat templates: messages become the text that a chat model was trained on.
+
+A template comes with a model, from anyone. It runs in Jinja's sandbox, where it reaches neither
+files nor Python's internals, and its text is bounded.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from plt_jax.data.tokenizer import TextTokenizer
+from plt_jax.errors import InputError
+from plt_jax.files import read_json
+
+MOST_CHARACTERS = 2**24
+"""Characters of the longest text that a template may make."""
+DEFAULT = "default"
+"""The name of the template that is used if none is named."""
+
+Message = Mapping[str, Any]
+"""A message has a `role` (system, user, assistant) and a `content`."""
+
+
+class ChatTemplate(NamedTuple):
+    """The chat template of a model."""
+
+    source: str
+    """The template, in Jinja's language as transformers extends it."""
+    variables: Mapping[str, str]
+    """The names of the model's special tokens, as `bos_token`."""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation.
+
+        Args:
+          add_generation_prompt: whether the text ends with what begins the assistant's answer; else
+            with the content of the last message, which the model continues.
+
+        Raises:
+          InputError: the template is broken, refuses the messages, or makes too long a text.
+        """
+        try:
+            template = _environment().from_string(self.source)
+            pieces = template.generate(
+                messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
+            )
+            text = "".join(_bounded(pieces))
+        except InputError:
+            raise
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise InputError(f"the chat template refuses the messages: {error}") from error
+        except Exception as error:  # a template can call methods of strings and lists wrongly
+            raise InputError(
+                f"the chat template is broken: {type(error).__name__}: {error}"
+            ) from error
+        return text if add_generation_prompt else _cut_behind(text, str(messages[-1]["content"]))
+
+
+def load_chat_template(
+    folder: Path, tokenizer: TextTokenizer, name: str | None = None
+) -> ChatTemplate:
+    """Reads the chat template of an imported model.
+
+    Args:
+      folder: the files of transformers, in a run directory its huggingface/.
+      tokenizer: the model's, whose special tokens the template may name.
+      name: which of several templates; default the one named DEFAULT.
+
+    Raises:
+      InputError: there is none, none of that name, or a file is broken.
+    """
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    templates = _templates(folder, settings)
+    if not templates:
+        raise InputError(
+            "the model has no chat template (chat_template.jinja, or chat_template in "
+            "tokenizer_config.json), so it is no chat model; give a plain prompt"
+        )
+    chosen = name or DEFAULT
+    if chosen not in templates:
+        raise InputError(
+            f"the model has no chat template called {chosen}; it has {', '.join(templates)}"
+        )
+    variables = {"eos_token": tokenizer.name_of(tokenizer.eos)}
+    if tokenizer.special.bos is not None:
+        variables["bos_token"] = tokenizer.name_of(tokenizer.special.bos)
+    variables |= {
+        key: text
+        for key, value in settings.items()
+        if key.endswith("_token") and (text := _token_text(value)) is not None
+    }
+    return ChatTemplate(templates[chosen], variables)
+
+
+def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:
+    """All templates by name, from the places where transformers keeps them."""
+    found: dict[str, str] = {}
+    declared = settings.get("chat_template")
+    if isinstance(declared, str):
+        found[DEFAULT] = declared
+    elif isinstance(declared, list):
+        for entry in declared:
+            match entry:
+                case {"name": str(name), "template": str(source)}:
+                    found[name] = source
+                case _:
+                    raise InputError(f"{folder}: chat_template holds {entry!r}, which is none")
+    elif declared is not None:
+        raise InputError(f"{folder}: chat_template is a {type(declared).__name__}, not a text")
+    if (folder / "chat_template.json").is_file():
+        own = read_json(folder / "chat_template.json").get("chat_template")
+        found |= {DEFAULT: own} if isinstance(own, str) else {}
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            found[DEFAULT] = path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+    return found
+
+
+def _token_text(value: Any) -> str | None:
+    """The text of a special token, which is a string or an AddedToken's fields."""
+    match value:
+        case str(text) | {"content": str(text)}:
+            return text
+    return None
+
+
+def _bounded(pieces: Iterator[str]) -> Iterator[str]:
+    length = 0
+    for piece in pieces:
+        length += len(piece)
+        if length > MOST_CHARACTERS:
+            raise InputError(f"the chat template makes more than {MOST_CHARACTERS:,} characters")
+        yield piece
+
+
+def _cut_behind(text: str, content: str) -> str:
+    """The text up to the end of the last message's content."""
+    begun, stripped = content.lstrip(), content.strip()
+    at = text.rfind(stripped)
+    if at < 0:
+        raise InputError("the chat template changes the last message, so it cannot be continued")
+    return text[: at + len(begun if text.startswith(begun, at) else stripped)]
+
+
+class _Generation(jinja2.ext.Extension):
+    """Reads `{% generation %}`, by which transformers marks the assistant's tokens, as no tag."""
+
+    tags = {"generation"}  # noqa: RUF012  # so declares Jinja
+
+    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """The environment that transformers renders templates in."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
+    return environment
+
+
+def _to_json(value: Any, indent: int | None = None, **layout: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **layout)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

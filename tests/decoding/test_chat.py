@@ -1,0 +1,115 @@
+"""Chat templates: rendered as transformers renders them, in a sandbox, within bounds."""
+
+import json
+
+import pytest
+
+from plt_jax.decoding.chat import MOST_CHARACTERS, ChatTemplate, load_chat_template
+from plt_jax.errors import InputError
+from tests.tokenizers_of_kinds import tokenizer_of
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + "
+    "message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " hello "}]
+
+
+def render(source, messages=MESSAGES, **options):
+    return ChatTemplate(source, {"bos_token": "<s>"}).render(messages, **options)
+
+
+def test_a_conversation_becomes_the_text_of_the_template():
+    assert render(CHATML) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n hello <|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("{{ bos_token }}{{ eos_token }}", "<s>"),
+        ("{{ messages | tojson }}", json.dumps(MESSAGES, ensure_ascii=False)),
+        (
+            "{% for m in messages %}\n  {% if loop.first %}{% continue %}{% endif %}x{% endfor %}",
+            "x",
+        ),
+        ("a{% generation %}b{% endgeneration %}c", "abc"),
+        ("{{ messages[0]['content'].split(' ')[0] }}", "Be"),
+        ("{{ strftime_now('%%') }}", "%"),
+    ],
+)
+def test_what_templates_of_transformers_use(source, text):
+    assert render(source) == text
+
+
+@pytest.mark.parametrize("content", ["the answer is", " the answer is \n"])
+def test_the_last_message_can_be_continued(content):
+    messages = [*MESSAGES, {"role": "assistant", "content": content}]
+    text = render(CHATML, messages, add_generation_prompt=False)
+    assert text.endswith(f"<|im_start|>assistant\n{content}")
+    trimmed = CHATML.replace("message['content']", "message['content'] | trim")
+    assert render(trimmed, messages, add_generation_prompt=False).endswith("the answer is")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('no system') }}", "refuses the messages: no system"),
+        ("{% if %}", "refuses the messages"),
+        ("{{ ''.__class__.__mro__ }}", "refuses the messages"),
+        ("{{ messages.append(1) }}", "refuses the messages"),
+        ("{{ messages[9]['role'] }}", "refuses the messages"),
+        ("{{ 1 / 0 }}", "broken: ZeroDivisionError"),
+        ("{{ namespace.__init__.__globals__ }}", "refuses the messages"),
+        ("{% for i in range(1000000000) %}x{% endfor %}", "is broken: OverflowError"),
+        ("{% include '/etc/passwd' %}", "chat template"),
+        (
+            "{% for i in range(999) %}{% for j in range(9999) %}{{ 99 }}{% endfor %}{% endfor %}",
+            f"more than {MOST_CHARACTERS:,} characters",
+        ),
+    ],
+)
+def test_broken_and_hostile_templates_are_refused(source, message):
+    with pytest.raises(InputError, match=message) as raised:
+        render(source)
+    assert "\n" not in str(raised.value)
+
+
+def files(folder, **contents):
+    for name, content in contents.items():
+        name = name.replace("_json", ".json").replace("_jinja", ".jinja")
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text, encoding="utf-8")
+    return load_chat_template(folder, tokenizer_of("byte-level"))
+
+
+def test_templates_are_found_where_transformers_keeps_them(tmp_path):
+    found = files(tmp_path, tokenizer_config_json={"chat_template": "a", "bos_token": "<b>"})
+    assert found == ("a", {"bos_token": "<b>", "eos_token": "</s>"})
+    assert files(tmp_path, chat_template_json={"chat_template": "b"}).source == "b"
+    assert files(tmp_path, chat_template_jinja="c").source == "c"
+
+
+def test_one_of_several_templates_is_chosen(tmp_path):
+    named = [{"name": "default", "template": "a"}, {"name": "tools", "template": "b"}]
+    assert files(tmp_path, tokenizer_config_json={"chat_template": named}).source == "a"
+    tokenizer = tokenizer_of("byte-level")
+    assert load_chat_template(tmp_path, tokenizer, "tools").source == "b"
+    with pytest.raises(InputError, match="no chat template called rag; it has default, tools"):
+        load_chat_template(tmp_path, tokenizer, "rag")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "it is no chat model"),
+        ({"chat_template": [3]}, "holds 3"),
+        ({"chat_template": 3}, "a int"),
+    ],
+)
+def test_a_model_without_a_template_is_refused(tmp_path, content, message):
+    with pytest.raises(InputError, match=message):
+        files(tmp_path, tokenizer_config_json=content)
