@@ -10,6 +10,25 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
 3: a signal stopped it, and its state is saved."""
 
 
+MOST_CHARACTERS = 2000
+"""Characters of the longest message; what it quotes may have any length."""
+
+
+def one_line(message: str) -> str:
+    """A message as one line that a terminal can show.
+
+    What it quotes, as names of files and tensors, may hold line breaks, escape sequences, and bytes
+    that are no text.
+    """
+    if len(message) > MOST_CHARACTERS:
+        half = MOST_CHARACTERS // 2
+        message = f"{message[:half]} ... {message[-half:]}"
+    line = " ".join(message.splitlines())
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in line
+    )
+
+
 class InputError(ValueError):
     """Input that cannot work. The message says in one line what is wrong and what would be right.
 
@@ -17,7 +36,7 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))  # quoted names may contain line breaks
+        super().__init__(one_line(message))
 
 
 @contextlib.contextmanager
@@ -45,4 +64,4 @@ class FailedError(RuntimeError):
     """
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(one_line(message))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import numbers
@@ -13,10 +14,12 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from plt_jax.errors import InputError
 
+UNFINISHED = ".unfinished"
+"""How the names of files end that a writer has not finished."""
 MOST_JSON_BYTES = 2**26
 """Bytes of the largest JSON file that is read as a whole; the index of a model of a thousand files
 has some millions."""
@@ -44,23 +47,59 @@ def read_json(path: Path) -> dict[str, Any]:
         not hold a JSON mapping.
     """
     try:
-        found = path.stat()
-        if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-            raise InputError(f"{path} is not a regular file")  # it might have no end
-        if found.st_size > MOST_JSON_BYTES:
-            raise InputError(
-                f"{path} has {found.st_size:,} bytes; such a file has at most {MOST_JSON_BYTES:,}"
-            )
-        values = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        values = json.loads(read_bounded(path, MOST_JSON_BYTES))
     except InputError:
         raise
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{path} must hold a mapping, not a {type(values).__name__}")
     return values
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The content of a file of at most `most` bytes.
+
+    Raises:
+      InputError: it is larger, or see `check_regular`.
+      OSError: it cannot be read.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise InputError(f"{path} is larger than such a file may be, {most:,} bytes")
+    return content
+
+
+def check_regular(path: Path) -> None:
+    """Raises InputError for a pipe or a device, which may have no end, or no beginning."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return  # opening it says why
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{path} is not a regular file")
+
+
+def file_below(folder: Path, name: str) -> Path:
+    """The file of a plain relative name, with slashes, in a folder, which a stranger may have made.
+
+    Raises:
+      InputError: the name leads out of the folder, or to what is no regular file, such as a link.
+    """
+    parts = name.split("/")
+    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise InputError(f"{name!r} is not the name of a file in {folder}")
+    path = folder
+    for part in parts:
+        path /= part
+        if path.is_symlink():
+            raise InputError(f"{path} is a link; put the file itself there")
+    check_regular(path)
+    return path
 
 
 def to_json(values: Any, *, indent: int | None = None) -> str:
@@ -97,15 +136,33 @@ def write_pieces(path: Path, pieces: Iterable[str]) -> None:
     Raises:
       InputError: the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(pieces)
-        temporary.replace(path)
+        with replaced_file(path) as file:
+            for piece in pieces:
+                file.write(piece.encode("utf-8"))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """Yields a new file, which takes the place of `path` if the block ends without an error.
+
+    Readers, and other writers, see the old file or the new one. Until then the new one lies beside
+    it, under a name that nobody can foresee: a link that waits there would be followed.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}{UNFINISHED}")
+    try:
+        with open(unfinished, "xb") as file:
+            yield file
+        unfinished.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
 
 
 def check_new_folder(path: str | Path) -> None:
@@ -114,6 +171,10 @@ def check_new_folder(path: str | Path) -> None:
     path = Path(path).absolute()
     if os.path.islink(path):  # False also for an impossible name
         raise InputError(f"{path} is a link; give the folder itself")
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name {path} is not UTF-8; choose another destination") from error
     try:
         entries = list(path.iterdir())
     except FileNotFoundError:
@@ -156,6 +217,39 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             reason = error.strerror or error
             raise InputError(f"cannot write {path}: {reason}") from error
         raise
+
+
+class FolderLock:
+    """The right to write into a folder, which one process at a time has.
+
+    It ends with the process, however that ends. The lock is the folder's own, so that no file tells
+    of it. On file systems without locks, everyone has the right.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._descriptor: int | None = None
+
+    def take(self) -> bool:
+        """Takes the lock of a folder that exists; returns whether nobody else has it."""
+        if self._descriptor is not None or not self._folder.is_dir():
+            return True
+        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return False
+        except OSError:
+            pass  # this file system has no locks
+        self._descriptor = descriptor
+        return True
+
+    def release(self) -> None:
+        """Gives the lock back, if it was taken."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
 
 def copy_file(source: Path, target: Path) -> None:

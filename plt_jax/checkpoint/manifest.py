@@ -18,6 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plt_jax.errors import InputError
+from plt_jax.files import MOST_JSON_BYTES, file_below, read_bounded
+
 MANIFEST = "manifest.json"
 MARK: dict[str, Any] = {"manifest": MANIFEST}
 """Orbax's metadata of a checkpoint with a manifest; it tells where a manifest is missing."""
@@ -98,23 +101,35 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest | None:
       DamagedError: the manifest is missing though there was one, or is not as it was written.
     """
     try:
-        text = (checkpoint / MANIFEST).read_bytes().decode()
+        text = read_bounded(checkpoint / MANIFEST, MOST_JSON_BYTES).decode()
         fields = json.loads(text)
         fields.pop(OWN)
         if _dump(fields) != text:
             raise DamagedError(f"{MANIFEST} has another checksum")
+        return _manifest_of(fields)
     except FileNotFoundError as error:
         if _marked(checkpoint):
             raise DamagedError(f"{MANIFEST} is missing") from error
         return None
     except OSError as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error.strerror}") from error
-    except DamagedError:
-        raise
-    except (ValueError, KeyError, AttributeError) as error:
+    except (DamagedError, InputError) as error:
+        raise DamagedError(str(error)) from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"{MANIFEST} is not as it was written") from error
-    files = {name: File(*values) for name, values in fields["files"].items()}
-    return CheckpointManifest(**fields | {"files": files})
+
+
+def _manifest_of(fields: dict[str, Any]) -> CheckpointManifest:
+    """The manifest of a JSON mapping; raises ValueError or TypeError for other values."""
+    saved, loss = float(fields.pop("saved")), fields.pop("validation_loss")
+    files = {}
+    for name, (size, crc32) in fields.pop("files").items():
+        if not (isinstance(size, int) and isinstance(crc32, int)):
+            raise TypeError
+        files[name] = File(size, crc32)
+    if fields:
+        raise ValueError
+    return CheckpointManifest(saved, None if loss is None else float(loss), files)
 
 
 def validation_loss(checkpoint: Path) -> float | None:
@@ -172,7 +187,10 @@ def find_damage(
     names = sorted(files, key=lambda name: (-files[name].size, name))[index::count]
 
     def compare(name: str) -> str:
-        return _compare(checkpoint / name, name, files[name], contents)
+        try:
+            return _compare(file_below(checkpoint, name), name, files[name], contents)
+        except InputError as error:  # a name that leads elsewhere is not followed
+            return str(error)
 
     with ThreadPoolExecutor(THREADS) as pool:
         return sorted(filter(None, pool.map(compare, names)))

@@ -12,4 +12,11 @@ def list_steps(directory: str | Path) -> list[int]:
     if not os.path.isdir(directory):  # False also for impossible names
         return []
     # Orbax writes under a temporary name and renames when complete.
-    return sorted(int(entry.name) for entry in directory.iterdir() if entry.name.isdigit())
+    names = (entry.name for entry in directory.iterdir())
+    return sorted(int(name) for name in names if is_step(name))
+
+
+def is_step(name: str) -> bool:
+    """Whether a folder's name is that of a checkpoint."""
+    # Other scripts have digits, too, and int() reads them; orbax writes no leading zeros.
+    return name.isascii() and name.isdigit() and (name == "0" or name[0] != "0")

@@ -7,11 +7,14 @@ options answer at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import io
 import os
 import select
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from plt_jax.config.renamed import present_name
@@ -22,7 +25,11 @@ from plt_jax.errors import (
     FailedError,
     InputError,
     MissingProcessError,
+    one_line,
 )
+
+TRACEBACK = "PLT_TRACEBACK"
+"""The environment variable with which commands show the tracebacks of unforeseen errors."""
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -117,8 +124,14 @@ def run_command(main: Callable[[], int | None]) -> None:
     """Runs a command's main function and exits with its code.
 
     An InputError becomes one line and exit code 2, a FailedError one line and exit code 1. If the
-    program that read the output has ended, the command ends silently with exit code 1.
+    program that read the output has ended, the command ends silently with exit code 1. Any other
+    error becomes one line, too, which says how to see its traceback (TRACEBACK).
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # an output that is not UTF-8 shows other characters
+            stream.reconfigure(errors="backslashreplace")
     try:
         code = main()
         if sys.stdout is not None:
@@ -132,10 +145,38 @@ def run_command(main: Callable[[], int | None]) -> None:
     except FailedError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _fail()
-    except BrokenPipeError:
-        if sys.stdout is None or not _output_is_closed():
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # of panics in libraries that are not written in Python, too
+        if isinstance(error, BrokenPipeError) and sys.stdout is not None and _output_is_closed():
+            _drop_output()
+            _fail()
+        if os.environ.get(TRACEBACK):
             raise
-        # Python flushes the output again at exit, which would fail with a message.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
+        _drop_output()
         _fail()
     sys.exit(EXIT_DONE if code is None else code)
+
+
+def _drop_output() -> None:
+    """Drops what cannot be written: at exit Python would try again, and fail with a message."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _describe(error: BaseException) -> str:
+    """An error that no command foresees, in one line."""
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]])
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        what = f"{error.strerror}{where}"
+    else:
+        what = f"{type(error).__name__}: {error}".rstrip(": ")
+    return one_line(
+        f"{command} failed: {what}; if the cause is not on this machine, report it with the "
+        f"traceback that {TRACEBACK}=1 shows"
+    )

@@ -35,7 +35,13 @@ from plt_jax.data.corpus_writer import (
     split_of,
     write_corpus,
 )
-from plt_jax.data.documents import find_files, read_piece, split_files
+from plt_jax.data.documents import (
+    counted,
+    describe_left_out,
+    find_files,
+    read_piece,
+    split_files,
+)
 from plt_jax.data.tokenized_corpus import SPLITS, CorpusManifest
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.data.tokenizer_training import train_tokenizer
@@ -60,6 +66,13 @@ def main() -> int | None:
         arguments.skip_broken,
         arguments.vocab_size,
     )
+    left_out = [
+        path
+        for path in find_files(arguments.inputs).left_out
+        if out.absolute() not in path.absolute().parents
+    ]
+    if left_out:
+        print(f"note: not all files are read{describe_left_out(left_out)}", flush=True)
     tokenizer = choose_tokenizer(arguments, out, options)
     try:
         with ProgressReport() as progress:
@@ -135,7 +148,7 @@ def choose_tokenizer(
 def sample_documents(inputs: Sequence[str], options: CorpusOptions) -> Iterator[str]:
     """Yields training documents from the starts of pieces that are spread over all files, about
     SAMPLE_LENGTH characters of them."""
-    pieces = split_files(find_files(inputs), options.shard_bytes)
+    pieces = split_files(find_files(inputs).files, options.shard_bytes)
     step = max(len(pieces) * PIECE_SAMPLE_LENGTH // SAMPLE_LENGTH, 1)
     for piece in pieces[::step]:
         left = max(SAMPLE_LENGTH // len(pieces[::step]), PIECE_SAMPLE_LENGTH)
@@ -195,14 +208,14 @@ def print_summary(out: Path, manifest: CorpusManifest) -> None:
     """Prints the sizes of a corpus, and how to train on it."""
     for split in SPLITS:
         print(
-            f"{split}: {manifest.total(split, 'documents'):,} documents, "
-            f"{manifest.total(split, 'tokens'):,} tokens, "
-            f"{manifest.total(split, 'text_bytes'):,} bytes of text"
+            f"{split}: {counted(manifest.total(split, 'documents'), 'document')}, "
+            f"{counted(manifest.total(split, 'tokens'), 'token')}, "
+            f"{counted(manifest.total(split, 'text_bytes'), 'byte')} of text"
         )
-    for count, why in (
-        (manifest.empty_documents, "empty"),
-        (manifest.broken_documents, "could not be read"),
-    ):
-        if count:
-            print(f"left out: {count:,} documents that were {why}")
+    if count := manifest.empty_documents:
+        print(
+            f"left out: {counted(count, 'document')} that {'was' if count == 1 else 'were'} empty"
+        )
+    if count := manifest.broken_documents:
+        print(f"left out: {counted(count, 'document')} that could not be read")
     print(f'the corpus is in {out}; train on it with --data.sources \'[{{"path": "{out}"}}]\'')

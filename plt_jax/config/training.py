@@ -181,7 +181,7 @@ class ProcessesConfig(Section):
             raise ValueError(f"{missing[0]} is missing; give coordinator, count and index, or none")
         if self.coordinator is not None and self.count is not None and self.index is not None:
             host, _, port = self.coordinator.rpartition(":")
-            if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
                 raise ValueError(f"coordinator is {self.coordinator}; it must be HOST:PORT")
             if self.index >= self.count:
                 raise ValueError(

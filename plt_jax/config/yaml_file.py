@@ -13,6 +13,14 @@ import yaml
 from plt_jax.config import RunConfig
 from plt_jax.config.renamed import present_name, with_present_names
 from plt_jax.errors import InputError
+from plt_jax.files import read_bounded
+
+MOST_BYTES = 2**20
+"""Bytes of the largest configuration file."""
+LOADER_ERRORS = (ValueError, OverflowError, TypeError, AttributeError, RecursionError)
+"""What Python raises for the dates and numbers in a YAML file that it does not have."""
+MOST_VALUES = 100_000
+"""The most values that one stands for; a real one has some hundreds."""
 
 
 def load_resolved(path: Path) -> RunConfig:
@@ -38,15 +46,50 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
       InputError: the file cannot be read, or does not hold a mapping.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_bounded(read_bounded(path, MOST_BYTES).decode("utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except InputError as error:
+        raise InputError(f"the config {path}: {error}") from error
+    except (yaml.YAMLError, *LOADER_ERRORS) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     values = {} if values is None else values
     if not isinstance(values, Mapping):
         raise InputError(f"{path} must hold a mapping of sections, not a {type(values).__name__}")
     return values
+
+
+def load_bounded(text: str) -> Any:
+    """The value of a YAML text, in which aliases may stand for few values only.
+
+    Raises:
+      InputError: the value has more than MOST_VALUES parts. Aliases of aliases would make billions
+        of them out of a few hundred bytes.
+      Exception: the text is not YAML, or names a value that Python does not have.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count_parts(node, {}) > MOST_VALUES:
+            raise InputError(f"it stands for more than {MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _count_parts(node: yaml.Node, known: dict[int, int]) -> int:
+    """The number of values that a node stands for, aliases followed."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES  # of a node that holds itself
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_count_parts(part, known) for part in parts)
+    return known[id(node)]
 
 
 def validate(path: Path, values: Mapping[str, Any]) -> RunConfig:

@@ -1,13 +1,12 @@
 """Cache files: each is named by the contents that it was made from, and is never half written."""
 
 import hashlib
-import uuid
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 from plt_jax.errors import InputError, naming
-from plt_jax.files import expand
+from plt_jax.files import expand, replaced_file
 
 _FORMAT = "1"
 """Version of how tokenizers and tokens are made; raise it to stop old files from being reused."""
@@ -49,14 +48,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
       InputError: the folder cannot be written to.
     """
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        try:
-            with open(unfinished, "xb") as file:
-                write(file)
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with replaced_file(path) as file:
+            write(file)
     except OSError as error:
         raise _unwritable(path.parent, error) from error
 

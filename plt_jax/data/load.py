@@ -8,7 +8,8 @@ import numpy as np
 
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import fingerprint
-from plt_jax.data.corpus import NO_DATA, load_corpus, read_documents
+from plt_jax.data.corpus import NO_DATA, left_out_of, load_corpus, read_documents
+from plt_jax.data.documents import counted
 from plt_jax.data.packing import Examples, PackedExamples
 from plt_jax.data.pipeline import Source, batches_of, epochs_read, training_dataset
 from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
@@ -95,7 +96,7 @@ def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
         PackedExamples(text.validation, config.sequence_length),
         token_bytes(text.tokenizer, config.model.vocab_size),
         counts["training_bytes"] / targets,
-        [*_count_lines(counts), *_epoch_lines(config, text.training)],
+        [*_count_lines(counts), *_left_out_lines(config), *_epoch_lines(config, text.training)],
         text.fingerprint,
     )
 
@@ -256,9 +257,17 @@ def _load_synthetic(config: RunConfig, rows: np.ndarray | None) -> Data:
 
 def _count_lines(counts: dict[str, int]) -> list[str]:
     return [
-        f"{split} text: {counts[f'{split}_documents']} documents, "
+        f"{split} text: {counted(counts[f'{split}_documents'], 'document')}, "
         f"{counts[f'{split}_tokens']:,} tokens, {counts[f'{split}_bytes']:,} bytes"
         for split in SPLITS
+    ]
+
+
+def _left_out_lines(config: RunConfig) -> list[str]:
+    sources = (config.data.source, config.data.validation_source)
+    found = [(source, left_out_of(source)) for source in sources if source not in (None, "sotu")]
+    return [
+        f"not all files of {source} are read{left_out}" for source, left_out in found if left_out
     ]
 
 

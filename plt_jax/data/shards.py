@@ -129,12 +129,43 @@ class ShardReader:
             raise self._damaged(error) from error
         pieces, new = [], np.zeros((last - first) * RECORD_TOKENS, np.int64)
         for number, record in enumerate(records):
-            count = int.from_bytes(record[: _COUNT.itemsize], "little")
-            starts = np.frombuffer(record, _COUNT, count, _COUNT.itemsize)
+            tokens, starts = self._parse(record, first + number)
             new[number * RECORD_TOKENS + starts] = 1
-            pieces.append(np.frombuffer(record, self._dtype, -1, _COUNT.itemsize * (1 + count)))
+            pieces.append(tokens)
         wanted = slice(begin - first * RECORD_TOKENS, end - first * RECORD_TOKENS)
         return np.concatenate(pieces)[wanted], np.cumsum(new[wanted])
+
+    def check_documents(self, documents: int) -> None:
+        """Reads all of the shard.
+
+        Raises:
+          InputError: it is damaged, or does not hold so many documents.
+        """
+        found = 0
+        for begin in range(0, self._tokens, _FLUSH_TOKENS):
+            _, numbers = self.read(begin, _FLUSH_TOKENS)
+            found += int(numbers[-1])
+        if found != documents:
+            raise self._damaged(f"it has {found:,} documents instead of {documents:,}")
+
+    def _parse(self, record: bytes, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a record, and the places of documents' first tokens among them.
+
+        Raises:
+          InputError: they are not as many as the record must hold.
+        """
+        try:
+            count = int.from_bytes(record[: _COUNT.itemsize], "little")
+            starts = np.frombuffer(record, _COUNT, count, _COUNT.itemsize)
+            tokens = np.frombuffer(record, self._dtype, -1, _COUNT.itemsize * (1 + count))
+        except ValueError as error:
+            raise self._damaged(f"record {number} is no record of tokens") from error
+        expected = min(RECORD_TOKENS, self._tokens - number * RECORD_TOKENS)
+        if len(tokens) != expected or np.any(starts >= expected):
+            raise self._damaged(
+                f"record {number} has {len(tokens):,} tokens instead of {expected:,}"
+            )
+        return tokens, starts
 
     def _damaged(self, reason: object) -> InputError:
         return InputError(

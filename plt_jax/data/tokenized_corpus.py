@@ -24,7 +24,7 @@ from plt_jax.data.shards import ShardReader
 from plt_jax.data.streams import JoinedStream
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
-from plt_jax.files import expand
+from plt_jax.files import MOST_JSON_BYTES, check_regular, expand, file_below, read_bounded
 
 MANIFEST = "manifest.json"
 OPEN_SHARDS = 64
@@ -93,7 +93,8 @@ class TokenizedCorpus(NamedTuple):
 
         @functools.lru_cache(OPEN_SHARDS)
         def open_shard(index: int) -> ShardReader:
-            return ShardReader(self.folder / shards[index].name, shards[index].tokens, dtype)
+            shard = shards[index]
+            return ShardReader(file_below(self.folder, shard.name), shard.tokens, dtype)
 
         return JoinedStream([shard.tokens for shard in shards], open_shard)
 
@@ -123,7 +124,7 @@ def read_corpus_manifest(folder: Path) -> CorpusManifest:
     """
     path = folder / MANIFEST
     try:
-        return CorpusManifest.model_validate_json(path.read_text(encoding="utf-8"))
+        return CorpusManifest.model_validate_json(read_bounded(path, MOST_JSON_BYTES))
     except FileNotFoundError as error:
         raise InputError(
             f"{folder} is not a tokenized corpus, or is not finished: {MANIFEST} is missing; write "
@@ -131,7 +132,7 @@ def read_corpus_manifest(folder: Path) -> CorpusManifest:
         ) from error
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from error
-    except (UnicodeDecodeError, pydantic.ValidationError) as error:
+    except pydantic.ValidationError as error:
         raise InputError(
             f"{path} is damaged, or from another version of plt_jax; prepare the corpus again"
         ) from error
@@ -145,10 +146,14 @@ def find_problems(folder: Path) -> list[str]:
     """
     manifest = read_corpus_manifest(folder)
 
+    dtype = np.dtype(f"<u{manifest.token_bytes}")
+
     def check(shard: Shard) -> str | None:
         try:
             check_size(folder, shard)
-            check_sha256(folder / shard.name, shard.sha256)
+            path = file_below(folder, shard.name)
+            check_sha256(path, shard.sha256)
+            ShardReader(path, shard.tokens, dtype).check_documents(shard.documents)
         except InputError as error:
             return str(error)
         return None
@@ -165,7 +170,7 @@ def find_problems(folder: Path) -> list[str]:
 
 def check_size(folder: Path, shard: Shard) -> None:
     """Raises InputError where a shard is missing, or its size is not the manifest's."""
-    path = folder / shard.name
+    path = file_below(folder, shard.name)
     try:
         size = path.stat().st_size
     except OSError as error:
@@ -179,6 +184,7 @@ def check_size(folder: Path, shard: Shard) -> None:
 
 def check_sha256(path: Path, expected: str) -> None:
     """Raises InputError where a file cannot be read, or its SHA-256 is not the expected one."""
+    check_regular(path)
     try:
         found = file_sha256(path)
     except OSError as error:

@@ -24,9 +24,11 @@ from plt_jax.data.special_tokens import (
     special_tokens_by_name,
 )
 from plt_jax.errors import InputError
-from plt_jax.files import expand, write_text
+from plt_jax.files import expand, read_bounded, write_text
 
 TOKENIZER = "tokenizer.json"
+MOST_BYTES = 2**28
+"""Bytes of the largest tokenizer.json; those of 260,000 tokens have some 30 million."""
 HUGGINGFACE = "huggingface"
 """The folder in a run directory that keeps the files of an imported model."""
 
@@ -79,6 +81,10 @@ class TextTokenizer:
         Raises:
           InputError: the tokenizer fails on the text.
         """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:  # of the command line, or half of a surrogate pair
+            raise InputError(f"the text {text[:60]!r} holds bytes that are not UTF-8") from error
         with refusing_panics("the tokenizer fails on a text"):
             return self.library.encode(text, add_special_tokens=False).ids
 
@@ -158,12 +164,14 @@ def load_tokenizer(path: str | Path, described_in: Path | None = None) -> TextTo
     """
     path = expand(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MOST_BYTES).decode("utf-8")
     except OSError as error:
         raise InputError(
             f"cannot read the tokenizer {path} ({error.strerror}); give the path of a "
             "tokenizer.json file"
         ) from error
+    except InputError:
+        raise
     except ValueError as error:
         raise _not_a_tokenizer(path, error) from error
     with refusing_panics(f"{path} is not a tokenizer.json that can be used"):

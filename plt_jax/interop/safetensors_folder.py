@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from plt_jax.errors import InputError
+from plt_jax.files import check_regular, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -121,6 +122,7 @@ class SafetensorsFolder:
 
     def _handle(self, file: Path) -> Any:
         if file not in self._open:
+            check_regular(file)
             self._open[file] = safe_open(file, framework="numpy")
         return self._open[file]
 
@@ -144,9 +146,9 @@ def _read_index(folder: Path) -> dict[str, Path] | None:
             "read"
         )
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = read_json(path)["weight_map"]
         index = {name: folder / file for name, file in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not an index of safetensors files ({_line(error)}); download it again"
         ) from error

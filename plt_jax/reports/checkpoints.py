@@ -16,7 +16,7 @@ from plt_jax.checkpoint.manifest import (
     validation_loss,
 )
 from plt_jax.checkpoint.retention import reasons_to_keep
-from plt_jax.checkpoint.steps import list_steps
+from plt_jax.checkpoint.steps import is_step, list_steps
 from plt_jax.config.yaml_file import load_resolved
 from plt_jax.errors import InputError
 from plt_jax.reports.tables import aligned
@@ -72,7 +72,7 @@ def list_checkpoints(path: str | Path) -> str:
     """
     directory, steps = find_steps(path)
     folder = directory / CHECKPOINTS
-    others = sorted(entry.name for entry in folder.iterdir() if not entry.name.isdigit())
+    others = sorted(entry.name for entry in folder.iterdir() if not is_step(entry.name))
     notes = [f"not a checkpoint: {folder / name}" for name in others]
     return "\n".join([aligned(tabulate(directory, steps), left=0), *notes])
 

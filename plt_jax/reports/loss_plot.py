@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from plt_jax.files import replaced_file
 from plt_jax.runs.metrics_file import read_metrics
 
 
@@ -12,8 +14,9 @@ def plot_losses(directory: Path) -> None:
     from matplotlib.figure import Figure  # slow to import, and used once per run
 
     rows = read_metrics(directory)
-    training = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    validation = [row for row in rows if row.get("validation_loss") is not None]
+    training = [(row["step"], row["loss"]) for row in rows if _is_number(row.get("loss"))]
+    measured = ("validation_loss", "bits_per_byte")
+    validation = [row for row in rows if all(_is_number(row.get(name)) for name in measured)]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if training:
@@ -29,4 +32,9 @@ def plot_losses(directory: Path) -> None:
     axes.grid(alpha=0.3)
     if training or validation:
         axes.legend()
-    figure.savefig(directory / "loss.png", dpi=120)
+    with replaced_file(directory / "loss.png") as file:
+        figure.savefig(file, dpi=120, format="png")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)

@@ -49,17 +49,9 @@ def read_history(directory: Path) -> History:
       InputError: there are no rows of metrics, or they are not in the form that a run writes.
     """
     config, path = load_resolved(directory / CONFIG), directory / METRICS
-    try:
-        rows = read_metrics(directory)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    rows = read_metrics(directory)
     if not rows:
         raise InputError(f"{path} holds no row yet; wait until the run has trained some steps")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise InputError(f"line {number} of {path} is not a row of metrics: it has no step")
     return make_history(config, rows)
 
 

@@ -6,19 +6,49 @@ import json
 from pathlib import Path
 from typing import Any
 
+from plt_jax.errors import InputError
+from plt_jax.files import check_regular
 from plt_jax.runs.names import METRICS
+
+MOST_BYTES = 2**20
+"""Bytes of the longest row; one with the values of all loops and layers has some thousands."""
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; an incomplete last line, left by a kill, is dropped."""
+    """The rows of a run's metrics.jsonl; an incomplete last line, left by a kill, is dropped.
+
+    Raises:
+      InputError: the file cannot be read, or a line is no row.
+    """
     path = directory / METRICS
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    if not path.exists():
+        return []
+    check_regular(path)
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MOST_BYTES):
+                try:
+                    rows.append(_row(line))
+                except (ValueError, RecursionError) as error:
+                    if not line.endswith(b"\n") and len(line) < MOST_BYTES:
+                        break
+                    problem = error if isinstance(error, InputError) else "is not JSON"
+                    raise InputError(
+                        f"{path} is damaged: line {len(rows) + 1} {problem}; take the line out"
+                    ) from error
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    if len(line) == MOST_BYTES:
+        raise InputError(f"has more than {MOST_BYTES:,} bytes")
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise InputError("is no row of metrics: it has no step")
+    return row
 
 
 def without_times(row: dict[str, Any]) -> dict[str, Any]:

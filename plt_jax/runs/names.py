@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from plt_jax.checkpoint.steps import is_step
 from plt_jax.errors import InputError
 from plt_jax.files import expand
 
@@ -47,7 +48,7 @@ def locate(path: str | Path) -> Location:
     if not os.path.exists(path):  # False also for impossible names
         raise InputError(missing)
     directory, step = path, None
-    if path.name.isdigit() and path.parent.name == CHECKPOINTS:
+    if is_step(path.name) and path.parent.name == CHECKPOINTS:
         directory, step = path.parent.parent, int(path.name)
     elif path.name == CHECKPOINTS:
         directory = path.parent

@@ -19,7 +19,7 @@ from plt_jax.config.types import MAY_CHANGE, Section
 from plt_jax.config.yaml_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files import UNFINISHED, FolderLock, write_text
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, TEXT, locate
 
 
@@ -89,7 +89,8 @@ def check_directory(config: RunConfig) -> list[str]:
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--run_dir {directory} is a file; choose another")
     if not (directory / CONFIG).exists():
-        if directory.exists() and any(directory.iterdir()):
+        names = [path.name for path in directory.iterdir()] if directory.exists() else []
+        if any(not name.endswith(UNFINISHED) for name in names):
             raise InputError(
                 f"--run_dir {directory} is not empty and holds no {CONFIG}, so it is not a run to "
                 "resume; choose another"
@@ -134,19 +135,37 @@ def check_text(config: RunConfig, tokenizer: TextTokenizer, fingerprint: str) ->
             )
 
 
-def write_directory(config: RunConfig, tokenizer: TextTokenizer, fingerprint: str) -> Path:
+def take_lock(lock: FolderLock, directory: Path) -> None:
+    """Takes the lock of a run directory, if that exists.
+
+    Raises:
+      InputError: another process trains there.
+    """
+    if not lock.take():
+        raise InputError(
+            f"another process trains in --run_dir {directory}; wait until it has ended, or choose "
+            "another"
+        )
+
+
+def write_directory(
+    config: RunConfig, tokenizer: TextTokenizer, fingerprint: str, lock: FolderLock
+) -> Path:
     """Makes the run directory and writes its configuration, tokenizer and the text's fingerprint.
 
     `check_directory` and `check_text` must have passed before.
 
     Raises:
-      InputError: the directory cannot be written to.
+      InputError: the directory cannot be written to, or another process trains there.
     """
     directory = config.directory
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make --run_dir {directory}: {error.strerror}") from error
+    take_lock(lock, directory)
+    for left in directory.glob(f".*{UNFINISHED}"):  # by a writer that was killed
+        left.unlink(missing_ok=True)
     write_text(directory / CONFIG, dump_config(config))
     tokenizer.save(directory)
     write_text(directory / TEXT, _text_file(fingerprint))

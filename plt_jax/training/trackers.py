@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,18 +43,37 @@ class TensorBoard:
 
     def __init__(self, directory: Path, step: int):
         """Opens a new event file, and hides the steps that an earlier start drew after `step`."""
-        self._directory = directory / EVENTS
+        self._directory, self._lost = directory / EVENTS, False
+        self._files = itertools.count()
         self._open(step)
 
     def draw(self, step: int, scalars: dict[str, float]) -> None:
-        if not self._is_alive():
-            raise FailedError(f"cannot write {self._directory}: see the error above")
+        """Draws the scalars; events are a convenience, so what fails is said and passed over."""
+        if not self._is_alive() and not self._begin_again(step):
+            return
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
     def rewind(self, step: int) -> None:
         self.close(failed=False)
         self._open(step)
+
+    def _begin_again(self, step: int) -> bool:
+        """Opens a new file where the thread of the old one has ended; returns whether it could."""
+        if self._lost:
+            return False
+        print(
+            f"note: the thread that writes {self._directory} has ended, because a disk is full or "
+            f"the clock was set back; step {step} begins a new file",
+            file=sys.stderr,
+            flush=True,
+        )
+        try:
+            self._open(step - 1)
+        except OSError as error:
+            self._lost = True
+            print(f"note: {self._directory} gets no more events: {error}", file=sys.stderr)
+        return not self._lost
 
     def close(self, failed: bool) -> None:
         if self._is_alive():
@@ -64,6 +85,7 @@ class TensorBoard:
             str(self._directory),
             max_queue=10_000,  # more than one row's values, so that no row waits for the disk
             purge_step=step + 1 if step else None,
+            filename_suffix=f".{next(self._files)}",  # two files of a second have one name
         )
 
     def _is_alive(self) -> bool:

@@ -18,9 +18,10 @@ from plt_jax.decoding.text import stream_text
 from plt_jax.distributed import processes, rendezvous
 from plt_jax.distributed.mesh import use_mesh
 from plt_jax.errors import FailedError
+from plt_jax.files import FolderLock
 from plt_jax.reports.loss_plot import plot_losses
 from plt_jax.runs.names import CHECKPOINTS
-from plt_jax.runs.resume import write_directory
+from plt_jax.runs.resume import take_lock, write_directory
 from plt_jax.training.journal import Journal
 from plt_jax.training.phases import COMPILING, DATA, EVALUATION, SAVING, STEPS, Phases
 from plt_jax.training.progress import peak_memory
@@ -71,8 +72,12 @@ def train(config: RunConfig) -> Outcome:
     """
     check_named(config)
     rendezvous.initialize(config.processes)
+    lock = FolderLock(config.directory)
     with Phases(config.training.hang_after) as phases, explain_out_of_memory():
-        return _train(config, phases)
+        try:
+            return _train(config, phases, lock)
+        finally:
+            lock.release()
 
 
 @contextlib.contextmanager
@@ -91,10 +96,12 @@ def explain_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def _train(config: RunConfig, phases: Phases) -> Outcome:
+def _train(config: RunConfig, phases: Phases, lock: FolderLock) -> Outcome:
     patience = config.processes.timeout
     # Everything is checked before anything is written.
     with processes.fail_together("the configuration is checked", patience):
+        if processes.is_first():
+            take_lock(lock, config.directory)
         setup = set_up(config)
     processes.check_equal(shared_state(setup), patience)
     with processes.fail_together("the checkpoint to go on from is checked", patience):
@@ -103,7 +110,7 @@ def _train(config: RunConfig, phases: Phases) -> Outcome:
         params = load_start_params(config, setup.program.abstract_state)
         if processes.is_first():
             set_aside_damaged(config, checkpoint)
-            write_directory(config, setup.data.tokenizer, setup.data.fingerprint)
+            write_directory(config, setup.data.tokenizer, setup.data.fingerprint, lock)
     with processes.fail_together("the run directory is seen", patience):
         check_shared_directory(setup.directory)
     print_setup(setup)

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plt_jax.checkpoint import manifest as manifest_module
 from plt_jax.checkpoint.manifest import (
     MANIFEST,
+    OWN,
     File,
+    _dump,
     find_damage,
     has_checksums,
     own_files,
@@ -173,3 +176,54 @@ def test_a_manifest_is_json_with_a_checksum_of_its_own(tmp_path):
     assert fields["validation_loss"] == 0.1
     (tmp_path / MANIFEST).write_text(json.dumps(fields | {"files": {}}, indent=1) + "\n")
     assert find_damage(tmp_path) == [f"{MANIFEST} has another checksum"]
+
+
+def forge(checkpoint, **fields):
+    """Writes a manifest with a right checksum, as one on purpose has."""
+    made = json.loads((checkpoint / MANIFEST).read_text())
+    made.pop(OWN)
+    (checkpoint / MANIFEST).write_text(_dump(made | fields))
+
+
+@pytest.mark.parametrize(
+    "name", ["../../secret", "/etc/passwd", "/dev/zero", "params/../../x", "a\0b", ".", ""]
+)
+def test_names_that_lead_out_of_a_checkpoint_are_not_followed(copy, name, monkeypatch):
+    forge(copy, files={name: [10, 5]})
+    (copy.parent.parent / "secret").write_bytes(b"0123456789")
+    monkeypatch.setattr(manifest_module, "_read", lambda path: pytest.fail(f"opens {path}"))
+    (damage,) = find_damage(copy)
+    assert "is not the name of a file in" in damage
+
+
+def test_a_link_in_a_checkpoint_is_not_followed(copy):
+    name = next(name for name in read_manifest(copy).files if name.startswith("params/"))
+    (copy / name).rename(copy.parent / "elsewhere")
+    (copy / name).symlink_to(copy.parent / "elsewhere")
+    (damage,) = find_damage(copy)
+    assert damage.endswith("is a link; put the file itself there")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"files": [1]},
+        {"files": {"a": 3}},
+        {"files": {"a": ["1", 2]}},
+        {"files": {"a": [1, 2, 3]}},
+        {"files": None},
+        {"saved": "now"},
+        {"validation_loss": [2.0]},
+        {"more": 1},
+    ],
+    ids=repr,
+)
+def test_a_manifest_of_other_types_is_damage(copy, fields):
+    forge(copy, **fields)
+    assert find_damage(copy) == [f"{MANIFEST} is not as it was written"]
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' * 100_000, b"[]", b"3", b"null"])
+def test_a_manifest_of_another_form_is_damage(copy, content):
+    (copy / MANIFEST).write_bytes(content)
+    assert find_damage(copy) == [f"{MANIFEST} is not as it was written"]

@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from plt_jax.commands.config_options import parse_run_config
-from plt_jax.commands.parser import CommandParser, run_command
+from plt_jax.commands.parser import TRACEBACK, CommandParser, run_command
 from plt_jax.config import RunConfig
 from plt_jax.errors import InputError
 
@@ -201,7 +201,12 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys):
     assert captured.out == ""
 
 
-def test_other_errors_are_not_hidden():
+def test_other_errors_are_not_hidden(monkeypatch, capsys):
+    for error in (ValueError, FloatingPointError):
+        with pytest.raises(SystemExit, match="1"):
+            run_command(lambda error=error: (_ for _ in ()).throw(error("x")))
+        assert f"{error.__name__}: x" in capsys.readouterr().err
+    monkeypatch.setenv(TRACEBACK, "1")
     # The interpreter prints the traceback and exits with code 1.
     for error in (ValueError, FloatingPointError, KeyboardInterrupt):
         with pytest.raises(error):
@@ -241,6 +246,66 @@ def test_a_command_needs_no_output():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_pipe_broken_elsewhere_is_not_hidden():
+def test_a_pipe_broken_elsewhere_is_not_hidden(monkeypatch):
+    monkeypatch.setenv(TRACEBACK, "1")
     with pytest.raises(BrokenPipeError):
         run_command(lambda: (_ for _ in ()).throw(BrokenPipeError("a socket's")))
+
+
+FAILING = """
+import sys
+from plt_jax.commands.parser import run_command
+
+def main():
+    {}
+
+run_command(main)
+"""
+
+
+def failing(body, **variables):
+    return subprocess.run(
+        [sys.executable, "-c", FAILING.format(body), "word"],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("1 / 0", "failed: ZeroDivisionError: division by zero; "),
+        ("open('/no/such/file')", "failed: No such file or directory (/no/such/file); "),
+        ("raise RecursionError", "failed: RecursionError; "),
+        ("raise MemoryError", "failed: MemoryError; "),
+        ("raise BaseException('a\\x1b[31mb')", "failed: BaseException: a\\x1b[31mb; "),
+    ],
+)
+def test_an_error_that_nobody_foresaw_is_one_line(body, message):
+    done = failing(body)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and message in line and "PLT_TRACEBACK=1" in line
+    assert "Traceback" in failing(body, PLT_TRACEBACK="1").stderr
+
+
+def test_an_output_that_is_not_utf8_gets_other_characters():
+    body = "print('caf\\xe9 \\u65e5')"
+    done = failing(body, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "caf\\xe9 \\u65e5\n", "")
+
+
+def test_a_full_output_is_one_line():
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", FAILING.format("print('x' * 100_000)")],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "No space left on device" in line

@@ -360,3 +360,34 @@ def test_what_is_trained_on_has_a_name():
     assert DataConfig(source="sotu").text == "sotu" and DataConfig(source="sotu").is_named
     sources = [{"path": "corpora/web"}, {"path": "corpora/code"}]
     assert DataConfig(sources=sources).text == "corpora/web, corpora/code"
+
+
+ALIASES = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]\n"
+    for old, new in zip("abcdefghij", "bcdefghijk", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALIASES, "stands for more than 100,000 values"),
+        ("a: &a [*a]", "not valid YAML|stands for|unknown field"),
+        ("seed: " + "[" * 5000, "not valid YAML"),
+        ("seed: 2024-99-99", "not valid YAML"),
+        ("seed: !!int abc", "not valid YAML"),
+        ("seed: " + "9" * 5000, "not valid YAML"),
+        ("seed: !!timestamp x", "not valid YAML"),
+        ("seed: !!float x", "not valid YAML"),
+        ("? {a: b}\n: c", "not valid YAML"),
+        ("seed: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        ("seed: " + "x" * 2**20, "is larger than such a file may be"),
+        ("seed: \x00", "not valid YAML"),
+        ("seed: '" + "x" * 10_000 + "'", "seed = "),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_hostile_yaml_is_one_short_line(load, text, message):
+    with pytest.raises(InputError, match=message) as raised:
+        load(text)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 3000

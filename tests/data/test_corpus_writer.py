@@ -25,6 +25,7 @@ from plt_jax.data.tokenized_corpus import (
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.data.tokens import encode_documents
 from plt_jax.errors import InputError
+from plt_jax.files import UNFINISHED
 from tests.training.runs import REPOSITORY, assert_refused, command, environment
 
 OPTIONS = CorpusOptions(validation_fraction=0.3, shard_bytes=3000)
@@ -197,7 +198,7 @@ def test_a_folder_of_something_else_is_left_alone(lines, tokenizer, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="is not empty, and holds no tokenized corpus"):
         make(lines, tmp_path, tokenizer)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "letter.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["letter.txt"]
 
 
 def test_a_corpus_below_its_own_inputs_is_none_of_them(texts, tokenizer, tmp_path):
@@ -207,7 +208,7 @@ def test_a_corpus_below_its_own_inputs_is_none_of_them(texts, tokenizer, tmp_pat
 
 
 def test_killed_before_its_plan_it_begins_again(lines, tokenizer, corpus, tmp_path):
-    (tmp_path / "tokenizer.json.tmp").write_text("half")
+    (tmp_path / f".tokenizer.json.1a{UNFINISHED}").write_text("half")
     make(lines, tmp_path, tokenizer)
     assert same_corpus(tmp_path, corpus)
 
@@ -356,3 +357,54 @@ def test_a_folder_that_cannot_be_written_is_named(lines, tokenizer):
         assert_refused(
             run(lines, "--out", "/proc/made", "--vocab_size", 300), "cannot write --out /proc/made"
         )
+
+
+def forge(copy, **fields):
+    """Changes the first shard's entry in the manifest."""
+    values = json.loads((copy / MANIFEST).read_text())
+    values["shards"][0] |= fields
+    (copy / MANIFEST).write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "/dev/zero", "a\0b", ""])
+def test_a_shard_elsewhere_is_refused(copy, name):
+    forge(copy, name=name)
+    with pytest.raises(InputError, match="is not the name of a file in"):
+        open_tokenized_corpus(copy)
+    (problem,) = find_problems(copy)
+    assert "is not the name of a file in" in problem
+
+
+def test_a_linked_shard_is_refused(copy):
+    path = copy / "training-00001.array_record"
+    path.rename(copy.parent / "elsewhere")
+    path.symlink_to(copy.parent / "elsewhere")
+    with pytest.raises(InputError, match="is a link"):
+        open_tokenized_corpus(copy)
+
+
+@pytest.mark.parametrize("wrong", [{"tokens": 5000}, {"tokens": 1}, {"documents": 1}])
+def test_a_shard_of_other_numbers_than_the_manifests_is_damaged(copy, wrong):
+    forge(copy, **wrong)
+    assert any("is damaged" in problem for problem in find_problems(copy))
+    if "tokens" in wrong:  # reading it must end
+        stream = open_tokenized_corpus(copy).stream("training")
+        with pytest.raises(InputError, match="is damaged"):
+            stream.read(0, len(stream))
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "{", '{"files": ' + "[" * 10_000])
+def test_a_plan_that_is_none_is_one_line(copy, lines, tokenizer, content):
+    (copy / "parts" / "plan.json").write_text(content)
+    with pytest.raises(InputError):
+        make(lines, copy, tokenizer)
+
+
+def test_parts_that_name_files_elsewhere_are_written_again(copy, corpus, lines, tokenizer):
+    for path in (copy / "parts").glob("0*.json"):
+        part = json.loads(path.read_text())
+        for shard in part["shards"]:
+            shard["name"] = "../../../etc/passwd"
+        path.write_text(json.dumps(part))
+    make(lines, copy, tokenizer)
+    assert same_corpus(copy, corpus)

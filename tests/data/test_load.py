@@ -5,6 +5,7 @@ import re
 import numpy as np
 
 from plt_jax.data.corpus import load_corpus, read_documents
+from plt_jax.data.documents import counted
 from plt_jax.data.load import examples_from_text, load_data, validation_examples
 from plt_jax.data.pipeline import evaluation_batches
 
@@ -15,7 +16,7 @@ def test_counts_and_parts_agree_with_the_text(make_config):
     corpus = load_corpus(config.data)
     for line, documents in zip(data.about, (corpus.training, corpus.validation), strict=False):
         size = sum(len(text.encode()) for text in documents)
-        assert f" {len(documents)} documents, " in line
+        assert f" {counted(len(documents), 'document')}, " in line
         assert line.endswith(f" {size:,} bytes")
     assert data.about[2].endswith(" times in 1,000 steps")
     batch = next(iter(data.training))

@@ -103,8 +103,8 @@ def test_what_cannot_be_drawn_or_written_is_refused(run, tmp_path):
     [
         ("", "metrics.jsonl holds no row yet"),
         ('{"step": 1', "metrics.jsonl holds no row yet"),
-        ('{"step": 1}\n[1]\n', "line 2 of "),
-        ('{"loss": 2.0}\n', "is not a row of metrics: it has no step"),
+        ('{"step": 1}\n[1]\n', "is damaged: line 2 is no row of metrics"),
+        ('{"loss": 2.0}\n', "line 1 is no row of metrics: it has no step"),
         (
             '{"step": 1, "loss": "low"}\n',
             "loss in metrics.jsonl has values that are not numbers of one shape",

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -202,7 +203,22 @@ def test_a_full_disk_ends_the_writing_and_does_not_hang(disk):
     )
     assert done.returncode == 0, done.stderr.decode()
     lines = done.stdout.decode().splitlines()
-    assert lines[-1] in (
-        f"cannot write {disk / 'metrics.jsonl'}: No space left on device",
-        f"cannot write {disk / 'tensorboard'}: see the error above",
-    )
+    assert lines[-1] == f"cannot write {disk / 'metrics.jsonl'}: No space left on device"
+
+
+def test_events_that_cannot_be_written_do_not_end_training(tmp_path, monkeypatch, capsys):
+    """As a clock that is set back has it: tensorboardX's thread dies of what it cannot write."""
+    board = TensorBoard(tmp_path, 0)
+    board.draw(1, {"loss": 1.0})
+    worker = board._writer.file_writer.event_writer._worker
+    monkeypatch.setattr(worker._record_writer, "write_event", lambda event: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
+    board.draw(2, {"loss": 2.0})
+    worker.join(10)
+    assert not worker.is_alive()
+    for step in (3, 4):
+        board.draw(step, {"loss": 3.0})
+    board.close(failed=False)
+    err = capsys.readouterr().err
+    assert err.count("note: ") == 1 and "step 3 begins a new file" in err
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2

@@ -20,7 +20,15 @@ from plt_jax.runs.names import CHECKPOINTS, CONFIG, METRICS
 from plt_jax.training import trainer
 from plt_jax.training.journal import arithmetic
 from plt_jax.training.program import TrainProgram
-from tests.training.runs import STEPS, json_rows, saved_state, tiny_config
+from tests.training.runs import (
+    STEPS,
+    call_at,
+    json_rows,
+    make_home,
+    numbers,
+    saved_state,
+    tiny_config,
+)
 
 
 def test_the_run_directory_holds_everything(finished):
@@ -281,3 +289,18 @@ def test_other_failures_of_devices_are_shown_as_they_are(finished, tmp_path, mon
     monkeypatch.setattr(TrainProgram, "step", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="a kernel is broken"):
         trainer.train(tiny_config(finished.home, tmp_path / "run"))
+
+
+def test_two_do_not_train_in_one_directory(tmp_path):
+    config = tiny_config(make_home(tmp_path / "home"), tmp_path / "run")
+    refused = []
+
+    def start_another():
+        with pytest.raises(InputError, match="another process trains in --run_dir"):
+            trainer.train(config)
+        refused.append(True)
+
+    with call_at(3, start_another):
+        assert trainer.train(config).step == STEPS
+    assert refused
+    assert [row["step"] for row in numbers(config) if "loss" in row] == list(range(1, STEPS + 1))
