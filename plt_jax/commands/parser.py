@@ -13,6 +13,7 @@ import io
 import os
 import select
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -110,13 +111,22 @@ def _output_is_closed() -> bool:
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _fail() -> NoReturn:
-    if "jax" in sys.modules:  # without JAX there are no other processes
-        from plt_jax.distributed import processes
+def _is_one_of_several() -> bool:
+    """Whether other processes train together with this one."""
+    if "jax" not in sys.modules:
+        return False
+    from plt_jax.distributed import processes
 
-        if not processes.is_single():
-            # At an ordinary exit JAX would wait for the other processes, which end as well.
-            os._exit(EXIT_FAILED)
+    return not processes.is_single()
+
+
+def _fail(reason: str) -> NoReturn:
+    if _is_one_of_several():
+        from plt_jax.distributed import lifeline
+
+        lifeline.leave(reason)
+        # At an ordinary exit JAX would wait for the other processes, which end as well.
+        os._exit(EXIT_FAILED)
     sys.exit(EXIT_FAILED)
 
 
@@ -139,23 +149,32 @@ def run_command(main: Callable[[], int | None]) -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, MissingProcessError):
+            if _is_one_of_several():
+                from plt_jax.distributed import lifeline
+
+                lifeline.leave()
             # At an ordinary exit JAX would wait for the missing process.
             os._exit(EXIT_BAD_INPUT)
         sys.exit(EXIT_BAD_INPUT)
     except FailedError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _fail()
+        _fail(str(error))
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # of panics in libraries that are not written in Python, too
         if isinstance(error, BrokenPipeError) and sys.stdout is not None and _output_is_closed():
             _drop_output()
-            _fail()
+            _fail("nobody reads its output any more")
         if os.environ.get(TRACEBACK):
             raise
+        if _is_one_of_several():
+            from plt_jax.distributed import lifeline
+
+            # If the cause is that another process has ended, it says so, and ends this one.
+            time.sleep(lifeline.GRACE_SECONDS)
         print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
         _drop_output()
-        _fail()
+        _fail(_describe(error))
     sys.exit(EXIT_DONE if code is None else code)
 
 

@@ -141,6 +141,18 @@ def get(key: str) -> str | None:
         raise _first_lost(error) from error
 
 
+def wait_for(key: str, timeout: int) -> str:
+    """The text that some process stores under a key within `timeout` seconds.
+
+    Raises:
+      MissingProcessError: none does.
+    """
+    try:
+        return _client().blocking_key_value_get(f"plt_jax/{key}", timeout * 1000)
+    except jax.errors.JaxRuntimeError as error:
+        raise _first_lost(error) from error
+
+
 def get_all(folder: str) -> dict[str, str]:
     """The texts that processes have stored under keys `folder/NAME`, by name.
 
@@ -224,13 +236,22 @@ def _first_lost(error: Exception) -> MissingProcessError:
     return MissingProcessError(f"process 0 was lost: {' '.join(str(error).split())[:300]}")
 
 
-def _describe_process(index: int) -> str:
+def first_host() -> str:
+    """The name or address under which this process has reached process 0."""
+    return str(distributed.global_state.coordinator_address).rpartition(":")[0]
+
+
+def describe(index: int, host: str) -> str:
     """A process, with the name of its machine."""
+    return f"process {index} of {jax.process_count()} (host {host})"
+
+
+def _describe_process(index: int) -> str:
     try:
         host = _client().blocking_key_value_get(f"host/{index}", 1000)
     except jax.errors.JaxRuntimeError:
         host = "unknown"
-    return f"process {index} of {jax.process_count()} (host {host})"
+    return describe(index, host)
 
 
 def _late_processes(message: str) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from plt_jax.config import ProcessesConfig
-from plt_jax.distributed import processes
+from plt_jax.distributed import lifeline, processes
 from plt_jax.errors import InputError
 
 SHUTDOWN_SECONDS = 30
@@ -64,6 +64,8 @@ def initialize(config: ProcessesConfig) -> None:
             "processes.coordinator, processes.count and processes.index"
         ) from error
     processes.publish_host()
+    if not processes.is_single():
+        lifeline.connect()
     if not processes.is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
 
