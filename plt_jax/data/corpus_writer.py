@@ -21,8 +21,10 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import NonNegativeInt
+
 from plt_jax.config.types import Section
-from plt_jax.data.documents import FilePiece, find_files, read_piece, split_files
+from plt_jax.data.documents import FilePiece, counted, find_files, read_piece, split_files
 from plt_jax.data.shards import ShardWriter
 from plt_jax.data.special_tokens import SPECIAL_TOKENS
 from plt_jax.data.tokenized_corpus import (
@@ -74,8 +76,8 @@ class UnitResult(Section):
     """The shards of a finished unit, and the numbers of documents left out; kept as JSON."""
 
     shards: tuple[Shard, ...]
-    empty_documents: int
-    broken_documents: int
+    empty_documents: NonNegativeInt
+    broken_documents: NonNegativeInt
 
 
 UnitCallback = Callable[[WorkUnit, UnitResult], None]
@@ -352,7 +354,9 @@ def _write_manifest(
         ),
     )
     if not manifest.shards:
-        raise InputError("the files hold no text; give files with text")
+        broken = manifest.broken_documents
+        why = f" that can be read ({counted(broken, 'broken document')})" if broken else ""
+        raise InputError(f"the files hold no text{why}; give files with text")
     write_text(out / MANIFEST, manifest.model_dump_json(indent=1))
     return manifest
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from plt_jax.files import replaced_file
 from plt_jax.runs.metrics_file import read_metrics
@@ -14,9 +13,8 @@ def plot_losses(directory: Path) -> None:
     from matplotlib.figure import Figure  # slow to import, and used once per run
 
     rows = read_metrics(directory)
-    training = [(row["step"], row["loss"]) for row in rows if _is_number(row.get("loss"))]
-    measured = ("validation_loss", "bits_per_byte")
-    validation = [row for row in rows if all(_is_number(row.get(name)) for name in measured)]
+    training = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
+    validation = [row for row in rows if row.get("validation_loss") is not None]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if training:
@@ -24,7 +22,8 @@ def plot_losses(directory: Path) -> None:
     if validation:
         steps = [row["step"] for row in validation]
         losses = [row["validation_loss"] for row in validation]
-        label = f"held-out text (last: {validation[-1]['bits_per_byte']:.3f} bits per byte)"
+        last = validation[-1].get("bits_per_byte")
+        label = "held-out text" + (f" (last: {last:.3f} bits per byte)" if last else "")
         axes.plot(steps, losses, "o-", color="tab:orange", label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
@@ -34,7 +33,3 @@ def plot_losses(directory: Path) -> None:
         axes.legend()
     with replaced_file(directory / "loss.png") as file:
         figure.savefig(file, dpi=120, format="png")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)

@@ -97,13 +97,16 @@ def _divide(one: Series, other: Series) -> Series:
 
 def _draw_norms(axes: Axes, by_parameter: dict[str, Series]) -> QuadMesh:
     """Draws norms relative to their medians; the labels are parameters with their medians."""
+    # The metrics of all parameters are in the same rows, unless rows were changed or lost.
+    rows = max(len(one.steps_R) for one in by_parameter.values())
     labels, maps = [], []
     for name, one in by_parameter.items():
+        if one.values_R.shape != (rows,):
+            continue
         finite = one.values_R[np.isfinite(one.values_R)]
         middle = np.median(finite) if finite.size else 0.0
         labels.append(f"{name}  {short(middle)}")
         maps.append(means(Series(one.steps_R, one.values_R / (middle or np.nan))))
-    # The metrics of all parameters are in the same rows.
     values_CP = np.stack([one.values_C for one in maps], axis=1)
     norm = LogNorm(1 / TIMES_OF_MEDIAN, TIMES_OF_MEDIAN)
     mesh = draw_map(axes, maps[0].edges, values_CP, norm, "PuOr_r")

@@ -107,7 +107,7 @@ def test_what_cannot_be_drawn_or_written_is_refused(run, tmp_path):
         ('{"loss": 2.0}\n', "line 1 is no row of metrics: it has no step"),
         (
             '{"step": 1, "loss": "low"}\n',
-            "loss in metrics.jsonl has values that are not numbers of one shape",
+            "is damaged: line 1 has a loss that is no number",
         ),
         (b"\xff\n", "metrics.jsonl is damaged"),
     ],
