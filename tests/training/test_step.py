@@ -194,6 +194,15 @@ def test_accumulation_gives_the_same_updates():
         assert one == pytest.approx(two, rel=1e-5)
 
 
+@pytest.mark.slow(reason="compiles a train step")
+def test_a_step_takes_the_old_states_memory():
+    """Two states of a large model would not fit into a device."""
+    program = build(make_config(**LEARNING))
+    old = program.init_state()
+    program.step(old, make_batch())
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old.params))
+
+
 @pytest.mark.slow(reason="trains until the loss is small")
 def test_one_batch_can_be_learned_by_heart():
     state, metrics = take_steps(make_config(**LEARNING), [make_batch(3)] * 50)
