@@ -3,7 +3,7 @@ memory between files; products are exact in float32; every test is fast, slow or
 
 The three tiers are markers, which pyproject.toml explains:
 
-    pytest -m fast      tests of every room, within four minutes on two CPU cores
+    pytest -m fast      tests of every room, within three minutes on two CPU cores
     pytest              the whole suite; its summary names the opt-in tests that it left out
 """
 
