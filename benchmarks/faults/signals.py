@@ -11,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.faults.sandbox import REPOSITORY, STEPS, TIMEOUT, TrainingProcess
-from benchmarks.faults.trial import Fault, Trial, require
+from benchmarks.faults.trial import Fault, Trial, require, require_error_line
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
+
+PEER_SECONDS = 20
+"""Within which a process must have ended whose peer was killed."""
 
 
 def kill_at(wait: Callable[[Trial, TrainingProcess], str]) -> Fault:
@@ -104,6 +107,12 @@ def change_process_count(trial: Trial) -> str:
     step = trial.draw.randint(2, STEPS - 12)
     run_processes(trial, config, first, stop_at=step)
     run_processes(trial, config, second)
+    compare_rounded(trial, config)
+    return f"SIGTERM in {first} process{'es' * (first > 1)} at step {step}, went on in {second}"
+
+
+def compare_rounded(trial: Trial, config: Path) -> None:
+    """Compares the metrics of a run on several devices with the undisturbed one's, within 1e-4."""
     found = trial.sandbox.result(config).rows
     for ours, right in zip(found, trial.expected.rows, strict=True):
         for name, value in right.items():
@@ -111,11 +120,47 @@ def change_process_count(trial: Trial) -> str:
                 abs(ours[name] - value) <= 1e-4 * max(abs(value), 1e-3),
                 f"{name} is {ours[name]} instead of {value} at step {right['step']}",
             )
-    return f"SIGTERM in {first} process{'es' * (first > 1)} at step {step}, went on in {second}"
 
 
-def run_processes(trial: Trial, config: Path, count: int, stop_at: int | None = None) -> None:
-    """Trains in several processes, to the end or until SIGTERM after a step."""
+def kill_a_peer(trial: Trial) -> str:
+    """One of two processes is killed: the other must end soon, with the line that names it."""
+    config, killed = trial.sandbox.config(trial.name), trial.draw.randrange(2)
+    together = start_processes(trial, config, 2)
+    step = trial.draw.randint(2, STEPS - 6)
+    together[0].wait_for_step(step)
+    together[killed].kill()
+    since = time.monotonic()
+    ended = together[1 - killed].wait()
+    seconds = time.monotonic() - since
+    named = f"process {killed} of 2 (host "
+    require_error_line(ended, 1, named, "it was killed", alone=False)
+    require(seconds < PEER_SECONDS, f"the other took {seconds:.0f} s to end")
+    run_processes(trial, config, trial.draw.choice([1, 2]))
+    compare_rounded(trial, config)
+    return f"process {killed} killed after step {step}: named by the other, code 1; went on"
+
+
+def train_twice_at_once(trial: Trial) -> str:
+    """The same command is given twice: one trains undisturbed, the other is refused."""
+    config = trial.sandbox.config(trial.name)
+    # The second's errors go to a file of their own.
+    other = trial.sandbox.home / f"{trial.name}_other" / "run.yaml"
+    other.parent.mkdir()
+    other.write_text(config.read_text(encoding="utf-8"), encoding="utf-8")
+    first, delay = trial.sandbox.start(config), trial.draw.random() * 2
+    time.sleep(delay)
+    ended = [trial.sandbox.start(other).wait(), first.wait()]
+    refused = [one for one in ended if one.code]
+    for one in refused:
+        require_error_line(one, 2, "another process trains in")
+    require(len(refused) < 2, "both were refused")
+    trial.compare(config)
+    how = "one refused" if refused else "one came when the other had ended"
+    return f"started {1000 * delay:.0f} ms apart: {how}, bit for bit"
+
+
+def start_processes(trial: Trial, config: Path, count: int) -> list[TrainingProcess]:
+    """Starts the processes of a run."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
     together: list[TrainingProcess] = []
@@ -126,6 +171,12 @@ def run_processes(trial: Trial, config: Path, count: int, stop_at: int | None = 
             options = [f"--processes.{name}={value}" for name, value in names.items()]
             options.append("--mesh.data=2")
         together.append(trial.sandbox.start(config, *options))
+    return together
+
+
+def run_processes(trial: Trial, config: Path, count: int, stop_at: int | None = None) -> None:
+    """Trains in several processes, to the end or until SIGTERM after a step."""
+    together = start_processes(trial, config, count)
     if stop_at is not None:
         together[0].wait_for_step(stop_at)
         together[-1].signal(signal.SIGTERM)

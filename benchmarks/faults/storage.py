@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 from benchmarks.faults.disks import fill, remount, small_disk
 from benchmarks.faults.sandbox import REPOSITORY, STEPS, copy_corpus, damage, newest_checkpoint
 from benchmarks.faults.trial import Fault, Trial, require, require_error_line
-from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.manifest import File, find_damage, read_manifest, write_manifest
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.data.tokenized_corpus import MANIFEST, open_tokenized_corpus
 from plt_jax.runs.names import CHECKPOINTS
@@ -124,6 +125,88 @@ def read_only_disk(trial: Trial) -> str:
         remount(folder, "rw")
         trial.finish(config)
     return "read-only when resuming: named; writable again, bit for bit"
+
+
+def linked_temporary_files(trial: Trial) -> str:
+    """Links to a file of the user wait where earlier versions wrote their temporary files."""
+    config = trial.sandbox.config(trial.name)
+    process = trial.sandbox.start(config)
+    process.wait_for_step(trial.draw.randint(1, STEPS - 6))
+    process.kill()
+    treasure = config.parent / "treasure"
+    treasure.write_text("gold", encoding="utf-8")
+    names = ["config.yaml", "tokenizer.json", "text.json", "metrics.jsonl", "loss.png"]
+    for name in names:
+        for link in (f"{name}.tmp", f".{name}.unfinished"):
+            (process.run / link).symlink_to(treasure)
+    replaced = trial.draw.choice(["text.json", "loss.png"])
+    content = process.run / replaced
+    if replaced == "loss.png":
+        content.unlink(missing_ok=True)
+        content.symlink_to(treasure)
+    trial.finish(config)
+    require(treasure.read_text(encoding="utf-8") == "gold", "a link was followed")
+    return "links in place of temporary files: not followed, bit for bit"
+
+
+HOSTILE = ("../../../../etc/passwd", "/etc/passwd", "/dev/zero", "params/../../../run.yaml")
+
+
+def hostile_manifest(trial: Trial) -> str:
+    """The newest checkpoint's manifest names a file elsewhere, with a right checksum of its own."""
+    config = trial.sandbox.config(trial.name, checkpoint={"keep": 3})
+    process = trial.sandbox.start(config)
+    process.wait_for_step(trial.draw.randint(12, STEPS - 3))
+    process.wait_for(lambda: len(list_steps(process.run / CHECKPOINTS)) > 1)
+    process.kill()
+    newest = newest_checkpoint(process.run)
+    assert newest is not None
+    manifest = read_manifest(newest)
+    assert manifest is not None
+    name = trial.draw.choice(HOSTILE)
+    write_manifest(newest, {**manifest.files, name: File(100, 5)}, manifest.validation_loss)
+    ended = trial.sandbox.start(config).wait()
+    require_error_line(ended, 2, str(newest), "is not the name of a file", name)
+    trial.finish(config, "--checkpoint.skip_damaged", "true")
+    return f"a manifest that names {name}: refused; skipped by choice, bit for bit"
+
+
+def hostile_corpus(trial: Trial) -> str:
+    """The corpus's manifest names a file elsewhere, or more tokens than a shard holds."""
+    corpus = copy_corpus(trial.sandbox, trial.name)
+    config = trial.sandbox.config(trial.name, corpus)
+    process = trial.sandbox.start(config)
+    process.wait_for_step(trial.draw.randint(1, STEPS - 6))
+    process.kill()
+    path = corpus / MANIFEST
+    whole = path.read_text(encoding="utf-8")
+    values = json.loads(whole)
+    change = trial.draw.choice([{"name": name} for name in HOSTILE] + [{"tokens": 10**9}])
+    values["shards"][0] |= change
+    path.write_text(json.dumps(values), encoding="utf-8")
+    ended = trial.sandbox.start(config).wait()
+    require_error_line(ended, 2, "is not the name of a file" if "name" in change else "shard")
+    path.write_text(whole, encoding="utf-8")
+    trial.finish(config)
+    return f"a manifest with {change}: refused; brought back, bit for bit"
+
+
+CLOCK = """
+import time
+real, begun = time.time, time.time()
+time.time = lambda: real() + (({days}) * 86400 if real() - begun > {seconds} else 0)
+"""
+"""Python that sets the clock after some seconds."""
+
+
+def clock_jumps(trial: Trial) -> str:
+    """The clock is set back or forward by days while the run trains."""
+    config, days = trial.sandbox.config(trial.name), trial.draw.choice([-3000, -30, -1, 30, 3000])
+    script = CLOCK.format(days=days, seconds=trial.draw.uniform(3, 9))
+    ended = trial.sandbox.start(config, script=script).wait()
+    require(ended.code == 0, f"it ended with {ended.code}: {ended.error[-300:]}")
+    trial.compare(config)
+    return f"the clock set by {days:+} days: bit for bit"
 
 
 SLOW = """
