@@ -97,7 +97,7 @@ def file_below(folder: Path, name: str) -> Path:
     for part in parts:
         path /= part
         if path.is_symlink():
-            raise InputError(f"{path} is a link; put the file itself there")
+            raise InputError(f"{path} is a link; put the file itself there, as cp -rL does")
     check_regular(path)
     return path
 
@@ -116,7 +116,11 @@ def _finite(values: Any) -> Any:
         return {name: _finite(value) for name, value in values.items()}
     if isinstance(values, list | tuple):
         return [_finite(value) for value in values]
-    if isinstance(values, numbers.Real) and not isinstance(values, numbers.Integral):
+    if isinstance(values, bool):
+        return values
+    if isinstance(values, numbers.Integral):
+        return int(values)
+    if isinstance(values, numbers.Real):
         return float(values) if math.isfinite(values) else None
     return values
 
@@ -230,9 +234,18 @@ class FolderLock:
         self._folder = folder
         self._descriptor: int | None = None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has taken the lock."""
+        return self._descriptor is not None
+
     def take(self) -> bool:
-        """Takes the lock of a folder that exists; returns whether nobody else has it."""
-        if self._descriptor is not None or not self._folder.is_dir():
+        """Takes the lock of a folder that exists; returns whether nobody else has it.
+
+        Raises:
+          OSError: the folder cannot be opened.
+        """
+        if self.is_held or not self._folder.is_dir():
             return True
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

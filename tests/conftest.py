@@ -32,13 +32,26 @@ settings.register_profile("plt_jax", deadline=None)  # no test fails for how lon
 settings.load_profile("plt_jax")
 
 
+LONG = ("distributed", "test_examples.py", "end_to_end", "test_docs.py", "training", "evaluation")
+"""Rooms and files whose tests take long. They begin first, so that no process waits at the end for
+another that has just begun one of them."""
+
+
+def _place(item: pytest.Item) -> int:
+    """Where in the order of LONG a test belongs."""
+    parts = item.path.relative_to(REPOSITORY / "tests").parts
+    return LONG.index(parts[0]) if parts[0] in LONG else len(LONG)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses by the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks a test as fast unless it is slow or opt-in, and skips opt-in tests nobody asked for.
+    """Puts the tests in order, marks one as fast unless it is slow or opt-in, and skips opt-in
+    tests that nobody asked for.
 
     Raises:
       pytest.UsageError: a `slow` marker without a reason, or an `opt_in` one without a variable.
     """
+    items.sort(key=_place)
     for item in items:
         slow, opt_in = item.get_closest_marker("slow"), item.get_closest_marker("opt_in")
         if slow and not slow.kwargs.get("reason"):

@@ -108,6 +108,7 @@ def test_json_holds_null_for_what_is_no_number():
     values = {"a": [1, np.float32(0.5), math.nan, (math.inf,)], "b": {"c": -math.inf, "d": True}}
     assert json.loads(to_json(values)) == {"a": [1, 0.5, None, [None]], "b": {"c": None, "d": True}}
     assert "NaN" not in to_json(values, indent=2)
+    assert to_json([np.int64(3), True, 2]) == "[3, true, 2]"
 
 
 def test_a_folder_has_one_writer_at_a_time(tmp_path):

@@ -14,6 +14,7 @@ import os
 import select
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -120,14 +121,21 @@ def _is_one_of_several() -> bool:
     return not processes.is_single()
 
 
-def _fail(reason: str) -> NoReturn:
+def _is_shared(error: BaseException) -> bool:
+    """Whether the other processes end by themselves, with the same error."""
+    from plt_jax.distributed.processes import SHARED
+
+    return SHARED in error.__dict__
+
+
+def _fail(reason: str, code: int = EXIT_FAILED) -> NoReturn:
     if _is_one_of_several():
         from plt_jax.distributed import lifeline
 
         lifeline.leave(reason)
         # At an ordinary exit JAX would wait for the other processes, which end as well.
-        os._exit(EXIT_FAILED)
-    sys.exit(EXIT_FAILED)
+        os._exit(code)
+    sys.exit(code)
 
 
 def run_command(main: Callable[[], int | None]) -> None:
@@ -155,6 +163,8 @@ def run_command(main: Callable[[], int | None]) -> None:
                 lifeline.leave()
             # At an ordinary exit JAX would wait for the missing process.
             os._exit(EXIT_BAD_INPUT)
+        if _is_one_of_several() and not _is_shared(error):
+            _fail(str(error), EXIT_BAD_INPUT)
         sys.exit(EXIT_BAD_INPUT)
     except FailedError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -166,7 +176,9 @@ def run_command(main: Callable[[], int | None]) -> None:
             _drop_output()
             _fail("nobody reads its output any more")
         if os.environ.get(TRACEBACK):
-            raise
+            if not _is_one_of_several():
+                raise
+            traceback.print_exc()
         if _is_one_of_several():
             from plt_jax.distributed import lifeline
 

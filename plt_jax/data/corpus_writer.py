@@ -342,6 +342,7 @@ def _write_manifest(
     manifest = CorpusManifest(
         token_bytes=2 if token_dtype(tokenizer).itemsize == 2 else 4,
         tokenizer_sha256=file_sha256(out / TOKENIZER),
+        special_tokens_sha256=file_sha256(out / SPECIAL_TOKENS),
         made_from=made_from,
         empty_documents=sum(result.empty_documents for result in results),
         broken_documents=sum(result.broken_documents for result in results),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pydantic
 from pydantic import NonNegativeInt
@@ -61,10 +61,22 @@ class _Keys(pydantic.BaseModel):
     bos_token_id: NonNegativeInt | None = None
     eos_token_id: NonNegativeInt | list[NonNegativeInt] | None = None
 
+    @pydantic.field_validator("bos_token_id", "eos_token_id", mode="before")
+    @classmethod
+    def _without_none(cls, value: Any) -> Any:
+        """Numbers below zero, and `false`, stand for no token in some files."""
+        values = value if isinstance(value, list) else [value]
+        kept = [one for one in values if one is not False and not (_is_int(one) and one < 0)]
+        return kept if isinstance(value, list) else (kept or [None])[0]
+
     @property
     def eos_ids(self) -> Sequence[int]:
         ids = self.eos_token_id
         return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def find_special_tokens(tokenizer: Tokenizer, folder: Path | None) -> SpecialTokens:
@@ -107,7 +119,7 @@ def _read(path: Path) -> _Keys:
     except pydantic.ValidationError as error:
         problem = error.errors()[0]
         raise InputError(
-            f"{path}: {problem['loc'][0]} is {problem['input']!r}, which names no token"
+            f"{path}: {problem['loc'][0]} is {problem['input']!r}, which is none"
         ) from error
 
 

@@ -21,6 +21,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from plt_jax.config.types import Section
 from plt_jax.data.shards import ShardReader
+from plt_jax.data.special_tokens import SPECIAL_TOKENS
 from plt_jax.data.streams import JoinedStream
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
@@ -60,6 +61,8 @@ class CorpusManifest(Section):
     """Bytes of a token id."""
     tokenizer_sha256: str
     """SHA-256 of tokenizer.json, in hexadecimal."""
+    special_tokens_sha256: str | None = None
+    """SHA-256 of special_tokens.json, in hexadecimal; None in corpora of earlier versions."""
     made_from: dict[str, object]
     """The input files, each with its path, size and time of change, and the options."""
     empty_documents: NonNegativeInt
@@ -110,10 +113,13 @@ def open_tokenized_corpus(folder: str | Path) -> TokenizedCorpus:
     manifest = read_corpus_manifest(folder)
     for shard in manifest.shards:
         check_size(folder, shard)
-    check_sha256(folder / TOKENIZER, manifest.tokenizer_sha256)
+    _check_tokenizer(folder, manifest)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
     parts = [manifest.tokenizer_sha256, *(shard.sha256 for shard in manifest.shards)]
+    if not tokenizer.says_all:
+        parts.append(tokenizer.special.to_json())
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    return TokenizedCorpus(folder, manifest, fingerprint, load_tokenizer(folder / TOKENIZER))
+    return TokenizedCorpus(folder, manifest, fingerprint, tokenizer)
 
 
 def read_corpus_manifest(folder: Path) -> CorpusManifest:
@@ -160,12 +166,19 @@ def find_problems(folder: Path) -> list[str]:
 
     problems = []
     try:
-        check_sha256(folder / TOKENIZER, manifest.tokenizer_sha256)
+        _check_tokenizer(folder, manifest)
     except InputError as error:
         problems.append(str(error))
     with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
         problems += [problem for problem in threads.map(check, manifest.shards) if problem]
     return problems
+
+
+def _check_tokenizer(folder: Path, manifest: CorpusManifest) -> None:
+    """Raises InputError where a file of the tokenizer is missing or not as it was written."""
+    check_sha256(folder / TOKENIZER, manifest.tokenizer_sha256)
+    if manifest.special_tokens_sha256 is not None:
+        check_sha256(folder / SPECIAL_TOKENS, manifest.special_tokens_sha256)
 
 
 def check_size(folder: Path, shard: Shard) -> None:

@@ -27,6 +27,8 @@ from plt_jax.errors import InputError
 from plt_jax.files import expand, read_bounded, write_text
 
 TOKENIZER = "tokenizer.json"
+_BEFORE = (".", "1", "a")
+"""Texts whose tokens hardly join with those of what is behind them."""
 MOST_BYTES = 2**28
 """Bytes of the largest tokenizer.json; those of 260,000 tokens have some 30 million."""
 HUGGINGFACE = "huggingface"
@@ -50,10 +52,15 @@ class TextTokenizer:
     def identity(self) -> str:
         """A text that is equal for tokenizers that give every text the same tokens."""
         text = self.library.to_str()
-        with contextlib.suppress(InputError):
-            if find_special_tokens(self.library, None) == self.special:
-                return text
-        return text + self.special.to_json()
+        return text if self.says_all else text + self.special.to_json()
+
+    @functools.cached_property
+    def says_all(self) -> bool:
+        """Whether the special tokens are those that the tokenizer by itself tells."""
+        try:
+            return find_special_tokens(self.library, None) == self.special
+        except InputError:
+            return False
 
     @functools.cached_property
     def continuing(self) -> TextTokenizer:
@@ -85,8 +92,24 @@ class TextTokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:  # of the command line, or half of a surrogate pair
             raise InputError(f"the text {text[:60]!r} holds bytes that are not UTF-8") from error
-        with refusing_panics("the tokenizer fails on a text"):
+        with refusing_failures("the tokenizer fails on a text"):
             return self.library.encode(text, add_special_tokens=False).ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The tokens of a text that continues another, which ends at a token's end.
+
+        Raises:
+          InputError: the tokenizer fails on the text.
+        """
+        tokens = self.continuing.encode(text)
+        if self.library.get_added_tokens_decoder().keys().isdisjoint(tokens):
+            return tokens
+        # Behind an added token some tokenizers put a space, as at the beginning of a text.
+        for before in _BEFORE:
+            given, whole = self.encode(before), self.encode(before + text)
+            if whole[: len(given)] == given:
+                return whole[len(given) :]
+        return tokens
 
     def encode_prompt(self, text: str) -> list[int]:
         """The tokens of a text at the beginning of a document, the begin token first; at least one.
@@ -110,6 +133,22 @@ class TextTokenizer:
         within a character, that character is new.
         """
         return behind(self.decode(given), self.decode([*given, *new]))
+
+    @functools.cached_property
+    def _changes_segments(self) -> bool:
+        settings = json.loads(self.library.to_str())
+        return without_beginning(settings) != settings
+
+    def can_be_cut(self, text: str) -> bool:
+        """Whether parts of a text can be encoded by themselves, see `continuing`.
+
+        A space before a text stands behind each added token in it, too.
+        """
+        return not self._changes_segments or not any(
+            added.content in text
+            for added in self.library.get_added_tokens_decoder().values()
+            if not added.special
+        )
 
     def name_of(self, token: int) -> str:
         """A token as its vocabulary spells it; nothing for an id without a token."""
@@ -174,7 +213,7 @@ def load_tokenizer(path: str | Path, described_in: Path | None = None) -> TextTo
         raise
     except ValueError as error:
         raise _not_a_tokenizer(path, error) from error
-    with refusing_panics(f"{path} is not a tokenizer.json that can be used"):
+    with refusing_failures(f"{path} is not a tokenizer.json that can be used"):
         try:
             tokenizer = Tokenizer.from_str(text)
         except Exception as error:  # tokenizers raises no narrower class for what it refuses
@@ -184,7 +223,8 @@ def load_tokenizer(path: str | Path, described_in: Path | None = None) -> TextTo
     # The file does not keep this setting, which makes a special token's name in a text stay text.
     tokenizer.encode_special_tokens = True
     folder = described_in or _described_in(path)
-    return TextTokenizer(tokenizer, find_special_tokens(tokenizer, folder))
+    with refusing_failures(f"{path} is a tokenizer.json that fails on a text"):
+        return TextTokenizer(tokenizer, find_special_tokens(tokenizer, folder))
 
 
 def _described_in(path: Path) -> Path | None:
@@ -211,12 +251,13 @@ def behind(shown: str, text: str) -> str:
 
 
 @contextlib.contextmanager
-def refusing_panics(message: str) -> Iterator[None]:
-    """Turns a panic of the library, which is no Exception, into an InputError."""
+def refusing_failures(message: str) -> Iterator[None]:
+    """Turns what the library raises into an InputError: a plain Exception, or a panic, which is
+    none."""
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
             raise
         raise InputError(f"{message}: {error}") from error
 

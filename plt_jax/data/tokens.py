@@ -10,9 +10,11 @@ import numpy as np
 from tokenizers import Encoding
 
 from plt_jax.data.cache import cache_folder, fingerprint, write_atomically
-from plt_jax.data.tokenizer import TextTokenizer, refusing_panics
+from plt_jax.data.tokenizer import TextTokenizer, refusing_failures
 from plt_jax.errors import InputError
 
+_VERSION = "2"
+"""Version of how documents are encoded; raise it to stop old cache files from being reused."""
 _CHUNK_LENGTH = 2**16
 """Fewest characters of a chunk of a long document, whose chunks all cores encode in parallel."""
 _MARGIN = 2**10
@@ -49,7 +51,7 @@ def tokenize(
       InputError: the cache cannot be written or holds a broken file, or the tokenizer lacks a bos
         or eos token.
     """
-    key = fingerprint([tokenizer.identity, *documents])
+    key = fingerprint([_VERSION, tokenizer.identity, *documents])
     folder = cache_folder(cache_dir)
     tokens_path, starts_path = folder / f"tokens-{key}.npy", folder / f"starts-{key}.npy"
     if not (tokens_path.exists() and starts_path.exists()):
@@ -71,7 +73,7 @@ def encode_documents(documents: Iterable[str], tokenizer: TextTokenizer) -> Iter
     bos = np.array([] if tokenizer.special.bos is None else [tokenizer.special.bos], dtype)
     eos = np.array([tokenizer.eos], dtype)
     pieces = [bos]
-    for tokens, last in _encode_chunks(_chunks(documents), tokenizer, dtype):
+    for tokens, last in _encode_chunks(_chunks(documents, tokenizer), tokenizer, dtype):
         pieces.append(tokens)
         if last:
             yield np.concatenate([*pieces, eos])
@@ -113,11 +115,11 @@ class _Chunk(NamedTuple):
         return self.document[self.begin : self.end + _MARGIN]
 
 
-def _chunks(documents: Iterable[str]) -> Iterator[_Chunk]:
+def _chunks(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[_Chunk]:
     """Yields the chunks of all documents in turn."""
     for number, document in enumerate(documents):
         begin = 0
-        for end in _cuts(document):
+        for end in _cuts(document) if tokenizer.can_be_cut(document) else ():
             yield _Chunk(number, document, begin, end)
             begin = end
         yield _Chunk(number, document, begin, len(document))
@@ -174,7 +176,7 @@ def _encode_texts(texts: Sequence[tuple[str, bool]], tokenizer: TextTokenizer) -
     encodings: list[Encoding | None] = [None] * len(texts)
     for continues in {continues for _, continues in texts}:
         own = [index for index, text in enumerate(texts) if text[1] == continues]
-        with refusing_panics("the tokenizer fails on a text"):
+        with refusing_failures("the tokenizer fails on a text"):
             chosen = tokenizer.continuing if continues else tokenizer
             done = chosen.library.encode_batch_fast(
                 [texts[index][0] for index in own], add_special_tokens=False

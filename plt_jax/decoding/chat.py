@@ -7,6 +7,7 @@ files nor Python's internals, and its text is bounded.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,8 +27,15 @@ MOST_CHARACTERS = 2**24
 DEFAULT = "default"
 """The name of the template that is used if none is named."""
 
+_TAG = "<the-last-message-ends-here>"
+"""Stands behind the content of a message that is to be continued, while it is rendered."""
+
 Message = Mapping[str, Any]
 """A message has a `role` (system, user, assistant) and a `content`."""
+
+
+class ChatRefusedError(InputError):
+    """A template refuses messages, as some do with those of the system."""
 
 
 class ChatTemplate(NamedTuple):
@@ -48,21 +56,27 @@ class ChatTemplate(NamedTuple):
         Raises:
           InputError: the template is broken, refuses the messages, or makes too long a text.
         """
+        if not add_generation_prompt:
+            *before, last = messages
+            messages = [*before, {**last, "content": f"{last['content']}{_TAG} "}]
         try:
-            template = _environment().from_string(self.source)
-            pieces = template.generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.variables
+            pieces = _compile(self.source).generate(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                **self.variables,
             )
             text = "".join(_bounded(pieces))
         except InputError:
             raise
         except (jinja2.TemplateError, RecursionError) as error:
-            raise InputError(f"the chat template refuses the messages: {error}") from error
+            raise ChatRefusedError(f"the chat template refuses the messages: {error}") from error
         except Exception as error:  # a template can call methods of strings and lists wrongly
             raise InputError(
                 f"the chat template is broken: {type(error).__name__}: {error}"
             ) from error
-        return text if add_generation_prompt else _cut_behind(text, str(messages[-1]["content"]))
+        return text if add_generation_prompt else _cut(text)
 
 
 def load_chat_template(
@@ -146,13 +160,13 @@ def _bounded(pieces: Iterator[str]) -> Iterator[str]:
         yield piece
 
 
-def _cut_behind(text: str, content: str) -> str:
-    """The text up to the end of the last message's content."""
-    begun, stripped = content.lstrip(), content.strip()
-    at = text.rfind(stripped)
-    if at < 0:
-        raise InputError("the chat template changes the last message, so it cannot be continued")
-    return text[: at + len(begun if text.startswith(begun, at) else stripped)]
+def _cut(text: str) -> str:
+    """The text up to the tag behind the last message's content."""
+    before, tag, behind = text.rpartition(_TAG)
+    if not tag:
+        raise InputError("the chat template leaves out the last message; it cannot be continued")
+    # A template that strips the content has taken the space behind the tag away.
+    return before if behind.startswith(" ") else before.rstrip()
 
 
 class _Generation(jinja2.ext.Extension):
@@ -165,9 +179,24 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The environment that transformers renders templates in."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """A sandbox in which products have bounds."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        size, times = (left, right) if hasattr(left, "__len__") else (right, left)
+        if hasattr(size, "__len__") and len(size) * times > MOST_CHARACTERS:
+            raise InputError(f"the chat template makes more than {MOST_CHARACTERS:,} characters")
+        if operator == "**" and abs(right) > 1000:
+            raise InputError("the chat template computes too large a power")
+        return super().call_binop(context, operator, left, right)
+
+
+@functools.lru_cache(8)
+def _compile(source: str) -> jinja2.Template:
+    """A template in the environment that transformers renders it in."""
+    environment = _Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_Generation, jinja2.ext.loopcontrols],
@@ -175,11 +204,13 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
-    return environment
+    return environment.from_string(source)
 
 
-def _to_json(value: Any, indent: int | None = None, **layout: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **layout)
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, **layout: Any
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **layout)
 
 
 def _refuse(message: str) -> NoReturn:

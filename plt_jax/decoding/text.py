@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -44,8 +45,10 @@ def stream_text(
     if len(prompt) < config.max_length:
         max_new_tokens = min(max_new_tokens, config.max_length - len(prompt))
     request = GenerationRequest([prompt], max_new_tokens, sampling, key, cache_dtype=cache_dtype)
-    steps = stream(config, params, request)
-    return decode_incrementally((int(token) for (token,) in steps), tokenizer, prompt)
+    tokens = (int(token) for (token,) in stream(config, params, request))
+    # An end token has no text, even if its tokenizer does not call it special.
+    own = itertools.takewhile(lambda token: token not in tokenizer.special.eos, tokens)
+    return decode_incrementally(own, tokenizer, prompt)
 
 
 def decode_incrementally(

@@ -68,11 +68,12 @@ def connect() -> None:
 
 def leave(reason: str = BYE) -> None:
     """Tells the others that this process ends, and in one line why, if it failed."""
-    for connection in _connections.values():
+    connections = dict(_connections)  # other threads change it
+    _connections.clear()
+    for connection in connections.values():
         with contextlib.suppress(OSError):
             connection.sendall(f"{one_line(reason)}\n".encode())
             connection.shutdown(socket.SHUT_WR)
-    _connections.clear()
 
 
 def _accept(server: socket.socket, token: str) -> None:

@@ -20,6 +20,9 @@ from jax.experimental import multihost_utils
 
 from plt_jax.errors import InputError, MissingProcessError
 
+SHARED = "in_all_processes"
+"""The attribute of an error that ends all processes, each with a line of its own."""
+
 
 def is_first() -> bool:
     """Whether this is process 0, which prints and writes files for all."""
@@ -81,6 +84,7 @@ def fail_together(what: str, timeout: int) -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
+        error.__dict__[SHARED] = True
     message = "" if problem is None else str(problem) or type(problem).__name__
     _client().key_value_set(f"{key}/{jax.process_index()}", message)
     barrier(what, timeout)
@@ -89,7 +93,9 @@ def fail_together(what: str, timeout: int) -> Iterator[None]:
     for index in range(jax.process_count()):
         message = _client().blocking_key_value_get(f"{key}/{index}", timeout * 1000)
         if message:
-            raise InputError(f"{_describe_process(index)}: {message}")
+            error = InputError(f"{_describe_process(index)}: {message}")
+            error.__dict__[SHARED] = True
+            raise error
 
 
 def check_equal(values: dict[str, str], timeout: int) -> None:

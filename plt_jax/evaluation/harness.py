@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from rich.progress import Progress
 
 from plt_jax.config import MeshConfig
 from plt_jax.data.tokenizer import HUGGINGFACE
-from plt_jax.decoding.chat import ChatTemplate, Message, load_chat_template
+from plt_jax.decoding.chat import ChatRefusedError, ChatTemplate, Message, load_chat_template
 from plt_jax.decoding.generation import GenerationRequest, stream
 from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
@@ -78,6 +79,8 @@ class HarnessModel(LM):
         # As with transformers, names of special tokens in a task's texts are these tokens.
         self.tokenizer = self._trained.tokenizer.reading_special
         self._template_name: str | None = None
+        self._templates: dict[str | None, ChatTemplate] = {}
+        self._notes: set[str] = set()
         self._is_chat = False
         """Whether contexts are rendered chats."""
         own = self._trained.config.evaluation.batch_size
@@ -150,16 +153,25 @@ class HarnessModel(LM):
         template, self._is_chat = self._template, True
         try:
             return template.render(chat_history, add_generation_prompt=add_generation_prompt)
-        except InputError:
+        except ChatRefusedError as error:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
+            self._say_once(f"note: {error}; it gets them without the system's")
             return template.render(others, add_generation_prompt=add_generation_prompt)
 
     @property
     def _template(self) -> ChatTemplate:
-        folder = self.directory / HUGGINGFACE
-        return load_chat_template(folder, self.tokenizer, self._template_name)
+        if self._template_name not in self._templates:
+            folder = self.directory / HUGGINGFACE
+            loaded = load_chat_template(folder, self.tokenizer, self._template_name)
+            self._templates[self._template_name] = loaded
+        return self._templates[self._template_name]
+
+    def _say_once(self, note: str) -> None:
+        if note not in self._notes:
+            self._notes.add(note)
+            print(note, file=sys.stderr, flush=True)
 
     def _encode_context(self, text: str) -> list[int]:
         """The tokens of a context; a rendered chat has its begin token, if any, in the text."""
@@ -178,7 +190,7 @@ class HarnessModel(LM):
         tokens, whole = (self._encode_context(text) for text in (kept, kept + continuation))
         if whole[: len(tokens)] == tokens:
             return tokens, whole[len(tokens) :]
-        return tokens, self.tokenizer.continuing.encode(continuation)
+        return tokens, self.tokenizer.encode_continuation(continuation)
 
     def loglikelihood(
         self, requests: Sequence[Instance], disable_tqdm: bool = False

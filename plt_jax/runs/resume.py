@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -141,31 +142,50 @@ def take_lock(lock: FolderLock, directory: Path) -> None:
     Raises:
       InputError: another process trains there.
     """
-    if not lock.take():
+    try:
+        taken = lock.take()
+    except OSError as error:
+        raise InputError(f"cannot open --run_dir {directory}: {error.strerror}") from error
+    if not taken:
         raise InputError(
             f"another process trains in --run_dir {directory}; wait until it has ended, or choose "
             "another"
         )
 
 
-def write_directory(
-    config: RunConfig, tokenizer: TextTokenizer, fingerprint: str, lock: FolderLock
-) -> Path:
-    """Makes the run directory and writes its configuration, tokenizer and the text's fingerprint.
-
-    `check_directory` and `check_text` must have passed before.
+def make_directory(directory: Path, lock: FolderLock) -> None:
+    """Makes the run directory, unless its lock is taken already, and takes the lock.
 
     Raises:
-      InputError: the directory cannot be written to, or another process trains there.
+      InputError: it cannot be made, or another process has begun a run there since it was checked.
     """
-    directory = config.directory
+    if lock.is_held:
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make --run_dir {directory}: {error.strerror}") from error
     take_lock(lock, directory)
-    for left in directory.glob(f".*{UNFINISHED}"):  # by a writer that was killed
-        left.unlink(missing_ok=True)
+    if any(directory.iterdir()):
+        raise InputError(
+            f"another process has begun a run in --run_dir {directory} meanwhile; start again to "
+            "resume it, or choose another"
+        )
+
+
+def write_directory(config: RunConfig, tokenizer: TextTokenizer, fingerprint: str) -> Path:
+    """Writes a run's configuration, tokenizer and the text's fingerprint to its directory.
+
+    `check_directory` and `check_text` must have passed before, and `make_directory`.
+
+    Raises:
+      InputError: the directory cannot be written to.
+    """
+    directory = config.directory
+    for left in directory.glob(f".*{UNFINISHED}"):
+        # By a writer that was killed; another command may be writing a report at the moment.
+        if left.is_file() and time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
     write_text(directory / CONFIG, dump_config(config))
     tokenizer.save(directory)
     write_text(directory / TEXT, _text_file(fingerprint))

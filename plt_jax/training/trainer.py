@@ -21,7 +21,7 @@ from plt_jax.errors import FailedError
 from plt_jax.files import FolderLock
 from plt_jax.reports.loss_plot import plot_losses
 from plt_jax.runs.names import CHECKPOINTS
-from plt_jax.runs.resume import take_lock, write_directory
+from plt_jax.runs.resume import make_directory, take_lock, write_directory
 from plt_jax.training.journal import Journal
 from plt_jax.training.phases import COMPILING, DATA, EVALUATION, SAVING, STEPS, Phases
 from plt_jax.training.progress import peak_memory
@@ -109,8 +109,9 @@ def _train(config: RunConfig, phases: Phases, lock: FolderLock) -> Outcome:
     with processes.fail_together("the run directory is made", patience):
         params = load_start_params(config, setup.program.abstract_state)
         if processes.is_first():
+            make_directory(config.directory, lock)
             set_aside_damaged(config, checkpoint)
-            write_directory(config, setup.data.tokenizer, setup.data.fingerprint, lock)
+            write_directory(config, setup.data.tokenizer, setup.data.fingerprint)
     with processes.fail_together("the run directory is seen", patience):
         check_shared_directory(setup.directory)
     print_setup(setup)

@@ -15,6 +15,7 @@ import pytest
 
 from plt_jax.data import corpus_writer
 from plt_jax.data.corpus_writer import CorpusOptions, split_of, write_corpus
+from plt_jax.data.special_tokens import SPECIAL_TOKENS
 from plt_jax.data.tokenized_corpus import (
     MANIFEST,
     TOKENIZER,
@@ -357,6 +358,15 @@ def test_a_folder_that_cannot_be_written_is_named(lines, tokenizer):
         assert_refused(
             run(lines, "--out", "/proc/made", "--vocab_size", 300), "cannot write --out /proc/made"
         )
+
+
+def test_other_special_tokens_are_damage(copy):
+    (copy / SPECIAL_TOKENS).write_text('{"bos_token_id": 5, "eos_token_id": [7]}')
+    (problem,) = find_problems(copy)
+    assert SPECIAL_TOKENS in problem
+    (copy / SPECIAL_TOKENS).unlink()
+    with pytest.raises(InputError, match=SPECIAL_TOKENS):
+        open_tokenized_corpus(copy)
 
 
 def forge(copy, **fields):

@@ -99,6 +99,12 @@ def test_every_end_token_of_every_file_ends_a_text(folder):
     assert special.eos == (IM_END, END, STOP)
 
 
+def test_a_number_that_stands_for_no_token_is_passed_over(folder):
+    files = {"config": {"bos_token_id": False, "eos_token_id": -1}}
+    files |= {"generation_config": {"bos_token_id": -1, "eos_token_id": [STOP, -1]}}
+    assert special_of(folder, **files) == (S, (STOP,))
+
+
 def test_names_decide_where_no_file_does(folder):
     assert special_of(folder) == (S, (END,))
     write_tokenizer(folder, ["<|im_end|>"])
@@ -138,7 +144,8 @@ def test_files_beside_a_tokenizer_of_another_name_are_not_its_own(folder):
             r"bos_token is '<none>', which the tokenizer does not have",
         ),
         ({"config": {"eos_token_id": "2"}}, r"config\.json: eos_token_id is '2'"),
-        ({"config": {"eos_token_id": [2, -1]}}, r"config\.json: eos_token_id is \[2, -1\]"),
+        ({"config": {"eos_token_id": [2, "3"]}}, r"config\.json: eos_token_id is \[2, '3'\]"),
+        ({"tokenizer_config": {"add_bos_token": "true"}}, "add_bos_token is 'true', which is none"),
         ({"tokenizer_config": {"eos_token": 3}}, r"tokenizer_config\.json: eos_token is 3"),
         ({"tokenizer_config": {"eos_token": "<none>"}}, r"eos_token is '<none>'"),
         ({"tokenizer_config": [1]}, r"must hold a mapping, not a list"),

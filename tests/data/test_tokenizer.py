@@ -226,3 +226,17 @@ def test_trained_tokenizer_is_found_again(make_config, documents, monkeypatch):
     tokenizer_for(make_config(tokenizer={"min_frequency": 3}), documents)
     tokenizer_for(make_config(), documents[:-1])
     assert trainings == [(290, 2), (300, 3), (300, 2)]
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_refused(tmp_path):
+    """As one whose vocabulary lacks the token that it gives for what it does not know."""
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    path = saved(tokenizer, tmp_path)
+    with pytest.raises(InputError, match=r"fails on a text: .*UNK"):
+        load_tokenizer(path)
+    loaded = TextTokenizer(tokenizer, SpecialTokens(0, (1,)))
+    with pytest.raises(InputError, match=r"fails on a text: .*UNK"):
+        loaded.encode("word")
+    with pytest.raises(InputError, match="are not UTF-8"):
+        loaded.encode("caf\udce9")

@@ -62,7 +62,7 @@ def test_a_long_document_is_encoded_in_chunks(kind, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_LENGTH", 4)
     monkeypatch.setattr(module, "_MARGIN", 8)
     text = "the fox\nthe dog\nthe union\n\nfor i\nprint"
-    chunks = module._chunks([text])
+    chunks = module._chunks([text], tokenizer_of(kind))
     pieces = list(module._encode_chunks(chunks, tokenizer_of(kind), np.dtype("<u2")))
     assert len(pieces) == 4
     assert [last for _, last in pieces] == [False, False, False, True]
@@ -107,3 +107,22 @@ def test_a_broken_cache_is_refused_by_name(documents, trained, tmp_path, kind, c
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"{path} is broken; delete it"):
         tokenize(documents, trained, str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_with_added_tokens_make_the_same_tokens(kind, monkeypatch):
+    """SentencePiece's tokenizers put a space behind each of them, too."""
+    library = Tokenizer.from_str(tokenizer_of(kind).library.to_str())
+    library.add_tokens(["<tool>"])
+    library.encode_special_tokens = True
+    tokenizer = TextTokenizer(library, tokenizer_of(kind).special)
+    monkeypatch.setattr(module, "_CHUNK_LENGTH", 4)
+    text = "the fox\nthe dog\nthe union<tool>print the fox\nfor<tool> i\nprint\nthe dog"
+    (tokens,) = encode_documents([text], tokenizer)
+    assert tokens.tolist() == [tokenizer.special.bos, *tokenizer.encode(text), tokenizer.eos]
+    given, more = tokenizer.encode("the fox"), "es<tool>print the dog"
+    continued = tokenizer.encode_continuation(more)
+    text = tokenizer.decode_continuation(given, continued)
+    assert text.replace("<tool> ", "<tool>") == more
+    behind = library.encode("x<tool>print the dog", add_special_tokens=False).ids
+    assert continued[-4:] == behind[-4:]

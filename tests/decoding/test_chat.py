@@ -39,19 +39,22 @@ def test_a_conversation_becomes_the_text_of_the_template():
         ("a{% generation %}b{% endgeneration %}c", "abc"),
         ("{{ messages[0]['content'].split(' ')[0] }}", "Be"),
         ("{{ strftime_now('%%') }}", "%"),
+        ("{% if tools is not none or documents is not none %}x{% endif %}", ""),
+        ("{{ 'é' | tojson(ensure_ascii=True, indent=2) }}", '"\\u00e9"'),
     ],
 )
 def test_what_templates_of_transformers_use(source, text):
     assert render(source) == text
 
 
-@pytest.mark.parametrize("content", ["the answer is", " the answer is \n"])
+@pytest.mark.parametrize("content", ["the answer is", " the answer is \n", "i", "end", "n"])
 def test_the_last_message_can_be_continued(content):
     messages = [*MESSAGES, {"role": "assistant", "content": content}]
     text = render(CHATML, messages, add_generation_prompt=False)
     assert text.endswith(f"<|im_start|>assistant\n{content}")
     trimmed = CHATML.replace("message['content']", "message['content'] | trim")
-    assert render(trimmed, messages, add_generation_prompt=False).endswith("the answer is")
+    text = render(trimmed, messages, add_generation_prompt=False)
+    assert text.endswith(f"<|im_start|>assistant\n{content.strip()}")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +65,8 @@ def test_the_last_message_can_be_continued(content):
         ("{{ ''.__class__.__mro__ }}", "refuses the messages"),
         ("{{ messages.append(1) }}", "refuses the messages"),
         ("{{ messages[9]['role'] }}", "refuses the messages"),
+        ("{{ 'a' * 3000000000 }}", f"more than {MOST_CHARACTERS:,} characters"),
+        ("{{ 9 ** 99999 }}", "too large a power"),
         ("{{ 1 / 0 }}", "broken: ZeroDivisionError"),
         ("{{ namespace.__init__.__globals__ }}", "refuses the messages"),
         ("{% for i in range(1000000000) %}x{% endfor %}", "is broken: OverflowError"),

@@ -25,7 +25,8 @@ SECONDS = 20
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts the processes of a run that takes long, and waits until it trains."""
+    """Starts the processes of a run that takes long, with a device each, and waits until it
+    trains."""
     processes = []
 
     def start(count: int) -> list[subprocess.Popen]:
@@ -37,7 +38,7 @@ def start(tmp_path):
             "log_every": 1,
         }
         training |= {"checkpoint_every": 5}
-        values = tiny_values(home, training=training, mesh={"data": 4 * count})
+        values = tiny_values(home, training=training, mesh={"data": count})
         config = write_config(tmp_path / "run.yaml", values | {"run_dir": str(tmp_path / "run")})
         port = free_port()
         for index in range(count):
@@ -46,7 +47,7 @@ def start(tmp_path):
             processes.append(
                 subprocess.Popen(
                     [sys.executable, "train.py", str(config), *words],
-                    **{"cwd": REPOSITORY, "env": environment(**simulated(4))},
+                    **{"cwd": REPOSITORY, "env": environment(**simulated(1))},
                     **{"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True},
                 )
             )

@@ -52,6 +52,16 @@ def test_every_end_token_of_the_files_ends_the_text(imported):
     assert generate(run, "--prompt", "the quick") == f"{THE_FOX}\n"
 
 
+def test_an_end_token_has_no_text_even_if_it_is_not_special(imported):
+    """As in chat models that added theirs as an ordinary token."""
+    library = byte_level()
+    library.add_tokens(["<end_of_turn>"])
+    tokens = library.encode(THE_FOX, add_special_tokens=False).ids
+    end = library.token_to_id("<end_of_turn>")
+    run = imported(library, [*tokens, end], generation_config={"eos_token_id": end})
+    assert generate(run, "--prompt", "the quick") == f"{THE_FOX}\n"
+
+
 def test_a_tokenizer_with_names_of_its_own_is_used(imported):
     library = byte_level()
     library.add_special_tokens(["<begin>", "<end>"])

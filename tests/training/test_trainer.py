@@ -304,3 +304,20 @@ def test_two_do_not_train_in_one_directory(tmp_path):
         assert trainer.train(config).step == STEPS
     assert refused
     assert [row["step"] for row in numbers(config) if "loss" in row] == list(range(1, STEPS + 1))
+
+
+def test_a_run_that_another_process_begins_meanwhile_is_left_alone(tmp_path, monkeypatch):
+    """Both have found no run when they looked."""
+    config = tiny_config(make_home(tmp_path / "home"), tmp_path / "run")
+    choose = trainer.choose_checkpoint
+
+    def another_is_faster(config):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / CONFIG).write_text("theirs")
+        return choose(config)
+
+    monkeypatch.setattr(trainer, "choose_checkpoint", another_is_faster)
+    with pytest.raises(InputError, match="another process has begun a run in --run_dir"):
+        trainer.train(config)
+    assert (tmp_path / "run" / CONFIG).read_text() == "theirs"
+    assert len(list((tmp_path / "run").iterdir())) == 1
