@@ -201,7 +201,7 @@ def test_a_link_in_a_checkpoint_is_not_followed(copy):
     (copy / name).rename(copy.parent / "elsewhere")
     (copy / name).symlink_to(copy.parent / "elsewhere")
     (damage,) = find_damage(copy)
-    assert damage.endswith("is a link; put the file itself there")
+    assert damage.endswith("is a link; put the file itself there, as cp -rL does")
 
 
 @pytest.mark.parametrize(

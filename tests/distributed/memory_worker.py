@@ -1,4 +1,5 @@
-"""Initialises the 1.2B dense model over eight host devices; prints bytes as JSON.
+"""Initialises the 1.2B dense model, with half of its layers, over eight host devices; prints bytes
+as JSON.
 
 Runs in a process of its own, whose memory nothing else has used:
 `python -m tests.distributed.memory_worker`.
@@ -14,6 +15,8 @@ from plt_jax.runs.configuration import load_config
 from plt_jax.training.program import TrainProgram
 from tests.training.runs import REPOSITORY
 
+LAYERS = 8
+
 
 def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -21,7 +24,8 @@ def peak() -> int:
 
 def main() -> None:
     mesh = {"data": 1, "fsdp": 8}
-    config = load_config(REPOSITORY / "configs" / "plt_dense_1b.yaml", {"mesh": mesh})
+    changes = {"mesh": mesh, "model": {"layers": LAYERS}}
+    config = load_config(REPOSITORY / "configs" / "plt_dense_1b.yaml", changes)
     before = peak()
     params = jax.block_until_ready(TrainProgram.build(config, make_mesh(config.mesh)).init_params())
     leaves = jax.tree.leaves(params)

@@ -25,7 +25,7 @@ from tests.training.runs import CACHE, REPOSITORY, environment, simulated
 
 # Other programs, which compile in half of the time; later versions know no such flag, and end.
 QUICK = " --xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
-CASES = {1: 12, 8: 2}
+CASES = {1: 8, 8: 2}
 """The number of cases in a plain run of the tests, by the number of devices."""
 
 
