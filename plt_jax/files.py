@@ -20,6 +20,8 @@ from plt_jax.errors import InputError
 
 UNFINISHED = ".unfinished"
 """How the names of files end that a writer has not finished."""
+LONGEST_NAME = 256
+"""Bytes that the name of a file in a folder has less than."""
 MOST_JSON_BYTES = 2**26
 """Bytes of the largest JSON file that is read as a whole; the index of a model of a thousand files
 has some millions."""
@@ -91,7 +93,8 @@ def file_below(folder: Path, name: str) -> Path:
       InputError: the name leads out of the folder, or to what is no regular file, such as a link.
     """
     parts = name.split("/")
-    if not name.isprintable() or "\\" in name or any(part in ("", ".", "..") for part in parts):
+    is_plain = name.isprintable() and "\\" not in name and len(name.encode()) < LONGEST_NAME
+    if not is_plain or any(part in ("", ".", "..") for part in parts):
         raise InputError(f"{name!r} is not the name of a file in {folder}")
     path = folder
     for part in parts:

@@ -23,7 +23,20 @@ from plt_jax.files import (
 
 @pytest.mark.parametrize(
     "name",
-    ["../a", "/etc/passwd", "a/../../b", "", ".", "a//b", "a/.", "a\0b", "a\nb", "..", "a\\..\\b"],
+    [
+        "x" * 256,
+        "../a",
+        "/etc/passwd",
+        "a/../../b",
+        "",
+        ".",
+        "a//b",
+        "a/.",
+        "a\0b",
+        "a\nb",
+        "..",
+        "a\\..\\b",
+    ],
 )
 def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
     with pytest.raises(InputError, match="is not the name of a file in"):

@@ -189,7 +189,10 @@ def special_tokens_by_name(tokenizer: Tokenizer) -> dict[str, int]:
 
 def _id_of(tokenizer: Tokenizer, token: str | _Token, source: str) -> int:
     name = token if isinstance(token, str) else token.content
-    index = tokenizer.token_to_id(name)
+    try:
+        index = tokenizer.token_to_id(name)
+    except UnicodeEncodeError:  # half of a surrogate pair, which is no text
+        index = None
     if index is None:
         raise InputError(f"{source} is {name!r}, which the tokenizer does not have")
     return index

@@ -148,6 +148,7 @@ def test_files_beside_a_tokenizer_of_another_name_are_not_its_own(folder):
         ({"tokenizer_config": {"add_bos_token": "true"}}, "add_bos_token is 'true', which is none"),
         ({"tokenizer_config": {"eos_token": 3}}, r"tokenizer_config\.json: eos_token is 3"),
         ({"tokenizer_config": {"eos_token": "<none>"}}, r"eos_token is '<none>'"),
+        ({"tokenizer_config": {"eos_token": "\ud800"}}, r"which the tokenizer does not have"),
         ({"tokenizer_config": [1]}, r"must hold a mapping, not a list"),
     ],
 )
