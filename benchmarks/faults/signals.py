@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.faults.sandbox import REPOSITORY, STEPS, TIMEOUT, TrainingProcess
 from benchmarks.faults.trial import Fault, Trial, require, require_error_line
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
@@ -117,7 +119,7 @@ def compare_rounded(trial: Trial, config: Path) -> None:
     for ours, right in zip(found, trial.expected.rows, strict=True):
         for name, value in right.items():
             require(
-                abs(ours[name] - value) <= 1e-4 * max(abs(value), 1e-3),
+                np.allclose(np.array(ours[name], float), np.array(value, float), 1e-4, 1e-7),
                 f"{name} is {ours[name]} instead of {value} at step {right['step']}",
             )
 
