@@ -35,6 +35,9 @@ class InputError(ValueError):
     Commands print it and exit with code 2; Python callers may catch it as a ValueError.
     """
 
+    in_all_processes = False
+    """Whether it ends all processes that train together, each with a line of its own."""
+
     def __init__(self, message: str):
         super().__init__(one_line(message))
 

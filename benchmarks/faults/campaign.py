@@ -43,8 +43,10 @@ def judge(trial: Trial, fault: Fault) -> dict[str, Any]:
         found = {"ok": True, "outcome": fault(trial)}
     except AssertionError as error:
         found = {"ok": False, "outcome": str(error)}
-    except Exception:  # a fault's own error is a result of the campaign
-        found = {"ok": False, "outcome": traceback.format_exc(limit=3)}
+    except Exception as error:  # a fault's own error is a result of the campaign
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(place.filename).name}, line {place.lineno}"
+        found = {"ok": False, "outcome": f"{type(error).__name__}: {error} ({where})"}
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
 

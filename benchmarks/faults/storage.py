@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 from benchmarks.faults.disks import fill, remount, small_disk
 from benchmarks.faults.sandbox import REPOSITORY, STEPS, copy_corpus, damage, newest_checkpoint
@@ -16,17 +17,23 @@ from plt_jax.data.tokenized_corpus import MANIFEST, open_tokenized_corpus
 from plt_jax.runs.names import CHECKPOINTS
 
 
+def stop_behind_two_checkpoints(trial: Trial) -> tuple[Path, Path]:
+    """Kills a run that has two checkpoints; returns its configuration and the newest one."""
+    config = trial.sandbox.config(trial.name, checkpoint={"keep": 3})
+    process = trial.sandbox.start(config)
+    process.wait_for_step(trial.draw.randint(12, STEPS - 3))
+    process.wait_for(lambda: len(list_steps(process.run / CHECKPOINTS)) > 1)
+    process.kill()
+    newest = newest_checkpoint(process.run)
+    assert newest is not None
+    return config, newest
+
+
 def damaged_checkpoint(kind: str) -> Fault:
     """A fault: the newest checkpoint is damaged. It must be refused, and skipped if so chosen."""
 
     def fault(trial: Trial) -> str:
-        config = trial.sandbox.config(trial.name, checkpoint={"keep": 3})
-        process = trial.sandbox.start(config)
-        process.wait_for_step(trial.draw.randint(12, STEPS - 3))
-        process.wait_for(lambda: len(list_steps(process.run / CHECKPOINTS)) > 1)
-        process.kill()
-        newest = newest_checkpoint(process.run)
-        assert newest is not None
+        config, newest = stop_behind_two_checkpoints(trial)
         files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
         done = damage(trial.draw.choice(files), kind, trial.draw)
         ended = trial.sandbox.start(config).wait()
@@ -139,11 +146,8 @@ def linked_temporary_files(trial: Trial) -> str:
     for name in names:
         for link in (f"{name}.tmp", f".{name}.unfinished"):
             (process.run / link).symlink_to(treasure)
-    replaced = trial.draw.choice(["text.json", "loss.png"])
-    content = process.run / replaced
-    if replaced == "loss.png":
-        content.unlink(missing_ok=True)
-        content.symlink_to(treasure)
+    (process.run / "loss.png").unlink(missing_ok=True)
+    (process.run / "loss.png").symlink_to(treasure)
     trial.finish(config)
     require(treasure.read_text(encoding="utf-8") == "gold", "a link was followed")
     return "links in place of temporary files: not followed, bit for bit"
@@ -154,13 +158,7 @@ HOSTILE = ("../../../../etc/passwd", "/etc/passwd", "/dev/zero", "params/../../.
 
 def hostile_manifest(trial: Trial) -> str:
     """The newest checkpoint's manifest names a file elsewhere, with a right checksum of its own."""
-    config = trial.sandbox.config(trial.name, checkpoint={"keep": 3})
-    process = trial.sandbox.start(config)
-    process.wait_for_step(trial.draw.randint(12, STEPS - 3))
-    process.wait_for(lambda: len(list_steps(process.run / CHECKPOINTS)) > 1)
-    process.kill()
-    newest = newest_checkpoint(process.run)
-    assert newest is not None
+    config, newest = stop_behind_two_checkpoints(trial)
     manifest = read_manifest(newest)
     assert manifest is not None
     name = trial.draw.choice(HOSTILE)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from plt_jax.commands.parser import CommandParser, integers
+from plt_jax.data.corpus import left_out_of
 from plt_jax.errors import InputError
 from plt_jax.files import to_json
 
@@ -156,7 +157,10 @@ OPTIONS = (
 
 def main() -> None:
     arguments = make_parser().parse_args()
-    report = MODES[choose_mode(arguments)].run(arguments)
+    mode = MODES[choose_mode(arguments)]
+    if arguments.text is not None and (others := left_out_of(arguments.text)):
+        print(f"note: not all files of {arguments.text} are read{others}")
+    report = mode.run(arguments)
     print(report.table())
     print(f"written to {report.path}")
 

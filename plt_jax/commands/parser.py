@@ -26,7 +26,6 @@ from plt_jax.errors import (
     EXIT_FAILED,
     FailedError,
     InputError,
-    MissingProcessError,
     one_line,
 )
 
@@ -116,24 +115,23 @@ def _is_one_of_several() -> bool:
     """Whether other processes train together with this one."""
     if "jax" not in sys.modules:
         return False
-    from plt_jax.distributed import processes
+    import jax
 
-    return not processes.is_single()
-
-
-def _is_shared(error: BaseException) -> bool:
-    """Whether the other processes end by themselves, with the same error."""
-    from plt_jax.distributed.processes import SHARED
-
-    return SHARED in error.__dict__
+    # The number of processes alone would make JAX take the devices, only to end.
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def _fail(reason: str, code: int = EXIT_FAILED) -> NoReturn:
-    if _is_one_of_several():
+def _end(code: int, reason: str | None = None) -> NoReturn:
+    """Ends the command.
+
+    Args:
+      reason: why it fails, if other processes cannot know by themselves; they end, too.
+    """
+    if reason is not None and _is_one_of_several():
         from plt_jax.distributed import lifeline
 
         lifeline.leave(reason)
-        # At an ordinary exit JAX would wait for the other processes, which end as well.
+        # At an ordinary exit JAX would wait for the other processes.
         os._exit(code)
     sys.exit(code)
 
@@ -146,48 +144,43 @@ def run_command(main: Callable[[], int | None]) -> None:
     error becomes one line, too, which says how to see its traceback (TRACEBACK).
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # an output that is not UTF-8 shows other characters
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what it cannot show otherwise
     try:
         code = main()
         if sys.stdout is not None:
             sys.stdout.flush()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        if isinstance(error, MissingProcessError):
-            if _is_one_of_several():
-                from plt_jax.distributed import lifeline
-
-                lifeline.leave()
-            # At an ordinary exit JAX would wait for the missing process.
-            os._exit(EXIT_BAD_INPUT)
-        if _is_one_of_several() and not _is_shared(error):
-            _fail(str(error), EXIT_BAD_INPUT)
-        sys.exit(EXIT_BAD_INPUT)
+        _end(EXIT_BAD_INPUT, None if error.in_all_processes else str(error))
     except FailedError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        _fail(str(error))
+        _end(EXIT_FAILED, str(error))
     except (SystemExit, KeyboardInterrupt):
         raise
     except BaseException as error:  # of panics in libraries that are not written in Python, too
-        if isinstance(error, BrokenPipeError) and sys.stdout is not None and _output_is_closed():
-            _drop_output()
-            _fail("nobody reads its output any more")
-        if os.environ.get(TRACEBACK):
-            if not _is_one_of_several():
-                raise
-            traceback.print_exc()
-        if _is_one_of_several():
-            from plt_jax.distributed import lifeline
-
-            # If the cause is that another process has ended, it says so, and ends this one.
-            time.sleep(lifeline.GRACE_SECONDS)
-        print(f"error: {_describe(error)}", file=sys.stderr, flush=True)
-        _drop_output()
-        _fail(_describe(error))
+        _end_unforeseen(error)
     sys.exit(EXIT_DONE if code is None else code)
+
+
+def _end_unforeseen(error: BaseException) -> NoReturn:
+    """Ends the command with an error that it does not foresee."""
+    if isinstance(error, BrokenPipeError) and sys.stdout is not None and _output_is_closed():
+        _drop_output()
+        _end(EXIT_FAILED, "nobody reads its output any more")
+    if os.environ.get(TRACEBACK):
+        if not _is_one_of_several():
+            raise error
+        traceback.print_exception(error)
+    if _is_one_of_several():
+        from plt_jax.distributed import lifeline
+
+        # If the cause is that another process has ended, it says so, and ends this one.
+        time.sleep(lifeline.GRACE_SECONDS)
+    line = _describe(error)
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    _drop_output()
+    _end(EXIT_FAILED, line)
 
 
 def _drop_output() -> None:

@@ -41,7 +41,9 @@ from plt_jax.data.tokens import encode_documents, token_dtype
 from plt_jax.errors import InputError
 from plt_jax.files import UNFINISHED, FolderLock, read_json, write_text
 
-PARTS, PLAN, LOCK = "parts", "plan.json", ".lock"
+PARTS, PLAN = "parts", "plan.json"
+OLD_LOCK = ".lock"
+"""A file that earlier versions left in every corpus."""
 
 
 class CorpusOptions(NamedTuple):
@@ -298,7 +300,7 @@ def _check_same(out: Path, made_from: dict[str, Any], tokenizer: TextTokenizer) 
     plan = out / PARTS / PLAN
     if not plan.exists():
         names = [name for name in os.listdir(out) if not name.endswith(UNFINISHED)]
-        if set(names) - {LOCK, PARTS, TOKENIZER, SPECIAL_TOKENS}:
+        if set(names) - {OLD_LOCK, PARTS, TOKENIZER, SPECIAL_TOKENS}:
             raise InputError(
                 f"--out {out} is not empty, and holds no tokenized corpus; choose another folder"
             )

@@ -210,6 +210,8 @@ def _text_of(value: Any, text_field: str) -> str:
         raise InputError("is not a JSON object")
     found: Any = value
     for name in [text_field] if text_field in value else text_field.split("."):
+        if found is None:
+            break
         if not isinstance(found, dict) or name not in found:
             names = ", ".join(list(value)[:8])
             raise InputError(
@@ -268,11 +270,6 @@ def _rows(piece: FilePiece, text_field: str, report: ProblemCallback) -> Iterato
                 "is named with a dot, as meta.text)"
             )
         kind = kind.field(name).type
-    if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
-        raise InputError(
-            f"{piece.path}: the column {text_field!r} holds no text, but {kind}; give the name of "
-            "a column of text (--text_field)"
-        )
     assert piece.end is not None
     groups, row = list(range(piece.begin, piece.end)), 0
     for batch in file.iter_batches(row_groups=groups, columns=[".".join(path)]):
@@ -280,11 +277,18 @@ def _rows(piece: FilePiece, text_field: str, report: ProblemCallback) -> Iterato
         for name in path[1:]:
             column = arrow.compute.struct_field(column, name)
         for value in column:
+            row += 1
             try:
-                yield value.as_py() or ""  # a null is an empty document
+                text = value.as_py()
             except UnicodeDecodeError:
                 report(f"{piece.path}, row {row} of row groups {piece.begin} on, is not UTF-8")
-            row += 1
+                continue
+            if not isinstance(text, str | None):
+                raise InputError(
+                    f"{piece.path}: the column {text_field!r} holds no text, but {kind}; give the "
+                    "name of a column of text (--text_field)"
+                )
+            yield text or ""  # a null is an empty document
 
 
 def _open(path: Path) -> io.BufferedIOBase:

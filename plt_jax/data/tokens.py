@@ -48,8 +48,8 @@ def tokenize(
       cache_dir: the cache folder, made if need be.
 
     Raises:
-      InputError: the cache cannot be written or holds a broken file, or the tokenizer lacks a bos
-        or eos token.
+      InputError: the cache cannot be written or holds a broken file, or the tokenizer fails on a
+        document.
     """
     key = fingerprint([_VERSION, tokenizer.identity, *documents])
     folder = cache_folder(cache_dir)
@@ -67,7 +67,7 @@ def encode_documents(documents: Iterable[str], tokenizer: TextTokenizer) -> Iter
     Documents are read a batch ahead, so there may be any number of them.
 
     Raises:
-      InputError: the tokenizer lacks a bos or eos token.
+      InputError: the tokenizer fails on a document.
     """
     dtype = token_dtype(tokenizer)
     bos = np.array([] if tokenizer.special.bos is None else [tokenizer.special.bos], dtype)
@@ -94,8 +94,6 @@ def _encode(documents: Sequence[str], tokenizer: TextTokenizer) -> TokenizedDocu
 class _Chunk(NamedTuple):
     """A part of a document that is encoded by itself."""
 
-    number: int
-    """The document's number."""
     document: str
     """The whole document."""
     begin: int
@@ -117,12 +115,12 @@ class _Chunk(NamedTuple):
 
 def _chunks(documents: Iterable[str], tokenizer: TextTokenizer) -> Iterator[_Chunk]:
     """Yields the chunks of all documents in turn."""
-    for number, document in enumerate(documents):
+    for document in documents:
         begin = 0
         for end in _cuts(document) if tokenizer.can_be_cut(document) else ():
-            yield _Chunk(number, document, begin, end)
+            yield _Chunk(document, begin, end)
             begin = end
-        yield _Chunk(number, document, begin, len(document))
+        yield _Chunk(document, begin, len(document))
 
 
 def _cuts(text: str) -> Iterator[int]:
@@ -147,10 +145,10 @@ def _encode_chunks(
     """Yields the tokens of each chunk, and whether it is its document's last.
 
     The tokens of a document's chunks are together those of the document. Where the tokenizer joins
-    the end of a chunk with what follows, the rest of the document is encoded as a whole.
+    the end of a chunk with what follows, the two are encoded as one.
     """
-    done: int | None = None
-    """The number of the document that was encoded as a whole."""
+    joined: _Chunk | None = None
+    """Text whose end was joined with what follows, so that it is not yielded yet."""
     while batch := _take(chunks, _CHARACTERS_AT_ONCE):
         texts = [(chunk.with_margin, chunk.begin > 0) for chunk in batch]
         margins = [(chunk.margin, True) for chunk in batch if not chunk.is_last]
@@ -158,17 +156,19 @@ def _encode_chunks(
         own = list(itertools.islice(encodings, len(batch)))
         for chunk, encoding in zip(batch, own, strict=True):
             margin = None if chunk.is_last else next(encodings)
-            if chunk.number == done:
-                continue
+            if joined is not None:
+                # Twice as much at least each time, so that all is encoded twice on average.
+                if chunk.end - joined.end < joined.end - joined.begin and not chunk.is_last:
+                    continue
+                chunk = chunk._replace(begin=joined.begin)
+                (encoding,) = _encode_texts([(chunk.with_margin, chunk.begin > 0)], tokenizer)
+                joined = None
             if margin is None:
                 yield np.array(encoding.ids, dtype), True
             elif _ends_apart(encoding, margin):
                 yield np.array(encoding.ids[: len(encoding) - len(margin)], dtype), False
             else:
-                rest = (chunk.document[chunk.begin :], chunk.begin > 0)
-                (encoding,) = _encode_texts([rest], tokenizer)
-                yield np.array(encoding.ids, dtype), True
-                done = chunk.number
+                joined = chunk
 
 
 def _encode_texts(texts: Sequence[tuple[str, bool]], tokenizer: TextTokenizer) -> list[Encoding]:

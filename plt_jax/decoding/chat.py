@@ -11,7 +11,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import jinja2
 import jinja2.ext
@@ -172,7 +172,7 @@ def _cut(text: str) -> str:
 class _Generation(jinja2.ext.Extension):
     """Reads `{% generation %}`, by which transformers marks the assistant's tokens, as no tag."""
 
-    tags = {"generation"}  # noqa: RUF012  # so declares Jinja
+    tags: ClassVar[set[str]] = {"generation"}
 
     def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
         next(parser.stream)

@@ -28,6 +28,7 @@ from plt_jax.errors import EXIT_FAILED, one_line
 BYE = "bye"
 """What a process sends when it ends in order; whatever else it sends is why it failed."""
 CONNECT_SECONDS = 10
+"""Seconds until process 0 must answer, or a process that has connected must say which it is."""
 KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 """Seconds of silence, seconds between probes, and probes without an answer, until a connection to a
 machine that has vanished counts as closed."""
@@ -41,10 +42,16 @@ _connections: dict[int, socket.socket] = {}
 """The connections of this process, by the process at the other end."""
 
 
-def connect() -> None:
+def connect(timeout: int) -> None:
     """Connects this process with process 0, or as process 0 waits for the others.
 
     A process that cannot be reached is left to JAX's heartbeats.
+
+    Args:
+      timeout: seconds to wait until process 0 says where.
+
+    Raises:
+      MissingProcessError: it does not.
     """
     if processes.is_first():
         server, token = socket.create_server(("", 0)), secrets.token_hex(8)
@@ -52,7 +59,7 @@ def connect() -> None:
         processes.put("lifeline", f"{port} {token} {socket.gethostname()}")
         _start(_accept, server, token)
     else:
-        port, token, host = processes.wait_for("lifeline", CONNECT_SECONDS).split()
+        port, token, host = processes.wait_for("lifeline", timeout).split()
         try:
             address = (processes.first_host(), int(port))
             connection = socket.create_connection(address, CONNECT_SECONDS)

@@ -20,9 +20,6 @@ from jax.experimental import multihost_utils
 
 from plt_jax.errors import InputError, MissingProcessError
 
-SHARED = "in_all_processes"
-"""The attribute of an error that ends all processes, each with a line of its own."""
-
 
 def is_first() -> bool:
     """Whether this is process 0, which prints and writes files for all."""
@@ -84,7 +81,8 @@ def fail_together(what: str, timeout: int) -> Iterator[None]:
         yield
     except Exception as error:
         problem = error
-        error.__dict__[SHARED] = True
+        if isinstance(error, InputError):
+            error.in_all_processes = True
     message = "" if problem is None else str(problem) or type(problem).__name__
     _client().key_value_set(f"{key}/{jax.process_index()}", message)
     barrier(what, timeout)
@@ -94,7 +92,7 @@ def fail_together(what: str, timeout: int) -> Iterator[None]:
         message = _client().blocking_key_value_get(f"{key}/{index}", timeout * 1000)
         if message:
             error = InputError(f"{_describe_process(index)}: {message}")
-            error.__dict__[SHARED] = True
+            error.in_all_processes = True
             raise error
 
 

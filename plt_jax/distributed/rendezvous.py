@@ -65,7 +65,7 @@ def initialize(config: ProcessesConfig) -> None:
         ) from error
     processes.publish_host()
     if not processes.is_single():
-        lifeline.connect()
+        lifeline.connect(config.timeout)
     if not processes.is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - until the end
 

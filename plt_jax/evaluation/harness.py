@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import functools
-import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -78,11 +78,8 @@ class HarnessModel(LM):
         self._config = self._trained.config.model
         # As with transformers, names of special tokens in a task's texts are these tokens.
         self.tokenizer = self._trained.tokenizer.reading_special
-        self._template_name: str | None = None
-        self._templates: dict[str | None, ChatTemplate] = {}
-        self._notes: set[str] = set()
-        self._is_chat = False
-        """Whether contexts are rendered chats."""
+        self._template: ChatTemplate | None = None
+        """What makes contexts of conversations; None where they are plain texts."""
         own = self._trained.config.evaluation.batch_size
         self.batch_size = whole_batch(own if size is None else size, self._mesh)
 
@@ -139,8 +136,11 @@ class HarnessModel(LM):
         Raises:
           InputError: the model has none, or none of that name.
         """
-        self._template_name = chat_template if isinstance(chat_template, str) else None
-        return self._template.source if chat_template else ""
+        if not chat_template:
+            return ""
+        name = chat_template if isinstance(chat_template, str) else None
+        self._template = load_chat_template(self.directory / HUGGINGFACE, self.tokenizer, name)
+        return self._template.source
 
     def apply_chat_template(
         self, chat_history: Sequence[Message], add_generation_prompt: bool = True
@@ -150,33 +150,22 @@ class HarnessModel(LM):
         As the harness does with models of transformers, a template that refuses a system message
         gets the others alone.
         """
-        template, self._is_chat = self._template, True
+        if self._template is None:
+            self.chat_template(True)
+        template = cast("ChatTemplate", self._template)
         try:
             return template.render(chat_history, add_generation_prompt=add_generation_prompt)
         except ChatRefusedError as error:
             others = [message for message in chat_history if message["role"] != "system"]
             if len(others) == len(chat_history):
                 raise
-            self._say_once(f"note: {error}; it gets them without the system's")
+            warnings.warn(f"{error}; it gets them without the system's", stacklevel=2)
             return template.render(others, add_generation_prompt=add_generation_prompt)
-
-    @property
-    def _template(self) -> ChatTemplate:
-        if self._template_name not in self._templates:
-            folder = self.directory / HUGGINGFACE
-            loaded = load_chat_template(folder, self.tokenizer, self._template_name)
-            self._templates[self._template_name] = loaded
-        return self._templates[self._template_name]
-
-    def _say_once(self, note: str) -> None:
-        if note not in self._notes:
-            self._notes.add(note)
-            print(note, file=sys.stderr, flush=True)
 
     def _encode_context(self, text: str) -> list[int]:
         """The tokens of a context; a rendered chat has its begin token, if any, in the text."""
-        encode = self.tokenizer.encode if self._is_chat else self.tokenizer.encode_prompt
-        return encode(text) or self.tokenizer.encode_prompt(text)
+        tokens = self.tokenizer.encode(text) if self._template is not None else []
+        return tokens or self.tokenizer.encode_prompt(text)
 
     def _split(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """The tokens of a context and of its continuation, as parts of the whole text's tokens.

@@ -1,8 +1,13 @@
-"""A small corpus on disk, and runs configured for it."""
+"""Small texts and corpora on disk, and runs configured for them."""
+
+import json
+from pathlib import Path
 
 import pytest
 
 from plt_jax.config import RunConfig
+from plt_jax.data.tokenizer_training import train_tokenizer
+from tests.data.corpora import make as make_corpus
 
 SENTENCE = "the state of our union is strong and the work of peace goes on in every land"
 
@@ -43,3 +48,31 @@ def make_config(tmp_path, corpus_folder):
         return RunConfig.model_validate({"seed": seed, **values})
 
     return make
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents):
+    return train_tokenizer(documents, 300, 2)
+
+
+@pytest.fixture(scope="module")
+def texts(documents):
+    return [f"{document} {number}" for number in range(3) for document in documents]
+
+
+@pytest.fixture(scope="module")
+def lines(texts, tmp_path_factory):
+    """The documents and two empty ones, as JSON lines in two files."""
+    folder = tmp_path_factory.mktemp("lines")
+    for name, part in (("a", [*texts[:20], ""]), ("b", [" ", *texts[20:]])):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in part)
+        (folder / f"{name}.jsonl").write_text(rows)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def corpus(lines, tokenizer, tmp_path_factory) -> Path:
+    """A corpus that is written in one go; no test may change it."""
+    out = tmp_path_factory.mktemp("corpus") / "made"
+    make_corpus(lines, out, tokenizer)
+    return out

@@ -192,10 +192,24 @@ def test_text_within_other_fields_is_named_with_dots(tmp_path):
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text('{"meta": {"text": "two"}}\n{"meta.text": "three"}\n')
     assert read_all(tmp_path, field="meta.text") == ["one", "", "two", "three"]
+    (tmp_path / "c.jsonl").write_text('{"meta": null}\n')
+    parquet.write_table(arrow.table({"meta": [{"text": "x"}, None]}), tmp_path / "d.parquet")
+    assert read_all(tmp_path / "c.jsonl", field="meta.text") == [""]
+    assert read_all(tmp_path / "d.parquet", field="meta.text") == ["x", ""]
     with pytest.raises(InputError, match=r"has no column 'text'; it has meta .*meta\.text"):
         read_all(tmp_path / "a.parquet")
     with pytest.raises(InputError, match="column 'meta' holds no text, but struct<"):
         read_all(tmp_path / "a.parquet", field="meta")
+
+
+def test_text_columns_of_every_kind_are_read(tmp_path):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    plain = arrow.array(["a", None, "b"])
+    for column in (plain, plain.dictionary_encode(), plain.cast("large_string")):
+        parquet.write_table(arrow.table({"text": column}), tmp_path / "a.parquet")
+        assert read_all(tmp_path) == ["a", "", "b"]
+    parquet.write_table(arrow.table({"text": arrow.nulls(2)}), tmp_path / "a.parquet")
+    assert read_all(tmp_path) == ["", ""]
 
 
 def test_a_row_that_is_not_utf8_is_named_and_left_out(tmp_path):
@@ -204,7 +218,7 @@ def test_a_row_that_is_not_utf8_is_named_and_left_out(tmp_path):
     parquet.write_table(arrow.table({"text": broken}), tmp_path / "a.parquet")
     reported = []
     assert read_all(tmp_path, report=reported.append) == ["one", "two"]
-    assert reported == [f"{tmp_path / 'a.parquet'}, row 1 of row groups 0 on, is not UTF-8"]
+    assert reported == [f"{tmp_path / 'a.parquet'}, row 2 of row groups 0 on, is not UTF-8"]
 
 
 def test_text_that_is_not_utf8_is_reported(tmp_path):

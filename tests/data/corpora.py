@@ -1,0 +1,29 @@
+"""Small tokenized corpora: how the tests write, compare and damage them."""
+
+from pathlib import Path
+
+from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.tokenized_corpus import open_tokenized_corpus
+
+OPTIONS = CorpusOptions(validation_fraction=0.3, shard_bytes=3000)
+"""About six shards of each split for the documents below."""
+
+
+def make(source, out, tokenizer, options=OPTIONS, workers=1, advance=lambda unit, done: None):
+    return write_corpus([str(source)], Path(out), tokenizer, options, workers, lambda *_: advance)
+
+
+def same_corpus(one: Path, other: Path) -> bool:
+    return open_tokenized_corpus(one).fingerprint == open_tokenized_corpus(other).fingerprint
+
+
+def damage(path: Path, kind: str) -> None:
+    contents = bytearray(path.read_bytes())
+    if kind == "missing":
+        path.unlink()
+        return
+    if kind == "truncated":
+        del contents[-100:]
+    else:
+        contents[len(contents) // 3] ^= 4
+    path.write_bytes(contents)
