@@ -8,10 +8,13 @@ The three tiers are markers, which pyproject.toml explains:
 """
 
 import ctypes
+import dataclasses
 import gc
 import os
 import sys
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -74,12 +77,39 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     """
     if nextitem is not None and nextitem.path == item.path:
         return
+    _programs.clear()
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":  # the C library keeps what is freed until it is asked for it
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)
+
+
+_programs: dict[Hashable, Any] = {}
+"""The train programs of a file's tests, by what they depend on."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_programs():
+    """Trainings of one file that have equal configurations share their program.
+
+    A process trains once, so the trainer builds its program anew; tests train again and again in
+    one process, which would trace the model each time, for seconds.
+    """
+    from plt_jax.training.program import TrainProgram  # imports half of the package
+
+    build = TrainProgram.build
+
+    def build_once(config, mesh):
+        key = (config.model, config.optimizer, config.training, config.sequence_length, mesh)
+        if key not in _programs:
+            _programs[key] = build(config, mesh)
+        return dataclasses.replace(_programs[key], config=config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainProgram, "build", build_once)
+        yield
 
 
 @pytest.fixture(scope="session")
