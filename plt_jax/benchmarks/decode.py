@@ -271,7 +271,7 @@ class Workload:
             "scheme": row.variant.scheme,
             "loops": row.variant.loops,
             "cache_bytes": nbytes(shape),
-            "kv_bytes": nbytes((shape.keys, shape.values, shape.ring_keys, shape.ring_values)),
+            "kv_bytes": nbytes((shape.keys, shape.values)),
             **moved,
             **self.timing(label, decode),
         }
@@ -354,13 +354,12 @@ def bytes_moved(config: ModelConfig, weights: DecodeWeights, cache: Cache) -> di
         rows = cache.lengths.shape[0] * loop.count // passes
         untouched = (1 - moe.experts_per_token / moe.experts) ** rows
         layers -= round(untouched * experts)
-    full = nbytes((cache.keys, cache.values))
+    slots = nbytes((cache.keys, cache.values))
     if loop.later_attention != "own":
-        full *= passes  # a serial scheme reads the shared cache in every loop
-    rings = nbytes((cache.ring_keys, cache.ring_values))
+        slots *= passes  # a serial scheme reads all slots in every loop
     return {
         "weight_bytes_read": passes * layers + nbytes(head),
-        "cache_bytes_read": full + rings,
+        "cache_bytes_read": slots,
     }
 
 

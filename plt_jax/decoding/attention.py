@@ -47,17 +47,16 @@ def shard_map_attention(
     inputs = (q_BNTH, k_BKTH, v_BKTH, gate_BNT, cache, lengths_B, *more)
     if not mesh_is_active():
         return attend(*inputs, shard=CacheShard())
-    B, K, S, _ = cache.keys[0].shape
-    where = placement(B, K, S)
+    where = placement(*cache.keys[0].shape[:3])
 
     def attend_shard(q, k, v, gate, cache, *others):
         shard = CacheShard()
-        if where.positions:
-            start = jax.lax.axis_index(where.positions) * cache.keys[0].shape[2]
-            shard = CacheShard(start, where.positions)
+        if where.slots:
+            start = jax.lax.axis_index(where.slots) * cache.keys[0].shape[2]
+            shard = CacheShard(start, where.slots)
         return attend(q, k, v, gate, cache, *others, shard=shard)
 
-    layer = LayerCache._make((where.full, where.full, where.ring, where.ring))
+    layer = LayerCache._make((where.stored, where.stored))
     batch = PartitionSpec(where.batch)
     return jax.shard_map(
         attend_shard,
@@ -78,22 +77,94 @@ def cache_attention(
     Args:
       mask_BTS: bool, broadcastable to [B, T, S]; every query needs one allowed key.
     """
-    B, N, T, H = q_BNTH.shape
-    K, S = keys.shape[1:3]
-    q_BKMH = q_BNTH.reshape(B, K, -1, H)
-    logits_BKMS = _few_rows(q_BKMH, keys, "BKMH,BKSH->BKMS") / math.sqrt(H)
-    if isinstance(keys, Quantized):
-        logits_BKMS *= keys.scales.swapaxes(2, 3)
+    logits_BKGTS = _logits(q_BNTH, keys)
     # All heads share the mask, so it is applied where positions are an axis of their own.
-    logits_BKGTS = logits_BKMS.reshape(B, K, N // K, T, S)
-    logits_BKMS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED).reshape(B, K, -1, S)
+    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS, MASKED)
+    logits_BKMS = logits_BKGTS.reshape(*keys.shape[:2], -1, keys.shape[2])
     largest = jnp.max(logits_BKMS, axis=-1, keepdims=True)
     weights_BKMS = jnp.exp(logits_BKMS - largest)
     total = jnp.sum(weights_BKMS, axis=-1, keepdims=True)
+    return Partial(_weighted_sum(weights_BKMS, values, q_BNTH.dtype), total, largest)
+
+
+def attend(
+    q_BNRH: jax.Array,
+    keys: Stored,
+    values: Stored,
+    mask_BRS: jax.Array,
+    axes: tuple[str, ...] = (),
+) -> jax.Array:
+    """Attention of a few queries to all slots that a mask allows, [B, N, R, H].
+
+    Args:
+      mask_BRS: bool [B, 1 or R, S]; every query needs one allowed slot.
+      axes: the mesh axes along which the slots are split over devices.
+    """
+    weights_BKGRS = _softmax(_logits(q_BNRH, keys), mask_BRS, axes)
+    return _sum_of_values(weights_BKGRS, values, q_BNRH, axes)
+
+
+def attend_gated(
+    q_BNRH: jax.Array,
+    keys: Stored,
+    values: Stored,
+    masks: tuple[jax.Array, jax.Array],
+    gate_BNR: jax.Array,
+    axes: tuple[str, ...] = (),
+) -> jax.Array:
+    """G-SWA of one row for each loop, in as many products as `attend`, [B, N, R, H].
+
+    Each row has two softmaxes: over the shared slots, whose weights are multiplied with the gate,
+    and over the slots of its window, whose weights are multiplied with the rest.
+
+    Args:
+      masks: the shared slots and the slots of its window that a row sees, as in `attend`. A row
+        without a window need not see any.
+      gate_BNR: the weight of the shared slots, float32; 1 for rows without a window.
+    """
+    logits_BKGRS = _logits(q_BNRH, keys)
+    # Where a row has no window, the weights of all slots are equal, and times zero.
+    shared_BKGRS, window_BKGRS = (_softmax(logits_BKGRS, mask, axes) for mask in masks)
+    g = gate_BNR.reshape(*logits_BKGRS.shape[:4], 1)
+    weights_BKGRS = g * shared_BKGRS + (1.0 - g) * window_BKGRS
+    return _sum_of_values(weights_BKGRS, values, q_BNRH, axes)
+
+
+def _softmax(logits_BKGRS: jax.Array, mask_BRS: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """The weights of the slots that a mask allows, on all devices along mesh axes together."""
+    logits_BKGRS = jnp.where(mask_BRS[:, None, None], logits_BKGRS, MASKED)
+    largest = jnp.max(logits_BKGRS, axis=-1, keepdims=True)
+    powers_BKGRS = jnp.exp(logits_BKGRS - (jax.lax.pmax(largest, axes) if axes else largest))
+    total = jnp.sum(powers_BKGRS, axis=-1, keepdims=True)
+    return powers_BKGRS / (jax.lax.psum(total, axes) if axes else total)
+
+
+def _logits(q_BNTH: jax.Array, keys: Stored) -> jax.Array:
+    """The scaled products of queries and keys, float32 [B, K, G, T, S]."""
+    B, N, T, H = q_BNTH.shape
+    K, S = keys.shape[1:3]
+    logits_BKMS = _few_rows(q_BNTH.reshape(B, K, -1, H), keys, "BKMH,BKSH->BKMS") / math.sqrt(H)
+    if isinstance(keys, Quantized):
+        logits_BKMS *= keys.scales.swapaxes(2, 3)
+    return logits_BKMS.reshape(B, K, N // K, T, S)
+
+
+def _weighted_sum(weights_BKMS: jax.Array, values: Stored, dtype: jnp.dtype) -> jax.Array:
+    """The sums of values by weights, float32 [B, K, M, H]; the products are of `dtype`."""
     if isinstance(values, Quantized):
         weights_BKMS *= values.scales.swapaxes(2, 3)
-    sum_BKMH = _few_rows(weights_BKMS.astype(q_BNTH.dtype), values, "BKMS,BKSH->BKMH")
-    return Partial(sum_BKMH, total, largest)
+    return _few_rows(weights_BKMS.astype(dtype), values, "BKMS,BKSH->BKMH")
+
+
+def _sum_of_values(
+    weights_BKGRS: jax.Array, values: Stored, q_BNRH: jax.Array, axes: tuple[str, ...]
+) -> jax.Array:
+    """The weighted sums of the values on all devices, in the shape and dtype of the queries."""
+    B, K, _, _, S = weights_BKGRS.shape
+    out_BKMH = _weighted_sum(weights_BKGRS.reshape(B, K, -1, S), values, q_BNRH.dtype)
+    if axes:
+        out_BKMH = jax.lax.psum(out_BKMH, axes)
+    return out_BKMH.astype(q_BNRH.dtype).reshape(q_BNRH.shape)
 
 
 def _few_rows(x_BKMx: jax.Array, stored: Stored, formula: str) -> jax.Array:
@@ -108,36 +179,6 @@ def _few_rows(x_BKMx: jax.Array, stored: Stored, formula: str) -> jax.Array:
         return on_two_rows(product, x, axis=2) if x.dtype == jnp.bfloat16 else product(x)
 
     return jax.lax.platform_dependent(x_BKMx, cpu=on_cpu, default=product)
-
-
-def attend(
-    q_BNTH: jax.Array,
-    keys: Stored,
-    values: Stored,
-    mask_BTS: jax.Array,
-    axes: tuple[str, ...] = (),
-) -> jax.Array:
-    """Attention of a few queries to all keys that a mask allows, [B, N, T, H].
-
-    Args:
-      axes: the mesh axes along which the keys are split over devices.
-    """
-    return _over_devices(cache_attention(q_BNTH, keys, values, mask_BTS), axes).heads(q_BNTH)
-
-
-def _over_devices(partial_attention: Partial, axes: tuple[str, ...]) -> Partial:
-    return partial_attention.merge_over(axes) if axes else partial_attention
-
-
-def attend_own(
-    q_BNRH: jax.Array, keys_BRKSH: jax.Array, values_BRKSH: jax.Array, mask_B1S: jax.Array
-) -> jax.Array:
-    """Attention of each of R rows to keys of its own; all rows of a sequence share the mask."""
-    B, N, R, H = q_BNRH.shape
-    q = q_BNRH.swapaxes(1, 2).reshape(B * R, N, 1, H)
-    keys, values = (x.reshape(B * R, *x.shape[2:]) for x in (keys_BRKSH, values_BRKSH))
-    out = attend(q, keys, values, jnp.repeat(mask_B1S, R, axis=0))
-    return out.reshape(B, R, N, H).swapaxes(1, 2)
 
 
 def attend_causally(
@@ -202,7 +243,7 @@ def _attend_block(
     # MASKED as largest logit, to which `merge` gives a weight of exactly zero.
     blocks = jnp.minimum(jnp.max(positions_BC) // block + 1, -(-capacity // block))
     done = jax.lax.fori_loop(1, blocks, lambda i, so_far: so_far.merge(over(i)), over(0))
-    return _over_devices(done, shard.axes).heads(q_BNCH)
+    return (done.merge_over(shard.axes) if shard.axes else done).heads(q_BNCH)
 
 
 def _attend_block_by_cudnn(
@@ -217,29 +258,24 @@ def _attend_block_by_cudnn(
 def attend_window(
     q_BNCH: jax.Array,
     new: tuple[jax.Array, jax.Array],
-    rings: tuple[jax.Array, jax.Array],
-    lengths_B: jax.Array,
+    before: tuple[jax.Array, jax.Array],
+    held_BW: jax.Array,
 ) -> jax.Array:
-    """Attention of a chunk's queries to the last W keys, in the ring and in the chunk itself.
+    """Attention of a chunk's queries to the last W keys, before the chunk and in the chunk itself.
 
     Args:
       new: the chunk's keys and values [B, K, C, H].
-      rings: keys and values [B, K, W, H] of one loop, as they are before the chunk.
-      lengths_B: number of tokens before the chunk.
+      before: the keys and values [B, K, W, H] of the W positions before the chunk, in order.
+      held_BW: bool, which of those positions exist.
 
     Returns:
       [B, N, C, H]; work and memory grow as C·W.
     """
-    window, chunk = rings[0].shape[2], q_BNCH.shape[2]
-    before = lengths_B[:, None] - window + jnp.arange(window)
-    slots_B1W1 = (before % window)[:, None, :, None]
-    keys, values = (
-        jnp.concatenate([jnp.take_along_axis(ring, slots_B1W1, axis=2).astype(x.dtype), x], axis=2)
-        for ring, x in zip(rings, new, strict=True)
-    )
-    # Empty slots get the number of another document, so that no query sees them. The positions of
-    # the ring get queries too, whose outputs are dropped.
-    documents = jnp.concatenate([before >= 0, jnp.ones((len(before), chunk), bool)], axis=1)
+    window, chunk = before[0].shape[2], q_BNCH.shape[2]
+    keys, values = (jnp.concatenate(both, axis=2) for both in zip(before, new, strict=True))
+    # Positions before the text get the number of another document, so that no query sees them.
+    # All positions before the chunk get queries too, whose outputs are dropped.
+    documents = jnp.concatenate([held_BW, jnp.ones((len(held_BW), chunk), bool)], axis=1)
     q = jnp.pad(q_BNCH, ((0, 0), (0, 0), (window, 0), (0, 0)))
     out = windowed_attention(q, keys, values, documents.astype(jnp.int32), window)
     return out[:, :, window:]

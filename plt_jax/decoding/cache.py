@@ -1,12 +1,14 @@
 """The decoding state of a batch of sequences.
 
-Per sequence there are: the keys and values of loop 1 (of every loop in the schemes that share
-nothing); per layer a ring of the last W keys and values for each later loop that has a window; and
-the output of each loop but the last at the newest position. No second full cache exists.
+Per sequence there are: in each layer one array of slots for keys and one for values; and the output
+of each loop but the last at the newest position. The slots are loop 1's, one for each position, and
+behind them W for each later loop that has a window. No second full cache exists. (In the schemes
+that share nothing, every loop has arrays of its own.)
 """
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -17,10 +19,14 @@ from jax.sharding import PartitionSpec
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.options import DTYPES
-from plt_jax.decoding.placement import placement
+from plt_jax.decoding.placement import placement, slots_multiple
 from plt_jax.distributed.axes import mesh_is_active, shard
 from plt_jax.errors import InputError
 from plt_jax.model.kernels import traced_platform
+
+GPU_SLOTS = 128
+"""On GPUs the number of slots is a multiple of this. Where it is not, XLA pads the products over
+slots with copies of the whole cache."""
 
 
 class Quantized(flax.struct.PyTreeNode):
@@ -37,24 +43,78 @@ class Quantized(flax.struct.PyTreeNode):
 
 
 Stored = jax.Array | Quantized
-"""Keys or values [B, K, S, H] as a cache holds them."""
+"""Keys or values [B, K, slots, H] as a cache holds them."""
+
+
+class Slots(NamedTuple):
+    """Which slot holds which position of which loop."""
+
+    capacity: int
+    """S, the number of positions that fit."""
+    window: int
+    """W, at most S: the number of positions that a later loop keeps. 0 without windows."""
+    count: int
+    """The number of slots: S + (L-1)·W, or S in the schemes without windows."""
+
+    def of(self, loop: int, positions: jax.Array) -> jax.Array:
+        """The slots of a loop's keys at positions; `count` for positions that do not fit.
+
+        Args:
+          loop: 0 for the loop whose keys are shared, or for one that has arrays of its own.
+        """
+        if loop > 0:
+            return self.start(loop) + positions % self.window
+        return jnp.where(positions < self.capacity, positions, self.count)
+
+    def start(self, loop: int) -> int:
+        """The first slot of the window of a later loop."""
+        return self.capacity + (loop - 1) * self.window
+
+    def seen(self, loops: range, positions_B: jax.Array, slot_S: jax.Array) -> jax.Array:
+        """Which slots of its loop's window a row sees, bool [B, R, S]; none if it is of loop 0.
+
+        Args:
+          loops: the loop of each of R rows.
+          positions_B: the newest position in the cache, of all rows of a sequence.
+          slot_S: the numbers of the slots.
+        """
+        start_R1 = jnp.array([[self.start(loop) if loop else self.count] for loop in loops])
+        offset_RS = slot_S - start_R1
+        # A window that is not full yet holds the positions from 0 on.
+        newest_B11 = jnp.minimum(positions_B, self.window - 1)[:, None, None]
+        return (offset_RS >= 0) & (offset_RS <= newest_B11)
+
+
+def slots_for(config: ModelConfig, batch: int, max_length: int) -> Slots:
+    """The slots of a layer's arrays for sequences of at least `max_length` tokens.
+
+    Their number is a multiple of the devices that they are split over, and of GPU_SLOTS on GPUs.
+    """
+    loop = config.loop
+    windows = loop.count - 1 if loop.later_attention == "gated" else 0
+    alone = GPU_SLOTS if traced_platform() == "gpu" else 1
+    multiple = math.lcm(alone, slots_multiple(batch, config.kv_heads))
+    capacity = max_length
+    while True:
+        window = min(loop.window, capacity) if windows else 0
+        count = capacity + windows * window
+        if count % multiple == 0:
+            return Slots(capacity, window, count)
+        capacity += 1
 
 
 class Cache(flax.struct.PyTreeNode):
     """Decoding state of B sequences; the outer tuples hold one entry per layer."""
 
+    slots: Slots = flax.struct.field(pytree_node=False)
+    """What the slots of `keys` and `values` hold."""
     lengths: jax.Array
     """int32 [B], the number of tokens processed."""
     keys: tuple[tuple[Stored, ...], ...]
-    """[B, K, S, H] for each of R loops: R = 1 (loop 1, shared by all loops) or L (each its own).
-    They are separate arrays, so that the keys of one loop are read without a copy."""
+    """[B, K, slots, H] for each of R loops: R = 1 (shared by all loops), or L (each its own). They
+    are separate arrays, so that the keys of one loop are read without a copy."""
     values: tuple[tuple[Stored, ...], ...]
     """The values, in the shapes of `keys`."""
-    ring_keys: tuple[jax.Array, ...]
-    """[B, L-1, K, W, H]: the last W keys of loops 2..L, with W at most S; position p is in slot
-    p mod W. Empty without a window."""
-    ring_values: tuple[jax.Array, ...]
-    """The values, in the shapes of `ring_keys`."""
     carried: jax.Array
     """[B, L-1, D], the outputs of loops 1..L-1 at the newest position; zero at the start. [B, 0, D]
     in the schemes without a shift."""
@@ -62,27 +122,16 @@ class Cache(flax.struct.PyTreeNode):
     @property
     def capacity(self) -> int:
         """Number of tokens that fit, S."""
-        return self.keys[0][0].shape[2]
+        return self.slots.capacity
 
     def layers(self) -> list[LayerCache]:
         """The cache of each layer."""
-        none = (None,) * len(self.keys)
-        return [
-            LayerCache(*arrays)
-            for arrays in zip(
-                self.keys,
-                self.values,
-                self.ring_keys or none,
-                self.ring_values or none,
-                strict=True,
-            )
-        ]
+        return [LayerCache(*arrays) for arrays in zip(self.keys, self.values, strict=True)]
 
     def with_layers(self, layers: list[LayerCache]) -> Cache:
         """The cache with its layers replaced."""
-        keys, values, *rings = zip(*layers, strict=True)
-        ring_keys, ring_values = rings if self.ring_keys else ((), ())
-        return self.replace(keys=keys, values=values, ring_keys=ring_keys, ring_values=ring_values)
+        keys, values = zip(*layers, strict=True)
+        return self.replace(keys=keys, values=values)
 
 
 class LayerCache(NamedTuple):
@@ -90,13 +139,6 @@ class LayerCache(NamedTuple):
 
     keys: tuple[Stored, ...]
     values: tuple[Stored, ...]
-    ring_keys: jax.Array | None
-    ring_values: jax.Array | None
-
-    def rings(self) -> tuple[jax.Array, jax.Array]:
-        """The rings' keys and values [B, L-1, K, W, H] each, in a scheme that has them."""
-        assert self.ring_keys is not None and self.ring_values is not None
-        return self.ring_keys, self.ring_values
 
 
 def init_cache(
@@ -104,12 +146,13 @@ def init_cache(
 ) -> Cache:
     """An empty cache for `batch` sequences of at most `max_length` tokens.
 
-    Under a mesh it is placed as placement.py says, and each device makes its own part.
+    Under a mesh it is placed as placement.py says, and each device makes its own part. There, and
+    on GPUs, the capacity may be a little larger than asked for; see `slots_for`.
 
     Args:
-      dtype: "float32" or "bfloat16", for keys, values and carried outputs; or "int8", for the keys
-        and values of the full cache, with one float32 scale per head and position, while rings and
-        carried outputs have the compute dtype. Default: the model's compute dtype.
+      dtype: "float32" or "bfloat16", for keys, values and carried outputs; or "int8", for keys and
+        values, with one float32 scale per head and slot, while carried outputs have the compute
+        dtype. Default: the model's compute dtype.
 
     Raises:
       InputError: a size below 1, or another dtype.
@@ -129,32 +172,26 @@ def init_cache(
 def _empty(config: ModelConfig, batch: int, max_length: int, dtype_name: str) -> Cache:
     dtype = jnp.dtype(dtype_name)
     eight_bits = dtype == jnp.int8
-    near = jnp.dtype(config.dtype) if eight_bits else dtype
-    loop = config.loop
+    loop, slots = config.loop, slots_for(config, batch, max_length)
     K, H = config.kv_heads, config.head_width
     rows = loop.count if loop.later_attention == "own" else 1
-    ring = (batch, loop.count - 1, K, min(loop.window, max_length), H)
-    windowed_layers = config.layers if loop.later_attention == "gated" and loop.count > 1 else 0
 
     def stored() -> Stored:
-        values = jnp.zeros((batch, K, max_length, H), dtype)
+        values = jnp.zeros((batch, K, slots.count, H), dtype)
         if not eight_bits:
             return values
-        return Quantized(values, jnp.zeros((batch, K, max_length, 1), jnp.float32))
+        return Quantized(values, jnp.zeros((batch, K, slots.count, 1), jnp.float32))
 
-    def full() -> tuple[tuple[Stored, ...], ...]:
+    def layers() -> tuple[tuple[Stored, ...], ...]:
         return tuple(tuple(stored() for _ in range(rows)) for _ in range(config.layers))
 
-    def rings() -> tuple[jax.Array, ...]:
-        return tuple(jnp.zeros(ring, near) for _ in range(windowed_layers))
-
+    carried = (batch, loop.count - 1 if loop.shifted else 0, config.width)
     return Cache(
+        slots=slots,
         lengths=jnp.zeros((batch,), jnp.int32),
-        keys=full(),
-        values=full(),
-        ring_keys=rings(),
-        ring_values=rings(),
-        carried=jnp.zeros((batch, loop.count - 1 if loop.shifted else 0, config.width), near),
+        keys=layers(),
+        values=layers(),
+        carried=jnp.zeros(carried, jnp.dtype(config.dtype) if eight_bits else dtype),
     )
 
 
@@ -168,48 +205,75 @@ def shard_cache(cache: Cache) -> Cache:
     if not mesh_is_active():
         return cache
     batch, kv_heads = cache.keys[0][0].shape[:2]
-    where = placement(batch, kv_heads, cache.capacity)
+    where = placement(batch, kv_heads, cache.slots.count)
 
     def sharded(tree, spec: PartitionSpec):
         return jax.tree.map(lambda array: shard(array, *spec), tree)
 
-    return Cache(
+    return cache.replace(
         lengths=sharded(cache.lengths, PartitionSpec(where.batch)),
-        keys=sharded(cache.keys, where.full),
-        values=sharded(cache.values, where.full),
-        ring_keys=sharded(cache.ring_keys, where.ring),
-        ring_values=sharded(cache.ring_values, where.ring),
+        keys=sharded(cache.keys, where.stored),
+        values=sharded(cache.values, where.stored),
         carried=sharded(cache.carried, PartitionSpec(where.batch)),
     )
 
 
-def write(stored: Stored, new_BKTH: jax.Array, slots_BT: jax.Array) -> Stored:
+def write(
+    stored: Stored, new_BKTH: jax.Array, slots_BT: jax.Array, all_exist: bool = False
+) -> Stored:
     """Writes T keys or values of every sequence into their slots.
 
-    Writes to slots at or beyond S are dropped. No caller gives a negative slot, which would wrap.
+    Args:
+      slots_BT: none is negative, which would wrap. Writes to slots beyond the last are dropped.
+      all_exist: a promise that no slot lies beyond the last.
     """
     if isinstance(stored, Quantized):
         return jax.tree.map(
-            lambda array, new: write(array, new, slots_BT), stored, quantize(new_BKTH)
+            lambda array, new: write(array, new, slots_BT, all_exist), stored, quantize(new_BKTH)
         )
-    if new_BKTH.shape[2] == 1 and traced_platform() == "tpu":
-        return _write_one(stored, new_BKTH.astype(stored.dtype), slots_BT[:, 0])
+    if new_BKTH.shape[2] <= FEW_SLOTS and traced_platform() == "tpu":
+        return _write_in_turn(stored, new_BKTH.astype(stored.dtype), slots_BT)
+    if all_exist and slots_BT.size == 1:
+        # Of a scatter XLA makes this update, too, but reads the slot first, in a kernel of its own.
+        at = (0, 0, slots_BT[0, 0], 0)
+        return _written(jax.lax.dynamic_update_slice(stored, new_BKTH.astype(stored.dtype), at))
     rows = jnp.arange(stored.shape[0])[:, None]
     new_BTKH = new_BKTH.swapaxes(1, 2).astype(stored.dtype)
-    return _written(stored.at[rows, :, slots_BT].set(new_BTKH, mode="drop"))
+    mode = "promise_in_bounds" if all_exist else "drop"
+    return _written(stored.at[rows, :, slots_BT].set(new_BTKH, mode=mode))
 
 
-def _write_one(stored: jax.Array, new_BK1H: jax.Array, slots_B: jax.Array) -> jax.Array:
-    """Does what `write` does, sequence by sequence: for a scatter, a TPU copies the whole cache."""
+FEW_SLOTS = 8
+"""Up to this number of slots a TPU writes one after another: as many as a step has loops."""
 
-    def write_row(row: jax.Array, stored: jax.Array) -> jax.Array:
-        at = (row, 0, jnp.minimum(slots_B[row], stored.shape[2] - 1), 0)
-        new = jax.lax.dynamic_slice_in_dim(new_BK1H, row, 1)
+
+def _write_in_turn(stored: jax.Array, new_BKTH: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    """Does what `write` does, slot by slot: for a scatter, a TPU copies the whole cache."""
+    B, K, T, H = new_BKTH.shape
+
+    def write_slot(index: jax.Array, stored: jax.Array) -> jax.Array:
+        row, column = index // T, index % T
+        slot = slots_BT[row, column]
+        at = (row, 0, jnp.minimum(slot, stored.shape[2] - 1), 0)
+        new = jax.lax.dynamic_slice(new_BKTH, (row, 0, column, 0), (1, K, 1, H))
         old = jax.lax.dynamic_slice(stored, at, new.shape)
-        kept = jnp.where(slots_B[row] < stored.shape[2], new, old)
+        kept = jnp.where(slot < stored.shape[2], new, old)
         return jax.lax.dynamic_update_slice(stored, kept, at)
 
-    return jax.lax.fori_loop(0, stored.shape[0], write_row, stored)
+    return jax.lax.fori_loop(0, B * T, write_slot, stored)
+
+
+def read(stored: Stored, slots_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The keys or values in T slots of every sequence, [B, K, T, H]; zero beyond the last slot."""
+
+    def taken(array: jax.Array) -> jax.Array:
+        rows = jnp.arange(array.shape[0])[:, None]
+        return array.at[rows, :, slots_BT].get(mode="fill", fill_value=0).swapaxes(1, 2)
+
+    if isinstance(stored, Quantized):
+        values, scales = taken(stored.values), taken(stored.scales)
+        return (values.astype(jnp.float32) * scales).astype(dtype)
+    return taken(stored).astype(dtype)
 
 
 def quantize(x_BKTH: jax.Array) -> Quantized:
@@ -220,28 +284,9 @@ def quantize(x_BKTH: jax.Array) -> Quantized:
     return Quantized(values.astype(jnp.int8), scales)
 
 
-def write_rings(
-    ring_BRKWH: jax.Array, new_BRKTH: jax.Array, slots_BT: jax.Array, first: int
-) -> jax.Array:
-    """Writes T keys or values of R rings, from ring `first` on, into their slots.
-
-    Writes to slots at or beyond W are dropped.
-    """
-    rows = jnp.arange(ring_BRKWH.shape[0])[:, None]
-    rings = slice(first, first + new_BRKTH.shape[1])
-    new_BTRKH = jnp.moveaxis(new_BRKTH, 3, 1).astype(ring_BRKWH.dtype)
-    return _written(ring_BRKWH.at[rows, rings, :, slots_BT].set(new_BTRKH, mode="drop"))
-
-
 def _written(array: jax.Array) -> jax.Array:
     """Keeps XLA from fusing a write into its reader.
 
     Fused, a CPU writes a second time, into a copy. On a TPU the barrier itself would cost a copy.
     """
     return jax.lax.optimization_barrier(array) if traced_platform() == "cpu" else array
-
-
-def ring_positions(lengths_B: jax.Array, window: int) -> jax.Array:
-    """The position in each slot of a ring after `lengths` tokens, [B, W]; negative where empty."""
-    last_B1 = lengths_B[:, None] - 1
-    return last_B1 - (last_B1 - jnp.arange(window)[None, :]) % window

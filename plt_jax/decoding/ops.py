@@ -14,6 +14,7 @@ from plt_jax.model.block import LayerOps
 from plt_jax.model.expert_parallel import replicate_rows
 from plt_jax.model.grouped import grouped_product
 from plt_jax.model.kernels import traced_platform
+from plt_jax.model.layers import Rotation, rms_norm, rotate
 from plt_jax.model.moe import RouterStatistics, mixture_of_experts, run_groups, weighted_sum
 
 FEW_ROWS = 64
@@ -26,14 +27,20 @@ def head_logits(weights: DecodeWeights, normed_BTD: jax.Array) -> jax.Array:
 
 
 def _qkv(
-    config: ModelConfig, weights: Weights, x_BTD: jax.Array
+    config: ModelConfig, weights: Weights, x_BTD: jax.Array, rotation: Rotation
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Does what `model.attention.rotated_qkv` does, of the queries and keys in one piece."""
     B, T, _ = x_BTD.shape
     K, H = config.kv_heads, config.head_width
     fused = linear(x_BTD, weights["qkv"]).astype(x_BTD.dtype).reshape(B, T, K, -1, H)
-    q_BKGTH = fused[:, :, :, :-2].transpose(0, 2, 3, 1, 4)
-    k_BKTH, v_BKTH = (fused[:, :, :, index].swapaxes(1, 2) for index in (-2, -1))
-    return q_BKGTH.reshape(B, -1, T, H), k_BKTH, v_BKTH
+    if config.qkv_bias:
+        fused += weights["qkv_bias"].astype(x_BTD.dtype)
+    fused_BKxTH = fused.transpose(0, 2, 3, 1, 4)
+    qk_BKxTH, v_BKTH = fused_BKxTH[:, :, :-1], fused_BKxTH[:, :, -1]
+    if config.qk_norm:
+        qk_BKxTH = rms_norm(qk_BKxTH, weights["qk_norm"], config.norm_epsilon)
+    qk_BKxTH = rotate(qk_BKxTH, Rotation(rotation.cos[:, None], rotation.sin[:, None]))
+    return qk_BKxTH[:, :, :-1].reshape(B, -1, T, H), qk_BKxTH[:, :, -1], v_BKTH
 
 
 def _output(weights: Weights, out_BNTH: jax.Array) -> jax.Array:

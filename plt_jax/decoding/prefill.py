@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.attention import attend_causally, attend_window, shard_map_attention
-from plt_jax.decoding.cache import Cache, LayerCache, shard_cache, write, write_rings
+from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, read, shard_cache, write
 from plt_jax.decoding.checks import check_chunk
 from plt_jax.decoding.ops import DECODE_OPS, head_logits
 from plt_jax.decoding.placement import CacheShard
@@ -110,7 +110,7 @@ def _run_loop(
 ) -> tuple[jax.Array, Cache]:
     """Runs one loop (0 for the first) over the chunk: its hidden states [B, C, D], and the cache
     with its keys and values."""
-    attend_chunk = partial(_attend_chunk, config, index, choose_backend(config))
+    attend_chunk = partial(_attend_chunk, config, index, cache.slots, choose_backend(config))
     layers = []
     for layer_weights, layer_cache in zip(weights.layers, cache.layers(), strict=True):
         attend = partial(
@@ -135,6 +135,7 @@ def _run_loop(
 def _attend_chunk(
     config: ModelConfig,
     index: int,
+    slots: Slots,
     backend: Backend,
     q_BNCH: jax.Array,
     k_BKCH: jax.Array,
@@ -149,45 +150,48 @@ def _attend_chunk(
     loop = config.loop
     own = index == 0 or loop.later_attention == "own"
     row = index if own else 0
-    capacity, C = cache.keys[0].shape[2], q_BNCH.shape[2]
+    held, C = cache.keys[0].shape[2], q_BNCH.shape[2]
     real_BC = jnp.arange(C) < lengths_B[:, None]
     positions_BC = before_B[:, None] + jnp.arange(C)
     seen_BC = jnp.where(real_BC, positions_BC, 0)  # padding need not look far
+
+    def written(stored: Stored, new_BKCH: jax.Array, slots_BC: jax.Array) -> Stored:
+        return write(stored, new_BKCH, shard.here(slots_BC, held))
+
+    keys, values = list(cache.keys), list(cache.values)
     if own:
-        slots_BC = jnp.where(real_BC, shard.slots(positions_BC, capacity), capacity)
-        keys, values = list(cache.keys), list(cache.values)
-        keys[row], values[row] = (
-            write(keys[row], k_BKCH, slots_BC),
-            write(values[row], v_BKCH, slots_BC),
-        )
-        cache = cache._replace(keys=tuple(keys), values=tuple(values))
-    global_BNCH = attend_causally(
-        q_BNCH, cache.keys[row], cache.values[row], seen_BC, backend, shard
-    )
+        slots_BC = jnp.where(real_BC, slots.of(0, positions_BC), slots.count)
+        keys[row] = written(keys[row], k_BKCH, slots_BC)
+        values[row] = written(values[row], v_BKCH, slots_BC)
+    global_BNCH = attend_causally(q_BNCH, keys[row], values[row], seen_BC, backend, shard)
     if own or loop.later_attention == "shared":
-        return global_BNCH, cache
-    ring_keys, ring_values = cache.rings()
-    ring = index - 1
-    local_BNCH = attend_window(
-        q_BNCH, (k_BKCH, v_BKCH), (ring_keys[:, ring], ring_values[:, ring]), before_B
+        return global_BNCH, LayerCache(tuple(keys), tuple(values))
+    past_BW = before_B[:, None] - slots.window + jnp.arange(slots.window)
+
+    def past(stored: Stored) -> jax.Array:
+        """This loop's keys or values of the W positions before the chunk."""
+        slots_BW = shard.here(slots.of(index, past_BW), held)
+        past_BKWH = read(stored, slots_BW, q_BNCH.dtype)
+        return jax.lax.psum(past_BKWH, shard.axes) if shard.axes else past_BKWH
+
+    before = past(keys[0]), past(values[0])
+    local_BNCH = attend_window(q_BNCH, (k_BKCH, v_BKCH), before, past_BW >= 0)
+    kept_BC = kept_in_window(slots.window, positions_BC, lengths_B, before_B)
+    slots_BC = jnp.where(kept_BC, slots.of(index, positions_BC), slots.count)
+    cache = LayerCache(
+        (written(keys[0], k_BKCH, slots_BC),), (written(values[0], v_BKCH, slots_BC),)
     )
-    slots_BC = ring_slots_of_chunk(ring_keys.shape[3], positions_BC, lengths_B, before_B)
-    cache = cache._replace(
-        ring_keys=write_rings(ring_keys, k_BKCH[:, None], slots_BC, ring),
-        ring_values=write_rings(ring_values, v_BKCH[:, None], slots_BC, ring),
-    )
-    assert gate_BNC is not None  # schemes with rings have gates
+    assert gate_BNC is not None  # schemes with windows have gates
     return blend(gate_BNC, global_BNCH, local_BNCH), cache
 
 
-def ring_slots_of_chunk(
+def kept_in_window(
     window: int, positions_BC: jax.Array, lengths_B: jax.Array, before_B: jax.Array
 ) -> jax.Array:
-    """The ring's slot of each key of a chunk, int32 [B, C]; W for keys that are not written.
+    """Which keys of a chunk its window keeps, bool [B, C].
 
-    Not written are padding and the keys that later ones of the chunk would overwrite: which of two
+    Not kept are padding and the keys that later ones of the chunk would overwrite: which of two
     writes to one slot remains is undefined.
     """
     end_B1 = (before_B + lengths_B)[:, None]
-    kept_BC = (positions_BC < end_B1) & (positions_BC >= end_B1 - window)
-    return jnp.where(kept_BC, positions_BC % window, window)
+    return (positions_BC < end_B1) & (positions_BC >= end_B1 - window)

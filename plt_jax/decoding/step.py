@@ -16,21 +16,12 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.decoding.attention import attend, attend_own, shard_map_attention
-from plt_jax.decoding.cache import (
-    Cache,
-    LayerCache,
-    Stored,
-    ring_positions,
-    shard_cache,
-    write,
-    write_rings,
-)
+from plt_jax.decoding.attention import attend, attend_gated, shard_map_attention
+from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, shard_cache, write
 from plt_jax.decoding.checks import check_step
 from plt_jax.decoding.ops import DECODE_OPS, head_logits
 from plt_jax.decoding.placement import CacheShard
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
-from plt_jax.model.attention import blend
 from plt_jax.model.block import apply_block
 from plt_jax.model.layers import embed, rms_norm, rope_rotation
 from plt_jax.model.looping import Norm, loop_output, next_loop_input
@@ -122,7 +113,7 @@ def _run_rows(
 ) -> tuple[jax.Array, Cache]:
     """All layers over one row for each loop of `loops`: hidden states [B, R, D], and the cache."""
     rotation = rope_rotation(config, cache.lengths[:, None])
-    attend_rows = partial(_attend_rows, config, loops)
+    attend_rows = partial(_attend_rows, config, loops, cache.slots)
     layers = []
     for layer_weights, layer_cache in zip(weights.layers, cache.layers(), strict=True):
         attend_layer = partial(
@@ -143,6 +134,7 @@ def _run_rows(
 def _attend_rows(
     config: ModelConfig,
     loops: range,
+    slots: Slots,
     q_BNRH: jax.Array,
     k_BKRH: jax.Array,
     v_BKRH: jax.Array,
@@ -153,55 +145,40 @@ def _attend_rows(
 ) -> tuple[jax.Array, LayerCache]:
     """Attention of one row for each loop, in one layer; see `shard_map_attention`.
 
-    All rows of a sequence are at the position behind its `lengths`.
+    All rows of a sequence are at the position behind its `lengths`. Where the cache is full, they
+    are at the last position instead: checks refuse that outside of jit, and inside the sequence's
+    logits are wrong.
     """
-    loop = config.loop
-    capacity, slots_B1 = cache.keys[0].shape[2], lengths_B[:, None]
-    own_B1 = shard.slots(slots_B1, capacity)
-    mask_B1S = shard.start + jnp.arange(capacity) <= slots_B1[:, :, None]
-    later = [row for row, index in enumerate(loops) if index > 0]
+    own = config.loop.later_attention == "own"
+    held = cache.keys[0].shape[2]
+    position_B = jnp.minimum(lengths_B, slots.capacity - 1)
+    slot_S = shard.start + jnp.arange(held)
+    shared_B1S = slot_S <= position_B[:, None, None]
 
-    def written(stored: tuple[Stored, ...], new_BKRH: jax.Array, rows: dict[int, int]):
-        """The arrays of all loops, with the new rows of those in `rows`, by loop."""
-        return tuple(
-            write(old, new_BKRH[:, :, rows[index] : rows[index] + 1], own_B1)
-            if index in rows
-            else old
-            for index, old in enumerate(stored)
-        )
+    def written(stored: Stored, new_BKRH: jax.Array, rows: list[int]) -> Stored:
+        """The array with the new keys or values of some rows."""
+        if not rows:
+            return stored
+        slots_BR = jnp.stack([slots.of(0 if own else loops[row], position_B) for row in rows], 1)
+        new_BKRH = new_BKRH[:, :, rows[0] : rows[-1] + 1]
+        return write(stored, new_BKRH, shard.here(slots_BR, held), all_exist=not shard.axes)
 
-    own = loop.later_attention == "own"
-    rows = {index: row for row, index in enumerate(loops) if own or index == 0}
-    cache = cache._replace(
-        keys=written(cache.keys, k_BKRH, rows), values=written(cache.values, v_BKRH, rows)
-    )
     if own:
-        outs = [
-            attend(
-                *(q_BNRH[:, :, row : row + 1], cache.keys[index], cache.values[index], mask_B1S),
-                shard.axes,
-            )
-            for index, row in rows.items()
-        ]
-        return jnp.concatenate(outs, axis=2), cache
-    # Loops are a second axis of queries here: the shared cache is read once for all of them.
-    global_BNRH = attend(q_BNRH, cache.keys[0], cache.values[0], mask_B1S, shard.axes)
-    if loop.later_attention == "shared" or not later:
-        return global_BNRH, cache
-    first, rings = later[0], slice(loops[later[0]] - 1, loops[-1])
-    ring_keys, ring_values = cache.rings()
-    window = ring_keys.shape[3]
-
-    def in_ring(ring_BRKWH: jax.Array, new_BKRH: jax.Array) -> jax.Array:
-        new_BRK1H = new_BKRH[:, :, first:].swapaxes(1, 2)[:, :, :, None]
-        return write_rings(ring_BRKWH, new_BRK1H, slots_B1 % window, rings.start)
-
-    ring_keys, ring_values = in_ring(ring_keys, k_BKRH), in_ring(ring_values, v_BKRH)
-    cache = cache._replace(ring_keys=ring_keys, ring_values=ring_values)
-    ring_mask_B1W = (ring_positions(lengths_B + 1, window) >= 0)[:, None]
-    local_BNRH = attend_own(
-        q_BNRH[:, :, first:], ring_keys[:, rings], ring_values[:, rings], ring_mask_B1W
-    )
-    assert gate_BNR is not None  # schemes with rings have gates
-    blended = blend(gate_BNR[:, :, first:], global_BNRH[:, :, first:], local_BNRH)
-    return jnp.concatenate([global_BNRH[:, :, :first], blended], axis=2), cache
+        keys, values, outs = list(cache.keys), list(cache.values), []
+        for row, index in enumerate(loops):
+            keys[index] = written(keys[index], k_BKRH, [row])
+            values[index] = written(values[index], v_BKRH, [row])
+            q_BN1H = q_BNRH[:, :, row : row + 1]
+            outs.append(attend(q_BN1H, keys[index], values[index], shared_B1S, shard.axes))
+        return jnp.concatenate(outs, axis=2), LayerCache(tuple(keys), tuple(values))
+    # Loops are further queries here: every slot is read once for all of them.
+    rows = [row for row, index in enumerate(loops) if index == 0 or slots.window]
+    (keys,), (values,) = cache
+    keys, values = written(keys, k_BKRH, rows), written(values, v_BKRH, rows)
+    cache = LayerCache((keys,), (values,))
+    if not slots.window or loops[-1] == 0:
+        return attend(q_BNRH, keys, values, shared_B1S, shard.axes), cache
+    assert gate_BNR is not None  # schemes with windows have gates
+    masks = (shared_B1S, slots.seen(loops, position_B, slot_S))
+    gate_BNR = jnp.where(jnp.array(loops) > 0, gate_BNR, 1.0)
+    return attend_gated(q_BNRH, keys, values, masks, gate_BNR, shard.axes), cache

@@ -40,11 +40,12 @@ class DecodeWeights(flax.struct.PyTreeNode):
     head: jax.Array | None
     """[V, D] in the compute dtype; None where the embedding is the head."""
     layers: tuple[dict[str, jax.Array], ...]
-    """One dict for each layer. The declared norms, biases, gate and router are as they were. In the
-    compute dtype are "qkv" [K·(G+2)·H, D] (each key/value head behind the G query heads that read
-    it), "o" [D, N·H], and "gate_up" [2, F, D] and "down" [D, F]; of a mixture of experts instead
-    "expert_gate_up" [X, 2, F, D] and "expert_down" [X, D, F], and of its shared expert
-    "shared_gate_up" and "shared_down"."""
+    """One dict for each layer. The declared norms, output bias, gate and router are as they were;
+    "qk_norm" [G+1, 1, H] are the norms of G query heads and a key head, and "qkv_bias" [K, G+2, H]
+    all biases. In the compute dtype are "qkv" [K·(G+2)·H, D] (each key/value head behind the G
+    query heads that read it), "o" [D, N·H], and "gate_up" [2, F, D] and "down" [D, F]; of a mixture
+    of experts instead "expert_gate_up" [X, 2, F, D] and "expert_down" [X, D, F], and of its shared
+    expert "shared_gate_up" and "shared_down"."""
 
 
 def prepare_for_decode(config: ModelConfig, params: Params | DecodeWeights) -> DecodeWeights:
@@ -90,6 +91,13 @@ def _prepare_layer(config: ModelConfig, declared: Weights) -> dict[str, jax.Arra
         "qkv": jnp.concatenate(grouped, axis=2).reshape(D, -1).T,
         "o": left.pop("o").astype(dtype).reshape(-1, D).T,
     }
+    if config.qkv_bias:
+        q_NH, k_KH, v_KH = (left.pop(f"{name}_bias") for name in "qkv")
+        grouped = [q_NH.reshape(K, -1, H), k_KH[:, None], v_KH[:, None]]
+        fused["qkv_bias"] = jnp.concatenate(grouped, axis=1)
+    if config.qk_norm:
+        norms = [left.pop("q_norm")] * (config.heads // K) + [left.pop("k_norm")]
+        fused["qk_norm"] = jnp.stack(norms)[:, None]
     for gate, up, down, fused_in, fused_out in (
         ("ffn_gate", "ffn_up", "ffn_down", "gate_up", "down"),
         ("shared_gate_proj", "shared_up", "shared_down", "shared_gate_up", "shared_down"),

@@ -69,29 +69,14 @@ def gate_parameters(config: ModelConfig) -> dict[str, Parameter]:
     }
 
 
-def project_qkv(
-    config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array
+def rotated_qkv(
+    config: ModelConfig, weights: Mapping[str, jax.Array], x_BTD: jax.Array, rotation: Rotation
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries [B, N, T, H], keys and values [B, K, T, H], by the declared weights alone."""
+    """Queries [B, N, T, H], keys and values [B, K, T, H]: projected, with biases, and queries and
+    keys normed and rotated."""
     q_BNTH, k_BKTH, v_BKTH = (
         jnp.einsum("BTD,DNH->BNTH", x_BTD, weights[name].astype(x_BTD.dtype)) for name in "qkv"
     )
-    return q_BNTH, k_BKTH, v_BKTH
-
-
-def project_output(weights: Mapping[str, jax.Array], out_BNTH: jax.Array) -> jax.Array:
-    """The output projection: the heads' outputs [B, N, T, H] to [B, T, D]."""
-    return jnp.einsum("BNTH,NHD->BTD", out_BNTH, weights["o"].astype(out_BNTH.dtype))
-
-
-def finish_qkv(
-    config: ModelConfig,
-    weights: Mapping[str, jax.Array],
-    qkv: tuple[jax.Array, jax.Array, jax.Array],
-    rotation: Rotation,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Adds biases, and normalises and rotates queries and keys."""
-    q_BNTH, k_BKTH, v_BKTH = qkv
     if config.qkv_bias:
         q_BNTH, k_BKTH, v_BKTH = (
             x_BNTH + weights[name][:, None].astype(x_BNTH.dtype)
@@ -101,6 +86,11 @@ def finish_qkv(
         q_BNTH = rms_norm(q_BNTH, weights["q_norm"], config.norm_epsilon)
         k_BKTH = rms_norm(k_BKTH, weights["k_norm"], config.norm_epsilon)
     return rotate(q_BNTH, rotation), rotate(k_BKTH, rotation), v_BKTH
+
+
+def project_output(weights: Mapping[str, jax.Array], out_BNTH: jax.Array) -> jax.Array:
+    """The output projection: the heads' outputs [B, N, T, H] to [B, T, D]."""
+    return jnp.einsum("BNTH,NHD->BTD", out_BNTH, weights["o"].astype(out_BNTH.dtype))
 
 
 def gate(

@@ -15,10 +15,9 @@ from plt_jax.config import ModelConfig
 from plt_jax.model.attention import (
     attention_parameters,
     blend,
-    finish_qkv,
     gate,
     project_output,
-    project_qkv,
+    rotated_qkv,
     sequence_attention,
 )
 from plt_jax.model.expert_parallel import routed_experts
@@ -55,8 +54,11 @@ class LayerOutputs(NamedTuple):
 class LayerOps(NamedTuple):
     """The products of a layer with its weights, which training and decoding lay out differently."""
 
-    qkv: Callable[[ModelConfig, Weights, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
-    """Normed input [B, T, D] to queries [B, N, T, H], keys and values [B, K, T, H]."""
+    qkv: Callable[
+        [ModelConfig, Weights, jax.Array, Rotation], tuple[jax.Array, jax.Array, jax.Array]
+    ]
+    """Normed input [B, T, D] to queries [B, N, T, H], keys and values [B, K, T, H]; queries and
+    keys are rotated."""
     output: Callable[[Weights, jax.Array], jax.Array]
     """The heads' outputs [B, N, T, H] to [B, T, D]."""
     feed_forward: Callable[
@@ -118,7 +120,7 @@ def feed_forward(
     return swiglu(x_BTD, weights["ffn_gate"], weights["ffn_up"], weights["ffn_down"]), None
 
 
-TRAINING_OPS = LayerOps(project_qkv, project_output, feed_forward)
+TRAINING_OPS = LayerOps(rotated_qkv, project_output, feed_forward)
 """Products with the parameters as the model declares them."""
 
 
@@ -140,8 +142,7 @@ def apply_block(
       layers.
     """
     normed_BTD = rms_norm(x_BTD, weights["attention_norm"], config.norm_epsilon)
-    qkv = ops.qkv(config, weights, normed_BTD)
-    q_BNTH, k_BKTH, v_BKTH = finish_qkv(config, weights, qkv, rotation)
+    q_BNTH, k_BKTH, v_BKTH = ops.qkv(config, weights, normed_BTD, rotation)
     out_BNTH, left = attend(q_BNTH, k_BKTH, v_BKTH, gate(config, weights, x_BTD, q_BNTH))
     x_BTD += ops.output(weights, out_BNTH)
     if config.output_bias:

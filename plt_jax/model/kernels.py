@@ -51,8 +51,12 @@ def available_backend() -> Backend:
 
 
 def _cudnn_attention_runs() -> bool:
-    """Whether this process's GPUs are NVIDIA's, of a generation with fused attention (Ampere)."""
+    """Whether the program's GPUs are NVIDIA's, of a generation with fused attention (Ampere)."""
+    described = jax.sharding.get_abstract_mesh().abstract_device
     device = jax.local_devices()[0]
+    if described is not None and device.platform != described.platform:
+        # Compiled ahead of time: only for cards that distributed/gpus.py describes, which all are.
+        return described.device_kind.startswith("NVIDIA")
     # A ROCm device is a "gpu" too, but its capability is not a number.
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
 

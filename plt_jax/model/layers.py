@@ -61,10 +61,11 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of RoPE's angles, float32 [B, 1, T, H/2]."""
+    """Cosines and sines of RoPE's angles, float32 [B, 1, T, H]; see `rotate`."""
 
     cos: jax.Array
     sin: jax.Array
+    """Negative in the first half of a head."""
 
 
 def rope_rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
@@ -72,7 +73,8 @@ def rope_rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
     exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
     frequencies = scale_frequencies(config.rope_scaling, 1.0 / config.rope_theta**exponents)
     angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return Rotation(jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1))
 
 
 def scale_frequencies(scaling: RopeScalingConfig, frequencies: jax.Array) -> jax.Array:
@@ -91,12 +93,10 @@ def scale_frequencies(scaling: RopeScalingConfig, frequencies: jax.Array) -> jax
 
 def rotate(x_BNTH: jax.Array, rotation: Rotation) -> jax.Array:
     """Applies RoPE in the half-rotation layout of llama: pairs are (h, h + H/2)."""
-    first, second = jnp.split(x_BNTH.astype(jnp.float32), 2, axis=-1)
-    rotated = (
-        first * rotation.cos - second * rotation.sin,
-        second * rotation.cos + first * rotation.sin,
-    )
-    return jnp.concatenate(rotated, axis=-1).astype(x_BNTH.dtype)
+    wide = x_BNTH.astype(jnp.float32)
+    halves = wide.reshape(*wide.shape[:-1], 2, -1)
+    other = jnp.flip(halves, axis=-2).reshape(wide.shape)  # the other number of each pair
+    return (wide * rotation.cos + other * rotation.sin).astype(x_BNTH.dtype)
 
 
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:

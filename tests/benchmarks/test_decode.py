@@ -150,14 +150,14 @@ def test_bad_options_are_refused(config, monkeypatch, words, message):
     ],
 )
 def test_bytes_read_in_a_step(scheme, passes, caches, cache_passes):
-    """Weights once per pass; a shared cache once in one pass, whatever the loops."""
+    """Weights once per pass; all slots once in one pass, whatever the loops."""
     config = small_config(scheme, 1 if scheme == "no_loop" else 3, window=5)
     weights = prepare_for_decode(config, random_params(config))
     moved = bytes_moved(config, weights, init_cache(config, 2, 32))
     plain = 2 * 2 * 2 * 2 * 32 * 4 * 4  # keys and values, layers, B, K, S, H, bytes
     gated = scheme in ("plt", "loop_kv_share_window")
-    rings = plain * 2 * 5 // 32 if gated else 0
-    assert moved["cache_bytes_read"] == plain * caches * cache_passes + rings
+    windows = plain * 2 * 5 // 32 if gated else 0
+    assert moved["cache_bytes_read"] == (plain * caches + windows) * cache_passes
     layer = 16 + 16 + 32 * 16 + 16 * 16 + 48 * 16 + 16 * 24 + (4 * 4 + 4 if gated else 0)
     assert moved["weight_bytes_read"] == 4 * (passes * 2 * layer + 31 * 16)
 

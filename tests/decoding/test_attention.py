@@ -1,4 +1,4 @@
-"""Attention to a cache, in one piece, in blocks, over rings and in eight bits."""
+"""Attention to a cache, in one piece, in blocks, in two segments and in eight bits."""
 
 import functools
 
@@ -11,7 +11,12 @@ from hypothesis import strategies as st
 
 from plt_jax import init_cache, prefill, prepare_for_decode
 from plt_jax.decoding import attention
-from plt_jax.decoding.attention import attend, attend_causally, attend_own, attend_window
+from plt_jax.decoding.attention import (
+    attend,
+    attend_causally,
+    attend_gated,
+    attend_window,
+)
 from plt_jax.decoding.cache import Quantized, quantize
 from tests.models import random_params, small_config
 
@@ -78,34 +83,51 @@ def test_blocks_are_the_whole(chunk, capacity, query_block, key_block, start):
     window=st.sampled_from([1, 3, 8]),
     before=st.tuples(st.integers(0, 20), st.integers(0, 20)),
 )
-def test_windows_reach_from_the_chunk_into_the_ring(chunk, window, before):
+def test_windows_reach_back_before_the_chunk(chunk, window, before):
     B, total = 2, 20 + 12
     keys, values = draw(1, B, 2, total, H), draw(2, B, 2, total, H)
-    rings, new = [], []
+    past, new = [], []
     for x in (keys, values):
-        ring = np.full((B, 2, window, H), 1e3, np.float32)
+        held = np.full((B, 2, window, H), 1e3, np.float32)
         part = np.zeros((B, 2, chunk, H), np.float32)
         for b, length in enumerate(before):
             for p in range(max(0, length - window), length):
-                ring[b, :, p % window] = x[b, :, p]
+                held[b, :, p - length] = x[b, :, p]
             part[b] = x[b, :, length : length + chunk]
-        rings.append(jnp.asarray(ring))
+        past.append(jnp.asarray(held))
         new.append(jnp.asarray(part))
     q = draw(0, B, 4, chunk, H)
-    out = jax.jit(attend_window)(q, tuple(new), tuple(rings), jnp.asarray(before))
+    exists = np.array(before)[:, None] - window + np.arange(window) >= 0
+    out = jax.jit(attend_window)(q, tuple(new), tuple(past), exists)
     distance = (np.array(before)[:, None] + np.arange(chunk))[:, :, None] - np.arange(total)
     mask = (distance >= 0) & (distance < window)
     np.testing.assert_allclose(out, plain(q, keys, values, mask), atol=1e-5)
 
 
-def test_rows_attend_to_their_own_keys():
-    B, R, S = 2, 3, 5
-    q, k, v = draw(0, B, 4, R, H), draw(1, B, R, 2, S, H), draw(2, B, R, 2, S, H)
-    mask = np.arange(S) <= np.array([1, 4])[:, None, None]
-    out = attend_own(q, k, v, mask)
-    for row in range(R):
-        right = plain(q[:, :, row : row + 1], k[:, row], v[:, row], mask)
-        np.testing.assert_allclose(out[:, :, row : row + 1], right, atol=1e-5)
+@settings(max_examples=12, derandomize=True)
+@given(
+    rows=st.sampled_from([1, 2, 4]),
+    apart=st.sampled_from([0.0, 1e3, -1e3]),
+    seed=st.integers(0, 1000),
+)
+def test_two_segments_are_two_attentions_and_a_gate(rows, apart, seed):
+    """The slots lie anywhere, and the logits of one segment may be far below the other's."""
+    B, S = 2, 11
+    random = np.random.default_rng(seed)
+    q, k, v = draw(seed, B, 4, rows, H), draw(seed + 1, B, 2, S, H), draw(seed + 2, B, 2, S, H)
+    is_shared = random.permutation(S) < 6
+    k += apart * jnp.asarray(is_shared)[:, None] * k  # exp() of either segment's would be zero
+    seen = random.random((2, B, rows, S)) < 0.7
+    shared, window = seen[0] & is_shared, seen[1] & ~is_shared
+    shared[..., np.argmax(is_shared)] = window[..., np.argmin(is_shared)] = True
+    gate = random.random((B, 4, rows), dtype=np.float32)
+    window[:, 0], gate[:, :, 0] = False, 1.0  # loop 1
+    out = attend_gated(q, k, v, (shared, window), gate)
+    right = gate[..., None] * plain(q, k, v, shared)
+    if rows > 1:
+        later = plain(q[:, :, 1:], k, v, window[:, 1:])
+        right[:, :, 1:] += (1 - gate[:, :, 1:, None]) * later
+    np.testing.assert_allclose(out, right, atol=1e-5)
 
 
 # ---- eight bits ----

@@ -10,8 +10,8 @@ import pytest
 
 from plt_jax import Transformer, decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.decoding import cache as caches
-from plt_jax.decoding.cache import ring_positions
-from plt_jax.decoding.prefill import ring_slots_of_chunk
+from plt_jax.decoding.cache import slots_for
+from plt_jax.decoding.prefill import kept_in_window
 from plt_jax.decoding.step import UnpreparedWeightsWarning
 from tests.models import ALL, random_params, small_config
 
@@ -55,26 +55,36 @@ def test_dtype():
         assert cache.lengths.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("window", [1, 3, 7])
-def test_ring_positions(window):
-    """After n tokens the ring holds the last of them, each in slot position mod window."""
-    for length in range(20):
-        slots = [-1] * window
-        for position in range(length):
-            slots[position % window] = position
-        held = np.asarray(ring_positions(jnp.array([length]), window))[0]
-        np.testing.assert_array_equal(np.maximum(held, -1), slots)
+@pytest.mark.parametrize("window", [1, 3, 7, 50])
+def test_slots(window):
+    """Loop 1's keys lie at their positions; a later loop's at position mod W of its window."""
+    slots = slots_for(small_config("plt", 3, window=window), B, 10)
+    assert slots == (10, min(window, 10), 10 + 2 * min(window, 10))
+    positions = np.arange(12)
+    np.testing.assert_array_equal(slots.of(0, positions), [*range(10), slots.count, slots.count])
+    for loop in (1, 2):
+        first = 10 + (loop - 1) * slots.window
+        np.testing.assert_array_equal(slots.of(loop, positions), first + positions % slots.window)
+
+
+@pytest.mark.parametrize("window", [1, 3, 64, 65, 5000])
+@pytest.mark.parametrize("length", [1, 1024, 1056])
+def test_slots_on_a_gpu_need_no_padding(monkeypatch, window, length):
+    monkeypatch.setattr(caches, "traced_platform", lambda: "gpu")
+    slots = slots_for(small_config("plt", 3, window=window), B, length)
+    assert slots.count % caches.GPU_SLOTS == 0
+    assert slots.capacity >= length and slots.window == min(window, slots.capacity)
+    assert slots.capacity - length < caches.GPU_SLOTS
 
 
 @pytest.mark.parametrize("window", [1, 3, 7])
-def test_a_chunk_writes_each_slot_of_a_ring_once(window):
+def test_a_chunk_writes_each_slot_of_a_window_once(window):
     """Which of two writes to one slot stays is not defined, though a CPU keeps the last."""
-    config = small_config("plt", 2, window=window)
-    cache = init_cache(config, 4, S).replace(lengths=jnp.array([0, 2, 5, 11]))
-    lengths, positions = jnp.array([10, 10, 1, 0]), cache.lengths[:, None] + jnp.arange(10)
-    slots = ring_slots_of_chunk(window, positions, lengths, cache.lengths)
-    for row, length in zip(np.asarray(slots), lengths, strict=True):
-        written = row[row < window]
+    before, lengths = jnp.array([0, 2, 5, 11]), jnp.array([10, 10, 1, 0])
+    positions = before[:, None] + jnp.arange(10)
+    kept = kept_in_window(window, positions, lengths, before)
+    for row, of_row, length in zip(np.asarray(kept), np.asarray(positions), lengths, strict=True):
+        written = of_row[row] % window
         assert len(set(written.tolist())) == len(written) == min(window, length)
 
 
@@ -174,13 +184,13 @@ def test_empty_cache_is_refused(batch, length):
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_writing_row_by_row_is_writing_at_once(monkeypatch, dtype):
-    """As TPUs write one position of each sequence; what is beyond the end is dropped there too."""
+    """As TPUs write a few slots of each sequence; what is beyond the end is dropped there too."""
     B, K, S, H = 4, 2, 5, 3
     random = np.random.default_rng(0)
     held = jnp.asarray(random.normal(size=(B, K, S, H)), jnp.float32)
     stored = caches.quantize(held) if dtype == "int8" else held
-    new = jnp.asarray(random.normal(size=(B, K, 1, H)), jnp.float32)
-    slots = jnp.array([[0], [4], [5], [9]])
+    new = jnp.asarray(random.normal(size=(B, K, 2, H)), jnp.float32)
+    slots = jnp.array([[0, 1], [4, 2], [5, 0], [9, 9]])
     expected = caches.write(stored, new, slots)
     monkeypatch.setattr(caches, "traced_platform", lambda: "tpu")
     jax.tree.map(np.testing.assert_array_equal, caches.write(stored, new, slots), expected)
@@ -189,4 +199,4 @@ def test_writing_row_by_row_is_writing_at_once(monkeypatch, dtype):
 
 def test_a_window_wider_than_the_cache_takes_no_more_than_the_cache():
     cache = init_cache(small_config("plt", window=2**31 - 1), 2, 24)
-    assert {ring.shape for ring in cache.ring_keys + cache.ring_values} == {(2, 1, 2, 24, 4)}
+    assert {array.shape for array in jax.tree.leaves(cache.keys)} == {(2, 2, 48, 4)}

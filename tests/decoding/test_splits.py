@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from plt_jax import ModelConfig, decode_step, init_cache, prefill, prepare_for_decode
-from plt_jax.decoding.cache import Cache, ring_positions
+from plt_jax.decoding.cache import Cache
 from tests.models import ALL, forward, random_params, random_tokens, small_config
 from tests.tiers import slow_but
 
@@ -124,25 +124,19 @@ class Decoder:
             self.step() if operation is STEP else self.chunk(operation)
 
 
-def meaningful(config: ModelConfig, cache: Cache):
+def meaningful(cache: Cache):
     """The parts of a cache that later answers depend on; zero elsewhere."""
-    slots = jnp.arange(CAPACITY) < cache.lengths[:, None]
-    ring = ring_positions(cache.lengths, min(config.loop.window, CAPACITY)) >= 0
+    layout = cache.slots
+    slots = np.arange(layout.count)
+    # A slot is filled if a position of the text, or of its window's first turn, lies in it.
+    turn = (slots - layout.capacity) % max(layout.window, 1)
+    position = np.where(slots < layout.capacity, slots, turn)
+    filled_BS = position < cache.lengths[:, None]
 
-    def part(tree, filled_BS):
-        def masked(array):
-            loops_and_heads = tuple(range(1, array.ndim - 2))
-            filled = jnp.expand_dims(filled_BS, loops_and_heads)[..., None]
-            return jnp.where(filled, array, 0)
+    def filled(array):
+        return jnp.where(filled_BS[:, None, :, None], array, 0)
 
-        return jax.tree.map(masked, tree)
-
-    return (
-        cache.lengths,
-        part((cache.keys, cache.values), slots),
-        part((cache.ring_keys, cache.ring_values), ring),
-        cache.carried,
-    )
+    return cache.lengths, jax.tree.map(filled, (cache.keys, cache.values)), cache.carried
 
 
 @pytest.mark.parametrize("case", slow_but(["no_loop-1", "plt-2"], CASES, PROGRAMS))
@@ -160,8 +154,8 @@ def test_any_split_is_the_forward_pass(case, operations):
     whole.chunk(split.done)
     jax.tree.map(
         lambda actual, right: np.testing.assert_allclose(actual, right, atol=2e-5, rtol=1e-5),
-        meaningful(config, split.cache),
-        meaningful(config, whole.cache),
+        meaningful(split.cache),
+        meaningful(whole.cache),
     )
 
 

@@ -65,9 +65,11 @@ def test_weights_are_read_once_for_all_loops(scheme, count):
 
 
 @pytest.mark.parametrize(("scheme", "count"), ALL)
-def test_shared_cache_is_read_once_for_all_loops(scheme, count):
+def test_all_slots_are_read_once_for_all_loops(scheme, count):
     """Once for the logits and once for the sum of values, in every layer."""
-    shared = (B, 2, S, 4)
+    config = small_config(scheme, count)
+    windows = (count - 1) * config.loop.window if config.loop.later_attention == "gated" else 0
+    shared = (B, 2, S + windows, 4)
     own_caches = count if scheme in ("clp", "vanilla_loop") else 1
     passes = count if scheme == "loop_kv_share_window" else 1
     assert count_with(shared, scheme, count) == 2 * LAYERS * passes * own_caches

@@ -32,13 +32,13 @@ CAPACITY = 16
 LONG = 1024
 """So large that a gathered cache would stand out."""
 CASES = {
-    # mesh, batch, and how the cache [B, 2, 16, 4] is split there
-    "batch": ({"data": 8}, 8, [1, 2, 16]),
-    "heads": ({"data": 4, "tensor": 2}, 4, [1, 1, 16]),
-    "sequence": ({"data": 1, "context": 8}, 2, [2, 2, 2]),
-    "sequence, where the batch is too small": ({"data": 4, "tensor": 2}, 1, [1, 1, 4]),
-    "sequence by fsdp": ({"data": 2, "fsdp": 4}, 2, [1, 2, 4]),
-    "all": ({"data": 2, "context": 2, "tensor": 2}, 2, [1, 1, 8]),
+    # mesh, batch, and how the cache [B, 2, 16 + 3, 4] is split there, with more slots as needed
+    "batch": ({"data": 8}, 8, [1, 2, 19]),
+    "heads": ({"data": 4, "tensor": 2}, 4, [1, 1, 19]),
+    "sequence": ({"data": 1, "context": 8}, 2, [2, 2, 3]),
+    "sequence, where the batch is too small": ({"data": 4, "tensor": 2}, 1, [1, 1, 5]),
+    "sequence by fsdp": ({"data": 2, "fsdp": 4}, 2, [1, 2, 5]),
+    "all": ({"data": 2, "context": 2, "tensor": 2}, 2, [1, 1, 10]),
 }
 
 
