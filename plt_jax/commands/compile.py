@@ -1,28 +1,34 @@
-"""Compiles a step for TPU slices, on a machine without a TPU.
+"""Compiles a step for TPU slices or for a GPU, on a machine without either.
 
 python -m plt_jax.compile CONFIG --topology v5p:4x4x8 [--section.field value ...]
+python -m plt_jax.compile CONFIG --topology h100 --decode --batch 1,16 --schemes no_loop,plt
 
-It needs the package libtpu. It prints the memory that the compiler allots, the program's
-collectives, and bounds of the step's time.
+For TPUs it needs the package libtpu, and prints the memory that the compiler allots, the program's
+collectives, and bounds of the step's time. For GPUs it needs JAX's CUDA plugin, and prints the
+program's kernels, what they read and write, and bounds of the step's time.
 """
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from plt_jax.benchmarks.variants import variants_of
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser
 from plt_jax.config import RunConfig
 from plt_jax.distributed.chips import CHIPS, parse_topology
+from plt_jax.distributed.gpus import GPUS, names_gpus, parse_gpus
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
 
 DESCRIPTION = """\
-Compile a configuration's train step, or its decode step, for TPU slices, and report its memory,
-collectives and FLOPs on each device, and bounds of the step's time. Needs the package libtpu, but
-no TPU."""
+Compile a configuration's train step, or its decode step, for devices that are not here. For TPU
+slices (needs the package libtpu): memory, collectives and FLOPs on each device, and bounds of the
+step's time. For GPUs (needs JAX's CUDA plugin): kernels by layer, kind and source line, what they
+read and write, memory, and bounds of the step's time."""
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -30,46 +36,108 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--topology",
         required=True,
-        metavar="CHIP:SHAPE",
-        help=f"a slice, such as v5e:16x16 or v5p:4x4x8; chips are {', '.join(CHIPS)}",
+        metavar="CHIP:SHAPE|CARD",
+        help=f"a TPU slice, such as v5e:16x16 or v5p:4x4x8 (chips: {', '.join(CHIPS)}); or a GPU, "
+        f"such as h100, or h100:8 for eight of a host (cards: {', '.join(GPUS)})",
     )
-    parser.add_argument("--slices", type=int, default=1, help="number of such slices")
+    parser.add_argument("--slices", type=int, default=1, help="number of TPU slices")
     parser.add_argument(
         "--decode", action="store_true", help="compile the decode step instead of the train step"
     )
-    parser.add_argument("--batch", type=int, help="batch size of the decode step (with --decode)")
+    parser.add_argument(
+        "--batch", help="batch size of the decode step; for GPUs several, such as 1,16"
+    )
     parser.add_argument(
         "--context", type=int, help="positions of the decode step's cache (with --decode)"
     )
-    parser.add_argument("--json", metavar="FILE", help="JSON file for the whole estimate")
+    parser.add_argument(
+        "--schemes", help="for GPUs: schemes to compile side by side, such as no_loop,plt"
+    )
+    parser.add_argument("--loops", help="for GPUs: numbers of loops of those schemes, such as 2,3")
+    parser.add_argument("--json", metavar="FILE", help="JSON file for all that was found")
     words = list(sys.argv[1:] if words is None else words)
     config = parse_run_config(parser, words)
     arguments = parser.parse_args(words)
+    decode = decode_shapes(arguments, config)
+    compile_for = _compile_for_gpu if names_gpus(arguments.topology) else _compile_for_tpu
+    text, found = compile_for(arguments, config, decode)
+    print(text)
+    if arguments.json:
+        made = {"config": config.model_dump(mode="json"), **found}
+        write_text(Path(arguments.json), json.dumps(made, indent=2) + "\n")
+
+
+def _compile_for_tpu(
+    arguments: argparse.Namespace, config: RunConfig, decode: list[tuple[int, int]]
+) -> tuple[str, dict]:
     topology = parse_topology(arguments.topology, arguments.slices)
-    check_decode(arguments, config)
+    for name in ("schemes", "loops"):
+        if getattr(arguments, name) is not None:
+            raise InputError(f"--{name} is an option of GPUs; use --model.loop.* for TPUs")
+    if len(decode) > 1:
+        raise InputError("--batch takes one size for TPUs, and several for GPUs")
 
     from plt_jax.compile.command import compile_config
     from plt_jax.compile.report import report
 
-    decode = (arguments.batch, arguments.context) if arguments.decode else None
-    estimate = compile_config(config, topology, decode)
-    print(report(config, estimate))
-    if arguments.json:
-        made = {"config": config.model_dump(mode="json"), "decode": decode, **estimate.as_json()}
-        write_text(Path(arguments.json), json.dumps(made, indent=2) + "\n")
+    shape = decode[0] if decode else None
+    estimate = compile_config(config, topology, shape)
+    return report(config, estimate), {"decode": shape, **estimate.as_json()}
 
 
-def check_decode(arguments: argparse.Namespace, config: RunConfig) -> None:
-    """Sets the defaults of --batch and --context.
+def _compile_for_gpu(
+    arguments: argparse.Namespace, config: RunConfig, decode: list[tuple[int, int]]
+) -> tuple[str, dict]:
+    topology = parse_gpus(arguments.topology)
+    if arguments.slices != 1:
+        raise InputError("--slices is an option of TPUs")
+    loop = config.model.loop
+    schemes = arguments.schemes.split(",") if arguments.schemes else [loop.scheme]
+    loops = whole_numbers("loops", arguments.loops or str(loop.count))
+    configs = {
+        variant.label: config.model_copy(update={"model": variant.apply(config.model)})
+        for variant in variants_of(schemes, loops)
+    }
+
+    from plt_jax.compile.gpu_programs import compile_for_gpu, report
+
+    programs = compile_for_gpu(configs, topology, decode)
+    found = {
+        "topology": arguments.topology,
+        "programs": [program.as_json() for program in programs],
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+    }
+    return report(topology, programs), found
+
+
+def decode_shapes(arguments: argparse.Namespace, config: RunConfig) -> list[tuple[int, int]]:
+    """The batch sizes, each with the context, that --batch and --context ask for; none without
+    --decode.
 
     Raises:
       InputError: they are given without --decode, or are below 1.
     """
-    for name, default in (("batch", 1), ("context", config.model.max_length)):
-        value = getattr(arguments, name)
-        if value is not None and not arguments.decode:
+    for name in ("batch", "context"):
+        if getattr(arguments, name) is not None and not arguments.decode:
             raise InputError(f"--{name} is an option of decoding; add --decode, or leave it out")
-        value = default if value is None else value
-        if value < 1:
-            raise InputError(f"--{name} is {value}; it must be at least 1")
-        setattr(arguments, name, value)
+    if not arguments.decode:
+        return []
+    context = config.model.max_length if arguments.context is None else arguments.context
+    if context < 1:
+        raise InputError(f"--context is {context}; it must be at least 1")
+    return [(batch, context) for batch in whole_numbers("batch", arguments.batch or "1")]
+
+
+def whole_numbers(name: str, text: str) -> list[int]:
+    """The numbers of an option such as 1,16.
+
+    Raises:
+      InputError: one is no whole number, or is below 1.
+    """
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--{name} is {text}; it takes whole numbers, such as 1,16") from None
+    if min(numbers) < 1:
+        raise InputError(f"--{name} is {text}; it must be at least 1")
+    return numbers

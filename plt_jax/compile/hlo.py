@@ -191,13 +191,16 @@ class Execution(NamedTuple):
     """False in a branch that a step may not run."""
 
 
-def executions(program: Program) -> Iterator[Execution]:
+def executions(program: Program, start: str | None = None) -> Iterator[Execution]:
     """The computations that a step runs: the entry, bodies of loops, branches, and what they call.
 
     A computation appears once for each instruction that calls it. The bodies of fusions are left
     out. The branch of a conditional that does least is certain, the others are not.
+
+    Args:
+      start: the computation to begin with, instead of the entry.
     """
-    yield from _executions(program, program.entry, 1, True)
+    yield from _executions(program, start or program.entry, 1, True)
 
 
 def _executions(program: Program, name: str, times: int, certain: bool) -> Iterator[Execution]:

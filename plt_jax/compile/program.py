@@ -1,4 +1,4 @@
-"""Compiles a step for TPU slices without a TPU, from shapes and shardings instead of arrays."""
+"""Compiles a step for devices that are not here, from shapes and shardings instead of arrays."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import RunConfig
 from plt_jax.distributed.chips import Topology
+from plt_jax.distributed.gpus import GpuTopology
 from plt_jax.distributed.mesh import abstract_arrays, make_mesh, use_mesh
 from plt_jax.errors import InputError
 from plt_jax.training.program import TrainProgram
@@ -64,6 +65,34 @@ def tpu_mesh(config: RunConfig, topology: Topology) -> Mesh:
             f"libtpu makes {len(description.devices)} devices of {topology.name} instead of "
             f"{topology.devices}; use another version of libtpu"
         )
+    return make_mesh(config.mesh, description.devices)
+
+
+def gpu_mesh(config: RunConfig, topology: GpuTopology) -> Mesh:
+    """Lays the configuration's mesh over cards of one host.
+
+    Raises:
+      InputError: XLA's compiler for NVIDIA GPUs is missing or refuses the card, or the mesh does
+        not fit the cards.
+    """
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (13, 12)):
+        raise InputError(
+            "compiling for GPUs needs JAX's CUDA plugin, which is not installed; "
+            "pip install '.[gpu_compile]'"
+        )
+    # The plugin would refuse to start without a card and its libraries.
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # as for TPUs
+    try:
+        description = topologies.get_topology_desc(
+            platform="cuda",
+            topology=f"1x1x{topology.devices}",
+            target_config=topology.gpu.describe(),
+        )
+    except Exception as error:  # jaxlib's own error types differ by version
+        raise InputError(f"XLA cannot compile for {topology.gpu.name}: {error}") from error
     return make_mesh(config.mesh, description.devices)
 
 
@@ -146,6 +175,29 @@ def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step
     function = jax.jit(step, static_argnums=0, donate_argnums=3)
     parts = {"weights": weights, "cache": cache, "tokens": tokens}
     return Step(function, (model, weights, tokens, cache), parts)
+
+
+def generation_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step:
+    """The loop of greedy generation, whose body is the decode step and the choice of a token.
+
+    The arguments are those of `decode_step`.
+    """
+    from plt_jax.decoding.generation import GenerationState, TokenChoice, advance
+    from plt_jax.decoding.sampling import Sampling
+
+    step = decode_step(config, mesh, batch, context)
+    model, weights, tokens, cache = step.arguments
+
+    def whole(shape: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=tokens.sharding)
+
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
+    state = GenerationState(cache, tokens, whole((batch,), bool), whole((), jnp.int32))
+    arguments = (
+        *(model, TokenChoice(Sampling(), False), weights, whole(keys.shape, keys.dtype)),
+        *(whole((batch, 1), jnp.int32), state, whole((), jnp.int32)),
+    )
+    return Step(advance, arguments, step.parts)
 
 
 def _abstract_outputs(make: Callable, *arguments: Any) -> Any:

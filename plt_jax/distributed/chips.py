@@ -1,8 +1,8 @@
 """Specifications of accelerators: peak arithmetic, memory and links, each with its source.
 
 Sources: [G] Google Cloud's page of each TPU (docs.cloud.google.com/tpu/docs/v5e, /v5p, /v6e,
-/tpu7x), [S] How to Scale Your Model (jax-ml.github.io/scaling-book/tpus, table "TPU specs"), [N]
-NVIDIA's data sheets of A100, H100 and H200, dense figures (half of those quoted with sparsity).
+/tpu7x), [S] How to Scale Your Model (jax-ml.github.io/scaling-book/tpus, table "TPU specs"). Those
+of GPUs are in gpus.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from plt_jax.distributed.gpus import GPUS
 from plt_jax.errors import InputError
 
 GIB = 2**30
@@ -115,11 +116,6 @@ _TPU_KINDS = {
     "TPU v6 lite": "v6e",
     "TPU7x": "tpu7x",
 }
-_GPU_FLOPS = {
-    "A100": 312e12,  # [N]
-    "H100": 989e12,  # [N], SXM; the PCIe card has 756
-    "H200": 989e12,  # [N]
-}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -128,8 +124,9 @@ def peak_flops(device_kind: str) -> float | None:
         chip = CHIPS[_TPU_KINDS[device_kind]]
         return chip.flops / chip.devices
     if "PCIe" in device_kind and "H100" in device_kind:
-        return 756e12  # [N]
-    return next((flops for name, flops in _GPU_FLOPS.items() if name in device_kind), None)
+        return 756e12  # NVIDIA's data sheet
+    cards = (gpu.flops for gpu in GPUS.values() if gpu.name.upper() in device_kind)
+    return next(cards, None)
 
 
 @dataclass(frozen=True)
