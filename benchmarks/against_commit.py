@@ -74,10 +74,19 @@ class Workload(NamedTuple):
 
 
 def read_times(out: Path) -> dict[str, list[float]]:
-    """The milliseconds of every round, by variant, in a benchmark's JSON file or folder."""
+    """The milliseconds of every round, by variant, in a benchmark's JSON file or folder.
+
+    Where decoding was measured at several batch sizes or contexts, they are part of the names.
+    """
     if out.is_dir():
-        (cell,) = json.loads((out / "decode.json").read_text(encoding="utf-8"))["cells"]
-        return {row["label"]: row["rounds_ms"] for row in cell["rows"]}
+        cells = json.loads((out / "decode.json").read_text(encoding="utf-8"))["cells"]
+        return {
+            f"{row['label']}, batch {cell['batch']}, context {cell['context']}"
+            if len(cells) > 1
+            else row["label"]: row["rounds_ms"]
+            for cell in cells
+            for row in cell["rows"]
+        }
     rows = json.loads(out.read_text(encoding="utf-8"))["rows"]
     return {row["label"]: [1e3 * seconds for seconds in row["seconds"]] for row in rows}
 
@@ -118,15 +127,19 @@ def parse() -> argparse.Namespace:
         "--decode", default="configs/decode_150m.yaml", help="configuration that is decoded"
     )
     parser.add_argument("--dtypes", default="float32,bfloat16", help="dtypes of decoding")
-    parser.add_argument("--context", type=int, default=1024, help="context of decoding")
+    parser.add_argument("--batch", default="1", help="batch sizes of decoding, such as 1,4")
+    parser.add_argument("--context", default="1024", help="contexts of decoding, such as 1024,8192")
     parser.add_argument("--tokens", type=int, default=12, help="tokens of a round of decoding")
     parser.add_argument("--decode_rounds", type=int, default=5, help="rounds within a process")
     parser.add_argument(
         "--train", default="configs/tiny.yaml", help="configuration that is trained"
     )
-    parser.add_argument("--steps", type=int, default=4, help="steps of a round of training")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="steps of a round of training; 0 measures none"
+    )
     parser.add_argument("--train_rounds", type=int, default=4, help="rounds within a process")
     parser.add_argument("--schemes", default="no_loop,plt", help="looping schemes of both")
+    parser.add_argument("--loops", default="2", help="numbers of loops of both, such as 2,3")
     parser.add_argument("--out", help="folder for the figures and the table")
     arguments = parser.parse_args()
     for name in ("rounds", "decode_rounds", "train_rounds"):
@@ -137,13 +150,15 @@ def parse() -> argparse.Namespace:
 
 def workloads(arguments: argparse.Namespace) -> Iterator[Workload]:
     """What is measured: decoding in every dtype, and training."""
-    shared = ("--schemes", arguments.schemes, "--loops", "2", "--out", "{out}")
+    shared = ("--schemes", arguments.schemes, "--loops", arguments.loops, "--out", "{out}")
     for dtype in arguments.dtypes.split(","):
-        words = (arguments.decode, "--dtype", dtype, "--batch", "1")
-        words += ("--context", str(arguments.context), "--tokens", str(arguments.tokens))
+        words = (arguments.decode, "--dtype", dtype, "--batch", arguments.batch)
+        words += ("--context", arguments.context, "--tokens", str(arguments.tokens))
         words += ("--rounds", str(arguments.decode_rounds), *shared)
         name = f"decode, {dtype}"
         yield Workload(name, "ms/token", ("plt_jax.benchmarks.decode", *words))
+    if not arguments.steps:
+        return
     words = (arguments.train, "--steps", str(arguments.steps))
     words += ("--rounds", str(arguments.train_rounds), *shared)
     yield Workload("train", "ms/step", ("plt_jax.benchmarks.train", *words))

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig, RopeScalingConfig
+from plt_jax.model.kernels import traced_platform
 
 
 class Parameter(NamedTuple):
@@ -61,11 +62,10 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of RoPE's angles, float32 [B, 1, T, H]; see `rotate`."""
+    """Cosines and sines of RoPE's angles, float32 [B, 1, T, H/2]."""
 
     cos: jax.Array
     sin: jax.Array
-    """Negative in the first half of a head."""
 
 
 def rope_rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
@@ -73,8 +73,7 @@ def rope_rotation(config: ModelConfig, positions_BT: jax.Array) -> Rotation:
     exponents = jnp.arange(0, config.head_width, 2, dtype=jnp.float32) / config.head_width
     frequencies = scale_frequencies(config.rope_scaling, 1.0 / config.rope_theta**exponents)
     angles = positions_BT[:, None, :, None].astype(jnp.float32) * frequencies
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return Rotation(jnp.concatenate([cos, cos], -1), jnp.concatenate([-sin, sin], -1))
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 def scale_frequencies(scaling: RopeScalingConfig, frequencies: jax.Array) -> jax.Array:
@@ -94,9 +93,19 @@ def scale_frequencies(scaling: RopeScalingConfig, frequencies: jax.Array) -> jax
 def rotate(x_BNTH: jax.Array, rotation: Rotation) -> jax.Array:
     """Applies RoPE in the half-rotation layout of llama: pairs are (h, h + H/2)."""
     wide = x_BNTH.astype(jnp.float32)
-    halves = wide.reshape(*wide.shape[:-1], 2, -1)
-    other = jnp.flip(halves, axis=-2).reshape(wide.shape)  # the other number of each pair
-    return (wide * rotation.cos + other * rotation.sin).astype(x_BNTH.dtype)
+    if traced_platform() == "gpu":
+        # One kernel instead of three, but a tenth of a small model's training time on a CPU.
+        x_BNT2h = wide.reshape(*wide.shape[:-1], 2, -1)
+        cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]
+        signs_21 = jnp.array([[-1.0], [1.0]])
+        turned = x_BNT2h * cos + jnp.flip(x_BNT2h, axis=-2) * (signs_21 * sin)
+        return turned.reshape(x_BNTH.shape).astype(x_BNTH.dtype)
+    first, second = jnp.split(wide, 2, axis=-1)
+    turned = (
+        first * rotation.cos - second * rotation.sin,
+        second * rotation.cos + first * rotation.sin,
+    )
+    return jnp.concatenate(turned, axis=-1).astype(x_BNTH.dtype)
 
 
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:

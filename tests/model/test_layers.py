@@ -5,9 +5,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from plt_jax.model import layers
 from plt_jax.model.layers import embed, logits_from, rms_norm, rope_rotation, rotate, swiglu
 from plt_jax.model.looping import shift_states
 from plt_jax.model.loss import cross_entropy
@@ -44,7 +46,9 @@ def test_swiglu():
     np.testing.assert_allclose(swiglu(x, gate, up, down), expected, atol=1e-5)
 
 
-def test_rope_turns_pairs_by_position_times_frequency():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_rope_turns_pairs_by_position_times_frequency(monkeypatch, platform):
+    monkeypatch.setattr(layers, "traced_platform", lambda: platform)
     x = normal(1, 2, 3, 6)
     positions = np.array([[0, 1, 1000]])
     config = small_config(head_width=6, rope_theta=100.0)

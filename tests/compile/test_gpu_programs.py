@@ -1,0 +1,189 @@
+"""A GPU's programs: what is read from their text, and real compiles without a GPU, where JAX's CUDA
+plugin is installed."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from plt_jax.commands.compile import main
+from plt_jax.compile import program as programs
+from plt_jax.compile.hlo import parse_program
+from plt_jax.compile.kernels import OUTSIDE, generation_loop, read_kernels, total_traffic
+from plt_jax.distributed.gpus import GPUS, names_gpus, parse_gpus
+from plt_jax.errors import InputError
+from tests.training.runs import REPOSITORY, environment
+
+TEXT = """\
+HloModule jit_advance, is_scheduled=true
+
+FileNames
+1 "/home/me/plt_jax/decoding/linear.py"
+2 "/usr/lib/jax/core.py"
+3 "/home/me/plt_jax/decoding/step.py"
+
+FunctionNames
+1 "_product"
+2 "bind"
+3 "_run_rows.<locals>.layer"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=36 end_line=36 column=1 end_column=9}
+2 {file_name_id=2 function_name_id=2 line=7 end_line=7 column=1 end_column=9}
+3 {file_name_id=3 function_name_id=3 line=50 end_line=50 column=1 end_column=9}
+
+StackFrames
+1 {file_location_id=3 parent_frame_id=1}
+2 {file_location_id=1 parent_frame_id=1}
+3 {file_location_id=2 parent_frame_id=2}
+
+%dot (p0: bf16[2,8], p1: bf16[4,8]) -> f32[2,4] {
+  %p0 = bf16[2,8]{1,0} parameter(0)
+  %p1 = bf16[4,8]{1,0} parameter(1), metadata={stack_frame_id=1}
+  ROOT %d = f32[2,4]{1,0} dot(%p0, %p1), metadata={op_name="dot" stack_frame_id=3}
+}
+
+%write (q0: bf16[16,8], q1: s32[], q2: bf16[2,8]) -> bf16[16,8] {
+  %q0 = bf16[16,8]{1,0} parameter(0)
+  %q1 = s32[] parameter(1)
+  %q2 = bf16[2,8]{1,0} parameter(2)
+  ROOT %s = bf16[16,8]{1,0} scatter(%q0, %q1, %q2), metadata={stack_frame_id=1}
+}
+
+%body (t: (bf16[2,8], bf16[16,8], bf16[4,8], bf16[4,8])) -> (bf16[2,8], bf16[16,8], bf16[4,8], bf16[4,8]) {
+  %t = (bf16[2,8]{1,0}, bf16[16,8]{1,0}, bf16[4,8]{1,0}, bf16[4,8]{1,0}) parameter(0)
+  %x = bf16[2,8]{1,0} get-tuple-element(%t), index=0
+  %keys = bf16[16,8]{1,0} get-tuple-element(%t), index=1
+  %w0 = bf16[4,8]{1,0} get-tuple-element(%t), index=2
+  %w1 = bf16[4,8]{1,0} get-tuple-element(%t), index=3
+  %slot = s32[] constant(3)
+  %before = bf16[2,8]{1,0} copy(%x)
+  %a = f32[2,4]{1,0} fusion(%before, %w0), kind=kCustom, calls=%dot, backend_config={"kind":"__triton_nested_gemm_fusion"}
+  %kept = bf16[16,8]{1,0} fusion(%keys, %slot, %before), kind=kInput, calls=%write
+  %b = (f32[2,4]{1,0}, s8[1024]{0}) custom-call(%x, %w1), custom_call_target="__cublas$gemm"
+  %c = f32[2,4]{1,0} get-tuple-element(%b), index=0
+  %sum = f32[2,4]{1,0} add(%a, %c)
+  ROOT %out = (bf16[2,8]{1,0}, bf16[16,8]{1,0}, bf16[4,8]{1,0}, bf16[4,8]{1,0}) tuple(%x, %kept, %w0, %w1)
+}
+
+%more (u: (bf16[2,8], bf16[16,8], bf16[4,8], bf16[4,8])) -> pred[] {
+  %u = (bf16[2,8]{1,0}, bf16[16,8]{1,0}, bf16[4,8]{1,0}, bf16[4,8]{1,0}) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY %main (x: bf16[2,8], keys: bf16[16,8], w0: bf16[4,8], w1: bf16[4,8]) -> bf16[2,8] {
+  %x.1 = bf16[2,8]{1,0} parameter(0), metadata={op_name="state.tokens"}
+  %keys.1 = bf16[16,8]{1,0} parameter(1), metadata={op_name="state.cache.keys[0][0]"}
+  %w0.1 = bf16[4,8]{1,0} parameter(2), metadata={op_name="weights.layers[0]['qkv']"}
+  %w1.1 = bf16[4,8]{1,0} parameter(3), metadata={op_name="weights.layers[1]['qkv']"}
+  %copied = bf16[16,8]{1,0} copy(%keys.1)
+  %state = (bf16[2,8]{1,0}, bf16[16,8]{1,0}, bf16[4,8]{1,0}, bf16[4,8]{1,0}) tuple(%x.1, %copied, %w0.1, %w1.1)
+  %loop = (bf16[2,8]{1,0}, bf16[16,8]{1,0}, bf16[4,8]{1,0}, bf16[4,8]{1,0}) while(%state), condition=%more, body=%body
+  ROOT %end = bf16[2,8]{1,0} get-tuple-element(%loop), index=0
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def step():
+    program = parse_program(TEXT)
+    assert generation_loop(program) == "body"
+    return read_kernels(program, TEXT, "body")
+
+
+def test_kernels_belong_to_the_layer_whose_weights_they_read(step):
+    assert [(kernel.name, kernel.layer) for kernel in step] == [
+        ("before", OUTSIDE),
+        ("a", 0),
+        ("kept", 0),
+        ("b", 1),
+        ("sum", 1),
+    ]
+
+
+def test_kernels_have_kinds_and_the_lines_of_their_arithmetic(step):
+    kinds = {kernel.name: (kernel.kind, kernel.sources) for kernel in step}
+    assert kinds["a"] == ("Triton product", ("decoding/linear.py:36 _product",))
+    assert kinds["kept"] == ("XLA input", ("decoding/step.py:50 layer",))
+    assert kinds["b"] == ("cublas gemm", ())
+    assert kinds["before"] == ("copy", ())
+
+
+def test_bytes_of_kernels(step):
+    """A product reads its weights, a write in place writes its part, a workspace is not counted."""
+    moved = {kernel.name: tuple(kernel.traffic) for kernel in step}
+    assert moved["a"] == (2 * 8 * 2 + 4 * 8 * 2, 2 * 4 * 4)
+    assert moved["kept"] == (4 + 2 * 8 * 2, 2 * 8 * 2)
+    assert moved["b"] == (2 * 8 * 2 + 4 * 8 * 2, 2 * 4 * 4)
+    total = total_traffic(step)
+    assert total == tuple(map(sum, zip(*moved.values(), strict=True)))
+
+
+def test_the_whole_program_counts_what_is_outside_the_loop(step):
+    whole = read_kernels(parse_program(TEXT), TEXT)
+    assert [kernel.name for kernel in whole] == ["copied", *(kernel.name for kernel in step)]
+
+
+def test_topologies_of_gpus():
+    assert parse_gpus("h100") == (GPUS["h100"], 1)
+    assert parse_gpus("h100:8") == (GPUS["h100"], 8)
+    assert names_gpus("b200:2") and not names_gpus("v5e:2x2")
+    for bad in ("h100:0", "h100:2x2", "h1000"):
+        with pytest.raises(InputError, match="CARD or CARD:COUNT"):
+            parse_gpus(bad)
+
+
+def test_without_the_plugin_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"CUDA plugin, which is not installed; pip install"):
+        main([str(REPOSITORY / "configs" / "tiny.yaml"), "--topology", "h100"])
+
+
+# ---- real compiles ----
+
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="compiling for GPUs needs JAX's CUDA plugin: pip install 'plt_jax[gpu_compile]'",
+)
+
+
+def compiled(path, *words: str) -> dict:
+    """What the command finds."""
+    command = [sys.executable, "-m", "plt_jax.compile", *words, "--json", str(path)]
+    variables = environment(JAX_DEFAULT_MATMUL_PRECISION="default")
+    done = subprocess.run(
+        command, **{"cwd": REPOSITORY, "env": variables, "capture_output": True, "timeout": 900}
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@needs_plugin
+@pytest.mark.slow(reason="compiles four layers of a 1B model six times")
+def test_loops_add_at_most_one_kernel_a_layer(tmp_path):
+    """The bounds that this project holds to: 18 kernels a layer without loops, 1 more with PLT."""
+    words = ["configs/plt_dense_1b.yaml", "--topology", "h100", "--model.layers", "4", "--decode"]
+    words += ["--batch", "1,16", "--context", "1024", "--schemes", "no_loop,plt", "--loops", "2,3"]
+    found = {
+        (one["label"], one["batch"]): one
+        for one in compiled(tmp_path / "found.json", *words)["programs"]
+    }
+    for batch in (1, 16):
+        plain = found["no_loop", batch]
+        assert plain["kernels_per_layer"] <= 18
+        for label in ("plt-2", "plt-3"):
+            looped = found[label, batch]
+            assert looped["kernels_per_layer"] <= plain["kernels_per_layer"] + 1
+            assert looped["kernels"] - plain["kernels"] <= 4 + 8  # layers, and all that is outside
+            assert looped["bytes_read"] < 1.05 * plain["bytes_read"]
+
+
+@needs_plugin
+@pytest.mark.slow(reason="compiles a train step")
+def test_a_train_step_compiles(tmp_path):
+    words = ["configs/tiny.yaml", "--topology", "h100:2", "--mesh.data", "2"]
+    (one,) = compiled(tmp_path / "found.json", *words)["programs"]
+    assert one["kernels"] > one["kernels_per_layer"] > 0
+    assert one["context"] is None and one["bytes_written"] > 0
