@@ -4,8 +4,8 @@ python -m benchmarks.decode_targets FOLDER [FOLDER ...]
 
 Each FOLDER holds a decode.json of `plt_jax.benchmarks.decode`. PLT-2 is to take at most 1.03 times
 no_loop at batches up to 16, and 1.06 at 64; PLT-3 1.06; and no_loop is to move its bytes at 75 % of
-the copy bandwidth at batch 1. Beside each ratio stands that of commit 547d837, where it was measured
-(benchmarks/results/decode.md, on an H100).
+the copy bandwidth at batch 1. Beside each ratio stands that of commit 547d837, where it was
+measured (benchmarks/results/decode.md, on an H100).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from plt_jax.decoding.linear import on_two_rows
 from plt_jax.decoding.placement import CacheShard, placement
 from plt_jax.distributed.axes import mesh_is_active
 from plt_jax.model.blockwise import MASKED, Partial, windowed_attention
-from plt_jax.model.kernels import Backend, cudnn_masked_attention
+from plt_jax.model.kernels import Backend, cudnn_masked_attention, traced_platform
 
 QUERY_BLOCK, KEY_BLOCK = 256, 512
 """Block sizes of a chunk's attention: its logits take QUERY_BLOCK x KEY_BLOCK per head."""
@@ -110,6 +110,7 @@ def attend_gated(
     values: Stored,
     masks: tuple[jax.Array, jax.Array],
     gate_BNR: jax.Array,
+    windows_at: int,
     axes: tuple[str, ...] = (),
 ) -> jax.Array:
     """G-SWA of one row for each loop, in as many products as `attend`, [B, N, R, H].
@@ -121,16 +122,23 @@ def attend_gated(
       masks: the shared slots and the slots of its window that a row sees, as in `attend`. A row
         without a window need not see any.
       gate_BNR: the weight of the shared slots, float32; 1 for rows without a window.
+      windows_at: the number of the first slot that is not shared.
     """
     logits_BKGRS = _logits(q_BNRH, keys)
-    # Where a row has no window, the weights of all slots are equal, and times zero.
-    shared_BKGRS, window_BKGRS = (_softmax(logits_BKGRS, mask, axes) for mask in masks)
     g = gate_BNR.reshape(*logits_BKGRS.shape[:4], 1)
-    weights_BKGRS = g * shared_BKGRS + (1.0 - g) * window_BKGRS
+    # Where a row has no window, the weights of all its slots are equal, and times zero.
+    if axes or traced_platform() != "cpu":
+        # A device may hold any of the slots, and a GPU has one kernel for two softmaxes of a width.
+        shared_BKGRS, window_BKGRS = (_softmax(logits_BKGRS, mask, axes) for mask in masks)
+        weights_BKGRS = g * shared_BKGRS + (1.0 - g) * window_BKGRS
+    else:  # a CPU would feel the second softmax over a long cache
+        shared_BKGRS = _softmax(logits_BKGRS[..., :windows_at], masks[0][..., :windows_at])
+        window_BKGRS = _softmax(logits_BKGRS[..., windows_at:], masks[1][..., windows_at:])
+        weights_BKGRS = jnp.concatenate([g * shared_BKGRS, (1.0 - g) * window_BKGRS], axis=-1)
     return _sum_of_values(weights_BKGRS, values, q_BNRH, axes)
 
 
-def _softmax(logits_BKGRS: jax.Array, mask_BRS: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def _softmax(logits_BKGRS: jax.Array, mask_BRS: jax.Array, axes: tuple[str, ...] = ()) -> jax.Array:
     """The weights of the slots that a mask allows, on all devices along mesh axes together."""
     logits_BKGRS = jnp.where(mask_BRS[:, None, None], logits_BKGRS, MASKED)
     largest = jnp.max(logits_BKGRS, axis=-1, keepdims=True)

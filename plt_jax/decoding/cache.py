@@ -15,6 +15,7 @@ from typing import NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from plt_jax.config import ModelConfig
@@ -233,10 +234,14 @@ def write(
         )
     if new_BKTH.shape[2] <= FEW_SLOTS and traced_platform() == "tpu":
         return _write_in_turn(stored, new_BKTH.astype(stored.dtype), slots_BT)
-    if all_exist and slots_BT.size == 1:
-        # Of a scatter XLA makes this update, too, but reads the slot first, in a kernel of its own.
-        at = (0, 0, slots_BT[0, 0], 0)
-        return _written(jax.lax.dynamic_update_slice(stored, new_BKTH.astype(stored.dtype), at))
+    if all_exist and slots_BT.size <= (1 if traced_platform() == "gpu" else FEW_SLOTS):
+        # Of a scatter of one slot a GPU makes this update, too, but reads the slot first, in a
+        # kernel of its own; and of few slots a CPU makes a loop.
+        for row, column in np.ndindex(slots_BT.shape):
+            new = new_BKTH[row : row + 1, :, column : column + 1].astype(stored.dtype)
+            at = (row, 0, slots_BT[row, column], 0)
+            stored = jax.lax.dynamic_update_slice(stored, new, at)
+        return _written(stored)
     rows = jnp.arange(stored.shape[0])[:, None]
     new_BTKH = new_BKTH.swapaxes(1, 2).astype(stored.dtype)
     mode = "promise_in_bounds" if all_exist else "drop"

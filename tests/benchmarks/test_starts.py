@@ -16,6 +16,8 @@ COMMANDS = (
     "benchmarks.against_commit",
     "benchmarks.cache_dtypes",
     "benchmarks.data",
+    "benchmarks.decode_targets",
+    "benchmarks.decode_trace",
     "benchmarks.faults",
     "benchmarks.grouped",
     "benchmarks.interop",

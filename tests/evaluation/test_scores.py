@@ -3,9 +3,12 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from plt_jax.evaluation import scores
 from plt_jax.evaluation.scores import evaluate_trained
 from plt_jax.runs.names import CHECKPOINTS, METRICS
 from tests.training.runs import (
@@ -168,3 +171,21 @@ def test_other_numbers_of_loops_stand_in_the_table(copy):
 )
 def test_numbers_of_loops_that_are_none_are_refused(copy, loops, message):
     assert_refused(command("eval.py", copy, "--at_loops", loops), message)
+
+
+def test_scores_that_are_not_numbers_are_null(copy, monkeypatch):
+    """JSON has no NaN: other readers would refuse the whole file."""
+    opened = scores.open_trained
+
+    def damaged(*arguments):
+        trained = opened(*arguments)
+        return trained._replace(params=jax.tree.map(lambda x: x * jnp.nan, trained.params))
+
+    monkeypatch.setattr(scores, "open_trained", damaged)
+    evaluate_trained(str(copy))
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    written = json.loads((copy / "eval.json").read_text(), parse_constant=refuse)
+    assert [written[name] for name in NAMES] == [None, None, None]
