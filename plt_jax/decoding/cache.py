@@ -232,16 +232,16 @@ def write(
         return jax.tree.map(
             lambda array, new: write(array, new, slots_BT, all_exist), stored, quantize(new_BKTH)
         )
-    if new_BKTH.shape[2] <= FEW_SLOTS and traced_platform() == "tpu":
-        return _write_in_turn(stored, new_BKTH.astype(stored.dtype), slots_BT)
     if all_exist and slots_BT.size <= (1 if traced_platform() == "gpu" else FEW_SLOTS):
         # Of a scatter of one slot a GPU makes this update, too, but reads the slot first, in a
-        # kernel of its own; and of few slots a CPU makes a loop.
+        # kernel of its own. Of a scatter of few slots a CPU makes a loop, and a TPU a copy.
         for row, column in np.ndindex(slots_BT.shape):
             new = new_BKTH[row : row + 1, :, column : column + 1].astype(stored.dtype)
             at = (row, 0, slots_BT[row, column], 0)
             stored = jax.lax.dynamic_update_slice(stored, new, at)
         return _written(stored)
+    if new_BKTH.shape[2] <= FEW_SLOTS and traced_platform() == "tpu":
+        return _write_in_turn(stored, new_BKTH.astype(stored.dtype), slots_BT)
     rows = jnp.arange(stored.shape[0])[:, None]
     new_BTKH = new_BKTH.swapaxes(1, 2).astype(stored.dtype)
     mode = "promise_in_bounds" if all_exist else "drop"
@@ -249,7 +249,7 @@ def write(
 
 
 FEW_SLOTS = 8
-"""Up to this number of slots a TPU writes one after another: as many as a step has loops."""
+"""Up to this number of slots CPUs and TPUs write one after another."""
 
 
 def _write_in_turn(stored: jax.Array, new_BKTH: jax.Array, slots_BT: jax.Array) -> jax.Array:
