@@ -28,6 +28,8 @@ from plt_jax.model.kernels import traced_platform
 GPU_SLOTS = 128
 """On GPUs the number of slots is a multiple of this. Where it is not, XLA pads the products over
 slots with copies of the whole cache."""
+FEW_SLOTS = 8
+"""Up to this number of slots CPUs and TPUs write one after another."""
 
 
 class Quantized(flax.struct.PyTreeNode):
@@ -246,10 +248,6 @@ def write(
     new_BTKH = new_BKTH.swapaxes(1, 2).astype(stored.dtype)
     mode = "promise_in_bounds" if all_exist else "drop"
     return _written(stored.at[rows, :, slots_BT].set(new_BTKH, mode=mode))
-
-
-FEW_SLOTS = 8
-"""Up to this number of slots CPUs and TPUs write one after another."""
 
 
 def _write_in_turn(stored: jax.Array, new_BKTH: jax.Array, slots_BT: jax.Array) -> jax.Array:
