@@ -25,7 +25,7 @@ from plt_jax.distributed.axes import mesh_is_active, shard
 from plt_jax.errors import InputError
 from plt_jax.model.kernels import traced_platform
 
-GPU_SLOTS = 128
+GPU_SLOTS = 64
 """On GPUs the number of slots is a multiple of this. Where it is not, XLA pads the products over
 slots with copies of the whole cache."""
 FEW_SLOTS = 8
