@@ -5,8 +5,8 @@
 #
 #   benchmarks/decode_on_gpu.sh [FOLDER [CONFIG]]      FOLDER gets the tables, figures and plots
 #
-# BATCHES, CONTEXT and LONG change the sizes, ROUNDS the rounds. TORCH_PYTHON names an interpreter
-# that has torch and transformers; without it their llama is not measured.
+# BATCHES, CONTEXT and LONG change the sizes, ROUNDS the rounds, TESTS the tests. TORCH_PYTHON names
+# an interpreter that has torch and transformers; without it their llama is not measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/decode/gpu}
@@ -28,7 +28,8 @@ measure() { # NAME OPTION...
 lap "exactness"
 # A failure must not cost the figures; the summary repeats its last line.
 python -m pytest -q -p no:cacheprovider tests/golden/test_model.py tests/decoding/test_splits.py \
-    -k "golden or plt-2 or plt-3 or no_loop or bfloat16 or eight_bits" 2>&1 | tee "$out/tests.txt" || true
+    -k "${TESTS:-golden or plt-2 or plt-3 or no_loop or bfloat16 or eight_bits}" 2>&1 |
+    tee "$out/tests.txt" || true
 lap "batch 1 and 16"
 measure by_batch --batch "${BATCHES:-1,16,4,64}" --context "$context" \
     --schemes no_loop,plt --loops 2,3 ${TORCH_PYTHON:+--torch "$TORCH_PYTHON"}
