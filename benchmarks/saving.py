@@ -28,12 +28,12 @@ from plt_jax.benchmarks.decode import nbytes
 from plt_jax.benchmarks.machine import machine
 from plt_jax.benchmarks.rounds import interleave, spread
 from plt_jax.benchmarks.train import CompiledStep
-from plt_jax.benchmarks.variants import Variant
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import CheckpointConfig
+from plt_jax.config.variants import Variant
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import InputError
 from plt_jax.files import write_text

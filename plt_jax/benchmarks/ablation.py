@@ -24,10 +24,10 @@ import jax
 from plt_jax.benchmarks import ablation_report
 from plt_jax.benchmarks.decode import DecodeSettings, Workload, random_weights
 from plt_jax.benchmarks.machine import machine
-from plt_jax.benchmarks.variants import NO_LOOP, Variant
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig, RunConfig
+from plt_jax.config.variants import NO_LOOP, Variant
 from plt_jax.decoding.generation import BLOCK
 from plt_jax.distributed import processes, rendezvous
 from plt_jax.errors import EXIT_STOPPED, InputError

@@ -28,9 +28,9 @@ from plt_jax.benchmarks import decode_report
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
 from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
-from plt_jax.benchmarks.variants import NO_LOOP, Variant, variants_of
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
+from plt_jax.config.variants import NO_LOOP, Variant, variants_of
 from plt_jax.decoding.cache import DTYPES, Cache, init_cache
 from plt_jax.decoding.generation import (
     BLOCK,

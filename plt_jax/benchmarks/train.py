@@ -24,10 +24,10 @@ import numpy as np
 
 from plt_jax.benchmarks.machine import machine
 from plt_jax.benchmarks.rounds import positive_integers, ratios
-from plt_jax.benchmarks.variants import NO_LOOP, Variant, variants_of
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import RunConfig
+from plt_jax.config.variants import NO_LOOP, Variant, variants_of
 from plt_jax.distributed.chips import peak_flops
 from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.errors import InputError

