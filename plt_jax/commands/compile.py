@@ -9,7 +9,6 @@ program's kernels, what they read and write, and bounds of the step's time.
 """
 
 import argparse
-import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
@@ -99,13 +98,16 @@ def _compile_for_gpu(
         for variant in variants_of(schemes, loops)
     }
 
+    from plt_jax.compile.estimate import package_version
     from plt_jax.compile.gpu_programs import compile_for_gpu, report
 
     programs = compile_for_gpu(configs, topology, decode)
     found = {
         "topology": arguments.topology,
         "programs": [program.as_json() for program in programs],
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")},
+        "versions": {
+            name: package_version(name) for name in ("jax", "jaxlib", "jax-cuda13-plugin")
+        },
     }
     return report(topology, programs), found
 

@@ -110,7 +110,7 @@ class Estimate:
             "collectives": [asdict(one) for one in self.collectives],
             "hbm_bytes": self.hbm_bytes,
             "dominating": self.dominating,
-            "versions": {name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
+            "versions": {name: package_version(name) for name in ("jax", "jaxlib", "libtpu")},
         }
         if self.times is not None:
             bounds = {"fastest": self.times.fastest, "slowest": self.times.slowest}
@@ -120,7 +120,8 @@ class Estimate:
         return made
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

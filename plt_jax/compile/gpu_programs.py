@@ -98,6 +98,7 @@ class GpuProgram:
             "bytes_read": self.traffic.read,
             "bytes_written": self.traffic.written,
             "memory_bytes": memory.needed,
+            "refused": memory.refused,
             "seconds": {"bandwidth": self.bandwidth_seconds, "with_kernels": self.bound_seconds},
             "middle_layer": [kernel.as_json() for kernel in self.middle_layer],
         }

@@ -60,11 +60,16 @@ def read_kernels(program: Program, text: str, start: str | None = None) -> list[
         turns, a loop runs once.
     """
     lines, layers, kernels = SourceLines(text), _layers_of_inputs(program), []
+    callers: dict[str, int] = {}
     for computation, times, _ in executions(program, start):
         known = dict(layers.get(computation.name, {}))
+        caller = callers.get(computation.name, OUTSIDE)
         for one in computation.instructions:
             inherited = (known.get(name, OUTSIDE) for name in one.operands)
-            layer = known.setdefault(one.name, max(inherited, default=OUTSIDE))
+            layer = known.setdefault(one.name, max(inherited, default=caller))
+            layer = max(layer, caller)
+            # What a layer calls belongs to it, such as its loop over experts.
+            callers |= {name: layer for name in _called(one) if name not in layers}
             if one.opcode in _NO_KERNEL or one.opcode.endswith(("-done", "-update")):
                 continue
             moved = traffic(program, computation, one)
@@ -99,6 +104,14 @@ def _kind(one: Instruction) -> str:
         return "Triton product" if "gemm" in backend[1] else "Triton"
     kind = re.search(r"kind=k(\w+)", one.attributes)
     return f"XLA {kind[1].lower()}" if kind else one.opcode
+
+
+def _called(one: Instruction) -> list[str]:
+    """The computations that an instruction runs, other than the body of a fusion."""
+    if one.opcode == "fusion":
+        return []
+    names = (one.called(attribute) for attribute in ("body", "to_apply", "calls"))
+    return [name for name in (*names, *one.branches(), one.callee()) if name]
 
 
 def _layers_of_inputs(program: Program) -> dict[str, dict[str, int]]:

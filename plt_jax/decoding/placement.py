@@ -3,7 +3,7 @@
 Sequences are split over the mesh axes of the batch, and heads over the tensor axis. The slots of
 keys and values are split over the context and fsdp axes, and over the axes that sequences or heads
 do not divide by, as far as the number of slots divides. So of one long sequence every device holds
-a part, and the last one the windows. Each device attends to what it holds, and small all-reduces
+a part, and the last ones the windows. Each device attends to what it holds, and small all-reduces
 merge the results (`attention.shard_map_attention`).
 """
 

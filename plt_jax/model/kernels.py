@@ -55,7 +55,7 @@ def _cudnn_attention_runs() -> bool:
     described = jax.sharding.get_abstract_mesh().abstract_device
     device = jax.local_devices()[0]
     if described is not None and device.platform != described.platform:
-        # Compiled ahead of time: only for cards that distributed/gpus.py describes, which all are.
+        # Compiled ahead of time, for a card that distributed/gpus.py describes: Ampere or newer.
         return described.device_kind.startswith("NVIDIA")
     # A ROCm device is a "gpu" too, but its capability is not a number.
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0

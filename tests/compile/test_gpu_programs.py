@@ -35,6 +35,8 @@ def test_kernels_belong_to_the_layer_whose_weights_they_read(step):
         ("kept", 0),
         ("b", 1),
         ("sum", 1),
+        ("one", 0),  # called by the first layer
+        ("two", 0),
     ]
 
 
