@@ -5,8 +5,9 @@
 #
 #   benchmarks/decode_on_gpu.sh [FOLDER [CONFIG]]      FOLDER gets the tables, figures and plots
 #
-# BATCHES, CONTEXT and LONG change the sizes, ROUNDS the rounds, TESTS the tests. TORCH_PYTHON names
-# an interpreter that has torch and transformers; without it their llama is not measured.
+# BATCHES, CONTEXT and LONG change the sizes, ROUNDS the rounds, TESTS the tests. KERNEL=xla
+# rehearses the part of the attention kernel where there is no Hopper GPU. TORCH_PYTHON names an
+# interpreter that has torch and transformers; without it their llama is not measured.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/decode/gpu}
@@ -28,11 +29,15 @@ measure() { # NAME OPTION...
 lap "exactness"
 # A failure must not cost the figures; the summary repeats its last line.
 python -m pytest -q -p no:cacheprovider tests/golden/test_model.py tests/decoding/test_splits.py \
-    -k "${TESTS:-golden or plt-2 or plt-3 or no_loop or bfloat16 or eight_bits}" 2>&1 |
+    tests/decoding/test_fused_attention.py \
+    -k "${TESTS:-golden or plt-2 or plt-3 or no_loop or bfloat16 or eight_bits or kernel or parts}" 2>&1 |
     tee "$out/tests.txt" || true
 lap "batch 1 and 16"
 measure by_batch --batch "${BATCHES:-1,16,4,64}" --context "$context" \
     --schemes no_loop,plt --loops 2,3 ${TORCH_PYTHON:+--torch "$TORCH_PYTHON"}
+lap "attention in one kernel"
+measure mosaic --batch 1,16,64 --context "$context" --schemes no_loop,plt --loops 2,3 \
+    --decode_attention "${KERNEL:-mosaic}" || true
 lap "the loop in turn"
 measure vanilla --batch 1,16 --context "$context" --schemes no_loop,vanilla_loop --loops 2
 lap "a long context"
@@ -48,4 +53,6 @@ lap "done"
 {
     tail -n 1 "$out/tests.txt"
     python -m benchmarks.decode_targets "$out/by_batch" "$out/long"
+    echo "with attention in one kernel:"
+    python -m benchmarks.decode_targets "$out/mosaic" || true
 } | tee "$out/targets.txt"

@@ -116,6 +116,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cache_dtype", choices=DTYPES, help="dtype of keys and values; default the compute dtype"
     )
+    parser.add_argument(
+        "--decode_attention",
+        choices=("auto", "xla", "mosaic"),
+        help="kernel of the step's attention; default the config's",
+    )
     defaults = DecodeSettings()
     parser.add_argument(
         "--tokens",
@@ -155,7 +160,8 @@ def base_config(arguments: argparse.Namespace) -> ModelConfig:
         raise InputError("--torch compares with a dense llama, but the config's model has experts")
     room = max(*arguments.context, arguments.prompt) + BLOCK
     settings = model.model_dump() | {"max_length": room}
-    return ModelConfig(**settings | ({"dtype": arguments.dtype} if arguments.dtype else {}))
+    chosen = {name: getattr(arguments, name) for name in ("dtype", "decode_attention")}
+    return ModelConfig(**settings | {name: value for name, value in chosen.items() if value})
 
 
 def random_weights(config: ModelConfig) -> DecodeWeights:

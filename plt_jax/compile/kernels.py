@@ -98,6 +98,8 @@ def total_traffic(kernels: Iterable[Kernel]) -> Traffic:
 def _kind(one: Instruction) -> str:
     backend = re.search(r'"kind":"(\w+)"', one.attributes)
     target = re.search(r'custom_call_target="([^"]+)"', one.attributes)
+    if target and target[1].startswith("mosaic_gpu"):
+        return "Mosaic GPU"
     if target:
         return target[1].strip("_").replace("$", " ")
     if backend and "triton" in backend[1]:

@@ -3,11 +3,12 @@
 The sum is over instructions. Arrays in on-chip memory do not count. A fusion counts its inputs and
 outputs only. If a slice of an array is read or written, only the slice counts. A kernel (Pallas)
 counts its arguments and results once, though it may read an argument several times, so that the sum
-is a lower bound there.
+is a lower bound there. What it updates in place counts as read alone.
 """
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from plt_jax.compile.collectives import KINDS
@@ -22,6 +23,8 @@ _FREE = {
 _SLICES = ("dynamic-slice", "slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Which operand of an update in place holds what is written."""
+_ALIASED = re.compile(r"\{(\d+)\}: \(\d+, \{[\d, ]*\}(?:, [\w-]+)?\)")
+"""An output of a kernel that is one of its operands, in `output_to_operand_aliasing`."""
 _GEMM = 'custom_call_target="__cublas$'
 
 
@@ -72,7 +75,10 @@ def traffic(program: Program, computation: Computation, one: Instruction) -> Tra
         # The result of an asynchronous start is a pair: operand and final result.
         return Traffic(*(array.hbm_bytes for array in one.arrays[:2]))
     results = one.arrays[:1] if _GEMM in one.attributes else one.arrays  # without its workspace
-    return Traffic(sum(map(_size, operands)), sum(array.hbm_bytes for array in results))
+    # A kernel that returns an operand has updated it in place, in a part that is not known here.
+    updated = {int(index) for index in _ALIASED.findall(one.attributes)}
+    written = (array.hbm_bytes for index, array in enumerate(results) if index not in updated)
+    return Traffic(sum(map(_size, operands)), sum(written))
 
 
 def _size(one: Instruction) -> int:

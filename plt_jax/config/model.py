@@ -212,6 +212,10 @@ class ModelConfig(Section):
     attention: MayChange[Literal["auto", "xla", "cudnn", "splash"]] = "auto"
     """Kernel of attention over whole sequences: plain XLA, cuDNN on NVIDIA GPUs, or splash on TPUs.
     auto is the fastest that the devices, the dtype and the head width allow."""
+    decode_attention: MayChange[Literal["auto", "xla", "mosaic"]] = "auto"
+    """Kernel of attention in the decode step: XLA's, or one Mosaic GPU kernel of this package for
+    Hopper GPUs (needs jax 0.12, bfloat16, and loops in one pass). auto is xla until a card has been
+    measured."""
     remat: MayChange[Literal["none", "full", "dots"]] = "none"
     """What the backward pass recomputes, to save memory: nothing, all of every layer (full), or all
     but matrix products (dots; products of experts are recomputed too)."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from plt_jax.config import ModelConfig, MoEConfig
 from plt_jax.decoding.linear import linear
 from plt_jax.decoding.weights import EXPERT_AXES, DecodeWeights, Weights
-from plt_jax.model.block import LayerOps
+from plt_jax.model.block import LayerOps, project_and_attend
 from plt_jax.model.expert_parallel import replicate_rows
 from plt_jax.model.grouped import grouped_product
 from plt_jax.model.kernels import traced_platform
@@ -26,16 +26,21 @@ def head_logits(weights: DecodeWeights, normed_BTD: jax.Array) -> jax.Array:
     return linear(normed_BTD, weights.embedding if weights.head is None else weights.head)
 
 
+def joined_qkv(config: ModelConfig, weights: Weights, x_BTD: jax.Array) -> jax.Array:
+    """The projections of normed input [B, T, D], neither normed nor rotated, [B, T, K, G+2, H]: of
+    each key/value head its G queries, its key and its value."""
+    joined = linear(x_BTD, weights["qkv"]).astype(x_BTD.dtype)
+    joined = joined.reshape(*x_BTD.shape[:2], config.kv_heads, -1, config.head_width)
+    return joined + weights["qkv_bias"].astype(x_BTD.dtype) if config.qkv_bias else joined
+
+
 def _qkv(
     config: ModelConfig, weights: Weights, x_BTD: jax.Array, rotation: Rotation
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Does what `model.attention.rotated_qkv` does, of the queries and keys in one piece."""
     B, T, _ = x_BTD.shape
-    K, H = config.kv_heads, config.head_width
-    fused = linear(x_BTD, weights["qkv"]).astype(x_BTD.dtype).reshape(B, T, K, -1, H)
-    if config.qkv_bias:
-        fused += weights["qkv_bias"].astype(x_BTD.dtype)
-    fused_BKxTH = fused.transpose(0, 2, 3, 1, 4)
+    H = config.head_width
+    fused_BKxTH = joined_qkv(config, weights, x_BTD).transpose(0, 2, 3, 1, 4)
     qk_BKxTH, v_BKTH = fused_BKxTH[:, :, :-1], fused_BKxTH[:, :, -1]
     if config.qk_norm:
         qk_BKxTH = rms_norm(qk_BKxTH, weights["qk_norm"], config.norm_epsilon)
@@ -124,5 +129,5 @@ def _feed_forward(
     return mixture_of_experts(config.moe, weights, x_BTD, _routed_experts, shared)
 
 
-DECODE_OPS = LayerOps(_qkv, _output, _feed_forward)
+DECODE_OPS = LayerOps(partial(project_and_attend, _qkv), _output, _feed_forward)
 """The products of `apply_block` with decode weights."""

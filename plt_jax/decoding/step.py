@@ -19,6 +19,7 @@ from plt_jax.config import ModelConfig
 from plt_jax.decoding.attention import attend, attend_gated, shard_map_attention
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, shard_cache, write
 from plt_jax.decoding.checks import check_step
+from plt_jax.decoding.fused_attention import FUSED_OPS, attend_rows_fused, decode_kernel
 from plt_jax.decoding.ops import DECODE_OPS, head_logits
 from plt_jax.decoding.placement import CacheShard
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
@@ -113,19 +114,21 @@ def _run_rows(
 ) -> tuple[jax.Array, Cache]:
     """All layers over one row for each loop of `loops`: hidden states [B, R, D], and the cache."""
     rotation = rope_rotation(config, cache.lengths[:, None])
-    attend_rows = partial(_attend_rows, config, loops, cache.slots)
+    if decode_kernel(config, cache) == "mosaic":
+        ops, attend_rows = FUSED_OPS, partial(attend_rows_fused, config, cache.slots)
+    else:
+        attend_rows = partial(_attend_rows, config, loops, cache.slots)
+        ops, attend_rows = DECODE_OPS, partial(shard_map_attention, attend_rows)
     layers = []
     for layer_weights, layer_cache in zip(weights.layers, cache.layers(), strict=True):
-        attend_layer = partial(
-            shard_map_attention, attend_rows, cache=layer_cache, lengths_B=cache.lengths
-        )
+        attend_layer = partial(attend_rows, cache=layer_cache, lengths_B=cache.lengths)
         x_BRD, layer_cache, _ = apply_block(
             config,
             weights_of_loop(layer_weights, jnp.arange(loops.start, loops.stop)),
             shard_rows(x_BRD),
             rotation,
             attend_layer,
-            DECODE_OPS,
+            ops,
         )
         layers.append(layer_cache)
     return x_BRD, cache.with_layers(layers)

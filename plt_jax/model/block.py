@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -35,9 +36,18 @@ from plt_jax.model.moe import RouterStatistics, mixture_of_experts, moe_paramete
 Weights = Mapping[str, jax.Array]
 KeysValues = tuple[jax.Array, jax.Array]
 Left = TypeVar("Left")
+AnyAttend = Callable[..., tuple[jax.Array, Left]]
+"""`attend(...) -> (out_BNTH, left)`: decides which keys the queries see. `left` is what the caller
+wants returned with the output: a cache, keys, statistics."""
 Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, Left]]
-"""`attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT) -> (out_BNTH, left)`: decides which keys the queries
-see. `left` is what the caller wants returned with the output: a cache, keys, statistics."""
+"""`attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT) -> (out_BNTH, left)`."""
+
+
+Projection = Callable[
+    [ModelConfig, Weights, jax.Array, Rotation], tuple[jax.Array, jax.Array, jax.Array]
+]
+"""Normed input [B, T, D] to queries [B, N, T, H], keys and values [B, K, T, H]; queries and keys
+are rotated."""
 
 
 class LayerOutputs(NamedTuple):
@@ -54,11 +64,12 @@ class LayerOutputs(NamedTuple):
 class LayerOps(NamedTuple):
     """The products of a layer with its weights, which training and decoding lay out differently."""
 
-    qkv: Callable[
-        [ModelConfig, Weights, jax.Array, Rotation], tuple[jax.Array, jax.Array, jax.Array]
+    attention: Callable[
+        [ModelConfig, Weights, jax.Array, jax.Array, Rotation, AnyAttend[Any]],
+        tuple[jax.Array, Any],
     ]
-    """Normed input [B, T, D] to queries [B, N, T, H], keys and values [B, K, T, H]; queries and
-    keys are rotated."""
+    """A layer's input [B, T, D], and the same normed, to what `attend` returns. What `attend` is
+    given, an operation decides: see `project_and_attend`."""
     output: Callable[[Weights, jax.Array], jax.Array]
     """The heads' outputs [B, N, T, H] to [B, T, D]."""
     feed_forward: Callable[
@@ -111,6 +122,20 @@ def block_parameters(config: ModelConfig, mixture: bool) -> dict[str, Parameter]
     return parameters
 
 
+def project_and_attend(
+    qkv: Projection,
+    config: ModelConfig,
+    weights: Weights,
+    x_BTD: jax.Array,
+    normed_BTD: jax.Array,
+    rotation: Rotation,
+    attend: Attend[Left],
+) -> tuple[jax.Array, Left]:
+    """Calls `attend` with rotated queries, keys and values, and the gates that G-SWA blends by."""
+    q_BNTH, k_BKTH, v_BKTH = qkv(config, weights, normed_BTD, rotation)
+    return attend(q_BNTH, k_BKTH, v_BKTH, gate(config, weights, x_BTD, q_BNTH))
+
+
 def feed_forward(
     config: ModelConfig, weights: Weights, x_BTD: jax.Array
 ) -> tuple[jax.Array, RouterStatistics | None]:
@@ -120,7 +145,7 @@ def feed_forward(
     return swiglu(x_BTD, weights["ffn_gate"], weights["ffn_up"], weights["ffn_down"]), None
 
 
-TRAINING_OPS = LayerOps(rotated_qkv, project_output, feed_forward)
+TRAINING_OPS = LayerOps(partial(project_and_attend, rotated_qkv), project_output, feed_forward)
 """Products with the parameters as the model declares them."""
 
 
@@ -129,7 +154,7 @@ def apply_block(
     weights: Weights,
     x_BTD: jax.Array,
     rotation: Rotation,
-    attend: Attend[Left],
+    attend: AnyAttend[Left],
     ops: LayerOps = TRAINING_OPS,
 ) -> tuple[jax.Array, Left, RouterStatistics | None]:
     """Applies one pre-norm decoder layer.
@@ -142,8 +167,7 @@ def apply_block(
       layers.
     """
     normed_BTD = rms_norm(x_BTD, weights["attention_norm"], config.norm_epsilon)
-    q_BNTH, k_BKTH, v_BKTH = ops.qkv(config, weights, normed_BTD, rotation)
-    out_BNTH, left = attend(q_BNTH, k_BKTH, v_BKTH, gate(config, weights, x_BTD, q_BNTH))
+    out_BNTH, left = ops.attention(config, weights, x_BTD, normed_BTD, rotation, attend)
     x_BTD += ops.output(weights, out_BNTH)
     if config.output_bias:
         x_BTD += weights["o_bias"].astype(x_BTD.dtype)

@@ -61,6 +61,19 @@ def _cudnn_attention_runs() -> bool:
     return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
 
 
+def is_hopper() -> bool:
+    """Whether the program's GPUs are NVIDIA's of compute capability 9, whose tensor cores have
+    instructions of their own."""
+    if traced_platform() != "gpu":
+        return False
+    described = jax.sharding.get_abstract_mesh().abstract_device
+    device = jax.local_devices()[0]
+    if described is not None and device.platform != described.platform:
+        # Compiled ahead of time, for a card that distributed/gpus.py describes.
+        return any(f"NVIDIA {name}" in described.device_kind for name in ("H100", "H200"))
+    return "cuda" in device.client.platform_version and device.compute_capability == "9.0"
+
+
 def cudnn_attention(
     q_BNTH: jax.Array,
     k_BKTH: jax.Array,

@@ -3,6 +3,7 @@ plugin is installed."""
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,27 +87,30 @@ needs_plugin = pytest.mark.skipif(
 )
 
 
-def compiled(path, *words: str) -> dict:
-    """What the command finds."""
+def compiled(path, *words: str) -> tuple[dict, str]:
+    """What the command finds, and all that it and the card's assembler say."""
     command = [sys.executable, "-m", "plt_jax.compile", *words, "--json", str(path)]
-    variables = environment(JAX_DEFAULT_MATMUL_PRECISION="default")
+    variables = environment(JAX_DEFAULT_MATMUL_PRECISION="default", MOSAIC_GPU_DUMP_PTXAS="1")
     done = subprocess.run(
         command, **{"cwd": REPOSITORY, "env": variables, "capture_output": True, "timeout": 900}
     )
     assert done.returncode == 0, done.stderr.decode()
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(path.read_text(encoding="utf-8")), (done.stdout + done.stderr).decode()
+
+
+def decode_programs(path, *words: str) -> tuple[dict, str]:
+    """The decode programs of four layers of a 1B model by scheme and batch, and what was said."""
+    shape = ["configs/plt_dense_1b.yaml", "--topology", "h100", "--model.layers", "4", "--decode"]
+    schemes = ["--context", "1024", "--schemes", "no_loop,plt", "--loops", "2,3"]
+    found, said = compiled(path, *shape, *schemes, "--batch", "1,16", *words)
+    return {(one["label"], one["batch"]): one for one in found["programs"]}, said
 
 
 @needs_plugin
 @pytest.mark.slow(reason="compiles four layers of a 1B model six times")
 def test_loops_add_at_most_one_kernel_a_layer(tmp_path):
     """The bounds that this project holds to: 18 kernels a layer without loops, 1 more with PLT."""
-    words = ["configs/plt_dense_1b.yaml", "--topology", "h100", "--model.layers", "4", "--decode"]
-    words += ["--batch", "1,16", "--context", "1024", "--schemes", "no_loop,plt", "--loops", "2,3"]
-    found = {
-        (one["label"], one["batch"]): one
-        for one in compiled(tmp_path / "found.json", *words)["programs"]
-    }
+    found, _ = decode_programs(tmp_path / "found.json")
     for batch in (1, 16):
         plain = found["no_loop", batch]
         assert plain["kernels_per_layer"] <= 18
@@ -119,9 +123,36 @@ def test_loops_add_at_most_one_kernel_a_layer(tmp_path):
 
 
 @needs_plugin
+@pytest.mark.slow(reason="compiles four layers of a 1B model six times")
+def test_the_attention_kernel_fits_registers_and_saves_five_kernels_a_layer(tmp_path):
+    mosaic = ("--model.decode_attention", "mosaic")
+    found, said = decode_programs(tmp_path / "found.json", *mosaic)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(spills) == 6 and set(spills) == {("0", "0")}
+    for batch in (1, 16):
+        assert found["no_loop", batch]["kernels_per_layer"] <= 13
+        for label in ("plt-2", "plt-3"):
+            one = found[label, batch]
+            kinds = [kernel["kind"] for kernel in one["middle_layer"]]
+            assert kinds.count("Mosaic GPU") == 1 and len(kinds) <= 12
+            # The cache is updated in place.
+            assert one["bytes_written"] < 0.1 * one["bytes_read"]
+
+
+@needs_plugin
+@pytest.mark.slow(reason="compiles a decode step")
+def test_the_attention_kernel_compiles_for_heads_that_are_split_over_cards(tmp_path):
+    words = ["configs/plt_dense_1b.yaml", "--topology", "h100:2", "--model.layers", "2"]
+    words += ["--mesh.data", "1", "--mesh.tensor", "2", "--decode", "--context", "512"]
+    mosaic = ("--model.decode_attention", "mosaic")
+    (one,) = compiled(tmp_path / "found.json", *words, *mosaic)[0]["programs"]
+    assert "Mosaic GPU" in [kernel["kind"] for kernel in one["middle_layer"]]
+
+
+@needs_plugin
 @pytest.mark.slow(reason="compiles a train step")
 def test_a_train_step_compiles(tmp_path):
     words = ["configs/tiny.yaml", "--topology", "h100:2", "--mesh.data", "2"]
-    (one,) = compiled(tmp_path / "found.json", *words)["programs"]
+    (one,) = compiled(tmp_path / "found.json", *words)[0]["programs"]
     assert one["kernels"] > one["kernels_per_layer"] > 0
     assert one["context"] is None and one["bytes_written"] > 0
