@@ -26,11 +26,6 @@ from plt_jax.model.attention import gate
 from plt_jax.model.kernels import is_hopper
 from plt_jax.model.layers import Rotation
 
-HEAD_WIDTHS = (64, 128)
-"""Head widths whose tiles the kernel's shared memory holds."""
-MAX_ROWS = 64
-"""Most rows of one key/value head: L·(G+2), for G query heads that read it."""
-
 
 def decode_kernel(config: ModelConfig, cache: Cache) -> Literal["xla", "mosaic"]:
     """The kernel of the decode step's attention: `config.decode_attention`, or XLA's for "auto".
@@ -51,19 +46,24 @@ def decode_kernel(config: ModelConfig, cache: Cache) -> Literal["xla", "mosaic"]
 def _obstacle(config: ModelConfig, cache: Cache) -> str | None:
     """What keeps a decode step from using the kernel; None if it can."""
     loop, rows = config.loop, config.loop.count * (config.heads // config.kv_heads + 2)
+    slots = cache.slots.count
     if jax.__version_info__ < (0, 12):
         return f"jax is {jax.__version__}, and the kernel needs jax 0.12"
     if not is_hopper():
         return "it needs an NVIDIA GPU of compute capability 9 (H100, H200)"
+    from plt_jax.decoding.mosaic_kernel import ALIGNED, HEAD_WIDTHS, ROWS
+
     if loop.count > 1 and (not loop.shifted or loop.later_attention == "own"):
         return f"{loop.scheme} does not run its loops in one pass over one cache"
     if config.head_width not in HEAD_WIDTHS:
         return f"head_width is {config.head_width}, not {' or '.join(map(str, HEAD_WIDTHS))}"
-    if rows > MAX_ROWS:
-        return f"loops and query heads of a key/value head make {rows} rows, above {MAX_ROWS}"
+    if rows > ROWS:
+        return f"loops and query heads of a key/value head make {rows} rows, above {ROWS}"
     keys = cache.keys[0][0]
     if config.dtype != "bfloat16" or not _is_bfloat16(keys):
         return "model.dtype and the cache's dtype are not both bfloat16"
+    if slots % ALIGNED:
+        return f"the cache has {slots} slots, not a multiple of {ALIGNED} as it has on GPUs"
     if mesh_is_active() and placement(*keys.shape[:3]).slots:
         return "the mesh splits the slots of the cache over devices"
     return None

@@ -29,15 +29,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from plt_jax.model.blockwise import MASKED
 
+HEAD_WIDTHS = (64, 128)
+"""Head widths whose tiles fit shared memory."""
 ROWS = 64
-"""Rows of a tile."""
+"""Rows of a tile, and so the most that a key/value head may have: L·(G+2)."""
+ALIGNED = 8
+"""Blocks of slots begin and end at a multiple of it, since tiles of keys have so many rows."""
 BLOCK = 64
 """Slots that are multiplied at once."""
 STAGES = 2
 """Blocks of slots that are loaded before they are needed, or being multiplied."""
-PROGRAMS = 256
-"""Up to this number of programs, slots are divided into parts: two for each multiprocessor of an
-H100, which has shared memory for two. An estimate, not measured."""
+PROGRAMS = 128
+"""Up to about this number of programs at once, slots are divided into parts: one for each of an
+H100's multiprocessors, whose shared memory holds two with heads of 64 and one with heads of 128. An
+estimate, not measured."""
+MOST_PARTS = 64
+"""Most parts of the shared slots. The operations that merge them grow with their number."""
 
 _LOG2_E = math.log2(math.e)
 _TILE = plgpu.Layout.WGMMA
@@ -76,8 +83,14 @@ class Shape(NamedTuple):
     def shared_parts(self) -> int:
         """The number of parts of the shared slots: of at least two blocks each, so that one is
         loaded while the other is multiplied."""
-        most = PROGRAMS // (self.batch * self.kv_heads)
+        at_once = PROGRAMS * (128 // self.head_width)
+        most = min(at_once // (self.batch * self.kv_heads), MOST_PARTS)
         return max(1, min(self.capacity // (2 * BLOCK), most))
+
+    @property
+    def windows_start(self) -> int:
+        """The slot at which the blocks of the windows begin: at the windows, or shortly before."""
+        return self.capacity // ALIGNED * ALIGNED
 
     @property
     def parts(self) -> int:
@@ -159,12 +172,16 @@ def _scratch(shape: Shape, dtype: jnp.dtype, given: dict[str, jax.Array]) -> dic
         tiling = plgpu.TilingTransform((8, 128 // dtype.itemsize))
         return plgpu.SMEM(sizes, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
 
+    # Rows as they are, one behind the other. Left to itself, Pallas would swizzle them: a load from
+    # the second row on would then find the numbers of a row in another order.
+    plain = plgpu.SMEM((ROWS + 8, H), dtype, transforms=(plgpu.TilingTransform((1, half)),))
+
     def vectors(*sizes: int):
         return plgpu.SMEM(sizes, jnp.float32)
 
     buffers = {
         # One row more than a tile: the tile is read a second time from the second row on.
-        "rows": plgpu.SMEM((ROWS + 8, H), dtype),
+        "rows": plain,
         "row_tile": tiles(ROWS, H),
         "new_values": tiles(ROWS, H),
         "powers": tiles(ROWS, BLOCK),
@@ -249,14 +266,15 @@ class _Program:
         written = jax.lax.div(self.position + (BLOCK - 1), jnp.int32(BLOCK))
         after = written - self.part + (shape.shared_parts - 1)
         shared = jax.lax.div(jnp.maximum(after, 0), jnp.int32(shape.shared_parts))
-        windows = -(-(shape.loops - 1) * shape.window // BLOCK)
+        end = shape.capacity + (shape.loops - 1) * shape.window
+        windows = -((shape.windows_start - end) // BLOCK)
         return jnp.where(self.of_windows, windows, shared) if self.gated else shared
 
     def _first_slot(self, block: jax.Array) -> jax.Array:
         shared = (self.part + block * self.shape.shared_parts) * BLOCK
         if not self.gated:
             return shared
-        return jnp.where(self.of_windows, self.shape.capacity + block * BLOCK, shared)
+        return jnp.where(self.of_windows, self.shape.windows_start + block * BLOCK, shared)
 
     def _load_block_if(self, wanted: jax.Array, block: jax.Array) -> None:
         @pl.when(wanted)

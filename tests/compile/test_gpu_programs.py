@@ -141,11 +141,13 @@ def test_the_attention_kernel_fits_registers_and_saves_five_kernels_a_layer(tmp_
 
 @needs_plugin
 @pytest.mark.slow(reason="compiles a decode step")
-def test_the_attention_kernel_compiles_for_heads_that_are_split_over_cards(tmp_path):
+def test_the_attention_kernel_compiles_for_wide_heads_that_are_split_over_cards(tmp_path):
     words = ["configs/plt_dense_1b.yaml", "--topology", "h100:2", "--model.layers", "2"]
     words += ["--mesh.data", "1", "--mesh.tensor", "2", "--decode", "--context", "512"]
-    mosaic = ("--model.decode_attention", "mosaic")
-    (one,) = compiled(tmp_path / "found.json", *words, *mosaic)[0]["programs"]
+    words += ["--model.head_width", "128", "--model.decode_attention", "mosaic"]
+    found, said = compiled(tmp_path / "found.json", *words)
+    (one,) = found["programs"]
+    assert re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said) == [("0", "0")]
     assert "Mosaic GPU" in [kernel["kind"] for kernel in one["middle_layer"]]
 
 

@@ -1,6 +1,8 @@
 """The decode step's Mosaic GPU kernel against the forward pass, and where it is refused. It is
 interpreted where there is no Hopper GPU."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from plt_jax import decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.config import ModelConfig
 from plt_jax.decoding import fused_attention
+from plt_jax.decoding.cache import slots_for
 from plt_jax.errors import InputError
 from tests.models import forward, random_params, random_tokens, small_config
 
@@ -47,10 +50,15 @@ def with_kernel(config: ModelConfig, kernel: str, **changes) -> ModelConfig:
     return config.model_copy(update={"layers": 1, "decode_attention": kernel} | changes)
 
 
+def room(config: ModelConfig, length: int) -> int:
+    """The least number of positions from `length` on that fills slots to a multiple of 8."""
+    return next(n for n in range(length, length + 9) if slots_for(config, 1, n).count % 8 == 0)
+
+
 def decoded(config: ModelConfig, params, tokens):
     """The logits of three steps behind prompts of LENGTHS, [B, 3, V], and the cache after them."""
     weights = prepare_for_decode(config, params)
-    cache = init_cache(config, len(LENGTHS), 10)
+    cache = init_cache(config, len(LENGTHS), room(config, 10))
     # XLA's attention, whichever the configuration has.
     _, cache = prefill(config, weights, tokens[:, :7], jnp.array(LENGTHS), cache)
     logits = []
@@ -91,7 +99,7 @@ def test_parts_of_a_long_cache_are_merged(on_hopper):
         found = {}
         for kernel in ("xla", "mosaic"):
             one = with_kernel(config, kernel)
-            weights, cache = prepare_for_decode(one, params), init_cache(one, 1, 512)
+            weights, cache = prepare_for_decode(one, params), init_cache(one, 1, 515)
             _, cache = prefill(one, weights, tokens[:, :length], jnp.array([length]), cache)
             logits, _ = decode_step(one, weights, tokens[:, length], cache)
             found[kernel] = np.abs(np.asarray(logits) - expected[:, length]).mean()
@@ -121,11 +129,13 @@ def test_what_it_cannot_run_is_refused(monkeypatch, config, message):
         fused_attention.decode_kernel(config, init_cache(config, 1, 8))
 
 
-def test_a_cache_in_eight_bits_is_refused(monkeypatch):
+def test_caches_that_it_cannot_read_are_refused(monkeypatch):
     monkeypatch.setattr(fused_attention, "is_hopper", lambda: True)
     monkeypatch.setattr(jax, "__version_info__", NEEDED)
     config = with_kernel(small_config(), "mosaic")
-    assert fused_attention.decode_kernel(config, init_cache(config, 1, 8)) == "mosaic"
+    assert fused_attention.decode_kernel(config, init_cache(config, 1, 11)) == "mosaic"
+    with pytest.raises(InputError, match="13 slots, not a multiple of 8 as it has on GPUs; set it"):
+        fused_attention.decode_kernel(config, init_cache(config, 1, 8))
     with pytest.raises(InputError, match="cache's dtype are not both bfloat16; set it to auto"):
         fused_attention.decode_kernel(config, init_cache(config, 1, 8, "int8"))
 
@@ -142,3 +152,43 @@ def test_other_devices_and_versions_are_refused(monkeypatch):
     for kernel in ("auto", "xla"):
         config = with_kernel(small_config(), kernel)
         assert fused_attention.decode_kernel(config, cache) == "xla"
+
+
+@needs_pallas
+@pytest.mark.parametrize("head_width", [64, 128])
+@pytest.mark.parametrize(("capacity", "window"), [(571, 5), (63, 1), (128, 64)])
+def test_it_is_laid_out_as_its_loads_need(monkeypatch, head_width, capacity, window):
+    """What only a GPU's compiler or a GPU would show: blocks that begin between tiles are refused,
+    and rows that a program reads from the second on must not be swizzled."""
+    from jax.experimental.mosaic.gpu import layout_inference, utils
+
+    from plt_jax.decoding.mosaic_kernel import Shape, decode_attention
+
+    modules = []
+    infer = layout_inference.infer_layout
+
+    def infer_and_keep(module, **settings):
+        infer(module, **settings)
+        modules.append(str(module))
+
+    monkeypatch.setattr(utils, "_infer_arch", lambda: (9, 0))
+    monkeypatch.setattr(layout_inference, "infer_layout", infer_and_keep)
+    shape = Shape(2, 2, 2, 4, head_width, capacity, window)
+    B, R, K, G, H, slots = *shape[:5], capacity + window
+
+    def argument(dtype, *sizes):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    cache = argument(jnp.bfloat16, B, K, slots, H)
+    jax.jit(lambda *arrays: decode_attention(shape, *arrays, epsilon=1e-6)).trace(
+        argument(jnp.bfloat16, B, R, K, G + 2, H),
+        *[argument(jnp.float32, B, H // 2)] * 2,
+        argument(jnp.float32, G + 1, H),
+        argument(jnp.float32, K * G, H),
+        argument(jnp.int32, B),
+        *[cache] * 2,
+    ).lower(lowering_platforms=("cuda",))
+    (module,) = modules
+    row_views = [line for line in module.splitlines() if f"memref<72x{H}xbf16" in line]
+    transforms = set(re.findall(r"#mosaic_gpu\.(?:tile|swizzle)<[^>]*>", "\n".join(row_views)))
+    assert transforms == {f"#mosaic_gpu.tile<[1, {H // 2}]>"}
