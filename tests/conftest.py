@@ -25,7 +25,14 @@ CACHE = os.environ.get("PLT_TEST_CACHE") or str(REPOSITORY / ".jax_cache")
 QUICK_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 """Flags of XLA. The tests' programs run for milliseconds and compile for seconds, so LLVM leaves
 its passes out; XLA's own passes, which make the program, all run."""
+if jax.__version_info__ < (0, 11):
+    # XLA's older emitters of CPU code, which compile small programs in two thirds of the time.
+    # Later versions do not have them, and end at a flag that they do not know.
+    QUICK_FLAGS += " --xla_cpu_use_fusion_emitters=false"
 
+# Tracing makes millions of small objects. Python's own thresholds spend a tenth of the suite's time
+# on looking through them.
+gc.set_threshold(100_000, 50, 100)
 # XLA reads them when the first program is compiled.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_FLAGS}".strip()
 jax.config.update("jax_compilation_cache_dir", CACHE)

@@ -57,13 +57,16 @@ def direct(trained, text, stride):
     config = trained.config.model
     tokens = [*trained.tokenizer.encode_prompt(text), trained.tokenizer.eos]
     model = plt_jax.Transformer(config)
+    # Padded behind, where no position looks, so that one program does for all.
+    by_loop = jax.jit(lambda p, x: model.apply({"params": p}, x, method="logits_by_loop"))
     nats = np.zeros((2, len(tokens) - 1))
     done = 1
     while done < len(tokens):
         end = min(config.max_length + 1 if done == 1 else done + stride, len(tokens))
         start = max(end - config.max_length - 1, 0)
         inputs = np.array([tokens[start : end - 1]], np.int32)
-        logits = model.apply({"params": trained.params}, inputs, method="logits_by_loop")[:, 0]
+        padded = np.pad(inputs, ((0, 0), (0, config.max_length - inputs.shape[1])))
+        logits = by_loop(trained.params, padded)[:, 0, : inputs.shape[1]]
         log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
         for place in range(done, end):
             nats[:, place - 1] = -log_p[:, place - start - 1, tokens[place]]

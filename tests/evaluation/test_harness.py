@@ -17,6 +17,7 @@ from plt_jax.evaluation.tasks import SUITES, load_tasks
 from plt_jax.model.looping import with_loops
 from plt_jax.runs.directory import open_trained
 from tests.evaluation.local_tasks import CHOICES, write_task
+from tests.models import forward
 from tests.training.runs import assert_refused, command, environment, simulated
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'plt_jax[lm_eval]')")
@@ -58,8 +59,10 @@ def model(run):
 def log_probabilities(run, tokens):
     """Log-probability of each token but the first, given all before it, float64."""
     config = run.config.model
-    inputs = np.array([tokens[:-1]], np.int32)
-    logits = plt_jax.Transformer(config).apply({"params": run.params}, inputs)[0]
+    # Padded behind, where no position looks, so that one program does for all.
+    inputs = np.zeros((1, config.max_length), np.int32)
+    inputs[0, : len(tokens) - 1] = tokens[:-1]
+    logits = forward(config)(run.params, inputs)[0, : len(tokens) - 1]
     log_p = np.asarray(jax.nn.log_softmax(logits), np.float64)
     return log_p[np.arange(len(tokens) - 1), tokens[1:]], log_p.argmax(-1) == tokens[1:]
 

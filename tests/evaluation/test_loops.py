@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -43,9 +44,8 @@ def example_of(config):
 
 
 def model_states(config, params, tokens):
-    return Transformer(config).apply(
-        {"params": params}, tokens, SEGMENTS, method=Transformer.loop_states
-    )
+    run = partial(Transformer(config).apply, method=Transformer.loop_states)
+    return jax.jit(run)({"params": params}, tokens, SEGMENTS)
 
 
 @pytest.mark.slow(reason="compiles every scheme")

@@ -16,7 +16,13 @@ from plt_jax.model.moe import (
     weights_of_loop,
 )
 from tests import reference
-from tests.models import random_params, random_tokens, small_config
+from tests.models import (
+    forward,
+    forward_with_states,
+    random_params,
+    random_tokens,
+    small_config,
+)
 
 VARIANTS = {
     "leading dense layer": {"dense_layers": 1},
@@ -70,7 +76,7 @@ def test_logits_and_gradients_equal_the_reference(variant):
 def test_decoding_gives_the_forward_logits():
     config = moe_config(shared_width=12, shared_gate=True)
     params, tokens = random_params(config), random_tokens(config, 2, 10)
-    expected = Transformer(config).apply({"params": params}, tokens)
+    expected = forward(config)(params, tokens)
     cache = init_cache(config, 2, 16)
     logits, cache = prefill(config, params, tokens[:, :6], jnp.array([6, 6]), cache)
     for position in range(6, 10):
@@ -109,7 +115,7 @@ def test_one_expert_taking_all_tokens_and_empty_experts_are_exact():
 def test_statistics_have_one_entry_for_every_loop_and_layer():
     config = moe_config()
     params, tokens = random_params(config), random_tokens(config, 2, 12)
-    router = Transformer(config).apply({"params": params}, tokens, method="loop_states").router
+    router = forward_with_states(config)(params, tokens)[1].router
     assert router.load_X.shape == (2, 1, 5)
     np.testing.assert_allclose(router.load_X.sum(-1), 1.0, rtol=1e-6)
     np.testing.assert_allclose(router.probability_X.sum(-1), 1.0, rtol=1e-6)
