@@ -53,7 +53,8 @@ def _obstacle(config: ModelConfig, cache: Cache) -> str | None:
         return "it needs an NVIDIA GPU of compute capability 9 (H100, H200)"
     from plt_jax.decoding.mosaic_kernel import ALIGNED, HEAD_WIDTHS, ROWS
 
-    if loop.count > 1 and (not loop.shifted or loop.later_attention == "own"):
+    one_pass = loop.shifted and loop.later_attention in ("shared", "gated")
+    if loop.count > 1 and not one_pass:
         return f"{loop.scheme} does not run its loops in one pass over one cache"
     if config.head_width not in HEAD_WIDTHS:
         return f"head_width is {config.head_width}, not {' or '.join(map(str, HEAD_WIDTHS))}"

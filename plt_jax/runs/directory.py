@@ -20,6 +20,7 @@ from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_t
 from plt_jax.distributed.mesh import abstract_arrays, make_mesh
 from plt_jax.errors import InputError
 from plt_jax.files import copy_file, new_folder, write_text
+from plt_jax.model.kernels import is_hopper
 from plt_jax.model.looping import with_loops
 from plt_jax.model.transformer import abstract_params
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
@@ -70,7 +71,10 @@ def open_trained(path: str | Path, mesh: Mesh | None = None, loops: int | None =
     params = read_params(found, mesh)
     # This machine need not have the kernels that the model was trained with.
     moe = config.model.moe.model_copy(update={"grouped_product": "auto"})
-    model = config.model.model_copy(update={"attention": "auto", "moe": moe})
+    kernels = {"attention": "auto", "moe": moe}
+    if not is_hopper():
+        kernels["decode_attention"] = "auto"
+    model = config.model.model_copy(update=kernels)
     if loops is not None:
         model, params = with_loops(model, params, loops)
     return Trained(directory, config.model_copy(update={"model": model}), tokenizer, step, params)

@@ -26,13 +26,12 @@ from tests.models import random_params, random_tokens, small_config
 
 MESHES = {
     "expert 4 x data 2": {"data": 2, "expert": 4},
-    "expert 2 x fsdp 2 x tensor 2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
-    "expert 2 x context 4": {"data": 1, "expert": 2, "context": 4},
+    "expert 2 x context 2 x tensor 2": {"data": 1, "expert": 2, "context": 2, "tensor": 2},
 }
 """Meshes on which models are trained and decode."""
 EXCHANGES = {
     "expert 8": {"data": 1, "expert": 8},
-    "expert 2 x fsdp 2 x tensor 2": MESHES["expert 2 x fsdp 2 x tensor 2"],
+    "expert 2 x fsdp 2 x tensor 2": {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2},
 }
 """Meshes on which single layers with a skewed load are tested."""
 MOE = {

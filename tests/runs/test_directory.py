@@ -117,6 +117,12 @@ def test_a_checkpoint_of_another_model_is_refused(copy):
 def test_what_was_trained_with_a_devices_kernel_opens_on_others(finished, copy):
     resolved = copy / "config.yaml"
     text = resolved.read_text(encoding="utf-8")
-    assert "attention: auto" in text
-    resolved.write_text(text.replace("attention: auto", "attention: splash"), encoding="utf-8")
+    kernels = {
+        "  attention: auto": "  attention: splash",
+        "decode_attention: auto": "decode_attention: mosaic",
+    }
+    for auto, kernel in kernels.items():
+        assert auto in text
+        text = text.replace(auto, kernel)
+    resolved.write_text(text, encoding="utf-8")
     assert open_trained(copy).config.model == finished.config.model

@@ -134,7 +134,13 @@ def test_the_fields_that_may_change_are_decided_on_purpose():
 
     assert set(names(RunConfig)) == {
         *["run_dir", "start_from", "mesh", "processes", "checkpoint", "evaluation"],
-        *["model.attention", "model.moe.grouped_product", "model.remat", "model.layer_unroll"],
+        *[
+            "model.attention",
+            "model.decode_attention",
+            "model.moe.grouped_product",
+            "model.remat",
+            "model.layer_unroll",
+        ],
         *["data.cache_dir", "data.prefetch", "data.sources.path"],
         *["data.synthetic.test_difficulties", "tokenizer.path"],
         *["training.steps", "training.accumulate", "training.log_every"],
