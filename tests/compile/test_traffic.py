@@ -99,3 +99,24 @@ PART = 16 * 128 * 2
 )
 def test_of_a_slice_its_part_moves(line, size):
     assert tpu_line(line) == size
+
+
+KERNEL = """\
+ENTRY %main (rows: f32[8,128], keys: f32[64,128]) -> (f32[8,128], f32[64,128]) {
+  %rows = f32[8,128]{1,0} parameter(0)
+  %keys = f32[64,128]{1,0} parameter(1)
+  ROOT %out = (f32[8,128]{1,0}, f32[64,128]{1,0}) custom-call(%rows, %keys), OPTIONS
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ('custom_call_target="k"', 8 + 64),
+        ('custom_call_target="k", output_to_operand_aliasing={{1}: (1, {})}', 8),
+    ],
+)
+def test_what_a_kernel_updates_in_place_is_read_alone(options, written):
+    program = parse_program(KERNEL.replace("OPTIONS", options))
+    assert hbm_bytes(program) == (8 + 64 + written) * 128 * F32
