@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The decode figures that need a GPU, in about five minutes: exactness on the card, then the paper's
-# open dense shape in bfloat16 by scheme, batch and context, a trace of its kernels, and which
-# targets are met.
+# The decode figures that need a GPU, in five to ten minutes (an estimate): exactness on the card,
+# then the paper's open dense shape in bfloat16 by scheme, batch and context, with XLA's attention
+# and with attention in one kernel, a trace of its kernels, and which targets are met.
 #
 #   benchmarks/decode_on_gpu.sh [FOLDER [CONFIG]]      FOLDER gets the tables, figures and plots
 #

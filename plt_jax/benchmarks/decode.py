@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -118,7 +118,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--decode_attention",
-        choices=("auto", "xla", "mosaic"),
+        choices=get_args(ModelConfig.model_fields["decode_attention"].annotation),
         help="kernel of the step's attention; default the config's",
     )
     defaults = DecodeSettings()

@@ -8,7 +8,7 @@ kernel, and merging the parts of the slots, with the gate's sigmoid and blend, i
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Literal
 
 import jax
@@ -17,12 +17,15 @@ from jax.sharding import PartitionSpec
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored
+from plt_jax.decoding.mosaic_shape import ALIGNED, HEAD_WIDTHS, ROWS, Inputs, Shape
 from plt_jax.decoding.ops import DECODE_OPS, joined_qkv
 from plt_jax.decoding.placement import placement
 from plt_jax.decoding.weights import Weights
 from plt_jax.distributed.axes import mesh_is_active
 from plt_jax.errors import InputError
-from plt_jax.model.attention import gate
+from plt_jax.model.attention import blend, gate
+from plt_jax.model.block import AnyAttend
+from plt_jax.model.blockwise import Partial
 from plt_jax.model.kernels import is_hopper
 from plt_jax.model.layers import Rotation
 
@@ -51,8 +54,6 @@ def _obstacle(config: ModelConfig, cache: Cache) -> str | None:
         return f"jax is {jax.__version__}, and the kernel needs jax 0.12"
     if not is_hopper():
         return "it needs an NVIDIA GPU of compute capability 9 (H100, H200)"
-    from plt_jax.decoding.mosaic_kernel import ALIGNED, HEAD_WIDTHS, ROWS
-
     one_pass = loop.shifted and loop.later_attention in ("shared", "gated")
     if loop.count > 1 and not one_pass:
         return f"{loop.scheme} does not run its loops in one pass over one cache"
@@ -80,13 +81,13 @@ def attend_joined(
     x_BRD: jax.Array,
     normed_BRD: jax.Array,
     rotation: Rotation,
-    attend,
+    attend: AnyAttend[LayerCache],
 ) -> tuple[jax.Array, LayerCache]:
     """Calls `attend` (`attend_rows_fused`) with the joined projection of one row for each loop."""
     qkv_BRKxH = joined_qkv(config, weights, normed_BRD)
-    gate_BNR, by_query = None, config.loop.gate_input == "query"
-    if config.loop.later_attention == "gated" and config.loop.count > 1 and not by_query:
-        gate_BNR = gate(config, weights, x_BRD, qkv_BRKxH)
+    # Gates of queries are made in the kernel; those of the layer's input read no queries.
+    by_query = config.loop.gate_input == "query"
+    gate_BNR = None if by_query else gate(config, weights, x_BRD, qkv_BRKxH)
     return attend(weights, qkv_BRKxH, rotation, gate_BNR)
 
 
@@ -114,93 +115,87 @@ def attend_rows_fused(
     """
     gated = slots.window > 0 and config.loop.count > 1
     by_query = gated and gate_BNR is None
-    given = {
-        "qkv": qkv_BRKxH,
-        "cos": rotation.cos[:, 0, 0],
-        "sin": rotation.sin[:, 0, 0],
-        "lengths": lengths_B,
-        "norms": weights["qk_norm"][:, 0] if config.qk_norm else None,
-        "gate_weight": weights["gate_weight"] if by_query else None,
-        "gate_bias": weights["gate_bias"] if by_query else None,
-        "gate": gate_BNR if gated else None,
-        "keys": cache.keys[0],
-        "values": cache.values[0],
-    }
+    keys, values = cache.keys[0], cache.values[0]
+    assert isinstance(keys, jax.Array) and isinstance(values, jax.Array)  # see `decode_kernel`
+    inputs = Inputs(
+        qkv_BRKxH,
+        rotation.cos[:, 0, 0],
+        rotation.sin[:, 0, 0],
+        weights["qk_norm"][:, 0] if config.qk_norm else None,
+        weights["gate_weight"] if by_query else None,
+        lengths_B,
+        keys,
+        values,
+    )
+    given = inputs, gate_BNR if gated else None, weights["gate_bias"] if by_query else None
     attend = partial(_attend_on_device, config, slots)
-    run = _shard_map(attend, given) if mesh_is_active() else attend
-    out_BNRH, keys, values = run(given)
+    run = _shard_map(attend, *keys.shape[:3]) if mesh_is_active() else attend
+    out_BNRH, keys, values = run(*given)
     return out_BNRH, LayerCache((keys,), (values,))
 
 
-def _shard_map(attend: Callable, given: dict[str, jax.Array | None]) -> Callable:
+def _shard_map(attend: Callable, batch: int, kv_heads: int, slots: int) -> Callable:
     """`attend` on each device, with the sequences and heads that it holds."""
-    keys = given["keys"]
-    assert keys is not None
-    where = placement(*keys.shape[:3])
-    batch, heads = PartitionSpec(where.batch), PartitionSpec(where.heads)
-    specs = {
-        "qkv": PartitionSpec(where.batch, None, where.heads),
-        **dict.fromkeys(("cos", "sin", "lengths"), batch),
-        "norms": PartitionSpec(),
-        **dict.fromkeys(("gate_weight", "gate_bias"), heads),
-        **dict.fromkeys(("keys", "values", "gate"), where.rows),
-    }
+    where = placement(batch, kv_heads, slots)
+    of_batch, of_heads = PartitionSpec(where.batch), PartitionSpec(where.heads)
+    inputs = Inputs._make(
+        (
+            PartitionSpec(where.batch, None, where.heads),
+            *(of_batch, of_batch),  # the rotation
+            *(PartitionSpec(), of_heads),  # norms, and weights of gates
+            of_batch,
+            *(where.rows, where.rows),  # keys and values
+        )
+    )
     return jax.shard_map(
         attend,
-        in_specs=({name: specs[name] for name in given},),
+        in_specs=(inputs, where.rows, of_heads),
         out_specs=(where.rows,) * 3,
         check_vma=False,  # it does not know what a kernel's outputs vary over
     )
 
 
 def _attend_on_device(
-    config: ModelConfig, slots: Slots, given: dict[str, jax.Array]
+    config: ModelConfig,
+    slots: Slots,
+    inputs: Inputs,
+    gate_BNR: jax.Array | None,
+    gate_bias_N: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The kernel on what one device holds."""
-    from plt_jax.decoding.mosaic_kernel import Shape, decode_attention  # needs jax 0.12
+    """The kernel on what one device holds, and what merges its parts.
 
-    qkv_BRKxH = given["qkv"]
-    B, R, K, rows_of_loop, H = qkv_BRKxH.shape
+    Args:
+      gate_BNR: gates of the layer's input; None for others.
+      gate_bias_N: biases of gates of the queries; None for others.
+    """
+    from plt_jax.decoding.mosaic_kernel import decode_attention  # needs jax 0.12
+
+    B, R, K, rows_of_loop, H = inputs.qkv_BRKxH.shape
     window = slots.window if R > 1 else 0
     shape = Shape(B, R, K, rows_of_loop - 2, H, slots.capacity, window)
-    (sums, statistics), keys, values = decode_attention(
-        shape,
-        qkv_BRKxH,
-        given["cos"],
-        given["sin"],
-        given["norms"],
-        given["gate_weight"],
-        given["lengths"],
-        given["keys"],
-        given["values"],
-        config.norm_epsilon,
-    )
+    (sums, statistics), keys, values = decode_attention(shape, inputs, config.norm_epsilon)
 
-    def queries(part: int, array: jax.Array) -> jax.Array:
-        """The rows of queries [B, K, R, G, ...] of one part's [B, K, rows, ...]."""
-        rows = array[:, :, part, : shape.rows]
-        return rows.reshape(B, K, R, rows_of_loop, -1)[:, :, :, : shape.group]
+    def queries(array: jax.Array) -> jax.Array:
+        """The queries' rows [B, K, G, R, ...] of one part's [B, K, rows, ...]."""
+        rows = array[:, :, : shape.rows].reshape(B, K, R, rows_of_loop, -1)
+        return rows[:, :, :, : shape.group].swapaxes(2, 3)
 
-    sums_of = partial(queries, array=sums)
-    largest_of, total_of, gate_sum_of = (
-        partial(queries, array=statistics[:, :, :, index]) for index in range(3)
-    )
+    def heads(part: Partial) -> jax.Array:
+        return part.heads(jax.ShapeDtypeStruct((B, K * shape.group, R, H), jnp.float32))
+
+    largest, total, score = (statistics[:, :, :, index] for index in range(3))
+    parts = [
+        Partial(*(queries(array[:, :, part]) for array in (sums, total, largest)))
+        for part in range(shape.parts)
+    ]
     # One after another, so that XLA makes one kernel of it.
-    out, total, largest = sums_of(0), total_of(0), largest_of(0)
-    for part in range(1, shape.shared_parts):
-        new = jnp.maximum(largest, largest_of(part))
-        old, more = jnp.exp2(largest - new), jnp.exp2(largest_of(part) - new)
-        out = out * old + sums_of(part) * more
-        total, largest = total * old + total_of(part) * more, new
-    out /= total
+    out_BNRH = heads(reduce(Partial.merge, parts[: shape.shared_parts]))
     if window:
-        windows = shape.shared_parts
-        if given["gate"] is None:
-            g = jax.nn.sigmoid(gate_sum_of(windows) + given["gate_bias"].reshape(K, 1, -1, 1))
-        else:
-            g = given["gate"].reshape(B, K, -1, R, 1).swapaxes(2, 3)
-        g = jnp.where(jnp.arange(R)[:, None, None] > 0, g, 1.0)
+        if gate_BNR is None:
+            assert gate_bias_N is not None
+            score_BNR = queries(score[:, :, -1]).reshape(B, -1, R)
+            gate_BNR = jax.nn.sigmoid(score_BNR + gate_bias_N[:, None])
         # Loop 1 has no window. What its row left there is finite, and times zero.
-        out = g * out + (1.0 - g) * (sums_of(windows) / total_of(windows))
-    out_BNRH = out.swapaxes(2, 3).reshape(B, -1, R, H).astype(qkv_BRKxH.dtype)
-    return out_BNRH, keys, values
+        gate_BNR = jnp.where(jnp.arange(R) > 0, gate_BNR, 1.0)
+        out_BNRH = blend(gate_BNR, out_BNRH, heads(parts[-1]))
+    return out_BNRH.astype(inputs.qkv_BRKxH.dtype), keys, values

@@ -20,131 +20,66 @@ hence what is ignored.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from plt_jax.decoding.mosaic_shape import BLOCK, ROWS, Inputs, Shape
+from plt_jax.decoding.mosaic_tiles import (
+    TILE,
+    indices,
+    load_plain,
+    product,
+    quotient,
+    remainder,
+    row_vector,
+    store_plain,
+)
 from plt_jax.model.blockwise import MASKED
 
-HEAD_WIDTHS = (64, 128)
-"""Head widths whose tiles fit shared memory."""
-ROWS = 64
-"""Rows of a tile, and so the most that a key/value head may have: L·(G+2)."""
-ALIGNED = 8
-"""Blocks of slots begin and end at a multiple of it, since tiles of keys have so many rows."""
-BLOCK = 64
-"""Slots that are multiplied at once."""
 STAGES = 2
 """Blocks of slots that are loaded before they are needed, or being multiplied."""
-PROGRAMS = 128
-"""Up to about this number of programs at once, slots are divided into parts: one for each of an
-H100's multiprocessors, whose shared memory holds two with heads of 64 and one with heads of 128. An
-estimate, not measured."""
-MOST_PARTS = 64
-"""Most parts of the shared slots. The operations that merge them grow with their number."""
 
 _LOG2_E = math.log2(math.e)
-_TILE = plgpu.Layout.WGMMA
-"""How the 128 threads of a program hold the numbers of a tile."""
 
 Merged = tuple[jax.Array, jax.Array, jax.Array]
-"""Of each row so far: its sum of values [64, H], its largest logit and its softmax's total [64]."""
-
-
-class Shape(NamedTuple):
-    """The sizes that a kernel is made for."""
-
-    batch: int
-    loops: int
-    """R; row 0 is loop 1's."""
-    kv_heads: int
-    group: int
-    """G, the number of query heads of each key/value head."""
-    head_width: int
-    capacity: int
-    """S, the number of shared slots."""
-    window: int
-    """W, the number of slots of each later loop, which lie behind the shared ones; 0 for none."""
-
-    @property
-    def rows_of_loop(self) -> int:
-        """Queries, key and value: G+2."""
-        return self.group + 2
-
-    @property
-    def rows(self) -> int:
-        """The number of rows of a program, R·(G+2)."""
-        return self.loops * self.rows_of_loop
-
-    @property
-    def shared_parts(self) -> int:
-        """The number of parts of the shared slots: of at least two blocks each, so that one is
-        loaded while the other is multiplied."""
-        at_once = PROGRAMS * (128 // self.head_width)
-        most = min(at_once // (self.batch * self.kv_heads), MOST_PARTS)
-        return max(1, min(self.capacity // (2 * BLOCK), most))
-
-    @property
-    def windows_start(self) -> int:
-        """The slot at which the blocks of the windows begin: at the windows, or shortly before."""
-        return self.capacity // ALIGNED * ALIGNED
-
-    @property
-    def parts(self) -> int:
-        """The number of parts: those of the shared slots, and the windows."""
-        return self.shared_parts + (1 if self.window else 0)
+"""Of each row so far: its sum of values [64, H], its largest logit times the base-2 logarithm of e,
+and its softmax's total [64]."""
 
 
 def decode_attention(
-    shape: Shape,
-    qkv_BRKxH: jax.Array,
-    cos_Bh: jax.Array,
-    sin_Bh: jax.Array,
-    norms_xH: jax.Array | None,
-    gate_NH: jax.Array | None,
-    lengths_B: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    epsilon: float,
+    shape: Shape, inputs: Inputs, epsilon: float
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
     """Attention of one row for each loop at position `lengths`, and the cache with its keys.
 
     Args:
-      qkv_BRKxH: bfloat16 [B, R, K, G+2, H], projected and not rotated.
-      cos_Bh, sin_Bh: RoPE's rotation, float32 [B, H/2].
-      norms_xH: norms of the queries, and behind them of the key, [G+1, H]; None for none. The norms
-        of all queries are equal.
-      gate_NH: weights of gates that are made of the queries, float32 [N, H]; None for others.
-      keys, values: bfloat16 [B, K, slots, H]. They are updated in place where a program may.
+      epsilon: of the norms.
 
     Returns:
-      The parts: sums of values [B, K, parts, rows, H], rows being a multiple of 8; for each row the
-      base-2 logarithm that its sums are scaled by, its softmax's total, and its gate's sum before
-      bias and sigmoid, [B, K, parts, 3, 64]; and new keys and values.
+      The parts: sums of values [B, K, parts, rows, H], rows being a multiple of 8; for each row its
+      largest logit, its softmax's total, and its gate's sum before bias and sigmoid,
+      [B, K, parts, 3, 64]; and new keys and values.
     """
-    inputs = {
-        "qkv": qkv_BRKxH,
-        "cos": cos_Bh,
-        "sin": sin_Bh,
-        "norms": norms_xH,
-        "gate": gate_NH,
-        "lengths": lengths_B,
+    H, dtype = shape.head_width, inputs.qkv_BRKxH.dtype
+    arrays = {
+        "qkv": inputs.qkv_BRKxH,
+        "cos": inputs.cos_Bh,
+        "sin": inputs.sin_Bh,
+        "lengths": inputs.lengths_B,
     }
     # Halves of H are an axis of their own, since RoPE multiplies them separately.
-    for name in ("norms", "gate"):
-        if (array := inputs[name]) is not None:
-            inputs[name] = array.reshape(len(array), 2, -1)
-    given = {name: array for name, array in inputs.items() if array is not None}
+    for name, array in (("norms", inputs.norms_xH), ("gate", inputs.gate_NH)):
+        if array is not None:
+            arrays[name] = array.reshape(-1, 2, H // 2)
     # References are updated in place, which operands are not.
-    cache = jax.new_ref(keys), jax.new_ref(values)
-    B, K, H, parts = shape.batch, shape.kv_heads, shape.head_width, shape.parts
-    scratch = _scratch(shape, qkv_BRKxH.dtype, given)
+    cache = jax.new_ref(inputs.keys), jax.new_ref(inputs.values)
+    B, K, parts = shape.batch, shape.kv_heads, shape.parts
 
     def body(*refs, **buffers):
-        named = dict(zip((*given, "keys", "values", "sums", "statistics"), refs, strict=True))
+        named = dict(zip((*arrays, "keys", "values", "sums", "statistics"), refs, strict=True))
         _Program(shape, epsilon, named, buffers).run()
 
     sums, statistics = plgpu.kernel(
@@ -155,15 +90,15 @@ def decode_attention(
         ),
         grid=(B, K, parts),
         grid_names=("batch", "head", "part"),
-        scratch_types=scratch,
+        scratch_types=_scratch(shape, dtype, arrays),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="decode_attention",
-    )(*given.values(), *cache)
+    )(*arrays.values(), *cache)
     keys, values = (jax.freeze(ref) for ref in cache)
     return (sums, statistics), keys, values
 
 
-def _scratch(shape: Shape, dtype: jnp.dtype, given: dict[str, jax.Array]) -> dict[str, Any]:
+def _scratch(shape: Shape, dtype: jnp.dtype, arrays: dict[str, jax.Array]) -> dict[str, Any]:
     """The buffers of a program in shared memory, and its barriers."""
     H, half = shape.head_width, shape.head_width // 2
 
@@ -192,11 +127,11 @@ def _scratch(shape: Shape, dtype: jnp.dtype, given: dict[str, jax.Array]) -> dic
         "sums_tile": vectors(ROWS, H),
         "statistics_rows": vectors(3, ROWS),
     }
-    if "norms" in given:
+    if "norms" in arrays:
         buffers |= {"q_norm": vectors(2, half), "k_norm": vectors(2, half)}
-    if "gate" in given:
+    if "gate" in arrays:
         buffers["gate_rows"] = vectors(shape.group, 2, half)
-    loads = shape.loops + 2 + 2 * ("norms" in given) + ("gate" in given)
+    loads = shape.loops + 2 + 2 * ("norms" in arrays) + ("gate" in arrays)
     return buffers | {
         "rows_arrived": plgpu.Barrier(num_arrivals=loads),
         "keys_arrived": plgpu.Barrier(num_barriers=STAGES),
@@ -317,9 +252,9 @@ class _Program:
     def _leave(self, carry: Merged) -> None:
         """Writes what the program found."""
         refs, buffers = self.refs, self.buffers
-        buffers["sums_tile"][...], *statistics = carry
-        for index, row in enumerate(statistics):
-            buffers["statistics_rows"][index] = row
+        buffers["sums_tile"][...], largest, total = carry
+        buffers["statistics_rows"][0] = largest / _LOG2_E
+        buffers["statistics_rows"][1] = total
         plgpu.commit_smem()
         here = (self.batch, self.head, self.part)
         rows = buffers["sums_tile"].at[pl.ds(0, refs["sums"].shape[3])]
@@ -333,12 +268,12 @@ class _Program:
         """Norms and rotates the rows of queries and keys, and lays out the tiles of new rows."""
         shape, buffers = self.shape, self.buffers
         half = shape.head_width // 2
-        row = _index((ROWS, half), 0)
-        number = _rem(row, shape.rows_of_loop)
+        row = indices((ROWS, half), 0)
+        number = remainder(row, shape.rows_of_loop)
         is_key, is_value = number == shape.group, number == shape.group + 1
         halves = [pl.ds(index * half, half) for index in range(2)]
         given = [
-            _load(buffers["rows"].at[pl.ds(0, ROWS), columns], _TILE).astype(jnp.float32)
+            load_plain(buffers["rows"].at[pl.ds(0, ROWS), columns], TILE).astype(jnp.float32)
             for columns in halves
         ]
         normed = given
@@ -349,11 +284,11 @@ class _Program:
             normed = []
             for index, x in enumerate(given):
                 q_norm, k_norm = (
-                    _row_vector(buffers[name].at[index]) for name in ("q_norm", "k_norm")
+                    row_vector(buffers[name].at[index]) for name in ("q_norm", "k_norm")
                 )
                 scaled = x * inverse * jnp.where(is_key, k_norm, q_norm)
                 normed.append(scaled.astype(jnp.bfloat16).astype(jnp.float32))
-        cos, sin = _row_vector(buffers["cos_row"]), _row_vector(buffers["sin_row"])
+        cos, sin = row_vector(buffers["cos_row"]), row_vector(buffers["sin_row"])
         turned = (normed[0] * cos - normed[1] * sin, normed[1] * cos + normed[0] * sin)
         # A thread reads and writes the same numbers of the buffer, so it can be overwritten.
         rounded = [
@@ -361,14 +296,14 @@ class _Program:
             for x, rotated in zip(given, turned, strict=True)
         ]
         for columns, x in zip(halves, rounded, strict=True):
-            _store(buffers["rows"].at[pl.ds(0, ROWS), columns], x)
+            store_plain(buffers["rows"].at[pl.ds(0, ROWS), columns], x)
         if "gate" in self.refs:
             buffers["statistics_rows"][2] = self._gate_sums(number, rounded)
         plgpu.commit_smem()
-        buffers["row_tile"][...] = _load(buffers["rows"].at[pl.ds(0, ROWS)], _TILE)
-        below = _load(buffers["rows"].at[pl.ds(1, ROWS)], _TILE)
-        row = _index(below.shape, 0)
-        is_key = (_rem(row, shape.rows_of_loop) == shape.group) & (row < shape.rows)
+        buffers["row_tile"][...] = load_plain(buffers["rows"].at[pl.ds(0, ROWS)], TILE)
+        below = load_plain(buffers["rows"].at[pl.ds(1, ROWS)], TILE)
+        row = indices(below.shape, 0)
+        is_key = (remainder(row, shape.rows_of_loop) == shape.group) & (row < shape.rows)
         # Rows beyond the last are whatever shared memory held, which may be no number.
         buffers["new_values"][...] = jnp.where(is_key, below, jnp.zeros_like(below))
         plgpu.commit_smem()
@@ -378,9 +313,9 @@ class _Program:
         total = None
         for index, x in enumerate(rows):
             weights = jnp.zeros(x.shape, jnp.float32)
-            weights = plgpu.layout_cast(weights, _TILE)
+            weights = plgpu.layout_cast(weights, TILE)
             for query in range(self.shape.group):
-                of_query = _row_vector(self.buffers["gate_rows"].at[query, index])
+                of_query = row_vector(self.buffers["gate_rows"].at[query, index])
                 weights = jnp.where(number == query, of_query, weights)
             part = (x.astype(jnp.float32) * weights).sum(axis=1)
             total = part if total is None else total + part
@@ -393,8 +328,8 @@ class _Program:
         def full(sizes: tuple[int, ...], start: float, layout) -> jax.Array:
             return plgpu.layout_cast(jnp.full(sizes, start, jnp.float32), layout)
 
-        rows = _TILE.reduce(1)
-        sums = full((ROWS, self.shape.head_width), 0.0, _TILE)
+        rows = TILE.reduce(1)
+        sums = full((ROWS, self.shape.head_width), 0.0, TILE)
         return sums, full((ROWS,), MASKED, rows), full((ROWS,), 0.0, rows)
 
     def _attend_new(self, carry: Merged) -> Merged:
@@ -404,9 +339,9 @@ class _Program:
         nothing as soon as another key is merged.
         """
         shape = self.shape
-        column = _index((ROWS, BLOCK), 1)
-        is_key = (_rem(column, shape.rows_of_loop) == shape.group) & (column < shape.rows)
-        source = _div(column, shape.rows_of_loop)
+        column = indices((ROWS, BLOCK), 1)
+        is_key = (remainder(column, shape.rows_of_loop) == shape.group) & (column < shape.rows)
+        source = quotient(column, shape.rows_of_loop)
         seen = is_key & (source == jnp.where(self.part == 0, 0, -1))
         if self.gated:
             own = jnp.where(self.of_windows, 1, shape.loops)
@@ -419,7 +354,7 @@ class _Program:
         shape, buffers = self.shape, self.buffers
         stage = jax.lax.rem(block, jnp.int32(STAGES))
         plgpu.barrier_wait(buffers["keys_arrived"].at[stage])
-        slot = _index((ROWS, BLOCK), 1) + self._first_slot(block)
+        slot = indices((ROWS, BLOCK), 1) + self._first_slot(block)
         shared_end = jnp.where(self.of_windows, 0, self.position) if self.gated else self.position
         seen = slot < shared_end
         if self.gated:
@@ -431,12 +366,12 @@ class _Program:
         return self._merge(carry, keys, values, seen, buffers["values_arrived"].at[stage])
 
     def _loop_of_row(self) -> jax.Array:
-        return _div(_index((ROWS, BLOCK), 0), self.shape.rows_of_loop)
+        return quotient(indices((ROWS, BLOCK), 0), self.shape.rows_of_loop)
 
     def _merge(self, carry: Merged, keys, values, seen: jax.Array, values_arrived=None) -> Merged:
         """Attends to a tile of keys and values, and merges that with what came before."""
         sums, largest, total = carry
-        logits = _product(self.buffers["row_tile"], keys.transpose((1, 0)))
+        logits = product(self.buffers["row_tile"], keys.transpose((1, 0)))
         logits *= _LOG2_E / math.sqrt(self.shape.head_width)
         logits = jnp.where(seen, logits, jnp.full_like(logits, MASKED))
         new = jnp.maximum(largest, logits.max(axis=1))
@@ -448,44 +383,4 @@ class _Program:
         if values_arrived is not None:
             plgpu.barrier_wait(values_arrived)
         sums *= jax.lax.broadcast_in_dim(decay, sums.shape, [0])
-        return sums + _product(self.buffers["powers"], values), new, total
-
-
-def _product(a, b) -> jax.Array:
-    """The product of two tiles in shared memory, summed in float32."""
-
-    def run(sums):
-        plgpu.wgmma(sums, a, b)
-        return sums[...]
-
-    accumulator = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
-    return pl.run_scoped(run, accumulator((a.shape[0], b.shape[1]), jnp.float32))
-
-
-def _index(shape: tuple[int, ...], axis: int) -> jax.Array:
-    """The numbers of a tile's rows or columns."""
-    return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_TILE)
-
-
-def _rem(x: jax.Array, divisor: int) -> jax.Array:
-    return jax.lax.rem(x, jnp.full_like(x, divisor))
-
-
-def _div(x: jax.Array, divisor: int) -> jax.Array:
-    return jax.lax.div(x, jnp.full_like(x, divisor))
-
-
-def _load(ref, layout) -> jax.Array:
-    """What a buffer without tiles holds."""
-    return plgpu.load(ref, layout=layout, optimized=False)  # pyright: ignore[reportCallIssue]
-
-
-def _store(ref, x: jax.Array) -> None:
-    """Stores to a buffer without tiles."""
-    plgpu.store(ref, x, optimized=False)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _row_vector(ref) -> jax.Array:
-    """A vector as a tile whose rows are all equal."""
-    vector = _load(ref, _TILE.reduce(0))
-    return jax.lax.broadcast_in_dim(vector, (ROWS, *vector.shape), [1])
+        return sums + product(self.buffers["powers"], values), new, total

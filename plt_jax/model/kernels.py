@@ -23,6 +23,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from plt_jax.distributed.axes import on_each_device
+from plt_jax.distributed.gpus import GPUS
 
 Backend = Literal["xla", "cudnn", "splash"]
 
@@ -44,34 +45,33 @@ def traced_platform() -> str:
 
 def available_backend() -> Backend:
     """The fastest attention on the devices that the program is being traced for."""
-    platform = traced_platform()
-    if platform == "tpu":
+    if traced_platform() == "tpu":
         return "splash"
-    return "cudnn" if platform == "gpu" and _cudnn_attention_runs() else "xla"
-
-
-def _cudnn_attention_runs() -> bool:
-    """Whether the program's GPUs are NVIDIA's, of a generation with fused attention (Ampere)."""
-    described = jax.sharding.get_abstract_mesh().abstract_device
-    device = jax.local_devices()[0]
-    if described is not None and device.platform != described.platform:
-        # Compiled ahead of time, for a card that distributed/gpus.py describes: Ampere or newer.
-        return described.device_kind.startswith("NVIDIA")
-    # A ROCm device is a "gpu" too, but its capability is not a number.
-    return "cuda" in device.client.platform_version and float(device.compute_capability) >= 8.0
+    return "cudnn" if _nvidia_capability() >= (8, 0) else "xla"  # Ampere has fused attention
 
 
 def is_hopper() -> bool:
-    """Whether the program's GPUs are NVIDIA's of compute capability 9, whose tensor cores have
-    instructions of their own."""
+    """Whether the program's GPUs are NVIDIA's of compute capability 9 (H100, H200), whose products
+    have instructions of their own."""
+    return _nvidia_capability()[0] == 9
+
+
+def _nvidia_capability() -> tuple[int, int]:
+    """The CUDA compute capability of the program's GPUs; (0, 0) on other devices."""
     if traced_platform() != "gpu":
-        return False
+        return 0, 0
     described = jax.sharding.get_abstract_mesh().abstract_device
     device = jax.local_devices()[0]
     if described is not None and device.platform != described.platform:
         # Compiled ahead of time, for a card that distributed/gpus.py describes.
-        return any(f"NVIDIA {name}" in described.device_kind for name in ("H100", "H200"))
-    return "cuda" in device.client.platform_version and device.compute_capability == "9.0"
+        named = (
+            gpu for gpu in GPUS.values() if f"NVIDIA {gpu.name.upper()}" in described.device_kind
+        )
+        return next((gpu.capability for gpu in named), (0, 0))
+    if "cuda" not in device.client.platform_version:  # a ROCm device is a "gpu", too
+        return 0, 0
+    major, minor = device.compute_capability.split(".")
+    return int(major), int(minor)
 
 
 def cudnn_attention(

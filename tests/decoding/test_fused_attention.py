@@ -12,6 +12,7 @@ from plt_jax import decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.config import ModelConfig
 from plt_jax.decoding import fused_attention
 from plt_jax.decoding.cache import slots_for
+from plt_jax.decoding.mosaic_shape import Inputs, Shape
 from plt_jax.errors import InputError
 from tests.models import forward, random_params, random_tokens, small_config
 
@@ -134,8 +135,10 @@ def test_caches_that_it_cannot_read_are_refused(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", NEEDED)
     config = with_kernel(small_config(), "mosaic")
     assert fused_attention.decode_kernel(config, init_cache(config, 1, 11)) == "mosaic"
+    elsewhere = init_cache(config, 1, 8)  # a GPU would make more slots of it
+    elsewhere = elsewhere.replace(slots=elsewhere.slots._replace(count=13))
     with pytest.raises(InputError, match="13 slots, not a multiple of 8 as it has on GPUs; set it"):
-        fused_attention.decode_kernel(config, init_cache(config, 1, 8))
+        fused_attention.decode_kernel(config, elsewhere)
     with pytest.raises(InputError, match="cache's dtype are not both bfloat16; set it to auto"):
         fused_attention.decode_kernel(config, init_cache(config, 1, 8, "int8"))
 
@@ -143,6 +146,7 @@ def test_caches_that_it_cannot_read_are_refused(monkeypatch):
 def test_other_devices_and_versions_are_refused(monkeypatch):
     config = with_kernel(small_config(), "mosaic")
     cache = init_cache(config, 1, 8)
+    monkeypatch.setattr(fused_attention, "is_hopper", lambda: False)
     monkeypatch.setattr(jax, "__version_info__", NEEDED)
     with pytest.raises(InputError, match="it needs an NVIDIA GPU of compute capability 9"):
         fused_attention.decode_kernel(config, cache)
@@ -162,7 +166,7 @@ def test_it_is_laid_out_as_its_loads_need(monkeypatch, head_width, capacity, win
     and rows that a program reads from the second on must not be swizzled."""
     from jax.experimental.mosaic.gpu import layout_inference, utils
 
-    from plt_jax.decoding.mosaic_kernel import Shape, decode_attention
+    from plt_jax.decoding.mosaic_kernel import decode_attention
 
     modules = []
     infer = layout_inference.infer_layout
@@ -180,14 +184,16 @@ def test_it_is_laid_out_as_its_loads_need(monkeypatch, head_width, capacity, win
         return jax.ShapeDtypeStruct(sizes, dtype)
 
     cache = argument(jnp.bfloat16, B, K, slots, H)
-    jax.jit(lambda *arrays: decode_attention(shape, *arrays, epsilon=1e-6)).trace(
+    inputs = Inputs(
         argument(jnp.bfloat16, B, R, K, G + 2, H),
         *[argument(jnp.float32, B, H // 2)] * 2,
         argument(jnp.float32, G + 1, H),
         argument(jnp.float32, K * G, H),
         argument(jnp.int32, B),
         *[cache] * 2,
-    ).lower(lowering_platforms=("cuda",))
+    )
+    run = jax.jit(lambda inputs: decode_attention(shape, inputs, 1e-6))
+    run.trace(inputs).lower(lowering_platforms=("cuda",))
     (module,) = modules
     row_views = [line for line in module.splitlines() if f"memref<72x{H}xbf16" in line]
     transforms = set(re.findall(r"#mosaic_gpu\.(?:tile|swizzle)<[^>]*>", "\n".join(row_views)))

@@ -25,6 +25,7 @@ from plt_jax.model.blockwise import causal_attention, windowed_attention
 from plt_jax.model.kernels import (
     available_backend,
     cudnn_attention,
+    is_hopper,
     splash_attention,
     splash_blocks,
 )
@@ -324,15 +325,16 @@ class Device(NamedTuple):
 
 
 @pytest.mark.parametrize(
-    ("device", "available"),
+    ("device", "available", "hopper"),
     [
-        (Device("PJRT C API\ncuda 12090", "9.0"), "cudnn"),
-        (Device("PJRT C API\ncuda 12090", "12.0"), "cudnn"),
-        (Device("PJRT C API\ncuda 12090", "7.5"), "xla"),
-        (Device("PJRT C API\nrocm 60300", "gfx942"), "xla"),
+        (Device("PJRT C API\ncuda 12090", "9.0"), "cudnn", True),
+        (Device("PJRT C API\ncuda 12090", "12.0"), "cudnn", False),
+        (Device("PJRT C API\ncuda 12090", "7.5"), "xla", False),
+        (Device("PJRT C API\nrocm 60300", "gfx942"), "xla", False),
     ],
 )
-def test_which_gpus_have_fused_attention(monkeypatch, device, available):
+def test_which_gpus_have_fused_attention(monkeypatch, device, available, hopper):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "local_devices", lambda: [device])
     assert available_backend() == available
+    assert is_hopper() == hopper
