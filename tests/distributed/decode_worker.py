@@ -7,11 +7,12 @@ Runs in a process of its own: `python -m tests.distributed.decode_worker`.
 import json
 import re
 import sys
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from plt_jax import (
     Sampling,
@@ -23,8 +24,10 @@ from plt_jax import (
     prepare_for_decode,
 )
 from plt_jax.config import SCHEMES, RunConfig
+from plt_jax.decoding import fused_attention, mosaic_kernel
 from plt_jax.distributed.mesh import make_mesh, shardings_of, use_mesh
 from plt_jax.model.transformer import abstract_params
+from tests.decoding import plain_kernel
 from tests.models import random_params, random_tokens, small_config
 
 CAPACITY = 16
@@ -84,6 +87,40 @@ def gathers(mesh: dict, batch: int) -> dict:
     return {"largest gather": largest_gather(program.as_text()), "part": part}
 
 
+def fused(mesh: dict, batch: int, gate_input: str) -> float:
+    """The largest difference of a step by the decode kernel to one by XLA's attention."""
+    logits = {}
+    for kernel in ("xla", "mosaic"):
+        config = small_config(
+            "plt",
+            2,
+            qk_norm=True,
+            gate_input=gate_input,
+            head_width=64,
+            vocab_size=32,
+            dtype="bfloat16",
+            decode_attention=kernel,
+        )
+        params, tokens = random_params(config), random_tokens(config, batch, 8)
+        with use_mesh(mesh), plain_kernel_for_all():
+            placed = jax.device_put(params, shardings_of(abstract_params(config), mesh))
+            weights, cache = prepare_for_decode(config, placed), init_cache(config, batch, 11)
+            fill, step = (jax.jit(run, static_argnums=0) for run in (prefill, decode_step))
+            _, cache = fill(config, weights, tokens[:, :7], 4 + jnp.arange(batch), cache)
+            logits[kernel], _ = step(config, weights, tokens[:, 7], cache)
+    return float(jnp.max(jnp.abs(logits["xla"] - logits["mosaic"])))
+
+
+@contextmanager
+def plain_kernel_for_all():
+    """Lets these devices pass for Hopper GPUs, and plain JAX for the kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused_attention, "is_hopper", lambda: True)
+        patch.setattr(jax, "__version_info__", (0, 12))
+        patch.setattr(mosaic_kernel, "decode_attention", plain_kernel.decode_attention)
+        yield
+
+
 def largest_gather(program: str) -> int:
     """Elements of the largest array that any all-gather of a program makes."""
     shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", program)
@@ -124,6 +161,10 @@ def main() -> None:
             },
             "int8": decode(meshes["sequence"], 2, "plt", 2, "int8"),
             "generated": generated(meshes["all"]),
+            "fused": {
+                gate_input: fused(meshes["heads"], 4, gate_input)  # no slots are split there
+                for gate_input in ("query", "hidden")
+            },
         }
     print(json.dumps(found))
 

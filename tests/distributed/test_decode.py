@@ -40,3 +40,9 @@ def test_eight_bits_split_too(found):
 def test_the_same_tokens_are_drawn(found):
     alone, together = found["generated"]
     assert alone == together
+
+
+@pytest.mark.parametrize("gate_input", ["query", "hidden"])
+def test_the_attention_kernel_is_given_what_each_device_holds(found, gate_input):
+    """In plain JAX instead of the kernel itself; bfloat16."""
+    assert 0 < found["fused"][gate_input] < 0.1
