@@ -176,26 +176,27 @@ def _attend_on_device(
     (sums, statistics), keys, values = decode_attention(shape, inputs, config.norm_epsilon)
 
     def queries(array: jax.Array) -> jax.Array:
-        """The queries' rows [B, K, G, R, ...] of one part's [B, K, rows, ...]."""
+        """The queries' rows [B, K, R, G, ...] of one part's [B, K, rows, ...]."""
         rows = array[:, :, : shape.rows].reshape(B, K, R, rows_of_loop, -1)
-        return rows[:, :, :, : shape.group].swapaxes(2, 3)
-
-    def heads(part: Partial) -> jax.Array:
-        return part.heads(jax.ShapeDtypeStruct((B, K * shape.group, R, H), jnp.float32))
+        return rows[:, :, :, : shape.group]
 
     largest, total, score = (statistics[:, :, :, index] for index in range(3))
     parts = [
         Partial(*(queries(array[:, :, part]) for array in (sums, total, largest)))
         for part in range(shape.parts)
     ]
-    # One after another, so that XLA makes one kernel of it.
-    out_BNRH = heads(reduce(Partial.merge, parts[: shape.shared_parts]))
+    # One after another, and turned to [B, N, R, H] at the end, so that XLA makes one kernel of it.
+    shared = reduce(Partial.merge, parts[: shape.shared_parts])
+    out_BKRGH = shared.sum / shared.total
     if window:
         if gate_BNR is None:
             assert gate_bias_N is not None
-            score_BNR = queries(score[:, :, -1]).reshape(B, -1, R)
-            gate_BNR = jax.nn.sigmoid(score_BNR + gate_bias_N[:, None])
+            scores_BKRG = queries(score[:, :, -1])[..., 0]
+            gate_BKRG = jax.nn.sigmoid(scores_BKRG + gate_bias_N.reshape(K, 1, -1))
+        else:
+            gate_BKRG = gate_BNR.reshape(B, K, -1, R).swapaxes(2, 3)
         # Loop 1 has no window. What its row left there is finite, and times zero.
-        gate_BNR = jnp.where(jnp.arange(R) > 0, gate_BNR, 1.0)
-        out_BNRH = blend(gate_BNR, out_BNRH, heads(parts[-1]))
+        gate_BKRG = jnp.where(jnp.arange(R)[:, None] > 0, gate_BKRG, 1.0)
+        out_BKRGH = blend(gate_BKRG, out_BKRGH, parts[-1].sum / parts[-1].total)
+    out_BNRH = out_BKRGH.swapaxes(2, 3).reshape(B, -1, R, H)
     return out_BNRH.astype(inputs.qkv_BRKxH.dtype), keys, values

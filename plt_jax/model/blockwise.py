@@ -44,7 +44,7 @@ class Partial(NamedTuple):
         values, total = jax.lax.psum((scale * self.sum, scale * self.total), axes)
         return Partial(values, total, largest)
 
-    def heads(self, like_BNTH: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+    def heads(self, like_BNTH: jax.Array) -> jax.Array:
         """The attention's output, in the shape and dtype of the queries."""
         return (self.sum / self.total).astype(like_BNTH.dtype).reshape(like_BNTH.shape)
 
