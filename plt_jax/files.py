@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import math
+import multiprocessing.reduction
 import numbers
 import os
 import shutil
@@ -229,17 +230,27 @@ def new_folder(path: str | Path) -> Iterator[Path]:
 class FolderLock:
     """The right to write into a folder, which one process at a time has.
 
-    It ends with the process, however that ends. The lock is the folder's own, so that no file tells
-    of it. On file systems without locks, everyone has the right.
+    It ends with the process, however that ends. A process that is spawned with the lock among its
+    arguments shares it: then it ends with the last of them. The lock is the folder's own, so that
+    no file tells of it. On file systems without locks, everyone has the right.
     """
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._descriptor: int | None = None
 
+    def __getstate__(self) -> tuple[Path, Any]:
+        descriptor = self._descriptor
+        shared = None if descriptor is None else multiprocessing.reduction.DupFd(descriptor)
+        return self._folder, shared
+
+    def __setstate__(self, state: tuple[Path, Any]) -> None:
+        self._folder, shared = state
+        self._descriptor = None if shared is None else shared.detach()
+
     @property
     def is_held(self) -> bool:
-        """Whether this process has taken the lock."""
+        """Whether this process has taken the lock, or shares it."""
         return self._descriptor is not None
 
     def take(self) -> bool:

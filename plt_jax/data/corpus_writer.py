@@ -110,7 +110,7 @@ def write_corpus(
     files = [path for path in find_files(inputs).files if inside not in path.absolute().parents]
     units = group_pieces(split_files(files, options.shard_bytes), options.shard_bytes)
     made_from = _made_from(files, options)
-    with _locked(out), _writable(out):
+    with _locked(out) as lock, _writable(out):
         _check_same(out, made_from, tokenizer)
         (out / PARTS).mkdir(exist_ok=True)
         _remove_unfinished(out)
@@ -123,7 +123,7 @@ def write_corpus(
                 results[unit.index] = result
                 report_unit(unit, result)
         left = [unit for unit in units if unit.index not in results]
-        for unit, result in _write_units(left, out, tokenizer, options, workers):
+        for unit, result in _write_units(left, out, lock, tokenizer, options, workers):
             results[unit.index] = result
             report_unit(unit, result)
         return _write_manifest(out, [results[unit.index] for unit in units], made_from, tokenizer)
@@ -229,6 +229,7 @@ def _finish_shard(
 def _write_units(
     units: Sequence[WorkUnit],
     out: Path,
+    lock: FolderLock,
     tokenizer: TextTokenizer,
     options: CorpusOptions,
     workers: int,
@@ -240,7 +241,7 @@ def _write_units(
         return
     # A forked process would inherit locks that the parent's threads hold, and never get them.
     context = multiprocessing.get_context("spawn")
-    arguments = (out, options)
+    arguments = (out, lock, options)
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
         waiting = {pool.submit(_work, unit): unit for unit in units}
         try:
@@ -258,6 +259,9 @@ def _write_units(
 class _Worker(NamedTuple):
     tokenizer: TextTokenizer
     out: Path
+    lock: FolderLock
+    """Of `out`: while this process may write there, no other call does, though the parent be
+    killed."""
     options: CorpusOptions
 
 
@@ -265,10 +269,10 @@ _worker: list[_Worker] = []
 """What this worker process was started with; empty in the parent."""
 
 
-def _start_worker(out: Path, options: CorpusOptions) -> None:
+def _start_worker(out: Path, lock: FolderLock, options: CorpusOptions) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C must not print a stack trace per worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
-    _worker.append(_Worker(load_tokenizer(out / TOKENIZER), out, options))
+    _worker.append(_Worker(load_tokenizer(out / TOKENIZER), out, lock, options))
 
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -370,15 +374,15 @@ def _remove_unfinished(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Makes the folder if need be, and locks it against other calls."""
+def _locked(out: Path) -> Iterator[FolderLock]:
+    """Makes the folder if need be, and locks it against other calls; yields the lock."""
     lock = FolderLock(out)
     with _writable(out):
         out.mkdir(parents=True, exist_ok=True)
         if not lock.take():
             raise InputError(f"another process is writing --out {out}; wait until it has ended")
     try:
-        yield
+        yield lock
     finally:
         lock.release()
 

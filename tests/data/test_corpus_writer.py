@@ -98,20 +98,47 @@ def test_killed_at_any_moment_it_goes_on(corpus, lines, tokenizer, tmp_path, wor
     assert same_corpus(out, corpus)
 
 
+@pytest.mark.slow(reason="starts processes")
+def test_workers_that_outlive_their_parent_keep_others_out(corpus, lines, tokenizer, tmp_path):
+    out, path = tmp_path / "made", tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.library.to_str())
+    words = [sys.executable, "-c", SLOW, str(lines), str(out), str(path), "2"]
+    with subprocess.Popen(
+        words, cwd=REPOSITORY, env=environment(), stdout=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout is not None
+        workers = [int(pid) for pid in started.stdout.readline().split()]
+        assert len(workers) == 2
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            os.kill(started.pid, signal.SIGKILL)
+            started.wait()
+            with pytest.raises(InputError, match="another process is writing"):
+                make(lines, out, tokenizer)
+        finally:
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+    assert isinstance(make_when_free(lines, out, tokenizer), CorpusManifest)
+    assert same_corpus(out, corpus)
+
+
 SLOW = """
-import sys, time
+import multiprocessing, sys, time
 from pathlib import Path
 from tests.data import test_corpus_writer as here
 from plt_jax.data.tokenizer import load_tokenizer
 if __name__ == "__main__":
     lines, out, tokenizer, workers = sys.argv[1:]
-    here.make(lines, out, load_tokenizer(tokenizer), workers=int(workers),
-              advance=lambda unit, done: time.sleep(0.3))
+    def advance(unit, done):
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(0.3)
+    here.make(lines, out, load_tokenizer(tokenizer), workers=int(workers), advance=advance)
 """
 
 
 def make_when_free(*arguments):
-    """Workers of a killed process let go of nothing that the next one needs but a moment later."""
+    """Workers of a killed process end, and let the folder go, a moment later."""
     for _ in range(100):
         with contextlib.suppress(InputError):
             return make(*arguments)
