@@ -18,11 +18,16 @@ from plt_jax.decoding.cache import LayerCache, Quantized, Stored
 from plt_jax.decoding.linear import on_two_rows
 from plt_jax.decoding.placement import CacheShard, placement
 from plt_jax.distributed.axes import mesh_is_active
+from plt_jax.model.attention import blend
 from plt_jax.model.blockwise import MASKED, Partial, windowed_attention
 from plt_jax.model.kernels import Backend, cudnn_masked_attention, traced_platform
 
 QUERY_BLOCK, KEY_BLOCK = 256, 512
 """Block sizes of a chunk's attention: its logits take QUERY_BLOCK x KEY_BLOCK per head."""
+
+LONG_CACHE = 4096
+"""Shared slots from which on a CPU attends to windows in products of their own. XLA makes copies of
+parts of the logits there, which then take longer than small products."""
 
 Attend = Callable[..., tuple[jax.Array, LayerCache]]
 """`attend(q_BNTH, k_BKTH, v_BKTH, gate_BNT, cache, lengths_B, *more, shard)`: the heads' outputs
@@ -124,17 +129,23 @@ def attend_gated(
       gate_BNR: the weight of the shared slots, float32; 1 for rows without a window.
       windows_at: the number of the first slot that is not shared.
     """
+    on_cpu = traced_platform() == "cpu" and not axes
+    if on_cpu and windows_at >= LONG_CACHE:
+        shared = cache_attention(q_BNRH, keys, values, masks[0])
+        keys, values = jax.tree.map(lambda array: array[:, :, windows_at:], (keys, values))
+        window = cache_attention(q_BNRH, keys, values, masks[1][..., windows_at:])
+        return blend(gate_BNR, shared.heads(q_BNRH), window.heads(q_BNRH))
     logits_BKGRS = _logits(q_BNRH, keys)
     g = gate_BNR.reshape(*logits_BKGRS.shape[:4], 1)
     # Where a row has no window, the weights of all its slots are equal, and times zero.
-    if axes or traced_platform() != "cpu":
-        # A device may hold any of the slots, and a GPU has one kernel for two softmaxes of a width.
-        shared_BKGRS, window_BKGRS = (_softmax(logits_BKGRS, mask, axes) for mask in masks)
-        weights_BKGRS = g * shared_BKGRS + (1.0 - g) * window_BKGRS
-    else:  # a CPU would feel the second softmax over a long cache
+    if on_cpu:  # which would feel the second softmax over all slots
         shared_BKGRS = _softmax(logits_BKGRS[..., :windows_at], masks[0][..., :windows_at])
         window_BKGRS = _softmax(logits_BKGRS[..., windows_at:], masks[1][..., windows_at:])
         weights_BKGRS = jnp.concatenate([g * shared_BKGRS, (1.0 - g) * window_BKGRS], axis=-1)
+    else:
+        # A device may hold any of the slots, and a GPU has one kernel for two softmaxes of a width.
+        shared_BKGRS, window_BKGRS = (_softmax(logits_BKGRS, mask, axes) for mask in masks)
+        weights_BKGRS = g * shared_BKGRS + (1.0 - g) * window_BKGRS
     return _sum_of_values(weights_BKGRS, values, q_BNRH, axes)
 
 

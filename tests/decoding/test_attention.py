@@ -104,14 +104,15 @@ def test_windows_reach_back_before_the_chunk(chunk, window, before):
     np.testing.assert_allclose(out, plain(q, keys, values, mask), atol=1e-5)
 
 
-@settings(max_examples=12, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(
     rows=st.sampled_from([1, 2, 4]),
     apart=st.sampled_from([0.0, 1e3, -1e3]),
     platform=st.sampled_from(["cpu", "gpu"]),
+    long_cache=st.sampled_from([1, 4096]),
     seed=st.integers(0, 1000),
 )
-def test_two_segments_are_two_attentions_and_a_gate(rows, apart, platform, seed):
+def test_two_segments_are_two_attentions_and_a_gate(rows, apart, platform, long_cache, seed):
     """The logits of one segment may be far below the other's."""
     B, S = 2, 11
     random = np.random.default_rng(seed)
@@ -125,6 +126,7 @@ def test_two_segments_are_two_attentions_and_a_gate(rows, apart, platform, seed)
     window[:, 0], gate[:, :, 0] = False, 1.0  # loop 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "traced_platform", lambda: platform)
+        patch.setattr(attention, "LONG_CACHE", long_cache)
         out = attend_gated(q, k, v, (shared, window), gate, windows_at=6)
     right = gate[..., None] * plain(q, k, v, shared)
     if rows > 1:
