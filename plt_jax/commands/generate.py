@@ -38,6 +38,13 @@ def main() -> None:
         action="store_true",
         help="read names of special tokens in the prompt as these tokens, instead of as text",
     )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text that ends the continuation and is no part of it; may be given several times",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=128, help="most new tokens")
     parser.add_argument(
         "--temperature",
@@ -84,6 +91,7 @@ def main() -> None:
         sampling,
         jax.random.key(arguments.seed),
         arguments.cache_dtype,
+        arguments.stop,
     )
     if not arguments.chat:
         sys.stdout.write(arguments.prompt)
@@ -103,11 +111,11 @@ def encode(arguments: Namespace, trained: Trained) -> list[int]:
     if not arguments.chat:
         chosen = tokenizer.reading_special if arguments.special_tokens else tokenizer
         return chosen.encode_prompt(arguments.prompt)
-    from plt_jax.decoding.chat import load_chat_template
+    from plt_jax.decoding.chat import encode_chat, load_chat_template
 
     messages = [{"role": "user", "content": arguments.prompt}]
     if arguments.system is not None:
         messages.insert(0, {"role": "system", "content": arguments.system})
     template = load_chat_template(trained.directory / HUGGINGFACE, tokenizer)
     # The template's text has the begin token, if any.
-    return tokenizer.reading_special.encode(template.render(messages))
+    return encode_chat(template, tokenizer, messages)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
@@ -17,7 +17,9 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
+from tokenizers import Tokenizer
 
+from plt_jax.data.special_tokens import special_tokens_by_name
 from plt_jax.data.tokenizer import TextTokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import read_json
@@ -27,6 +29,8 @@ MOST_CHARACTERS = 2**24
 DEFAULT = "default"
 """The name of the template that is used if none is named."""
 
+_PRIVATE_USE = 0xF0000
+"""The first of 65,534 characters that no language has."""
 _TAG = "<the-last-message-ends-here>"
 """Stands behind the content of a message that is to be continued, while it is rendered."""
 
@@ -92,14 +96,24 @@ def load_chat_template(
     Raises:
       InputError: there is none, none of that name, or a file is broken.
     """
-    path = folder / "tokenizer_config.json"
-    settings = read_json(path) if path.is_file() else {}
-    templates = _templates(folder, settings)
-    if not templates:
+    found = find_chat_template(folder, tokenizer, name)
+    if found is None:
         raise InputError(
             "the model has no chat template (chat_template.jinja, or chat_template in "
             "tokenizer_config.json), so it is no chat model; give a plain prompt"
         )
+    return found
+
+
+def find_chat_template(
+    folder: Path, tokenizer: TextTokenizer, name: str | None = None
+) -> ChatTemplate | None:
+    """Does what `load_chat_template` does, but returns None for a model that is no chat model."""
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    templates = _templates(folder, settings)
+    if not templates:
+        return None
     chosen = name or DEFAULT
     if chosen not in templates:
         raise InputError(
@@ -114,6 +128,97 @@ def load_chat_template(
         if key.endswith("_token") and (text := _token_text(value)) is not None
     }
     return ChatTemplate(templates[chosen], variables)
+
+
+def encode_chat(
+    template: ChatTemplate, tokenizer: TextTokenizer, messages: Sequence[Message]
+) -> list[int]:
+    """The tokens of a conversation, up to where the assistant's answer begins.
+
+    Names of special tokens in the template are these tokens. In a message they are text: who writes
+    one must not be able to end it, or to begin another.
+
+    Raises:
+      InputError: see `ChatTemplate.render`.
+    """
+    names = special_tokens_by_name(tokenizer.library)
+    written = "\0".join(_texts(messages))
+    if not any(name in written for name in names):
+        return tokenizer.reading_special.encode(template.render(messages))
+    return _encode_quoting(template, tokenizer, messages)
+
+
+def _encode_quoting(
+    template: ChatTemplate, tokenizer: TextTokenizer, messages: Sequence[Message]
+) -> list[int]:
+    """Does what `encode_chat` does, for messages in which names of special tokens may stand.
+
+    A tokenizer whose special tokens have other names reads the template's ones by these names, and
+    the messages' ones as text.
+    """
+    names = special_tokens_by_name(tokenizer.library)
+    # A longer name may contain a shorter one, so it is replaced first.
+    longest_first = sorted(names, key=len, reverse=True)
+    marks = [chr(_PRIVATE_USE + index) for index in range(2 * len(names))]
+    quoted = dict(zip(longest_first, marks, strict=False))
+    renamed = dict(zip(longest_first, marks[len(names) :], strict=True))
+    # No language has these characters, so a message that has some loses nothing.
+    absent = str.maketrans(dict.fromkeys(marks, "\N{REPLACEMENT CHARACTER}"))
+    messages = _changed(list(messages), lambda text: _replace_all(text.translate(absent), quoted))
+    unquoted = {mark: name for name, mark in quoted.items()}
+    text = _replace_all(template.render(messages), renamed | unquoted)
+    other = _with_names(tokenizer, tuple(renamed.items()))
+    ids = {other.library.token_to_id(mark): names[name] for name, mark in renamed.items()}
+    return [ids.get(token, token) for token in other.encode(text)]
+
+
+@functools.lru_cache(8)
+def _with_names(tokenizer: TextTokenizer, renamed: tuple[tuple[str, str], ...]) -> TextTokenizer:
+    """A tokenizer that reads its special tokens by other names, maybe under other numbers."""
+    names, settings = dict(renamed), json.loads(tokenizer.library.to_str())
+    for added in settings["added_tokens"]:
+        if added["special"]:
+            added["content"] = names[added["content"]]
+    # Unigram's vocabulary has the names as pieces of ordinary text.
+    model, vocabulary = settings["model"], settings["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in vocabulary]
+    else:
+        model["vocab"] = {names.get(piece, piece): index for piece, index in vocabulary.items()}
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    library = Tokenizer.from_str(json.dumps(settings | {"post_processor": None}))
+    library.encode_special_tokens = False
+    return TextTokenizer(library, tokenizer.special)
+
+
+def _texts(values: Any) -> Iterator[str]:
+    """All strings in a structure of JSON."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from _texts([*values, *values.values()])
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _texts(value)
+
+
+def _changed(values: Any, change: Callable[[str], str]) -> Any:
+    """A structure of JSON with all its strings changed."""
+    if isinstance(values, str):
+        return change(values)
+    if isinstance(values, Mapping):
+        return {_changed(name, change): _changed(value, change) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_changed(value, change) for value in values]
+    return values
+
+
+def _replace_all(text: str, by: Mapping[str, str]) -> str:
+    """A text in which some others are replaced, the first ones first."""
+    for old, new in by.items():
+        text = text.replace(old, new)
+    return text
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> dict[str, str]:

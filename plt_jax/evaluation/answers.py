@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from plt_jax.data.tokenizer import TextTokenizer
 from plt_jax.decoding.sampling import Sampling
-from plt_jax.decoding.text import IncrementalDecoder
+from plt_jax.decoding.text import TextUntil
 from plt_jax.errors import InputError
 
 MAX_NEW_TOKENS = 256  # the harness's own default
@@ -57,48 +57,26 @@ class Answer:
     """The answer to one prompt, while it is generated."""
 
     def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int], until: Sequence[str]):
-        self._tokenizer, self._until = tokenizer, until
-        self._decoder = IncrementalDecoder(tokenizer, prompt)
+        self._ends, self._special = tokenizer.special.eos, tokenizer.special_ids
+        self._text = TextUntil(tokenizer, prompt, until)
         self._shown = ""
-        self._names: list[tuple[int, str]] = []
-        """The names of the special tokens, each with the length of the text before it."""
         self._at_end = False
 
     def push(self, token: int) -> None:
         """Adds a token, unless the answer has met an end token."""
         if self._at_end:
             return
-        self._at_end = token in self._tokenizer.special.eos
-        if token in self._tokenizer.special_ids:
-            self._names.append((len(self._whole), self._tokenizer.name_of(token)))
-        elif not self._at_end:
-            self._shown += self._decoder.push(token)
+        self._at_end = token in self._ends
+        # The name of an end token may itself be one of the texts that end an answer.
+        if not self._at_end or token in self._special:
+            self._shown += self._text.push(token)
 
     @property
     def has_ended(self) -> bool:
         """Whether no further token belongs to the answer."""
-        return self._at_end or self._first_stop() is not None
+        return self._at_end or self._text.has_stopped
 
-    @property
-    def text(self) -> str:
-        """The answer: the text before the first stop, without names of special tokens."""
-        return self._whole[: self._first_stop()]
-
-    @property
-    def _whole(self) -> str:
-        return self._shown + self._decoder.rest()
-
-    def _first_stop(self) -> int | None:
-        """How much text there is before the first stop; None without one."""
-        whole, named, begin = self._whole, "", 0
-        spans = []
-        for at, name in self._names:
-            named += whole[begin:at]
-            spans.append((len(named), len(name)))
-            named, begin = named + name, at
-        named += whole[begin:]
-        found = [at for stop in self._until if (at := named.find(stop)) >= 0]
-        if not found:
-            return None
-        first = min(found)
-        return first - sum(min(max(first - start, 0), length) for start, length in spans)
+    def close(self) -> str:
+        """The answer, when there are no more tokens: the text before the first stop, without names
+        of special tokens."""
+        return self._shown + self._text.rest()

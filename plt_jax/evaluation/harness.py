@@ -318,7 +318,7 @@ class HarnessModel(LM):
                     answer.push(token)
                 if count % CHECK_EVERY == 0 and all(answer.has_ended for answer in answers):
                     break
-        return [answer.text for answer in answers]
+        return [answer.close() for answer in answers]
 
 
 def _arguments(request: Instance) -> tuple[Any, ...]:

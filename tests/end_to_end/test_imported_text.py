@@ -41,6 +41,14 @@ def test_the_first_space_is_written(imported, kind):
     assert generate(run, "--prompt", "the quick") == f"{THE_FOX}\n"
 
 
+def test_a_stop_ends_the_text_and_is_none_of_it(imported):
+    tokenizer = tokenizer_of("byte-level")
+    run = imported(tokenizer.library, [*tokenizer.encode(THE_FOX), tokenizer.eos])
+    words = ("--prompt", "the quick", "--stop", "zz", "--stop", "ox j")
+    assert generate(run, *words) == "the quick brown f\n"
+    assert generate(run, "--prompt", "the quick", "--stop", "</s>") == f"{THE_FOX}\n"
+
+
 def test_every_end_token_of_the_files_ends_the_text(imported):
     """As in Llama 3, whose chats end by another token than its documents."""
     library = byte_level()

@@ -51,7 +51,7 @@ def test_an_answer_ends_at_its_first_stop(kind, data):
     prompt = [tokenizer.special.bos, *tokenizer.encode("the quick")]
     tokens = [token for piece in pieces for token in piece]
     answer = answer_of(tokenizer, prompt, tokens, until)
-    assert answer.text == reference(tokenizer, prompt, tokens, until)
+    assert answer.close() == reference(tokenizer, prompt, tokens, until)
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "Llama 2", "Unigram"])
@@ -61,10 +61,10 @@ def test_a_special_token_ends_an_answer_and_is_none_of_it(kind):
     tokens = [*tokenizer.continuing.encode(" fox"), end, *tokenizer.continuing.encode(" jumps")]
     prompt = tokenizer.encode_prompt("the quick")
     answer = answer_of(tokenizer, prompt, tokens, ["<|im_end|>"])
-    assert (answer.text, answer.has_ended) == (" fox", True)
-    assert answer_of(tokenizer, prompt, tokens, ["<|im_end|>", "o"]).text == " f"
+    assert (answer.close(), answer.has_ended) == (" fox", True)
+    assert answer_of(tokenizer, prompt, tokens, ["<|im_end|>", "o"]).close() == " f"
     going_on = answer_of(tokenizer, prompt, tokens, ["zz"])
-    assert (going_on.text, going_on.has_ended) == (" fox jumps", False)
+    assert (going_on.close(), going_on.has_ended) == (" fox jumps", False)
 
 
 @pytest.mark.parametrize(
