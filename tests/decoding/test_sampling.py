@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from plt_jax import InputError, Sampling
-from plt_jax.decoding.sampling import restrict, sample
+from plt_jax.decoding.sampling import RowSampling, penalize, restrict, sample, sample_rows
 
 V = 8
 quickly = settings(max_examples=15, derandomize=True)
@@ -21,9 +21,21 @@ distinct_logits = st.lists(st.integers(-40, 40), min_size=V, max_size=V, unique=
 )
 
 
+@jax.jit
+def restricted_by(logits_BV, top_k_B, top_p_B, min_p_B):
+    return restrict(logits_BV, top_k_B, top_p_B, min_p_B)
+
+
+def restricted_rows(logits_BV, samplings, min_p=0.0):
+    top_k_B = np.array([sampling.top_k for sampling in samplings], np.int32)
+    top_p_B = np.array([sampling.top_p for sampling in samplings], np.float32)
+    min_p_B = np.full(len(samplings), min_p, np.float32)
+    return np.asarray(restricted_by(logits_BV, top_k_B, top_p_B, min_p_B))
+
+
 def kept(logits, sampling) -> set[int]:
     """The tokens that may be drawn; their logits must be as they were."""
-    restricted = np.asarray(restrict(jnp.asarray(logits[None]), sampling))[0]
+    restricted = restricted_rows(logits[None], [sampling])[0]
     tokens = np.flatnonzero(restricted > -np.inf)
     np.testing.assert_array_equal(restricted[tokens], logits[tokens])
     return set(tokens.tolist())
@@ -95,10 +107,69 @@ def test_no_restriction_keeps_all():
 
 def test_rows_are_restricted_each_by_itself():
     logits = np.random.default_rng(0).normal(size=(5, V)).astype(np.float32)
-    sampling = Sampling(1.0, top_k=5, top_p=0.7)
-    restricted = np.asarray(restrict(jnp.asarray(logits), sampling))
-    for row, right in zip(restricted, logits, strict=True):
+    samplings = [Sampling(1.0, top_k=k, top_p=p) for k in (0, 2, 5) for p in (0.4, 0.7, 1.0)][:5]
+    restricted = restricted_rows(logits, samplings)
+    for row, right, sampling in zip(restricted, logits, samplings, strict=True):
         assert set(np.flatnonzero(row > -np.inf).tolist()) == kept(right, sampling)
+
+
+@quickly
+@given(distinct_logits, st.sampled_from([0.01, 0.2, 0.5, 1.0]))
+def test_min_p_keeps_what_is_near_the_most_likely(logits, share):
+    weights = softmax(logits) / softmax(logits).max()
+    assume(np.min(np.abs(weights - share)) > 1e-4 or share == 1.0)
+    (restricted,) = restricted_rows(logits[None], [Sampling(1.0)], min_p=share)
+    np.testing.assert_array_equal(restricted > -np.inf, weights >= share)
+
+
+def test_logits_that_are_not_numbers_stay():
+    logits = np.array([[0.0, 1.0, np.nan, 2.0]], np.float32)
+    assert np.isnan(restricted_rows(logits, [Sampling(1.0, 2, 0.9)])[0, 2])
+
+
+ROWS = [
+    Sampling(),
+    Sampling(1.0),
+    Sampling(0.7, top_k=3),
+    Sampling(1.3, top_p=0.6),
+    Sampling(0.9, top_k=4, top_p=0.8),
+]
+
+
+def row_sampling(samplings, **others):
+    B = len(samplings)
+    columns = {name: [getattr(s, name) for s in samplings] for name in Sampling._fields[:3]}
+    columns |= dict.fromkeys(("min_p", "presence_penalty", "frequency_penalty"), [0.0] * B)
+    columns |= {"repetition_penalty": [1.0] * B} | others
+    dtypes = {"top_k": jnp.int32}
+    return RowSampling(
+        **{f"{name}_B": jnp.array(x, dtypes.get(name, jnp.float32)) for name, x in columns.items()}
+    )
+
+
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3, 4], [0, 0, 0], [1, 1, 0], [4, 2]], ids=str)
+def test_each_row_draws_in_its_own_way(chosen):
+    rows = [ROWS[index] for index in chosen]
+    logits = jnp.array(np.random.default_rng(1).normal(size=(len(rows), 40)) * 2, jnp.float32)
+    for seed in range(5):
+        keys = jax.random.split(jax.random.key(seed), len(rows))
+        drawn = jax.jit(sample_rows)(logits, row_sampling(rows), keys)
+        alone = [sample(logits[i : i + 1], s, keys[i : i + 1])[0] for i, s in enumerate(rows)]
+        np.testing.assert_array_equal(drawn, np.array(alone))
+
+
+def test_penalties_are_those_of_their_definitions():
+    logits = np.array([[2.0, -2.0, 1.0, 0.5]] * 3, np.float32)
+    seen = np.array([[True, True, False, False]] * 3)
+    counts = np.array([[3, 0, 0, 1]] * 3, np.int32)
+    rows = row_sampling(
+        [Sampling()] * 3,
+        repetition_penalty=[2.0, 1.0, 1.0],
+        presence_penalty=[0.0, 0.5, 0.0],
+        frequency_penalty=[0.0, 0.0, 0.25],
+    )
+    expected = [[1.0, -4.0, 1.0, 0.5], [1.5, -2.0, 1.0, 0.0], [1.25, -2.0, 1.0, 0.25]]
+    np.testing.assert_allclose(penalize(logits, rows, seen, counts), expected)
 
 
 @pytest.mark.parametrize(
