@@ -62,28 +62,58 @@ def _prefill(
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
     weights = prepare_for_decode(config, params)
+    output_BCD, cache = prefill_outputs(config, weights, tokens, lengths, cache)
+    last_B1D = last_of_chunk(output_BCD, lengths)
+    return head_logits(weights, last_B1D)[:, 0], cache
+
+
+def last_of_chunk(x_BCD: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """The states of each row's last token that is not padding, [B, 1, D]; of its first one where
+    there is none."""
+    last_B = jnp.maximum(lengths_B - 1, 0)
+    return jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
+
+
+def prefill_outputs(
+    config: ModelConfig,
+    weights: DecodeWeights,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: Cache,
+    loops_B: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Does what `prefill` does, without its checks and the head, for callers that are jitted.
+
+    Args:
+      loops_B: see `step_logits`.
+
+    Returns:
+      What the head reads behind each token, [B, C, D] in the compute dtype, and the cache after the
+      chunk.
+    """
     loop = config.loop
     positions_BC = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     rotation = rope_rotation(config, positions_BC)
     embeddings_BCD = embed(tokens, weights.embedding, jnp.dtype(config.dtype))
     normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
-    last_B = jnp.maximum(lengths - 1, 0)
 
     x_BCD, output_BCD, carried = embeddings_BCD, embeddings_BCD, []
+    read_BCD = embeddings_BCD
     for index in range(loop.count):
         if index > 0:
             before_B1D = cache.carried[:, index - 1 : index].astype(embeddings_BCD.dtype)
             shift = partial(_shift_chunk, before_B1D=before_B1D)
             if loop.shifted:
-                carried.append(_last_or(output_BCD, last_B, lengths, before_B1D))
+                carried.append(_last_or(output_BCD, lengths, before_B1D))
             x_BCD = next_loop_input(loop, embeddings_BCD, output_BCD, shift)
         hidden_BCD, cache = _run_loop(config, weights, index, x_BCD, lengths, rotation, cache)
         output_BCD = loop_output(loop, hidden_BCD, normalize, is_last=index == loop.count - 1)
+        if loops_B is not None:
+            read_BCD = jnp.where((loops_B == index + 1)[:, None, None], hidden_BCD, read_BCD)
     if carried:
         cache = cache.replace(carried=jnp.concatenate(carried, axis=1).astype(cache.carried.dtype))
-    last_B1D = jnp.take_along_axis(output_BCD, last_B[:, None, None], axis=1)
     cache = shard_cache(cache.replace(lengths=cache.lengths + lengths))
-    return head_logits(weights, last_B1D)[:, 0], cache
+    return output_BCD if loops_B is None else normalize(read_BCD), cache
 
 
 def _shift_chunk(output_BCD: jax.Array, before_B1D: jax.Array) -> jax.Array:
@@ -91,12 +121,9 @@ def _shift_chunk(output_BCD: jax.Array, before_B1D: jax.Array) -> jax.Array:
     return jnp.concatenate([before_B1D, output_BCD[:, :-1]], axis=1)
 
 
-def _last_or(
-    x_BCD: jax.Array, last_B: jax.Array, lengths_B: jax.Array, before_B1D: jax.Array
-) -> jax.Array:
+def _last_or(x_BCD: jax.Array, lengths_B: jax.Array, before_B1D: jax.Array) -> jax.Array:
     """The state at each row's last token, or `before` where the row has none, [B, 1, D]."""
-    last_B1D = jnp.take_along_axis(x_BCD, last_B[:, None, None], axis=1)
-    return jnp.where((lengths_B > 0)[:, None, None], last_B1D, before_B1D)
+    return jnp.where((lengths_B > 0)[:, None, None], last_of_chunk(x_BCD, lengths_B), before_B1D)
 
 
 def _run_loop(

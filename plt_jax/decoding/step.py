@@ -25,7 +25,7 @@ from plt_jax.decoding.placement import CacheShard
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
 from plt_jax.model.block import apply_block
 from plt_jax.model.layers import embed, rms_norm, rope_rotation
-from plt_jax.model.looping import Norm, loop_output, next_loop_input
+from plt_jax.model.looping import Norm, loop_output, next_loop_input, output_after
 from plt_jax.model.moe import weights_of_loop
 
 
@@ -71,18 +71,38 @@ def decode_step(
 def _decode_step(
     config: ModelConfig, params: Params | DecodeWeights, tokens: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    weights = prepare_for_decode(config, params)
+    return step_logits(config, prepare_for_decode(config, params), tokens, cache)
+
+
+def step_logits(
+    config: ModelConfig,
+    weights: DecodeWeights,
+    tokens: jax.Array,
+    cache: Cache,
+    loops_B: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Does what `decode_step` does, without its checks, for callers that are jitted themselves.
+
+    Args:
+      loops_B: int32, the number of loops after which each sequence's logits are taken, 1 to L;
+        default L for all. The cache has all loops in any case.
+    """
     normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
     E_B1D = embed(tokens[:, None], weights.embedding, jnp.dtype(config.dtype))
     one_pass = config.loop.shifted or config.loop.count == 1
     run_loops = _run_loops_together if one_pass else _run_loops_in_turn
-    output_B1D, cache = run_loops(config, weights, normalize, E_B1D, cache)
+    output_B1D, cache = run_loops(config, weights, normalize, E_B1D, cache, loops_B)
     cache = shard_cache(cache.replace(lengths=cache.lengths + 1))
     return head_logits(weights, output_B1D)[:, 0], cache
 
 
 def _run_loops_together(
-    config: ModelConfig, weights: DecodeWeights, normalize: Norm, E_B1D: jax.Array, cache: Cache
+    config: ModelConfig,
+    weights: DecodeWeights,
+    normalize: Norm,
+    E_B1D: jax.Array,
+    cache: Cache,
+    loops_B: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
     """All loops in one pass: the last loop's output [B, 1, D], and the cache after it."""
     loop, x_BLD = config.loop, E_B1D
@@ -95,18 +115,29 @@ def _run_loops_together(
     is_last_L1 = jnp.arange(loop.count)[:, None] == loop.count - 1
     output_BLD = loop_output(loop, hidden_BLD, normalize, is_last_L1)
     carried_BLD = output_BLD[:, : cache.carried.shape[1]].astype(cache.carried.dtype)
-    return output_BLD[:, -1:], cache.replace(carried=carried_BLD)
+    cache = cache.replace(carried=carried_BLD)
+    if loops_B is None:
+        return output_BLD[:, -1:], cache
+    return output_after(loops_B, hidden_BLD, normalize), cache
 
 
 def _run_loops_in_turn(
-    config: ModelConfig, weights: DecodeWeights, normalize: Norm, E_B1D: jax.Array, cache: Cache
+    config: ModelConfig,
+    weights: DecodeWeights,
+    normalize: Norm,
+    E_B1D: jax.Array,
+    cache: Cache,
+    loops_B: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
     """One pass for each loop: the last loop's output [B, 1, D], and the cache after it."""
-    loop, output_B1D = config.loop, E_B1D
+    loop, output_B1D, hidden = config.loop, E_B1D, []
     for index in range(loop.count):
         hidden_B1D, cache = _run_rows(config, weights, range(index, index + 1), output_B1D, cache)
         output_B1D = loop_output(loop, hidden_B1D, normalize, is_last=index == loop.count - 1)
-    return output_B1D, cache
+        hidden.append(hidden_B1D)
+    if loops_B is None:
+        return output_B1D, cache
+    return output_after(loops_B, jnp.concatenate(hidden, axis=1), normalize), cache
 
 
 def _run_rows(

@@ -85,6 +85,18 @@ def loop_output(
     return jnp.where(is_last, normalize(hidden), hidden)
 
 
+def output_after(loops_B: jax.Array, hidden_BLD: jax.Array, normalize: Norm) -> jax.Array:
+    """What the head reads of each sequence if it runs a number of loops of its own, [B, 1, D].
+
+    A loop reads nothing of later ones, so all sequences can run all loops.
+
+    Args:
+      loops_B: int32, the numbers of loops, 1 to L.
+      hidden_BLD: the last layer's output at one position, of every loop.
+    """
+    return normalize(jnp.take_along_axis(hidden_BLD, (loops_B - 1)[:, None, None], axis=1))
+
+
 def next_loop_input(
     loop: LoopConfig,
     embeddings: jax.Array,
