@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
-from plt_jax.benchmarks.decode import DecodeSettings, Workload, random_weights
+from plt_jax.benchmarks.decode import DecodeSettings, Workload
 from plt_jax.benchmarks.machine import machine
+from plt_jax.benchmarks.prepared import prepare, random_weights
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
 from plt_jax.config.variants import NO_LOOP, variants_of
@@ -49,7 +50,7 @@ def main() -> None:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for variant in variants_of(arguments.schemes.split(","), [arguments.loops]):
-        row = workload.prepare(variant)
+        row = prepare(variant, base, weights)
         workload.decode_seconds(row)  # compiles
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):

@@ -22,8 +22,9 @@ from typing import Any
 import jax
 
 from plt_jax.benchmarks import ablation_report
-from plt_jax.benchmarks.decode import DecodeSettings, Workload, random_weights
+from plt_jax.benchmarks.decode import DecodeSettings, Workload
 from plt_jax.benchmarks.machine import machine
+from plt_jax.benchmarks.prepared import random_weights
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig, RunConfig

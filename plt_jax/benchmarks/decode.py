@@ -11,7 +11,6 @@ a context whose keys and values are random.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import itertools
 import sys
@@ -26,6 +25,7 @@ import numpy as np
 
 from plt_jax.benchmarks import decode_report
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
+from plt_jax.benchmarks.prepared import PreparedVariant, prepare, random_weights
 from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
 from plt_jax.commands.parser import CommandParser, run_command
@@ -40,10 +40,8 @@ from plt_jax.decoding.generation import (
     prefill_prompts,
 )
 from plt_jax.decoding.sampling import Sampling
-from plt_jax.decoding.weights import EXPERT_AXES, DecodeWeights, prepare_for_decode
+from plt_jax.decoding.weights import EXPERT_AXES, DecodeWeights
 from plt_jax.errors import InputError
-from plt_jax.model.attention import gate_parameters
-from plt_jax.model.transformer import Transformer
 from plt_jax.runs.configuration import load_config
 
 
@@ -164,42 +162,6 @@ def base_config(arguments: argparse.Namespace) -> ModelConfig:
     return ModelConfig(**settings | {name: value for name, value in chosen.items() if value})
 
 
-def random_weights(config: ModelConfig) -> DecodeWeights:
-    """A model's parameters as initialised, prepared for decoding."""
-    init = jax.jit(Transformer(config).init)
-    declared = init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    return jax.block_until_ready(prepare_for_decode(config, declared))
-
-
-def variant_weights(config: ModelConfig, weights: DecodeWeights) -> DecodeWeights:
-    """A variant's weights: the arrays of `weights`, which all variants share, and its gates.
-
-    A deeper variant has copies of the last layer.
-    """
-    layers = weights.layers
-    copies = (jax.tree.map(jnp.copy, layers[-1]) for _ in range(config.layers - len(layers)))
-    weights = dataclasses.replace(weights, layers=(*layers, *copies))
-    if config.loop.later_attention != "gated":
-        return weights
-    gates = {
-        name: gate.initializer(jax.random.key(0), gate.shape, jnp.float32)
-        for name, gate in gate_parameters(config).items()
-    }
-    return dataclasses.replace(weights, layers=tuple(layer | gates for layer in weights.layers))
-
-
-class PreparedVariant(NamedTuple):
-    """A variant with its model's configuration and the weights that decoding reads."""
-
-    variant: Variant
-    config: ModelConfig
-    weights: DecodeWeights
-
-    @property
-    def label(self) -> str:
-        return self.variant.label
-
-
 class Workload:
     """A batch size and a context, at which all variants are measured."""
 
@@ -217,7 +179,7 @@ class Workload:
 
     def measure(self, variants: Sequence[Variant]) -> dict[str, Any]:
         """The figures of all variants, and of PyTorch where it is asked for."""
-        rows = [self.prepare(variant) for variant in variants]
+        rows = [prepare(variant, self.base, self.weights) for variant in variants]
         timers: dict[str, Callable[[], float]] = {
             row.label: functools.partial(self.decode_seconds, row) for row in rows
         }
@@ -240,10 +202,6 @@ class Workload:
                 {"label": name, **peer.about, **self.timing(name, decode)} for name, peer in peers
             ],
         }
-
-    def prepare(self, variant: Variant) -> PreparedVariant:
-        config = variant.apply(self.base)
-        return PreparedVariant(variant, config, variant_weights(config, self.weights))
 
     def start_peers(self) -> list[tuple[str, TorchLlama]]:
         if not self.settings.torch:
