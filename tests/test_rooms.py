@@ -22,6 +22,7 @@ ORDER = (
     "evaluation",
     "training",
     "compile",
+    "serving",
     "commands",
     "benchmarks",
 )
@@ -31,6 +32,7 @@ ENTRANCES = {
     "train.py",
     "eval.py",
     "generate.py",
+    "serve.py",
     "convert.py",
     "describe.py",
     "lm_eval.py",

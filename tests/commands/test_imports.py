@@ -9,6 +9,7 @@ COMMANDS = [
     "train",
     "eval",
     "generate",
+    "serve",
     "convert",
     "describe",
     "checkpoint",
