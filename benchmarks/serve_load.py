@@ -189,16 +189,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = import_model(Path(folder))
         words = ["--port", "0", "--slots", str(SLOTS), "--prefill_tokens", "16"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "plt_jax.serve", str(run), *words, "--queue", "64"],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        # A file, since a pipe that nobody reads would stop the server.
+        said = Path(folder) / "stderr.txt"
+        with said.open("w", encoding="utf-8") as file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "plt_jax.serve", str(run), *words, "--queue", "64"],
+                stderr=file,
+            )
         try:
-            report = asyncio.run(load(process, arguments.requests, arguments.seed))
+            report = asyncio.run(load(process, said, arguments.requests, arguments.seed))
         finally:
             process.terminate()
             status = process.wait(60)
+            print(said.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
     report |= {"exit_status": status, "machine": machine()}
     report["command"] = f"python -m benchmarks.serve_load --requests {arguments.requests}"
     print(json.dumps(report, indent=1))
@@ -208,13 +211,13 @@ def main() -> None:
         raise FailedError("the server leaks, or has failed")
 
 
-async def load(process: subprocess.Popen[str], requests: int, seed: int) -> dict:
+async def load(process: subprocess.Popen, said: Path, requests: int, seed: int) -> dict:
     """Sends all requests; returns what was sent, and the server's memory in MB."""
-    assert process.stderr is not None
-    while "is served at" not in (line := process.stderr.readline()):
-        if not line:
-            raise FailedError("the server did not start")
-    url = line.split()[-1]
+    while "is served at" not in (text := said.read_text(encoding="utf-8")):
+        if process.poll() is not None:
+            raise FailedError(f"the server did not start: {text}")
+        await asyncio.sleep(0.1)
+    url = text.split()[-1]
     sender = Sender(url, seed)
     memory: list[float] = []
     turns = iter(range(requests))

@@ -261,9 +261,11 @@ class _Face:
                 raise ClientDisconnect
             return gathered.result()
         finally:
+            self._cancel(runs)
             gone.cancel()
             gathered.cancel()
-            self._cancel(runs)
+            # Else their cancellation is reported as an error that nobody has seen.
+            await asyncio.gather(gone, gathered, return_exceptions=True)
 
     async def _stream(
         self,
