@@ -273,7 +273,7 @@ class _Face:
         body: CompletionBody | ChatBody,
         answers: CompletionAnswers | ChatAnswers,
     ) -> Response:
-        if not body.n or any(run.request.max_new_tokens == 0 for run in runs):
+        if any(run.request.max_new_tokens == 0 for run in runs):
             raise _RefusedError("max_tokens is 0; it must be 1 or more", 400, "max_tokens")
         self._submit(runs)  # before the answer begins, so that a refusal has its own status
         return _Stream(self._events(runs, body, answers), lambda: self._cancel(runs))

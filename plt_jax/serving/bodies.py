@@ -204,7 +204,8 @@ class ChatBody(_Body):
 class TokenizeBody(BaseModel):
     """The body of /tokenize."""
 
-    prompt: str
+    # A tokenizer holds Python's lock, so a longer text would keep all clients waiting.
+    prompt: str = Field(max_length=2**20)
     add_special_tokens: bool = True
     """Whether the begin token is among the tokens."""
     special_tokens: bool = True

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from plt_jax.decoding.generation import NOT_FINITE
 from plt_jax.errors import InputError
 from plt_jax.serving.prefix_cache import NO_TOKENS, PrefixCache, key_of
 from plt_jax.serving.request import (
@@ -32,8 +33,6 @@ from plt_jax.serving.request import (
 
 _logger = logging.getLogger(__name__)
 
-NOT_FINITE = -1
-"""The token of a slot whose logits are not finite; see decoding/generation.py."""
 MOST_LOADS = 16
 """Blocks of the prefix cache that are loaded between two steps."""
 
