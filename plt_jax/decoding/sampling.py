@@ -138,10 +138,11 @@ def restrict(
 
 
 def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 numbers in the order of float32 ones."""
+    """uint32 numbers in the order of float32 ones; NaN of either sign is the largest."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
-    return jnp.where(bits & sign, ~bits, bits | sign)
+    ordered = jnp.where(bits & sign, ~bits, bits | sign)
+    return jnp.where(jnp.isnan(x), jnp.uint32(0xFFFFFFFF), ordered)
 
 
 def _largest(holds: Callable[[jax.Array], jax.Array]) -> jax.Array:

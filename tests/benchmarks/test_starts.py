@@ -24,9 +24,11 @@ COMMANDS = (
     "benchmarks.products",
     "benchmarks.saving",
     "benchmarks.scaling",
+    "benchmarks.serve_load",
     "benchmarks.speeches_and_code",
     "plt_jax.benchmarks.ablation",
     "plt_jax.benchmarks.decode",
+    "plt_jax.benchmarks.serve",
     "plt_jax.benchmarks.train",
 )
 
