@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import sys
@@ -28,13 +29,11 @@ MEBIBYTE = 2**20
 
 def main() -> None:
     arguments = parse()
-    try:
-        import starlette  # noqa: F401  # asks whether the extra is there
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"{error.name} is not installed, which serving needs: pip install 'plt_jax[serve]'"
-        ) from error
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"{package} is not installed, which serving needs: pip install 'plt_jax[serve]'"
+            )
     from plt_jax.runs.directory import open_trained
 
     with listening(arguments.host, arguments.port) as listener:

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from plt_jax.serving.request import SlotSampling
-from plt_jax.serving.slots import ALTERNATIVES, MOST_BIASES
+from plt_jax.serving.slot_programs import ALTERNATIVES
+from plt_jax.serving.slots import MOST_BIASES
 
 MOST_STOPS = 16
 """Strings that may end a text."""

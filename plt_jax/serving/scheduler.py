@@ -15,12 +15,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from plt_jax.decoding.generation import NOT_FINITE
 from plt_jax.errors import InputError
+from plt_jax.serving.interfaces import DrawnTokens, Observer, Slots
 from plt_jax.serving.prefix_cache import NO_TOKENS, PrefixCache, key_of
 from plt_jax.serving.request import (
     Alternatives,
@@ -28,7 +29,6 @@ from plt_jax.serving.request import (
     NewToken,
     PromptScore,
     Request,
-    SlotSampling,
 )
 
 _logger = logging.getLogger(__name__)
@@ -39,60 +39,6 @@ MOST_LOADS = 16
 
 class QueueFullError(Exception):
     """Too many requests wait."""
-
-
-class DrawnTokens(Protocol):
-    """What a program drew; see `slots.Drawn`."""
-
-    @property
-    def tokens_B(self) -> Any: ...
-
-    @property
-    def logs_B(self) -> Any: ...
-
-    @property
-    def likeliest_BA(self) -> Any: ...
-
-    @property
-    def likeliest_logs_BA(self) -> Any: ...
-
-
-class Slots(Protocol):
-    """The device's part, as the scheduler uses it; see `slots.SlotModel`."""
-
-    slots: int
-    context: int
-    chunk: int
-
-    def padded(self, count: int) -> int: ...
-
-    def start(self, slot: int, sampling: SlotSampling, prompt: Sequence[int]) -> None: ...
-
-    def prefill(
-        self,
-        slot: int,
-        tokens: Sequence[int],
-        is_last: bool,
-        following: Sequence[int] | None = None,
-    ) -> tuple[DrawnTokens, Any]: ...
-
-    def step(self, active_B: np.ndarray, log_probabilities: bool) -> DrawnTokens: ...
-
-    def save_block(self, slot: int, start: int) -> Any: ...
-
-    def load_block(self, slot: int, start: int, block: Any) -> None: ...
-
-
-class Observer(Protocol):
-    """What measures the scheduler; times are in seconds."""
-
-    def admitted(self, queued: float, prompt_tokens: int, cached_tokens: int) -> None: ...
-
-    def first_token(self, since_arrival: float) -> None: ...
-
-    def next_token(self, since_last: float) -> None: ...
-
-    def finished(self, why: Finish) -> None: ...
 
 
 @dataclasses.dataclass(eq=False)
@@ -139,7 +85,7 @@ class _Sent(NamedTuple):
 class _ScoredChunk(NamedTuple):
     run: _Running
     scores: Any
-    """Of the chunk's tokens; see `slots.Scores`."""
+    """Of the chunk's tokens; see `slot_programs.Scores`."""
     count: int
     """The number of them that are tokens of the prompt."""
     is_last: bool

@@ -10,7 +10,7 @@ import pytest
 from plt_jax import Sampling, generate
 from plt_jax.decoding.weights import prepare_for_decode
 from plt_jax.model.looping import with_loops
-from plt_jax.serving import slots
+from plt_jax.serving import slot_programs
 from plt_jax.serving.prefix_cache import PrefixCache
 from plt_jax.serving.request import Finish, Request, SlotSampling
 from plt_jax.serving.scheduler import Scheduler
@@ -218,7 +218,7 @@ def programs() -> dict[str, int]:
     """How many programs there are of each compiled function."""
     return {
         name: function._cache_size()
-        for name, function in vars(slots).items()
+        for name, function in vars(slot_programs).items()
         if hasattr(function, "_cache_size")
     }
 
