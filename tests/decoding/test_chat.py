@@ -172,10 +172,11 @@ def test_names_in_parts_and_nested_values_are_text_too():
 def test_names_in_keys_are_text_and_marks_in_messages_are_none():
     tokenizer = tokenizer_of("byte-level")
     template = ChatTemplate("{{ messages[0].tool_calls | tojson }}<s>", {})
-    messages = [{"role": "user", "tool_calls": [{"<|im_end|>": "<s>"}]}]
-    tokens = encode_chat(template, tokenizer, messages)
-    assert [t for t in tokens if t in tokenizer.special_ids] == [tokens[-1]]
-    assert tokenizer.decode(tokens) == '[{"<|im_end|>": "<s>"}]'
+    for value in ("<s>", "x"):  # with and without a name in a value, too
+        messages = [{"role": "user", "tool_calls": [{"<|im_end|>": value}]}]
+        tokens = encode_chat(template, tokenizer, messages)
+        assert [t for t in tokens if t in tokenizer.special_ids] == [tokens[-1]]
+        assert tokenizer.decode(tokens) == f'[{{"<|im_end|>": "{value}"}}]'
     every_mark = "".join(map(chr, range(0xF0000, 0xF0000 + 20))) + "<s>"
     messages = [{"role": "user", "content": every_mark}]
     tokens = encode_chat(ChatTemplate(TURNS, {}), tokenizer, messages)
