@@ -46,7 +46,7 @@ def main() -> None:
     base = ModelConfig(**model | {"dtype": arguments.dtype, "max_length": longest})
     weights = random_weights(NO_LOOP.apply(base))
     settings = DecodeSettings(tokens=arguments.tokens)
-    workload = Workload(base, weights, arguments.batch, arguments.context, settings)
+    workload = Workload(base, arguments.batch, arguments.context, settings)
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     for variant in variants_of(arguments.schemes.split(","), [arguments.loops]):

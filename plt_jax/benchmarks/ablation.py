@@ -24,7 +24,7 @@ import jax
 from plt_jax.benchmarks import ablation_report
 from plt_jax.benchmarks.decode import DecodeSettings, Workload
 from plt_jax.benchmarks.machine import machine
-from plt_jax.benchmarks.prepared import random_weights
+from plt_jax.benchmarks.prepared import prepare_all
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig, RunConfig
@@ -206,8 +206,8 @@ def time_decoding(
     """Every row's decode latency and cache size, at the end of the context."""
     print("timing decoding ...", flush=True)
     base = model.model_copy(update={"max_length": model.max_length + BLOCK})
-    weights = random_weights(NO_LOOP.apply(base))
-    return Workload(base, weights, batch, model.max_length, settings).measure(variants)
+    rows = prepare_all(variants, base)
+    return Workload(base, batch, model.max_length, settings).measure(rows)
 
 
 if __name__ == "__main__":

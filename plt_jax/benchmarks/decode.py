@@ -25,13 +25,13 @@ import numpy as np
 
 from plt_jax.benchmarks import decode_report
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
-from plt_jax.benchmarks.prepared import PreparedVariant, prepare, random_weights
+from plt_jax.benchmarks.prepared import PreparedVariant, prepare_all, weight_dtypes
 from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
-from plt_jax.config.variants import NO_LOOP, Variant, variants_of
-from plt_jax.decoding.cache import DTYPES, Cache, init_cache
+from plt_jax.config.variants import NO_LOOP, variants_of
+from plt_jax.decoding.cache import Cache, init_cache
 from plt_jax.decoding.generation import (
     BLOCK,
     GenerationState,
@@ -39,9 +39,11 @@ from plt_jax.decoding.generation import (
     advance,
     prefill_prompts,
 )
+from plt_jax.decoding.options import DTYPES
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.weights import EXPERT_AXES, DecodeWeights
 from plt_jax.errors import InputError
+from plt_jax.model.costs import count_parameters
 from plt_jax.runs.configuration import load_config
 
 
@@ -59,23 +61,24 @@ def main() -> None:
     arguments = parse()
     base = base_config(arguments)
     variants = variants_of(arguments.schemes, arguments.loops)
-    weights = random_weights(NO_LOOP.apply(base))
+    rows = prepare_all(variants, base, arguments.weights)
     settings = DecodeSettings(**{name: getattr(arguments, name) for name in DecodeSettings._fields})
     report = {
         "command": " ".join(["python -m plt_jax.benchmarks.decode", *sys.argv[1:]]),
         "machine": machine(),
         "copy_gb_per_second": copy_bandwidth() / 1e9,
         "model": base.model_dump(mode="json", exclude={"max_length"}),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights)),
+        "parameters": count_parameters(NO_LOOP.apply(base)).total,
         "dtype": base.dtype,
         "cache_dtype": arguments.cache_dtype or base.dtype,
+        "weights": [name or base.dtype for name in arguments.weights],
         "tokens": arguments.tokens,
         "cells": [],
     }
     print(decode_report.heading(report), flush=True)
     for context, batch in itertools.product(arguments.context, arguments.batch):
-        workload = Workload(base, weights, batch, context, settings)
-        report["cells"].append(workload.measure(variants))
+        workload = Workload(base, batch, context, settings)
+        report["cells"].append(workload.measure(rows))
         print(decode_report.table(report, report["cells"][-1]), flush=True)
         if arguments.out:
             decode_report.write(report, Path(arguments.out))
@@ -113,6 +116,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--cache_dtype", choices=DTYPES, help="dtype of keys and values; default the compute dtype"
+    )
+    parser.add_argument(
+        "--weights",
+        type=weight_dtypes,
+        default=[None],
+        help="dtypes of the large weights, such as compute,int8; default compute, the compute "
+        "dtype",
     )
     parser.add_argument(
         "--decode_attention",
@@ -168,18 +178,16 @@ class Workload:
     def __init__(
         self,
         base: ModelConfig,
-        weights: DecodeWeights,
         batch: int,
         context: int,
         settings: DecodeSettings,
     ):
-        self.base, self.weights, self.batch, self.context = base, weights, batch, context
+        self.base, self.batch, self.context = base, batch, context
         self.settings = settings
         self.capacity = context + BLOCK
 
-    def measure(self, variants: Sequence[Variant]) -> dict[str, Any]:
+    def measure(self, rows: Sequence[PreparedVariant]) -> dict[str, Any]:
         """The figures of all variants, and of PyTorch where it is asked for."""
-        rows = [prepare(variant, self.base, self.weights) for variant in variants]
         timers: dict[str, Callable[[], float]] = {
             row.label: functools.partial(self.decode_seconds, row) for row in rows
         }
@@ -232,7 +240,7 @@ class Workload:
         moved = bytes_moved(row.config, row.weights, shape)
         figures = {
             "label": label,
-            "scheme": row.variant.scheme,
+            "scheme": row.scheme,
             "loops": row.variant.loops,
             "cache_bytes": nbytes(shape),
             "kv_bytes": nbytes((shape.keys, shape.values)),

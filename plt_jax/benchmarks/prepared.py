@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.config.variants import Variant
+from plt_jax.config.variants import NO_LOOP, Variant
+from plt_jax.decoding.options import WEIGHTS
+from plt_jax.decoding.quantization import is_quantized
 from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.model.attention import gate_parameters
 from plt_jax.model.transformer import Transformer
 
 
-def random_weights(config: ModelConfig) -> DecodeWeights:
-    """A model's parameters as initialised, prepared for decoding."""
+def random_weights(config: ModelConfig, dtype: str | None = None) -> DecodeWeights:
+    """A model's parameters as initialised, prepared for decoding in a dtype; see
+    `prepare_for_decode`."""
     init = jax.jit(Transformer(config).init)
     declared = init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    return jax.block_until_ready(prepare_for_decode(config, declared))
+    return jax.block_until_ready(prepare_for_decode(config, declared, dtype))
 
 
 def variant_weights(config: ModelConfig, weights: DecodeWeights) -> DecodeWeights:
@@ -48,10 +53,40 @@ class PreparedVariant(NamedTuple):
 
     @property
     def label(self) -> str:
-        return self.variant.label
+        """Its name in tables."""
+        return self.variant.label + self._dtype
+
+    @property
+    def scheme(self) -> str:
+        """Its scheme, which is another one to plots if the weights have another dtype."""
+        return self.variant.scheme + self._dtype
+
+    @property
+    def _dtype(self) -> str:
+        return ", int8" if is_quantized(self.weights.layers[0]["qkv"]) else ""
 
 
 def prepare(variant: Variant, base: ModelConfig, weights: DecodeWeights) -> PreparedVariant:
     """A variant of the model `base`, whose variant without loops has `weights`."""
     config = variant.apply(base)
     return PreparedVariant(variant, config, variant_weights(config, weights))
+
+
+def prepare_all(
+    variants: Sequence[Variant], base: ModelConfig, dtypes: Sequence[str | None] = (None,)
+) -> list[PreparedVariant]:
+    """Every variant of the model `base` with weights of every dtype, which the variants share.
+
+    Args:
+      dtypes: see `prepare_for_decode`.
+    """
+    by_dtype = [random_weights(NO_LOOP.apply(base), dtype) for dtype in dtypes]
+    return [prepare(variant, base, weights) for weights in by_dtype for variant in variants]
+
+
+def weight_dtypes(text: str) -> list[str | None]:
+    """Parses an option's value: dtypes of weights, with None for the compute dtype."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in ("compute", *WEIGHTS)]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]} is not compute or {', '.join(WEIGHTS)}")
+    return [None if name == "compute" else name for name in names]

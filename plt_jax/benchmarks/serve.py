@@ -28,7 +28,7 @@ import numpy as np
 
 from plt_jax.benchmarks import serve_report
 from plt_jax.benchmarks.machine import machine
-from plt_jax.benchmarks.prepared import PreparedVariant, prepare, random_weights
+from plt_jax.benchmarks.prepared import PreparedVariant, prepare_all, weight_dtypes
 from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
@@ -36,6 +36,7 @@ from plt_jax.config.variants import NO_LOOP, variants_of
 from plt_jax.decoding.generation import GenerationRequest, generate_all
 from plt_jax.decoding.options import DTYPES
 from plt_jax.errors import InputError
+from plt_jax.model.costs import count_parameters
 from plt_jax.runs.configuration import load_config
 from plt_jax.serving.engine import Engine
 from plt_jax.serving.prefix_cache import PrefixCache
@@ -215,17 +216,13 @@ def percentiles(name: str, seconds: Iterable[float]) -> dict[str, float]:
 def main() -> None:
     arguments = parse()
     base = base_config(arguments)
-    weights = random_weights(NO_LOOP.apply(base))
-    rows = [
-        prepare(variant, base, weights)
-        for variant in variants_of(arguments.schemes, arguments.loops)
-    ]
+    rows = prepare_all(variants_of(arguments.schemes, arguments.loops), base, arguments.weights)
     load = Load(arguments, base.vocab_size)
     report = {
         "command": " ".join(["python -m plt_jax.benchmarks.serve", *sys.argv[1:]]),
         "machine": machine(),
         "model": base.model_dump(mode="json"),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(weights)),
+        "parameters": count_parameters(NO_LOOP.apply(base)).total,
         "dtype": base.dtype,
         "requests": arguments.requests,
         "new_tokens": load.new_tokens,
@@ -363,6 +360,13 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--cache_dtype", choices=DTYPES, help="dtype of keys and values; default the compute dtype"
+    )
+    parser.add_argument(
+        "--weights",
+        type=weight_dtypes,
+        default=[None],
+        help="dtypes of the large weights, such as compute,int8; default compute, the compute "
+        "dtype",
     )
     parser.add_argument(
         "--rounds", type=int, default=3, help="how many times each scheme is measured"

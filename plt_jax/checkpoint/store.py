@@ -279,6 +279,19 @@ def can_resume(directory: str | Path, step: int) -> bool:
     return (Path(directory) / str(step) / "optimizer").exists()
 
 
+def stored_params(directory: str | Path, step: int) -> Any:
+    """What a checkpoint says of its parameters: a tree of dicts, with shapes and dtypes.
+
+    Raises:
+      InputError: the checkpoint cannot be read.
+    """
+    path = (Path(directory) / str(step)).absolute()
+    try:
+        return ocp.metadata(str(path), "params").metadata
+    except UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
 def load_params(
     directory: str | Path,
     step: int,
@@ -300,7 +313,7 @@ def load_params(
     """
     path = (Path(directory) / str(step)).absolute()
     try:
-        stored: Any = ocp.metadata(str(path), "params").metadata
+        stored = stored_params(directory, step)
         differing = differing_shapes(stored, abstract)
         if dtype is not None:
             abstract = jax.tree.map(lambda to: to.update(dtype=np.dtype(dtype)), abstract)

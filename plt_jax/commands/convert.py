@@ -1,4 +1,4 @@
-"""Converts checkpoints: python -m plt_jax.convert {import,export,retrofit} SOURCE DESTINATION.
+"""Converts checkpoints: python -m plt_jax.convert {import,export,retrofit,quantize} SOURCE TARGET.
 
 It runs on the CPU and does not touch accelerators, which may be training.
 """
@@ -29,6 +29,7 @@ def main() -> None:
     add_import(commands)
     add_export(commands)
     add_retrofit(commands)
+    add_quantize(commands)
     arguments = parser.parse_args()
     import jax  # after parsing, so that --help and refusals are quick
 
@@ -124,6 +125,20 @@ def add_retrofit(commands: Any) -> None:
     command.set_defaults(run=run_retrofit)
 
 
+def add_quantize(commands: Any) -> None:
+    command = commands.add_parser(
+        "quantize",
+        help="a run's checkpoint with its large weights rounded to eight bits",
+        description="Round the large weights of a run's checkpoint to eight bits, with one scale "
+        "for each output of a product, into a new run directory. plt_jax.generate and "
+        "plt_jax.serve read it as it is; eval.py measures what the rounding costs. It cannot be "
+        "trained further.",
+    )
+    command.add_argument("source", help="a run directory, or one of its checkpoints/STEP folders")
+    command.add_argument("destination", help="run directory to make")
+    command.set_defaults(run=run_quantize)
+
+
 def add_dtype(command: argparse.ArgumentParser, what: str, default: str) -> None:
     command.add_argument("--dtype", choices=DTYPES, help=f"dtype of the {what}; default: {default}")
 
@@ -168,6 +183,12 @@ def run_retrofit(arguments: argparse.Namespace) -> None:
         arguments.compare_tokens,
         report=print_line,
     )
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    from plt_jax.runs.conversion import quantize_run
+
+    quantize_run(arguments.source, arguments.destination, report=print_line)
 
 
 def read_loop(arguments: argparse.Namespace) -> LoopConfig:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.tokenizer import HUGGINGFACE
-from plt_jax.decoding.options import DTYPES
+from plt_jax.decoding.options import DTYPES, WEIGHTS
 from plt_jax.errors import InputError
 
 if TYPE_CHECKING:  # it imports JAX
@@ -68,6 +68,12 @@ def main() -> None:
         help="dtype of the cached keys and values; default the compute dtype",
     )
     parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="dtype of the large weights: int8 halves what a bfloat16 model reads; default the "
+        "compute dtype, or int8 if the run was quantized",
+    )
+    parser.add_argument(
         "--loops", type=int, help="number of loops; default the number that it was trained with"
     )
     arguments = parser.parse_args()
@@ -77,14 +83,16 @@ def main() -> None:
 
     from plt_jax.decoding.sampling import Sampling
     from plt_jax.decoding.text import stream_text
+    from plt_jax.decoding.weights import prepare_for_decode
     from plt_jax.runs.directory import open_trained
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     sampling.check()
-    trained = open_trained(arguments.path, loops=arguments.loops)
+    trained = open_trained(arguments.path, loops=arguments.loops, quantized=True)
+    config = trained.config.model
     pieces = stream_text(
-        trained.config.model,
-        trained.params,
+        config,
+        prepare_for_decode(config, trained.params, arguments.weights),
         trained.tokenizer,
         encode(arguments, trained),
         arguments.max_new_tokens,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.tokenizer import HUGGINGFACE
-from plt_jax.decoding.options import DTYPES
+from plt_jax.decoding.options import DTYPES, WEIGHTS
 from plt_jax.errors import FailedError, InputError
 
 if TYPE_CHECKING:  # they import JAX and the HTTP server
@@ -37,7 +37,7 @@ def main() -> None:
     from plt_jax.runs.directory import open_trained
 
     with listening(arguments.host, arguments.port) as listener:
-        trained = open_trained(arguments.path, loops=arguments.loops)
+        trained = open_trained(arguments.path, loops=arguments.loops, quantized=True)
         print("compiling the programs, which takes a minute or more", file=sys.stderr, flush=True)
         model, metrics = build(trained, arguments)
         serve(model, metrics, listener, arguments.drain_seconds)
@@ -79,6 +79,12 @@ def parse() -> Namespace:
         "--cache_dtype",
         choices=DTYPES,
         help="dtype of the cached keys and values; default the compute dtype",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="dtype of the large weights: int8 halves what a bfloat16 model reads; default the "
+        "compute dtype, or int8 if the run was quantized",
     )
     parser.add_argument(
         "--loops", type=int, help="number of loops; default the number that it was trained with"
@@ -140,7 +146,7 @@ def build(trained: Trained, arguments: Namespace) -> tuple[ServedModel, Metrics]
         )
     template = find_chat_template(trained.directory / HUGGINGFACE, tokenizer)
     chunk = min(arguments.prefill_tokens, context)
-    weights = prepare_for_decode(config, trained.params)
+    weights = prepare_for_decode(config, trained.params, arguments.weights)
     slots = SlotModel(config, weights, arguments.slots, context, chunk, arguments.cache_dtype)
     slots.compile()
     prefix_cache = PrefixCache(

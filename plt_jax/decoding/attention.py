@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from plt_jax.decoding.cache import LayerCache, Quantized, Stored
+from plt_jax.decoding.cache import LayerCache, Stored
 from plt_jax.decoding.linear import on_two_rows
 from plt_jax.decoding.placement import CacheShard, placement
+from plt_jax.decoding.quantization import Quantized
 from plt_jax.distributed.axes import mesh_is_active
 from plt_jax.model.attention import blend
 from plt_jax.model.blockwise import MASKED, Partial, windowed_attention

@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.options import DTYPES
 from plt_jax.decoding.placement import placement, slots_multiple
+from plt_jax.decoding.quantization import Quantized, quantize
 from plt_jax.distributed.axes import mesh_is_active, shard
 from plt_jax.errors import InputError
 from plt_jax.model.kernels import traced_platform
@@ -32,21 +33,9 @@ FEW_SLOTS = 8
 """Up to this number of slots CPUs and TPUs write one after another."""
 
 
-class Quantized(flax.struct.PyTreeNode):
-    """Keys or values in eight bits, with one scale per position and head."""
-
-    values: jax.Array
-    """int8 [B, K, S, H]: the numbers divided by their scale, rounded."""
-    scales: jax.Array
-    """float32 [B, K, S, 1]: the largest magnitude of a head's numbers at a position, over 127."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.values.shape
-
-
 Stored = jax.Array | Quantized
-"""Keys or values [B, K, slots, H] as a cache holds them."""
+"""Keys or values [B, K, slots, H] as a cache holds them; in eight bits with one scale for each head
+and slot."""
 
 
 class Slots(NamedTuple):
@@ -274,17 +263,8 @@ def read(stored: Stored, slots_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
         return array.at[rows, :, slots_BT].get(mode="fill", fill_value=0).swapaxes(1, 2)
 
     if isinstance(stored, Quantized):
-        values, scales = taken(stored.values), taken(stored.scales)
-        return (values.astype(jnp.float32) * scales).astype(dtype)
+        return jax.tree.map(taken, stored).dequantized(dtype)
     return taken(stored).astype(dtype)
-
-
-def quantize(x_BKTH: jax.Array) -> Quantized:
-    """Rounds to eight bits per number, symmetric around zero."""
-    wide = x_BKTH.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
-    values = jnp.round(wide / jnp.maximum(scales, jnp.finfo(jnp.float32).tiny))
-    return Quantized(values.astype(jnp.int8), scales)
 
 
 def _written(array: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from plt_jax.decoding.quantization import Quantized
 from plt_jax.distributed.axes import mesh_is_active
 
 # Above this number of rows a CPU is bound by arithmetic, and the fused sum is no better than a
@@ -14,7 +15,11 @@ from plt_jax.distributed.axes import mesh_is_active
 MOST_SUMMED_ROWS = 256 if jax.__version_info__ >= (0, 12) else 0
 
 
-def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
+LOW_STEPS = 254
+"""How many steps of the low half of a number one step of the high half is."""
+
+
+def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
     """Multiplies x [..., D] with a decode weight; sums and returns float32.
 
     Args:
@@ -27,9 +32,35 @@ def linear(x: jax.Array, weight: jax.Array) -> jax.Array:
     if not mesh_is_active():
         # CPUs have a fast product with a matrix alone; but a side that devices split cannot be
         # folded behind another without being gathered.
-        weight = weight.reshape(-1, weight.shape[-1])
-    out = jax.lax.platform_dependent(rows_MD, weight, cpu=_linear_on_cpu, default=_product)
+        weight = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), weight)
+    if isinstance(weight, Quantized):
+        out = _eight_bit_product(rows_MD, weight)
+    else:
+        out = jax.lax.platform_dependent(rows_MD, weight, cpu=_linear_on_cpu, default=_product)
     return out.reshape(*x.shape[:-1], *outputs)
+
+
+def _eight_bit_product(x_MD: jax.Array, weight: Quantized) -> jax.Array:
+    """A product with a weight in eight bits, as one of whole numbers.
+
+    XLA would write out a weight that is converted for a product of floats, while every processor
+    multiplies eight bits with eight bits. A row becomes two rows in eight bits, the high and the
+    low halves of its numbers: 16 bits for the range of the row, which is more than bfloat16 has for
+    its largest numbers. Of few rows the second costs little, since reading weights takes longer
+    (benchmarks/results/decode.md). The sums are exact.
+    """
+    wide_MD = x_MD.astype(jnp.float32)
+    step_M1 = jnp.max(jnp.abs(wide_MD), axis=-1, keepdims=True) / 127
+    steps_MD = wide_MD / jnp.maximum(step_M1, jnp.finfo(jnp.float32).tiny)
+    high_MD = jnp.round(steps_MD)
+    low_MD = jnp.round((steps_MD - high_MD) * LOW_STEPS)
+    halves = jnp.stack([high_MD, low_MD]).astype(jnp.int8).reshape(-1, x_MD.shape[-1])
+    # Behind the barrier they are made once, and not again for every output.
+    halves = jax.lax.optimization_barrier(halves)
+    sums = jnp.einsum("MD,...D->M...", halves, weight.values, preferred_element_type=jnp.int32)
+    high, low = sums.astype(jnp.float32).reshape(2, len(x_MD), *sums.shape[1:])
+    step = jnp.expand_dims(step_M1[:, 0], range(1, high.ndim))
+    return (high + low / LOW_STEPS) * step * weight.scales[..., 0]
 
 
 def _product(x_MD: jax.Array, weight: jax.Array) -> jax.Array:

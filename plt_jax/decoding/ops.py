@@ -9,16 +9,26 @@ import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig, MoEConfig
 from plt_jax.decoding.linear import linear
+from plt_jax.decoding.quantization import Quantized, dequantize_params
 from plt_jax.decoding.weights import EXPERT_AXES, DecodeWeights, Weights
 from plt_jax.model.block import LayerOps, project_and_attend
 from plt_jax.model.expert_parallel import replicate_rows
 from plt_jax.model.grouped import grouped_product
 from plt_jax.model.kernels import traced_platform
-from plt_jax.model.layers import Rotation, rms_norm, rotate
+from plt_jax.model.layers import Rotation, embed, rms_norm, rotate
 from plt_jax.model.moe import RouterStatistics, mixture_of_experts, run_groups, weighted_sum
 
 FEW_ROWS = 64
 """Up to this number of rows, each expert that any row chose multiplies all rows, unsorted."""
+
+
+def embed_tokens(weights: DecodeWeights, tokens_BT: jax.Array, dtype: jnp.dtype | str) -> jax.Array:
+    """Rows of the embedding, [B, T] -> [B, T, D] in the compute dtype."""
+    table = weights.embedding
+    if isinstance(table, Quantized):
+        rows = jax.tree.map(lambda array: array[tokens_BT], table)
+        return rows.dequantized(jnp.dtype(dtype))
+    return embed(tokens_BT, table, jnp.dtype(dtype))
 
 
 def head_logits(weights: DecodeWeights, normed_BTD: jax.Array) -> jax.Array:
@@ -81,9 +91,9 @@ def few_experts(
     x_MD = jax.lax.optimization_barrier(x_MD)
 
     def add_expert(index: jax.Array, out_MD: jax.Array) -> jax.Array:
-        gate_up_2FD, down_DF = (
-            jax.lax.dynamic_index_in_dim(experts[name], used[index], keepdims=False)
-            for name in EXPERT_AXES
+        gate_up_2FD, down_DF = jax.tree.map(
+            lambda array: jax.lax.dynamic_index_in_dim(array, used[index], keepdims=False),
+            [experts[name] for name in EXPERT_AXES],
         )
         made_MD = _swiglu(x_MD, gate_up_2FD, down_DF).astype(jnp.float32)
         return out_MD + share_MX[:, used[index], None] * made_MD
@@ -96,8 +106,12 @@ def few_experts(
 def many_experts(
     moe: MoEConfig, experts: Weights, x_MD: jax.Array, weight_Mk: jax.Array, chosen_Mk: jax.Array
 ) -> jax.Array:
-    """Applies the chosen experts to many rows, [M, D], by grouped products over the experts."""
+    """Applies the chosen experts to many rows, [M, D], by grouped products over the experts.
+
+    There is no grouped product of whole numbers, so Quantized weights are written out for it.
+    """
     product = partial(grouped_product(moe), outputs_first=True)
+    experts = dequantize_params(experts, x_MD.dtype)
     X, _, F, D = experts["expert_gate_up"].shape
     gate_up_XND = experts["expert_gate_up"].reshape(X, 2 * F, D)
 

@@ -2,3 +2,6 @@
 
 DTYPES = ("float32", "bfloat16", "int8")
 """The dtypes in which a cache can hold keys and values."""
+
+WEIGHTS = ("int8",)
+"""The dtypes, beside the compute dtype, in which decoding can read weights."""

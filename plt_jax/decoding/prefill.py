@@ -14,13 +14,13 @@ from plt_jax.config import ModelConfig
 from plt_jax.decoding.attention import attend_causally, attend_window, shard_map_attention
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, read, shard_cache, write
 from plt_jax.decoding.checks import check_chunk
-from plt_jax.decoding.ops import DECODE_OPS, head_logits
+from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits
 from plt_jax.decoding.placement import CacheShard
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
 from plt_jax.model.attention import blend, choose_backend
 from plt_jax.model.block import apply_block
 from plt_jax.model.kernels import Backend
-from plt_jax.model.layers import Rotation, embed, rms_norm, rope_rotation
+from plt_jax.model.layers import Rotation, rms_norm, rope_rotation
 from plt_jax.model.looping import loop_output, next_loop_input
 from plt_jax.model.moe import weights_of_loop
 
@@ -94,7 +94,7 @@ def prefill_outputs(
     loop = config.loop
     positions_BC = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     rotation = rope_rotation(config, positions_BC)
-    embeddings_BCD = embed(tokens, weights.embedding, jnp.dtype(config.dtype))
+    embeddings_BCD = embed_tokens(weights, tokens, config.dtype)
     normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
 
     x_BCD, output_BCD, carried = embeddings_BCD, embeddings_BCD, []

@@ -20,11 +20,11 @@ from plt_jax.decoding.attention import attend, attend_gated, shard_map_attention
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, shard_cache, write
 from plt_jax.decoding.checks import check_step
 from plt_jax.decoding.fused_attention import FUSED_OPS, attend_rows_fused, decode_kernel
-from plt_jax.decoding.ops import DECODE_OPS, head_logits
+from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits
 from plt_jax.decoding.placement import CacheShard
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
 from plt_jax.model.block import apply_block
-from plt_jax.model.layers import embed, rms_norm, rope_rotation
+from plt_jax.model.layers import rms_norm, rope_rotation
 from plt_jax.model.looping import Norm, loop_output, next_loop_input, output_after
 from plt_jax.model.moe import weights_of_loop
 
@@ -88,7 +88,7 @@ def step_logits(
         default L for all. The cache has all loops in any case.
     """
     normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
-    E_B1D = embed(tokens[:, None], weights.embedding, jnp.dtype(config.dtype))
+    E_B1D = embed_tokens(weights, tokens[:, None], config.dtype)
     one_pass = config.loop.shifted or config.loop.count == 1
     run_loops = _run_loops_together if one_pass else _run_loops_in_turn
     output_B1D, cache = run_loops(config, weights, normalize, E_B1D, cache, loops_B)

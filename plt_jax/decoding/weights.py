@@ -3,12 +3,13 @@
 A decode step reads every weight once and multiplies it with a few rows, so its time is the time of
 reading the weights. Therefore each layer has arrays of its own, since slices of stacked ones would
 be copies; the weights that multiply one input are fused; and every weight has its outputs first,
-[N, D].
+[N, D]. In eight bits there are half as many bytes to read as in bfloat16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
+from plt_jax.decoding.options import WEIGHTS
+from plt_jax.decoding.quantization import Quantized, is_quantized, quantize_params
 from plt_jax.distributed.axes import (
     batch_axes,
     current_axes,
@@ -24,72 +27,101 @@ from plt_jax.distributed.axes import (
     shard,
     unboxed,
 )
+from plt_jax.errors import InputError
 from plt_jax.model.block import stacks_of
 
 Params = Mapping[str, Any]
-Weights = Mapping[str, jax.Array]
+Weight = jax.Array | Quantized
+Weights = Mapping[str, Any]
+"""The weights of a layer: arrays, of which decoding may have large ones as Quantized."""
 
 
 class DecodeWeights(flax.struct.PyTreeNode):
     """A model's weights as `prepare_for_decode` lays them out."""
 
-    embedding: jax.Array
-    """[V, D] in the compute dtype."""
+    embedding: Weight
+    """[V, D]."""
     final_norm: jax.Array
     """float32 [D]."""
-    head: jax.Array | None
-    """[V, D] in the compute dtype; None where the embedding is the head."""
-    layers: tuple[dict[str, jax.Array], ...]
+    head: Weight | None
+    """[V, D]; None where the embedding is the head."""
+    layers: tuple[dict[str, Any], ...]
     """One dict for each layer. The declared norms, output bias, gate and router are as they were;
     "qk_norm" [G+1, 1, H] are the norms of G query heads and a key head, and "qkv_bias" [K, G+2, H]
-    all biases. In the compute dtype are "qkv" [K·(G+2)·H, D] (each key/value head behind the G
-    query heads that read it), "o" [D, N·H], and "gate_up" [2, F, D] and "down" [D, F]; of a mixture
-    of experts instead "expert_gate_up" [X, 2, F, D] and "expert_down" [X, D, F], and of its shared
-    expert "shared_gate_up" and "shared_down"."""
+    all biases. The others are in the compute dtype, or Quantized with a scale for each output:
+    "qkv" [K·(G+2)·H, D] (each key/value head behind the G query heads that read it), "o" [D, N·H],
+    and "gate_up" [2, F, D] and "down" [D, F]; of a mixture of experts instead "expert_gate_up"
+    [X, 2, F, D] and "expert_down" [X, D, F], and of its shared expert "shared_gate_up" and
+    "shared_down"."""
 
 
-def prepare_for_decode(config: ModelConfig, params: Params | DecodeWeights) -> DecodeWeights:
+def prepare_for_decode(
+    config: ModelConfig, params: Params | DecodeWeights, dtype: str | None = None
+) -> DecodeWeights:
     """Lays parameters out for decoding; call it once, outside of jit.
 
     Under a mesh the weights lie as DECODE_AXES says.
 
     Args:
-      params: as `Transformer.init` returns them, boxed or not. DecodeWeights are returned as they
-        are.
+      params: as `Transformer.init` returns them, boxed or not, or as `quantize_params` does.
+        DecodeWeights are returned as they are.
+      dtype: "int8" rounds the large weights to eight bits, with one scale for each output of a
+        product; see `quantize_params`. Default: the compute dtype.
+
+    Raises:
+      InputError: another dtype.
     """
+    if dtype is not None and dtype not in WEIGHTS:
+        raise InputError(f"weights are asked for in {dtype}; it must be {' or '.join(WEIGHTS)}")
     if isinstance(params, DecodeWeights):
         return params
     declared: Params = unboxed(params)
-    return _prepare_on_mesh(config, declared) if mesh_is_active() else _prepare(config, declared)
+    lay_out = _prepare_on_mesh if mesh_is_active() else _prepare
+    return lay_out(config, declared, dtype)
 
 
-def _prepare(config: ModelConfig, params: Params) -> DecodeWeights:
-    dtype = jnp.dtype(config.dtype)
-    head = params["head"].astype(dtype).T if "head" in params else None
+def _prepare(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWeights:
+    if dtype == "int8":
+        params = quantize_params(params)
+    embedding, head = (in_dtype(params.get(name), config.dtype) for name in ("embedding", "head"))
+    head = jax.tree.map(jnp.transpose, head)
     return DecodeWeights(
-        embedding=_shard_weight("embedding", params["embedding"].astype(dtype)),
+        embedding=_shard_weight("embedding", embedding),
         final_norm=_shard_weight("final_norm", params["final_norm"]),
-        head=None if head is None else _shard_weight("head", head),
+        head=_shard_weight("head", head),
         layers=tuple(
-            _prepare_layer(config, {name: stacked[j] for name, stacked in params[part].items()})
+            _prepare_layer(config, jax.tree.map(operator.itemgetter(j), params[part]))
             for part, stack in stacks_of(config).items()
             for j in range(stack.layers)
         ),
     )
 
 
-_prepare_on_mesh = jax.jit(_prepare, static_argnums=0)
+_prepare_on_mesh = jax.jit(_prepare, static_argnums=(0, 2))
 
 
-def _prepare_layer(config: ModelConfig, declared: Weights) -> dict[str, jax.Array]:
+def _prepare_layer(config: ModelConfig, declared: Weights) -> dict[str, Weight]:
     """Lays out the weights of one layer; see `DecodeWeights`."""
-    dtype, left = jnp.dtype(config.dtype), dict(declared)
-    D, K, H = config.width, config.kv_heads, config.head_width
-    q_DNH, k_DKH, v_DKH = (left.pop(name).astype(dtype) for name in "qkv")
-    grouped = [q_DNH.reshape(D, K, -1, H), k_DKH[:, :, None], v_DKH[:, :, None]]
-    fused = {
-        "qkv": jnp.concatenate(grouped, axis=2).reshape(D, -1).T,
-        "o": left.pop("o").astype(dtype).reshape(-1, D).T,
+    left, dtype = dict(declared), jnp.dtype(config.dtype)
+    K, H = config.kv_heads, config.head_width
+
+    def laid_out(lay_out: Callable[..., jax.Array], *names: str) -> Weight:
+        return jax.tree.map(lay_out, *(in_dtype(left.pop(name), dtype) for name in names))
+
+    # Scales take the same steps as their weights, with a width of 1.
+    def join_qkv(q_DNH: jax.Array, k_DKH: jax.Array, v_DKH: jax.Array) -> jax.Array:
+        grouped = [q_DNH.reshape(-1, K, config.heads // K, H), k_DKH[:, :, None], v_DKH[:, :, None]]
+        return jnp.concatenate(grouped, axis=2).reshape(len(q_DNH), -1).T
+
+    def outputs_first(weight: jax.Array) -> jax.Array:
+        return weight.swapaxes(-1, -2)
+
+    def join_outputs_first(*weights: jax.Array) -> jax.Array:
+        return jnp.stack([outputs_first(weight) for weight in weights], axis=-3)
+
+    fused: dict[str, Weight] = {
+        "qkv": laid_out(join_qkv, *"qkv"),
+        "o": laid_out(lambda o_NHD: o_NHD.reshape(-1, o_NHD.shape[-1]).T, "o"),
     }
     if config.qkv_bias:
         q_NH, k_KH, v_KH = (left.pop(f"{name}_bias") for name in "qkv")
@@ -101,17 +133,11 @@ def _prepare_layer(config: ModelConfig, declared: Weights) -> dict[str, jax.Arra
     for gate, up, down, fused_in, fused_out in (
         ("ffn_gate", "ffn_up", "ffn_down", "gate_up", "down"),
         ("shared_gate_proj", "shared_up", "shared_down", "shared_gate_up", "shared_down"),
+        ("expert_gate", "expert_up", "expert_down", "expert_gate_up", "expert_down"),
     ):
         if gate in left:
-            both = [left.pop(name).astype(dtype).T for name in (gate, up)]
-            down_FD = left.pop(down)
-            fused |= {fused_in: jnp.stack(both), fused_out: down_FD.astype(dtype).T}
-    if "expert_gate" in left:
-        both = [
-            left.pop(name).astype(dtype).swapaxes(1, 2) for name in ("expert_gate", "expert_up")
-        ]
-        fused["expert_gate_up"] = jnp.stack(both, axis=1)
-        fused["expert_down"] = left.pop("expert_down").astype(dtype).swapaxes(1, 2)
+            fused[fused_in] = laid_out(join_outputs_first, gate, up)
+            fused[fused_out] = laid_out(outputs_first, down)
     return {name: _shard_weight(name, weight) for name, weight in (left | fused).items()}
 
 
@@ -132,18 +158,28 @@ DECODE_AXES = {
 EXPERT_AXES = {name: DECODE_AXES[name] for name in ("expert_gate_up", "expert_down")}
 
 
-def _shard_weight(name: str, weight: jax.Array) -> jax.Array:
+def in_dtype(weight: Any, dtype: jnp.dtype | str) -> Any:
+    """A weight in the compute dtype, unless it is Quantized."""
+    if weight is None or is_quantized(weight):
+        return weight
+    return weight.astype(jnp.dtype(dtype))
+
+
+def _shard_weight(name: str, weight: Weight) -> Any:
     """Shards a weight over the current mesh.
 
     A dimension that does not divide by all mesh axes of its logical axis is split over those that
-    it divides by.
+    it divides by; so scales are whole along the axes that they are shared by.
     """
     if not mesh_is_active():
         return weight
-    dimensions = zip(DECODE_AXES.get(name, ()), weight.shape, strict=False)
-    return shard(
-        weight, *(axis and dividing_axes(current_axes(axis), size) for axis, size in dimensions)
-    )
+
+    def shard_array(array: jax.Array) -> jax.Array:
+        dimensions = zip(DECODE_AXES.get(name, ()), array.shape, strict=False)
+        over = [axis and dividing_axes(current_axes(axis), size) for axis, size in dimensions]
+        return shard(array, *over)
+
+    return jax.tree.map(shard_array, weight)
 
 
 def shard_rows(x_BTD: jax.Array) -> jax.Array:

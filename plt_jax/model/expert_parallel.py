@@ -103,7 +103,7 @@ def replicate_rows(
 
     Args:
       expert_axes: the logical axes of the experts' weights, by name. The axis "decode_width" is
-        split over as many of its mesh axes as it divides by.
+        split over as many of its mesh axes as it divides by. A weight may be several arrays.
       run: applies the experts that one device holds.
     """
     routers = {name: weights[name] for name in ROUTER if name in weights}
@@ -132,8 +132,15 @@ def replicate_rows(
     rows = [axis for axis in current_axes("decode_batch") if axis not in spread]
     x_spec = PartitionSpec(dividing_axes(tuple(rows), x_BTD.shape[0]))
     over = {"expert": spread, "decode_width": width, None: None}
+
+    def spec_of(array: jax.Array, axes: tuple[str | None, ...]) -> PartitionSpec:
+        # Scales that are shared along an axis have 1 there.
+        sizes = zip(axes, array.shape, strict=True)
+        return PartitionSpec(*(None if size == 1 else over[axis] for axis, size in sizes))
+
     specs = {
-        name: PartitionSpec(*(over[axis] for axis in axes)) for name, axes in expert_axes.items()
+        name: jax.tree.map(partial(spec_of, axes=axes), experts[name])
+        for name, axes in expert_axes.items()
     }
     return jax.shard_map(
         apply_own,

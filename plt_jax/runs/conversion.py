@@ -13,6 +13,7 @@ import jax
 from plt_jax.config import EvaluationConfig, LoopConfig, ModelConfig, RunConfig
 from plt_jax.config.data import DataConfig
 from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
+from plt_jax.decoding.quantization import quantize_params
 from plt_jax.errors import InputError
 from plt_jax.files import check_new_folder, new_folder
 from plt_jax.interop.checkpoint_reader import load_params, open_huggingface
@@ -162,6 +163,31 @@ def retrofit_run(
         length = compare_tokens or max(256, 4 * loop.window)
         for line in _compare(found, source_params, config, params, length):
             report(line)
+
+
+def quantize_run(source: str, destination: str, *, report: Report) -> None:
+    """Makes a run directory whose large weights are rounded to eight bits; see `quantize_params`.
+
+    Args:
+      source: a run directory (its newest checkpoint) or one of its checkpoints/STEP folders.
+
+    Raises:
+      InputError: there is no sound checkpoint, or the destination is taken; nothing is left then.
+    """
+    check_new_folder(destination)
+    found = find_checkpoint(source)
+    params = quantize_params(read_params(found, quantized=True))
+    config = found.config
+    create_run(
+        config.model_copy(update={"run_dir": destination, "start_from": None}),
+        params,
+        tokenizer_of(found),
+        companion_files(found.directory / HUGGINGFACE),
+    )
+    report(
+        f"quantized {found.directory}, step {found.step}: {describe_model(config.model, params)}"
+    )
+    report(f"written to {destination}")
 
 
 def _choose_tokenizer(

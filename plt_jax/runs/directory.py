@@ -17,6 +17,7 @@ from plt_jax.checkpoint.store import load_params, refuse_damaged, save_params
 from plt_jax.config import MeshConfig, RunConfig
 from plt_jax.config.yaml_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
+from plt_jax.decoding.quantization import dequantize_params
 from plt_jax.distributed.mesh import abstract_arrays, make_mesh
 from plt_jax.errors import InputError
 from plt_jax.files import copy_file, new_folder, write_text
@@ -24,6 +25,7 @@ from plt_jax.model.kernels import is_hopper
 from plt_jax.model.looping import with_loops
 from plt_jax.model.transformer import abstract_params
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
+from plt_jax.runs.quantized import is_quantized_checkpoint, load_quantized, to_parts
 
 
 class Found(NamedTuple):
@@ -47,13 +49,19 @@ class Trained(NamedTuple):
     """See `read_params`."""
 
 
-def open_trained(path: str | Path, mesh: Mesh | None = None, loops: int | None = None) -> Trained:
+def open_trained(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    loops: int | None = None,
+    quantized: bool = False,
+) -> Trained:
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
 
     Args:
       mesh: the mesh of the parameters, by the rules of distributed/mesh.py; default one device. It
         need not be the one that they were trained on.
       loops: number of loops to run; default as many as the model was trained with.
+      quantized: see `read_params`.
 
     Raises:
       InputError: the path is neither, holds no checkpoint, or has no tokenizer; or the scheme
@@ -68,7 +76,7 @@ def open_trained(path: str | Path, mesh: Mesh | None = None, loops: int | None =
             f"{directory} was imported without a tokenizer; import it again with --tokenizer FILE"
         )
     tokenizer.check_size(config.model.vocab_size)
-    params = read_params(found, mesh)
+    params = read_params(found, mesh, quantized=quantized)
     # This machine need not have the kernels that the model was trained with.
     moe = config.model.moe.model_copy(update={"grouped_product": "auto"})
     kernels = {"attention": "auto", "moe": moe}
@@ -110,12 +118,16 @@ def tokenizer_of(found: Found) -> TextTokenizer | None:
     return load_tokenizer(path)
 
 
-def read_params(found: Found, mesh: Mesh | None = None, dtype: str | None = None) -> Any:
+def read_params(
+    found: Found, mesh: Mesh | None = None, dtype: str | None = None, quantized: bool = False
+) -> Any:
     """A checkpoint's parameters, as `Transformer.init` gives them, unboxed.
 
     Args:
       mesh: the mesh of the parameters, by the rules of distributed/mesh.py; default one device.
       dtype: the dtype that they are read into; default: as they were stored.
+      quantized: whether weights that are stored in eight bits are returned as `quantize_params`
+        gives them, instead of as the float32 numbers that they stand for.
 
     Raises:
       InputError: the checkpoint is damaged, cannot be read, or has other shapes than its
@@ -126,7 +138,10 @@ def read_params(found: Found, mesh: Mesh | None = None, dtype: str | None = None
     boxed = abstract_params(found.config.model)
     abstract = abstract_arrays(boxed, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
     directory = found.directory / CHECKPOINTS
-    return load_params(directory, found.step, abstract, as_stored=True, dtype=dtype)
+    if not is_quantized_checkpoint(directory, found.step):
+        return load_params(directory, found.step, abstract, as_stored=True, dtype=dtype)
+    params = load_quantized(directory, found.step, abstract)
+    return params if quantized else dequantize_params(params, dtype or "float32")
 
 
 def create_run(
@@ -135,6 +150,7 @@ def create_run(
     """Makes a run directory with one checkpoint, of step 0, that holds only parameters.
 
     Args:
+      params: as `Transformer.init` gives them, unboxed, or as `quantize_params` does.
       tokenizer: the run's tokenizer, if there is one.
       files: files to copy to its huggingface/ folder, by name.
 
@@ -148,4 +164,4 @@ def create_run(
         (directory / HUGGINGFACE).mkdir()
         for name, file in files.items():
             copy_file(file, directory / HUGGINGFACE / name)
-        save_params(directory / CHECKPOINTS, 0, params)
+        save_params(directory / CHECKPOINTS, 0, to_parts(params))

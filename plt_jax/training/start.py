@@ -22,6 +22,7 @@ from plt_jax.distributed import processes
 from plt_jax.errors import InputError, naming
 from plt_jax.runs.directory import find_checkpoint
 from plt_jax.runs.names import CHECKPOINTS
+from plt_jax.runs.quantized import is_quantized_checkpoint
 from plt_jax.training.guard import Guard
 from plt_jax.training.program import TrainProgram
 from plt_jax.training.step import TrainState
@@ -44,13 +45,18 @@ def check_start_from(config: RunConfig) -> None:
     """Checks the checkpoint that a fresh run starts from, if it names one.
 
     Raises:
-      InputError: `start_from` leads to no checkpoint, to a damaged one, or to one without a
-        tokenizer.
+      InputError: `start_from` leads to no checkpoint, to a damaged or quantized one, or to one
+        without a tokenizer.
     """
     if config.start_from is None or list_steps(config.directory / CHECKPOINTS):
         return
     with naming("start_from"):
         found = find_checkpoint(config.start_from)
+        if is_quantized_checkpoint(found.directory / CHECKPOINTS, found.step):
+            raise InputError(
+                f"the weights of {config.start_from} were rounded to eight bits, for decoding; "
+                "start from the run that it was made of"
+            )
     if config.tokenizer.path is None:
         raise InputError(
             f"start_from {config.start_from} has no tokenizer, so its embeddings' text is not "

@@ -6,8 +6,8 @@ from argparse import Namespace
 import pytest
 
 from plt_jax.benchmarks import serve, serve_report
-from plt_jax.benchmarks.prepared import prepare, random_weights
-from plt_jax.config.variants import NO_LOOP, variants_of
+from plt_jax.benchmarks.prepared import prepare_all
+from plt_jax.config.variants import variants_of
 from tests.models import small_config
 
 
@@ -25,8 +25,7 @@ def test_every_request_is_served_and_timed(rate, tmp_path):
         cache_dtype=None,
     )
     load = serve.Load(arguments, base.vocab_size)
-    weights = random_weights(NO_LOOP.apply(base))
-    rows = [prepare(variant, base, weights) for variant in variants_of(["plt"], [2])]
+    rows = prepare_all(variants_of(["plt"], [2]), base)
     (row,) = serve.measure(rows, 2, load, arguments)
     assert row["tokens_per_second"] > 0
     assert 0 < row["first_ms_50"] <= row["first_ms_99"]

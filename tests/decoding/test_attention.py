@@ -17,7 +17,7 @@ from plt_jax.decoding.attention import (
     attend_gated,
     attend_window,
 )
-from plt_jax.decoding.cache import Quantized, quantize
+from plt_jax.decoding.quantization import Quantized, quantize
 from tests.models import random_params, small_config
 
 H = 4

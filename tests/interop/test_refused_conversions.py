@@ -100,7 +100,7 @@ def test_parameters_of_another_model_are_refused(tmp_path):
     assert_export_refused(tmp_path, three_layers, params, "layers.attention_norm", "(3, 16)")
 
 
-@pytest.mark.parametrize("name", ["export", "retrofit"])
+@pytest.mark.parametrize("name", ["export", "retrofit", "quantize"])
 def test_a_source_that_is_no_run_is_refused(llama, tmp_path, name):
     new = tmp_path / "new"
     assert_command_refused(tmp_path, [CONVERT, name, tmp_path / "none", new], "does not exist")
@@ -109,7 +109,7 @@ def test_a_source_that_is_no_run_is_refused(llama, tmp_path, name):
     assert_command_refused(tmp_path, [CONVERT, name, llama / MODEL, new], llama / MODEL)
 
 
-@pytest.mark.parametrize("name", ["export", "retrofit"])
+@pytest.mark.parametrize("name", ["export", "retrofit", "quantize"])
 def test_a_run_without_a_whole_checkpoint_is_refused(dense_run, tmp_path, name):
     run, words = tmp_path / "run", [CONVERT, name, tmp_path / "run", tmp_path / "new"]
     shutil.copytree(dense_run, run)
