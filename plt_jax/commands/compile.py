@@ -16,8 +16,10 @@ from pathlib import Path
 
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser
+from plt_jax.compile.shapes import DecodeShape
 from plt_jax.config import RunConfig
 from plt_jax.config.variants import variants_of
+from plt_jax.decoding.options import WEIGHTS
 from plt_jax.distributed.chips import CHIPS, parse_topology
 from plt_jax.distributed.gpus import GPUS, names_gpus, parse_gpus
 from plt_jax.errors import InputError
@@ -50,6 +52,11 @@ def main(words: Sequence[str] | None = None) -> None:
         "--context", type=int, help="positions of the decode step's cache (with --decode)"
     )
     parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="dtype of the decode step's large weights; default the compute dtype",
+    )
+    parser.add_argument(
         "--schemes", help="for GPUs: schemes to compile side by side, such as no_loop,plt"
     )
     parser.add_argument("--loops", help="for GPUs: numbers of loops of those schemes, such as 2,3")
@@ -67,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _compile_for_tpu(
-    arguments: argparse.Namespace, config: RunConfig, decode: list[tuple[int, int]]
+    arguments: argparse.Namespace, config: RunConfig, decode: list[DecodeShape]
 ) -> tuple[str, dict]:
     topology = parse_topology(arguments.topology, arguments.slices)
     for name in ("schemes", "loops"):
@@ -85,7 +92,7 @@ def _compile_for_tpu(
 
 
 def _compile_for_gpu(
-    arguments: argparse.Namespace, config: RunConfig, decode: list[tuple[int, int]]
+    arguments: argparse.Namespace, config: RunConfig, decode: list[DecodeShape]
 ) -> tuple[str, dict]:
     topology = parse_gpus(arguments.topology)
     if arguments.slices != 1:
@@ -112,14 +119,13 @@ def _compile_for_gpu(
     return report(topology, programs), found
 
 
-def decode_shapes(arguments: argparse.Namespace, config: RunConfig) -> list[tuple[int, int]]:
-    """The batch sizes, each with the context, that --batch and --context ask for; none without
-    --decode.
+def decode_shapes(arguments: argparse.Namespace, config: RunConfig) -> list[DecodeShape]:
+    """The decode steps that --batch, --context and --weights ask for; none without --decode.
 
     Raises:
       InputError: they are given without --decode, or are below 1.
     """
-    for name in ("batch", "context"):
+    for name in ("batch", "context", "weights"):
         if getattr(arguments, name) is not None and not arguments.decode:
             raise InputError(f"--{name} is an option of decoding; add --decode, or leave it out")
     if not arguments.decode:
@@ -127,7 +133,8 @@ def decode_shapes(arguments: argparse.Namespace, config: RunConfig) -> list[tupl
     context = config.model.max_length if arguments.context is None else arguments.context
     if context < 1:
         raise InputError(f"--context is {context}; it must be at least 1")
-    return [(batch, context) for batch in whole_numbers("batch", arguments.batch or "1")]
+    batches = whole_numbers("batch", arguments.batch or "1")
+    return [DecodeShape(batch, context, arguments.weights) for batch in batches]
 
 
 def whole_numbers(name: str, text: str) -> list[int]:

@@ -23,6 +23,7 @@ from plt_jax.compile.program import (
     gpu_mesh,
     train_step,
 )
+from plt_jax.compile.shapes import DecodeShape
 from plt_jax.compile.traffic import Traffic
 from plt_jax.config import RunConfig
 from plt_jax.distributed.chips import GIB
@@ -105,13 +106,13 @@ class GpuProgram:
 
 
 def compile_for_gpu(
-    labels: dict[str, RunConfig], topology: GpuTopology, decode: Sequence[tuple[int, int]]
+    labels: dict[str, RunConfig], topology: GpuTopology, decode: Sequence[DecodeShape]
 ) -> list[GpuProgram]:
     """Compiles each configuration's step for a card.
 
     Args:
       labels: configurations by the names that reports use.
-      decode: batch sizes and cache positions of decode steps; empty for the train step.
+      decode: the decode steps; empty for the train step.
 
     Raises:
       InputError: the compiler is missing, or a configuration does not fit the devices.
@@ -123,9 +124,10 @@ def compile_for_gpu(
             compiled = compile_step(train_step(TrainProgram.build(config, mesh)), mesh)
             batch = config.training.batch_size
             made.append(_program(label, config, (batch, None), topology.gpu, compiled))
-        for batch, context in decode:
-            compiled = compile_step(generation_step(config, mesh, batch, context), mesh)
-            made.append(_program(label, config, (batch, context), topology.gpu, compiled))
+        for shape in decode:
+            compiled = compile_step(generation_step(config, mesh, shape), mesh)
+            sizes = (shape.batch, shape.context)
+            made.append(_program(label, config, sizes, topology.gpu, compiled))
     return made
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from plt_jax.compile.shapes import DecodeShape
 from plt_jax.config import RunConfig
 from plt_jax.distributed.chips import Topology
 from plt_jax.distributed.gpus import GpuTopology
@@ -151,8 +152,8 @@ def train_step(program: TrainProgram) -> Step:
     return Step(program.jitted_step, arguments, parts)
 
 
-def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step:
-    """The decode step of `batch` sequences, with a cache of `context` positions.
+def decode_step(config: RunConfig, mesh: Mesh, shape: DecodeShape) -> Step:
+    """The decode step.
 
     `prepare_for_decode` and `init_cache` are compiled, too, to learn how they lay weights and cache
     over the mesh.
@@ -165,11 +166,13 @@ def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step
     from plt_jax.decoding.weights import prepare_for_decode
     from plt_jax.model.transformer import abstract_params
 
-    model = config.model
+    model, batch = config.model, shape.batch
     params = abstract_arrays(abstract_params(model), mesh)
     with use_mesh(mesh):
-        weights = _abstract_outputs(lambda params: prepare_for_decode(model, params), params)
-        cache = _abstract_outputs(lambda: init_cache(model, batch, context))
+        weights = _abstract_outputs(
+            lambda params: prepare_for_decode(model, params, shape.weights), params
+        )
+        cache = _abstract_outputs(lambda: init_cache(model, batch, shape.context))
     whole = NamedSharding(mesh, PartitionSpec())
     tokens = jax.ShapeDtypeStruct((batch,), jnp.int32, sharding=whole)
     function = jax.jit(step, static_argnums=0, donate_argnums=3)
@@ -177,7 +180,7 @@ def decode_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step
     return Step(function, (model, weights, tokens, cache), parts)
 
 
-def generation_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> Step:
+def generation_step(config: RunConfig, mesh: Mesh, shape: DecodeShape) -> Step:
     """The loop of greedy generation, whose body is the decode step and the choice of a token.
 
     The arguments are those of `decode_step`.
@@ -185,11 +188,11 @@ def generation_step(config: RunConfig, mesh: Mesh, batch: int, context: int) -> 
     from plt_jax.decoding.generation import GenerationState, TokenChoice, advance
     from plt_jax.decoding.sampling import Sampling
 
-    step = decode_step(config, mesh, batch, context)
+    step, batch = decode_step(config, mesh, shape), shape.batch
     model, weights, tokens, cache = step.arguments
 
-    def whole(shape: tuple[int, ...], dtype: Any) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=tokens.sharding)
+    def whole(sizes: tuple[int, ...], dtype: Any) -> Any:
+        return jax.ShapeDtypeStruct(sizes, dtype, sharding=tokens.sharding)
 
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     state = GenerationState(cache, tokens, whole((batch,), bool), whole((), jnp.int32))

@@ -34,19 +34,25 @@ def linear(x: jax.Array, weight: jax.Array | Quantized) -> jax.Array:
         # folded behind another without being gathered.
         weight = jax.tree.map(lambda array: array.reshape(-1, array.shape[-1]), weight)
     if isinstance(weight, Quantized):
-        out = _eight_bit_product(rows_MD, weight)
+        forms = {"cpu": _eight_bits_on_cpu, "default": _converted_product}
     else:
-        out = jax.lax.platform_dependent(rows_MD, weight, cpu=_linear_on_cpu, default=_product)
+        forms = {"cpu": _linear_on_cpu, "default": _product}
+    out = jax.lax.platform_dependent(rows_MD, weight, **forms)
     return out.reshape(*x.shape[:-1], *outputs)
 
 
-def _eight_bit_product(x_MD: jax.Array, weight: Quantized) -> jax.Array:
+def _converted_product(x_MD: jax.Array, weight: Quantized) -> jax.Array:
+    """A product with a weight in eight bits, which GPUs and TPUs convert while they read it."""
+    return _product(x_MD, weight.values.astype(x_MD.dtype)) * weight.scales[..., 0]
+
+
+def _eight_bits_on_cpu(x_MD: jax.Array, weight: Quantized) -> jax.Array:
     """A product with a weight in eight bits, as one of whole numbers.
 
-    XLA would write out a weight that is converted for a product of floats, while every processor
-    multiplies eight bits with eight bits. A row becomes two rows in eight bits, the high and the
-    low halves of its numbers: 16 bits for the range of the row, which is more than bfloat16 has for
-    its largest numbers. Of few rows the second costs little, since reading weights takes longer
+    XLA writes out a weight that is converted for a product of floats on a CPU, but multiplies eight
+    bits with eight bits as they are. A row becomes two rows in eight bits, the high and the low
+    halves of its numbers: 16 bits for the range of the row, which is more than bfloat16 has for its
+    largest numbers. Of few rows the second costs little, since reading weights takes longer
     (benchmarks/results/decode.md). The sums are exact.
     """
     wide_MD = x_MD.astype(jnp.float32)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from plt_jax import InputError, decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.config import MoEConfig
-from plt_jax.decoding.linear import linear
+from plt_jax.decoding.linear import _converted_product, linear
 from plt_jax.decoding.quantization import (
     Quantized,
     dequantize_params,
@@ -79,6 +79,13 @@ def test_a_product_is_that_of_the_numbers_it_stands_for(rows, outputs, inputs, d
     bound = step * 0.5 * np.abs(whole).sum(-1).max() + 1e-5 * np.abs(right).max()
     error = np.abs(out - right).reshape(*rows, -1).max(-1)
     assert np.all(error <= bound)
+
+
+def test_other_platforms_convert_the_weight():
+    """GPUs and TPUs do so while they read it; what they compute is the same."""
+    x = jax.random.normal(jax.random.key(0), (3, 64))
+    weight = quantize(jax.random.normal(jax.random.key(1), (32, 64)))
+    np.testing.assert_allclose(_converted_product(x, weight), linear(x, weight), atol=1e-3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -54,6 +54,7 @@ def options(**changed) -> Namespace:
         "prefill_tokens": 16,
         "prefix_cache_mb": 1,
         "cache_dtype": None,
+        "weights": None,
     }
     return Namespace(**values | changed)
 

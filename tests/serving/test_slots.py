@@ -24,15 +24,15 @@ MOST_NEW = 19
 
 
 @functools.cache
-def slot_model(config, cache_dtype=None) -> SlotModel:
-    weights = prepare_for_decode(config, random_params(config))
+def slot_model(config, cache_dtype=None, weights_dtype=None) -> SlotModel:
+    weights = prepare_for_decode(config, random_params(config), weights_dtype)
     return SlotModel(config, weights, SLOTS, CONTEXT, CHUNK, cache_dtype)
 
 
-def schedule(config, requests, prefix_blocks=0, cache_dtype=None, arrive=lambda index: 0):
+def schedule(config, requests, prefix_blocks=0, *dtypes, arrive=lambda index: 0):
     """Runs requests, the one with each index from the tick `arrive(index)` on."""
     cache = PrefixCache(CHUNK, 1, prefix_blocks)
-    scheduler = Scheduler(slot_model(config, cache_dtype), cache, 100)
+    scheduler = Scheduler(slot_model(config, *dtypes), cache, 100)
     for tick in range(100):
         scheduler.submit([r for index, r in enumerate(requests) if arrive(index) == tick])
         scheduler.tick()
@@ -105,6 +105,15 @@ def test_other_caches_windows_and_layers(settings, cache_dtype):
     requests = random_requests(5, seed=3)
     schedule(config, requests, 100, cache_dtype, arrive=lambda index: index)
     assert_as_alone(config, requests, cache_dtype=cache_dtype)
+
+
+@pytest.mark.parametrize("settings", [{}, MOE], ids=["dense", "experts"])
+def test_weights_in_eight_bits(settings):
+    config = small_config("plt", 2, **settings)
+    requests = random_requests(5, seed=3)
+    schedule(config, requests, 100, None, "int8", arrive=lambda index: index)
+    weights = prepare_for_decode(config, random_params(config), "int8")
+    assert_as_alone(config, requests, params=weights)
 
 
 def test_log_probabilities_are_those_of_the_forward_pass():
