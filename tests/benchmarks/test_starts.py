@@ -14,7 +14,7 @@ from tests.training.runs import REPOSITORY
 
 COMMANDS = (
     "benchmarks.against_commit",
-    "benchmarks.cache_dtypes",
+    "benchmarks.decode_dtypes",
     "benchmarks.data",
     "benchmarks.decode_targets",
     "benchmarks.decode_trace",

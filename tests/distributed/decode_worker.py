@@ -25,6 +25,7 @@ from plt_jax import (
 )
 from plt_jax.config import SCHEMES, RunConfig
 from plt_jax.decoding import fused_attention, mosaic_kernel
+from plt_jax.decoding.quantization import dequantize_params, quantize_params
 from plt_jax.distributed.mesh import make_mesh, shardings_of, use_mesh
 from plt_jax.model.transformer import abstract_params
 from tests.decoding import plain_kernel
@@ -45,15 +46,24 @@ CASES = {
 }
 
 
-def decode(mesh: dict, batch: int, scheme: str, loops: int, dtype: str | None) -> dict:
+def decode(
+    mesh: dict,
+    batch: int,
+    scheme: str,
+    loops: int,
+    dtype: str | None,
+    weights_dtype: str | None = None,
+) -> dict:
     """Prefill in two ragged chunks, then steps; the largest difference to the forward pass."""
     config = small_config(scheme, loops, window=3, vocab_size=32)
     params, tokens = random_params(config), random_tokens(config, batch, 13)
+    if weights_dtype:
+        params = dequantize_params(quantize_params(params))
     expected = np.asarray(jax.jit(Transformer(config).apply)({"params": params}, tokens))
     difference = 0.0
     with use_mesh(mesh):
         placed = jax.device_put(params, shardings_of(abstract_params(config), mesh))
-        weights = prepare_for_decode(config, placed)
+        weights = prepare_for_decode(config, placed, weights_dtype)
         cache = init_cache(config, batch, CAPACITY, dtype)
         made = cache.keys[0][0]
         first = np.minimum(4 + np.arange(batch) % 2, 5)
@@ -71,7 +81,10 @@ def decode(mesh: dict, batch: int, scheme: str, loops: int, dtype: str | None) -
         "difference": float(difference),
         "made": jax.tree.leaves(made)[0].addressable_shards[0].data.shape[:3],
         "kept": jax.tree.leaves(cache.keys)[0].addressable_shards[0].data.shape[:3],
-        "wide weight": weights.layers[0]["down"].addressable_shards[0].data.shape,
+        "wide weight": [
+            array.addressable_shards[0].data.shape
+            for array in jax.tree.leaves(weights.layers[0]["down"])
+        ],
     }
 
 
@@ -160,6 +173,7 @@ def main() -> None:
                 for scheme in SCHEMES
             },
             "int8": decode(meshes["sequence"], 2, "plt", 2, "int8"),
+            "int8 weights": decode(meshes["all"], 2, "plt", 2, None, "int8"),
             "generated": generated(meshes["all"]),
             "fused": {
                 gate_input: fused(meshes["heads"], 4, gate_input)  # no slots are split there

@@ -14,6 +14,7 @@ import numpy as np
 
 from plt_jax import Transformer, decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.config import RunConfig
+from plt_jax.decoding.quantization import dequantize_params, quantize_params
 from plt_jax.distributed.mesh import make_mesh, shardings_of, use_mesh
 from plt_jax.model import expert_parallel
 from plt_jax.model.expert_parallel import routed_experts
@@ -56,7 +57,7 @@ def train(mesh: dict) -> dict:
         "expected": against,
         "differences": worker.largest_differences(expected, params),
         "moved": worker.largest_differences(expected, start),
-        "shard": experts.addressable_shards[0].data.shape,
+        "shard": jax.tree.leaves(experts)[0].addressable_shards[0].data.shape,
         "shape": experts.shape,
     }
 
@@ -150,16 +151,18 @@ def ragged_transfers():
         jax.lax.ragged_all_to_all, expert_parallel.traced_platform = original
 
 
-def decode(mesh: dict) -> dict:
+def decode(mesh: dict, weights_dtype: str | None = None) -> dict:
     """Prefill and steps with experts on their devices, against the forward pass of one device."""
     config = small_config("plt", 2, moe=MOE, qk_norm=True, vocab_size=32)
     params, tokens = random_params(config), random_tokens(config, 3, 8)
+    if weights_dtype:
+        params = dequantize_params(quantize_params(params))
     expected = jax.jit(lambda params: Transformer(config).apply({"params": params}, tokens))(params)
     mesh = make_mesh(RunConfig(mesh=mesh).mesh)
     placed = jax.device_put(params, shardings_of(abstract_params(config), mesh))
     difference = 0.0
     with use_mesh(mesh):
-        weights = prepare_for_decode(config, placed)
+        weights = prepare_for_decode(config, placed, weights_dtype)
         step = jax.jit(decode_step, static_argnums=0)
         fill = jax.jit(prefill, static_argnums=0)
         logits, cache = fill(
@@ -174,7 +177,7 @@ def decode(mesh: dict) -> dict:
     experts = weights.layers[1]["expert_gate_up"]
     return {
         "difference": float(difference),
-        "shard": experts.addressable_shards[0].data.shape,
+        "shard": jax.tree.leaves(experts)[0].addressable_shards[0].data.shape,
         "largest gather": largest_gather(program),
     }
 
@@ -200,6 +203,7 @@ def main() -> None:
         found = {
             "train": {name: train(mesh) for name, mesh in MESHES.items()},
             "decode": {name: decode(mesh) for name, mesh in MESHES.items()},
+            "int8 weights": decode(MESHES["expert 2 x fsdp 2 x tensor 2"], "int8"),
             "dense": {name: one_layer(MESHES[name]) for name in EXCHANGES},
             "refusals": refusals(),
         }

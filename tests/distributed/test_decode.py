@@ -24,7 +24,7 @@ def test_a_split_cache_gives_the_forward_logits(found, case):
     # Nothing as large as the part of the cache that one device holds is gathered.
     assert got["largest gather"] < got["part"]
     width = mesh.get("tensor", 1) * mesh.get("context", 1) * mesh.get("fsdp", 1)
-    assert got["wide weight"] == [16, 24 // width]
+    assert got["wide weight"] == [[16, 24 // width]]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -35,6 +35,13 @@ def test_every_scheme_decodes_over_all_axes(found, scheme):
 def test_eight_bits_split_too(found):
     assert found["int8"]["made"] == [2, 2, 3]
     assert found["int8"]["difference"] < 0.1
+
+
+def test_weights_in_eight_bits_split_too(found):
+    got = found["int8 weights"]
+    assert got["difference"] < 1e-3
+    # The scales, one for each output, are whole where the inputs are split.
+    assert got["wide weight"] == [[16, 24 // 4], [16, 1]]
 
 
 def test_the_same_tokens_are_drawn(found):

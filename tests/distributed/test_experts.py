@@ -75,6 +75,13 @@ def test_decoding_with_experts_on_their_devices_gives_the_forward_logits(found, 
     assert case["largest gather"] < math.prod(case["shard"])
 
 
+def test_experts_in_eight_bits_lie_on_their_devices_too(found):
+    case = found["int8 weights"]
+    assert case["difference"] < 1e-3
+    assert case["shard"][0] == 4
+    assert case["largest gather"] < math.prod(case["shard"])
+
+
 def test_what_does_not_divide_is_refused(found):
     refused = found["refusals"]["experts"]
     assert refused.startswith("params.layers.expert_down has a dimension of 12")

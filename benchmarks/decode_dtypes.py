@@ -1,9 +1,9 @@
-"""How the dtype of the decode cache changes a trained model's predictions on text.
+"""How the dtypes of the decode cache and of the weights change predictions on text.
 
-python -m benchmarks.cache_dtypes RUN
+python -m benchmarks.decode_dtypes RUN
 
-It decodes the first tokens of documents with every dtype of the cache. Each step reads the text's
-own next token, so that all dtypes predict after the same text.
+It decodes the first tokens of documents with every dtype of the cache, then with weights in eight
+bits. Each step reads the text's own next token, so that all dtypes predict after the same text.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from plt_jax.runs.directory import Trained, open_trained
 
 def main() -> None:
     parser = CommandParser(
-        prog="python -m benchmarks.cache_dtypes",
-        description="Compare predictions with caches of different dtypes.",
+        prog="python -m benchmarks.decode_dtypes",
+        description="Compare predictions with caches and weights of different dtypes.",
     )
     parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
     parser.add_argument("--text", help="text file or folder; default the run's held-out documents")
@@ -44,14 +44,16 @@ def main() -> None:
     trained = open_trained(arguments.path)
     config = trained.config.model
     tokens_BT = beginnings(trained, arguments.text, arguments.documents, arguments.tokens)
-    params = prepare_for_decode(config, trained.params)
-    exact = predictions(config, params, tokens_BT, "float32")
-    rows = []
-    for dtype in DTYPES:
-        found = exact if dtype == "float32" else predictions(config, params, tokens_BT, dtype)
-        rows.append({"cache_dtype": dtype, **compare(found, exact, tokens_BT)})
+    exact, rows = None, []
+    for weights, caches in ((None, DTYPES), ("int8", ("float32", "int8"))):
+        params = prepare_for_decode(config, trained.params, weights)
+        for cache in caches:
+            found = predictions(config, params, tokens_BT, cache)
+            exact = found if exact is None else exact
+            names = {"cache_dtype": cache, "weights": weights or config.dtype}
+            rows.append(names | compare(found, exact, tokens_BT))
     report = {
-        "command": " ".join(["python -m benchmarks.cache_dtypes", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.decode_dtypes", *sys.argv[1:]]),
         "machine": machine(),
         "scheme": f"{config.loop.scheme}, {config.loop.count} loops",
         "dtype": config.dtype,
@@ -125,11 +127,12 @@ def table(report: dict) -> str:
     """The report as text."""
     lines = [
         f"{report['scheme']}, {report['dtype']}, {report['tokens']} tokens",
-        f"{'cache':10} {'nats/token':>11} {'mean KL':>10} {'largest KL':>11} {'same argmax':>12}",
+        f"{'weights':9} {'cache':9} {'nats/token':>11} {'mean KL':>10} {'largest KL':>11} "
+        f"{'same argmax':>12}",
     ]
     lines += [
-        f"{row['cache_dtype']:10} {row['nats_per_token']:11.5f} {row['mean_divergence']:10.2e} "
-        f"{row['largest_divergence']:11.2e} {row['same_likeliest_token']:12.4f}"
+        f"{row['weights']:9} {row['cache_dtype']:9} {row['nats_per_token']:11.5f} "
+        f"{row['mean_divergence']:10.2e} {row['largest_divergence']:11.2e} {row['same_likeliest_token']:12.4f}"
         for row in report["rows"]
     ]
     return "\n".join(lines)

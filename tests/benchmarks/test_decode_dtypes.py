@@ -1,4 +1,4 @@
-"""What fewer bits in a cache cost: the comparison itself, and the command on a trained run."""
+"""What fewer bits in a cache or in weights cost: the comparison, and the command on a run."""
 
 import json
 import sys
@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import cache_dtypes
-from benchmarks.cache_dtypes import beginnings, compare, predictions
+from benchmarks import decode_dtypes
+from benchmarks.decode_dtypes import beginnings, compare, predictions
 from plt_jax.config.data import SyntheticConfig
 from plt_jax.data.corpus import load_corpus, read_documents
 from plt_jax.decoding.weights import prepare_for_decode
@@ -47,15 +47,19 @@ def run_directory(tmp_path_factory):
 
 
 def call(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["cache_dtypes", *map(str, words)])
-    cache_dtypes.main()
+    monkeypatch.setattr(sys, "argv", ["decode_dtypes", *map(str, words)])
+    decode_dtypes.main()
 
 
 def test_command(run_directory, monkeypatch, tmp_path, capsys):
     out = tmp_path / "cache.json"
     call(monkeypatch, run_directory, "--tokens", "6", "--documents", "2", "--out", out)
     rows = json.loads(out.read_text())["rows"]
-    assert [row["cache_dtype"] for row in rows] == ["float32", "bfloat16", "int8"]
+    assert [row["cache_dtype"] for row in rows] == [
+        *("float32", "bfloat16", "int8"),
+        *("float32", "int8"),
+    ]
+    assert [row["weights"] for row in rows] == ["float32"] * 3 + ["int8"] * 2
     assert rows[0]["mean_divergence"] == 0 and rows[0]["same_likeliest_token"] == 1
     assert all(0 < row["mean_divergence"] < 0.01 for row in rows[1:])
     assert "int8" in capsys.readouterr().out
