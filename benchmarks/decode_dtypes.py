@@ -132,7 +132,8 @@ def table(report: dict) -> str:
     ]
     lines += [
         f"{row['weights']:9} {row['cache_dtype']:9} {row['nats_per_token']:11.5f} "
-        f"{row['mean_divergence']:10.2e} {row['largest_divergence']:11.2e} {row['same_likeliest_token']:12.4f}"
+        f"{row['mean_divergence']:10.2e} {row['largest_divergence']:11.2e} "
+        f"{row['same_likeliest_token']:12.4f}"
         for row in report["rows"]
     ]
     return "\n".join(lines)
