@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import socket
@@ -17,6 +18,8 @@ from plt_jax.decoding.options import DTYPES, WEIGHTS
 from plt_jax.errors import FailedError, InputError
 
 if TYPE_CHECKING:  # they import JAX and the HTTP server
+    from jax.sharding import Mesh
+
     from plt_jax.runs.directory import Trained
     from plt_jax.serving.engine import Engine
     from plt_jax.serving.metrics import Metrics
@@ -37,9 +40,10 @@ def main() -> None:
     from plt_jax.runs.directory import open_trained
 
     with listening(arguments.host, arguments.port) as listener:
-        trained = open_trained(arguments.path, loops=arguments.loops, quantized=True)
+        mesh = serving_mesh(getattr(arguments, "mesh.tensor"))
+        trained = open_trained(arguments.path, mesh, arguments.loops, quantized=True)
         print("compiling the programs, which takes a minute or more", file=sys.stderr, flush=True)
-        model, metrics = build(trained, arguments)
+        model, metrics = build(trained, arguments, mesh)
         serve(model, metrics, listener, arguments.drain_seconds)
 
 
@@ -90,13 +94,25 @@ def parse() -> Namespace:
         "--loops", type=int, help="number of loops; default the number that it was trained with"
     )
     parser.add_argument(
+        "--mesh.tensor",
+        type=int,
+        default=1,
+        help="devices that share the model: each has a part of every weight, and of the cache",
+    )
+    parser.add_argument(
         "--drain_seconds",
         type=float,
         default=30.0,
         help="seconds that running texts get to end after SIGTERM",
     )
     arguments = parser.parse_args()
-    for name, least in (("slots", 1), ("queue", 0), ("prefill_tokens", 1), ("prefix_cache_mb", 0)):
+    for name, least in (
+        ("mesh.tensor", 1),
+        ("slots", 1),
+        ("queue", 0),
+        ("prefill_tokens", 1),
+        ("prefix_cache_mb", 0),
+    ):
         if getattr(arguments, name) < least:
             raise InputError(f"--{name} is {getattr(arguments, name)}; it must be at least {least}")
     if not 0 <= arguments.drain_seconds < 1e6:
@@ -123,14 +139,39 @@ def listening(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def build(trained: Trained, arguments: Namespace) -> tuple[ServedModel, Metrics]:
+def serving_mesh(devices: int) -> Mesh | None:
+    """The mesh of so many devices; None for one.
+
+    Raises:
+      InputError: there are fewer.
+    """
+    import jax
+
+    from plt_jax.config import MeshConfig
+    from plt_jax.distributed.mesh import make_mesh
+
+    here = jax.local_devices()
+    if devices > len(here):
+        raise InputError(f"--mesh.tensor is {devices}, but there are {len(here)} devices here")
+    if devices == 1:
+        return None
+    return make_mesh(MeshConfig(data=1, tensor=devices), here[:devices])
+
+
+def build(
+    trained: Trained, arguments: Namespace, mesh: Mesh | None = None
+) -> tuple[ServedModel, Metrics]:
     """The model with its engine, whose programs are compiled, and its numbers.
+
+    Args:
+      mesh: the mesh of the parameters; see `SlotModel`.
 
     Raises:
       InputError: an option does not fit the model.
     """
     from plt_jax.decoding.chat import find_chat_template
     from plt_jax.decoding.weights import prepare_for_decode
+    from plt_jax.distributed.mesh import use_mesh
     from plt_jax.serving.engine import Engine
     from plt_jax.serving.metrics import Metrics
     from plt_jax.serving.model import ServedModel
@@ -146,8 +187,9 @@ def build(trained: Trained, arguments: Namespace) -> tuple[ServedModel, Metrics]
         )
     template = find_chat_template(trained.directory / HUGGINGFACE, tokenizer)
     chunk = min(arguments.prefill_tokens, context)
-    weights = prepare_for_decode(config, trained.params, arguments.weights)
-    slots = SlotModel(config, weights, arguments.slots, context, chunk, arguments.cache_dtype)
+    with use_mesh(mesh) if mesh else contextlib.nullcontext():
+        weights = prepare_for_decode(config, trained.params, arguments.weights)
+    slots = SlotModel(config, weights, arguments.slots, context, chunk, arguments.cache_dtype, mesh)
     slots.compile()
     prefix_cache = PrefixCache(
         chunk,

@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
-from plt_jax.decoding.cache import Cache, init_cache
+from plt_jax.decoding.cache import Cache, init_cache, shard_cache
 from plt_jax.decoding.generation import NOT_FINITE
 from plt_jax.decoding.ops import head_logits
 from plt_jax.decoding.prefill import last_of_chunk, prefill_outputs
 from plt_jax.decoding.sampling import RowSampling, penalize, sample_rows
 from plt_jax.decoding.step import step_logits
+from plt_jax.distributed.axes import shard
 
 ALTERNATIVES = 20
 """The most likely tokens of which a step gives log-probabilities."""
@@ -83,25 +84,25 @@ class Block(flax.struct.PyTreeNode):
     """The loops' outputs at the block's last position."""
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def empty_state(
     config: ModelConfig, slots: int, context: int, cache_dtype: str | None
 ) -> SlotState:
     B, V = slots, config.vocab_size
     none_B, zeros_B, ones_B = jnp.zeros(B, jnp.int32), jnp.zeros(B), jnp.ones(B)
-    # Every field is an array of its own, since the state is donated.
     sampling = RowSampling(
         temperature_B=zeros_B,
-        top_k_B=none_B + 0,
+        top_k_B=none_B,
         top_p_B=ones_B,
-        min_p_B=zeros_B + 0,
-        repetition_penalty_B=ones_B + 0,
-        presence_penalty_B=zeros_B + 0,
-        frequency_penalty_B=zeros_B + 0,
+        min_p_B=zeros_B,
+        repetition_penalty_B=ones_B,
+        presence_penalty_B=zeros_B,
+        frequency_penalty_B=zeros_B,
     )
-    return SlotState(
+    state = SlotState(
         cache=init_cache(config, B, context, cache_dtype),
         tokens_B=none_B,
-        index_B=none_B + 0,
+        index_B=none_B,
         keys_B=jax.random.split(jax.random.key(0), B),
         loops_B=jnp.full(B, config.loop.count, jnp.int32),
         sampling=sampling,
@@ -109,13 +110,21 @@ def empty_state(
         seen_BV=jnp.zeros((B, V), bool),
         counts_BV=jnp.zeros((B, V), jnp.int32),
     )
+    return placed(state)
+
+
+def placed(state: SlotState) -> SlotState:
+    """The state as all programs take and return it under a mesh: the cache lies as decoding says,
+    and every device has the rest."""
+    whole = jax.tree.map(shard, state.replace(cache=None))
+    return whole.replace(cache=shard_cache(state.cache))
 
 
 @partial(jax.jit, donate_argnums=0)
 def start(state, slot, row, loops, seed, choice, prompt_S, biased, biases) -> SlotState:
     V = state.bias_BV.shape[1]
     cache, key = state.cache, jax.random.fold_in(jax.random.key(seed), choice)
-    return state.replace(
+    state = state.replace(
         cache=cache.replace(
             lengths=cache.lengths.at[slot].set(0), carried=cache.carried.at[slot].set(0)
         ),
@@ -133,6 +142,7 @@ def start(state, slot, row, loops, seed, choice, prompt_S, biased, biases) -> Sl
         seen_BV=state.seen_BV.at[slot].set(jnp.zeros(V, bool).at[prompt_S].set(True, mode="drop")),
         counts_BV=state.counts_BV.at[slot].set(0),
     )
+    return placed(state)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -176,7 +186,7 @@ def _draw_first(state: SlotState, slot, logits_1V, is_last) -> tuple[SlotState, 
         seen_BV=state.seen_BV.at[slot, at].max(is_last),
         counts_BV=state.counts_BV.at[slot, at].add(new),
     )
-    return state, drawn
+    return placed(state), drawn
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -199,7 +209,7 @@ def step(config, weights, state, active_B, log_probabilities) -> tuple[SlotState
         seen_BV=state.seen_BV.at[rows, at_B].max(active_B),
         counts_BV=state.counts_BV.at[rows, at_B].add(active_B.astype(jnp.int32)),
     )
-    return state, drawn
+    return placed(state), drawn
 
 
 class _DrawInputs(NamedTuple):
@@ -291,11 +301,10 @@ def load_block(state: SlotState, slot: jax.Array, start: jax.Array, block: Block
     arrays = jax.tree.map(put(start), (cache.keys, cache.values), block.slots)
     keys, values = jax.tree.map(put(cache.slots.capacity), arrays, block.windows)
     chunk = jax.tree.leaves(block.slots)[0].shape[2]
-    return state.replace(
-        cache=cache.replace(
-            keys=keys,
-            values=values,
-            lengths=cache.lengths.at[slot].set(start + chunk),
-            carried=jax.lax.dynamic_update_slice_in_dim(cache.carried, block.carried, slot, 0),
-        )
+    cache = cache.replace(
+        keys=keys,
+        values=values,
+        lengths=cache.lengths.at[slot].set(start + chunk),
+        carried=jax.lax.dynamic_update_slice_in_dim(cache.carried, block.carried, slot, 0),
     )
+    return placed(state.replace(cache=cache))

@@ -6,17 +6,20 @@ it leaves the row at any step. All programs are compiled before the first reques
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import init_cache
 from plt_jax.decoding.sampling import RowSampling
 from plt_jax.decoding.weights import DecodeWeights
+from plt_jax.distributed.mesh import use_mesh
 from plt_jax.serving import slot_programs
 from plt_jax.serving.request import SlotSampling
 from plt_jax.serving.slot_programs import Block, Drawn, Scores
@@ -41,6 +44,7 @@ class SlotModel:
         context: int,
         chunk: int,
         cache_dtype: str | None = None,
+        mesh: Mesh | None = None,
     ):
         """Makes the state of empty slots.
 
@@ -49,13 +53,20 @@ class SlotModel:
           context: tokens that fit into each.
           chunk: tokens of the largest chunk of a prefill, and of a block of `save_block`.
           cache_dtype: see `init_cache`.
+          mesh: the mesh over which the weights lie; default one device. Only its tensor axis may
+            have several devices, since most programs work on single rows of the cache.
 
         Raises:
           InputError: see `init_cache`.
         """
         self.config, self._weights, self.slots, self.chunk = config, weights, slots, chunk
-        self.context = context
-        self._state = slot_programs.empty_state(config, slots, context, cache_dtype)
+        self.context, self._mesh = context, mesh
+        with self._on_mesh():
+            self._state = slot_programs.empty_state(config, slots, context, cache_dtype)
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager[None]:
+        """Makes the mesh current, in whichever thread this is."""
+        return use_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
 
     @property
     def chunks(self) -> list[int]:
@@ -99,9 +110,10 @@ class SlotModel:
         row = {name: _SCALARS.get(name, np.float32)(value) for name, value in row.items()}
         loops = np.int32(sampling.loops or self.config.loop.count)
         seed, choice = np.uint32(sampling.seed), np.uint32(sampling.choice)
-        self._state = slot_programs.start(
-            self._state, np.int32(slot), row, loops, seed, choice, prompt_S, biased, biases
-        )
+        with self._on_mesh():
+            self._state = slot_programs.start(
+                self._state, np.int32(slot), row, loops, seed, choice, prompt_S, biased, biases
+            )
 
     def prefill(
         self,
@@ -129,33 +141,39 @@ class SlotModel:
             np.int32(len(tokens)),
             np.bool_(is_last),
         )
-        if following is None:
-            self._state, drawn = slot_programs.prefill(
-                self.config, self._weights, self._state, *arguments
+        with self._on_mesh():
+            if following is None:
+                self._state, drawn = slot_programs.prefill(
+                    self.config, self._weights, self._state, *arguments
+                )
+                return drawn, None
+            self._state, drawn, scores = slot_programs.prefill_scored(
+                self.config, self._weights, self._state, *arguments, _padded(following, size)
             )
-            return drawn, None
-        self._state, drawn, scores = slot_programs.prefill_scored(
-            self.config, self._weights, self._state, *arguments, _padded(following, size)
-        )
-        return drawn, scores
+            return drawn, scores
 
     def step(self, active_B: np.ndarray, log_probabilities: bool) -> Drawn:
         """Appends each active slot's newest token and draws the next one, [B]; others are junk."""
-        self._state, drawn = slot_programs.step(
-            self.config, self._weights, self._state, active_B, np.bool_(log_probabilities)
-        )
+        with self._on_mesh():
+            self._state, drawn = slot_programs.step(
+                self.config, self._weights, self._state, active_B, np.bool_(log_probabilities)
+            )
         return drawn
 
     def save_block(self, slot: int, start: int) -> Block:
         """A copy of what a slot holds of `chunk` tokens from position `start` on, with which it
         ends."""
-        return slot_programs.save_block(
-            self.chunk, self._state.cache, np.int32(slot), np.int32(start)
-        )
+        with self._on_mesh():
+            return slot_programs.save_block(
+                self.chunk, self._state.cache, np.int32(slot), np.int32(start)
+            )
 
     def load_block(self, slot: int, start: int, block: Block) -> None:
         """Appends a block to a slot, which holds `start` tokens."""
-        self._state = slot_programs.load_block(self._state, np.int32(slot), np.int32(start), block)
+        with self._on_mesh():
+            self._state = slot_programs.load_block(
+                self._state, np.int32(slot), np.int32(start), block
+            )
 
 
 def block_bytes(config: ModelConfig, chunk: int, cache_dtype: str | None = None) -> int:

@@ -23,13 +23,18 @@ from plt_jax import (
     prefill,
     prepare_for_decode,
 )
-from plt_jax.config import SCHEMES, RunConfig
+from plt_jax.config import SCHEMES, MeshConfig, RunConfig
 from plt_jax.decoding import fused_attention, mosaic_kernel
 from plt_jax.decoding.quantization import dequantize_params, quantize_params
 from plt_jax.distributed.mesh import make_mesh, shardings_of, use_mesh
 from plt_jax.model.transformer import abstract_params
+from plt_jax.serving.prefix_cache import PrefixCache
+from plt_jax.serving.scheduler import Scheduler
+from plt_jax.serving.slots import SlotModel
 from tests.decoding import plain_kernel
 from tests.models import random_params, random_tokens, small_config
+from tests.serving.fake_slots import run_to_end
+from tests.serving.test_slots import random_requests
 
 CAPACITY = 16
 """Little more than the tokens, so that every part of a split cache holds some."""
@@ -160,6 +165,45 @@ def generated(mesh: dict) -> list:
         return [alone, draw(placed)]
 
 
+def served(weights_dtype: str | None = None) -> dict:
+    """Texts that two devices serve together, those that `generate` gives alone, and the programs
+    that were compiled while they were served."""
+    config = small_config("plt", 2, vocab_size=32)
+    params = random_params(config)
+    mesh = make_mesh(MeshConfig(data=1, tensor=2), jax.devices()[:2])
+    placed = jax.device_put(params, shardings_of(abstract_params(config), mesh))
+    with use_mesh(mesh):
+        weights = prepare_for_decode(config, placed, weights_dtype)
+    model = SlotModel(config, weights, 3, 64, 16, mesh=mesh)
+    model.compile()
+    requests, compiled = random_requests(6, sampled=True), []
+
+    def listen(event: str, seconds: float, **about) -> None:
+        if event.endswith("backend_compile_duration"):
+            compiled.append(about.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    scheduler = Scheduler(model, PrefixCache(16, 1, 100), 100)
+    scheduler.submit(requests)
+    run_to_end(scheduler)
+    while_served = list(compiled)
+    alone = prepare_for_decode(config, params, weights_dtype)
+    return {
+        "served": [request.listener.ids for request in requests],
+        "alone": [generated_alone(config, alone, request) for request in requests],
+        "compiled": while_served,
+        "compiled alone": compiled,
+    }
+
+
+def generated_alone(config, weights, request) -> list[int]:
+    sampling = request.sampling
+    key = jax.random.fold_in(jax.random.key(sampling.seed), sampling.choice)
+    alike = Sampling(sampling.temperature, sampling.top_k, sampling.top_p)
+    new = request.max_new_tokens
+    return generate(config, weights, [request.prompt], new, alike, key[None])[0].tolist()
+
+
 def main() -> None:
     meshes = {name: make_mesh(RunConfig(mesh=mesh).mesh) for name, (mesh, _, _) in CASES.items()}
     with redirect_stdout(sys.stderr):
@@ -174,6 +218,7 @@ def main() -> None:
             },
             "int8": decode(meshes["sequence"], 2, "plt", 2, "int8"),
             "int8 weights": decode(meshes["all"], 2, "plt", 2, None, "int8"),
+            "served": [served(), served("int8")],
             "generated": generated(meshes["all"]),
             "fused": {
                 gate_input: fused(meshes["heads"], 4, gate_input)  # no slots are split there

@@ -44,6 +44,14 @@ def test_weights_in_eight_bits_split_too(found):
     assert got["wide weight"] == [[16, 24 // 4], [16, 1]]
 
 
+@pytest.mark.parametrize("case", [0, 1], ids=["float32", "int8"])
+def test_several_devices_serve_what_one_generates(found, case):
+    got = found["served"][case]
+    assert got["served"] == got["alone"]
+    assert got["compiled"] == []
+    assert got["compiled alone"]  # so the count counts
+
+
 def test_the_same_tokens_are_drawn(found):
     alone, together = found["generated"]
     assert alone == together
