@@ -158,15 +158,16 @@ class Served:
         return seconds
 
     def step_seconds(self) -> float:
-        """Seconds of a decode step of all slots, without a scheduler."""
+        """Seconds of a decode step of all slots, without a scheduler, at the longest request."""
+        longest = self._arguments.prompt[1] + self._arguments.output[1]
         for slot in range(self.slots):
             self.model.start(slot, SlotSampling(), [1])
             self.model.prefill(slot, [1], is_last=True)
         active = np.ones(self.slots, bool)
-        jax.block_until_ready(self.model.step(active, False))
+        jax.block_until_ready(self.model.step(active, False, longest))
         began = time.perf_counter()
         for _ in range(STEPS):
-            drawn = self.model.step(active, False)
+            drawn = self.model.step(active, False, longest)
         jax.block_until_ready(drawn)
         return (time.perf_counter() - began) / STEPS
 

@@ -116,7 +116,7 @@ def attend_gated(
     values: Stored,
     masks: tuple[jax.Array, jax.Array],
     gate_BNR: jax.Array,
-    windows_at: int,
+    read: tuple[int, int],
     axes: tuple[str, ...] = (),
 ) -> jax.Array:
     """G-SWA of one row for each loop, in as many products as `attend`, [B, N, R, H].
@@ -128,14 +128,19 @@ def attend_gated(
       masks: the shared slots and the slots of its window that a row sees, as in `attend`. A row
         without a window need not see any.
       gate_BNR: the weight of the shared slots, float32; 1 for rows without a window.
-      windows_at: the number of the first slot that is not shared.
+      read: the number of shared slots that are read, from the first on, and the number of the first
+        slot that is not shared.
     """
     on_cpu = traced_platform() == "cpu" and not axes
-    if on_cpu and windows_at >= LONG_CACHE:
-        shared = cache_attention(q_BNRH, keys, values, masks[0])
-        keys, values = jax.tree.map(lambda array: array[:, :, windows_at:], (keys, values))
-        window = cache_attention(q_BNRH, keys, values, masks[1][..., windows_at:])
-        return blend(gate_BNR, shared.heads(q_BNRH), window.heads(q_BNRH))
+    positions, windows_at = read
+    if positions < windows_at or (on_cpu and windows_at >= LONG_CACHE):
+
+        def over(part: slice, mask: jax.Array) -> jax.Array:
+            k, v = jax.tree.map(lambda array: array[:, :, part], (keys, values))
+            return cache_attention(q_BNRH, k, v, mask[..., part]).heads(q_BNRH)
+
+        shared, window = over(slice(positions), masks[0]), over(slice(windows_at, None), masks[1])
+        return blend(gate_BNR, shared, window)
     logits_BKGRS = _logits(q_BNRH, keys)
     g = gate_BNR.reshape(*logits_BKGRS.shape[:4], 1)
     # Where a row has no window, the weights of all its slots are equal, and times zero.

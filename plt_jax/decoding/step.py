@@ -10,12 +10,13 @@ position.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from plt_jax.config import ModelConfig
+from plt_jax.config import LoopConfig, ModelConfig
 from plt_jax.decoding.attention import attend, attend_gated, shard_map_attention
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, shard_cache, write
 from plt_jax.decoding.checks import check_step
@@ -80,38 +81,48 @@ def step_logits(
     tokens: jax.Array,
     cache: Cache,
     loops_B: jax.Array | None = None,
+    longest: int | None = None,
 ) -> tuple[jax.Array, Cache]:
     """Does what `decode_step` does, without its checks, for callers that are jitted themselves.
 
     Args:
       loops_B: int32, the number of loops after which each sequence's logits are taken, 1 to L;
         default L for all. The cache has all loops in any case.
+      longest: positions of the longest sequence behind the step, at least. The slots of later
+        positions are not read, so logits of sequences that are longer are wrong. Default: the
+        cache's capacity.
     """
     normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
     E_B1D = embed_tokens(weights, tokens[:, None], config.dtype)
     one_pass = config.loop.shifted or config.loop.count == 1
     run_loops = _run_loops_together if one_pass else _run_loops_in_turn
-    output_B1D, cache = run_loops(config, weights, normalize, E_B1D, cache, loops_B)
+    positions = cache.capacity if longest is None else min(longest, cache.capacity)
+    run_rows = partial(_run_rows, config, weights, positions)
+    output_B1D, cache = run_loops(config.loop, run_rows, normalize, E_B1D, cache, loops_B)
     cache = shard_cache(cache.replace(lengths=cache.lengths + 1))
     return head_logits(weights, output_B1D)[:, 0], cache
 
 
+RunRows = Callable[[range, jax.Array, Cache], tuple[jax.Array, Cache]]
+"""See `_run_rows`."""
+
+
 def _run_loops_together(
-    config: ModelConfig,
-    weights: DecodeWeights,
+    loop: LoopConfig,
+    run_rows: RunRows,
     normalize: Norm,
     E_B1D: jax.Array,
     cache: Cache,
     loops_B: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
     """All loops in one pass: the last loop's output [B, 1, D], and the cache after it."""
-    loop, x_BLD = config.loop, E_B1D
+    x_BLD = E_B1D
     if loop.count > 1:
         # The cache holds the outputs of the position before: they are shifted already.
         previous = cache.carried.astype(E_B1D.dtype)
         later_BLD = next_loop_input(loop, E_B1D, previous, shift=lambda output: output)
         x_BLD = jnp.concatenate([E_B1D, later_BLD], axis=1)
-    hidden_BLD, cache = _run_rows(config, weights, range(loop.count), x_BLD, cache)
+    hidden_BLD, cache = run_rows(range(loop.count), x_BLD, cache)
     is_last_L1 = jnp.arange(loop.count)[:, None] == loop.count - 1
     output_BLD = loop_output(loop, hidden_BLD, normalize, is_last_L1)
     carried_BLD = output_BLD[:, : cache.carried.shape[1]].astype(cache.carried.dtype)
@@ -122,17 +133,17 @@ def _run_loops_together(
 
 
 def _run_loops_in_turn(
-    config: ModelConfig,
-    weights: DecodeWeights,
+    loop: LoopConfig,
+    run_rows: RunRows,
     normalize: Norm,
     E_B1D: jax.Array,
     cache: Cache,
     loops_B: jax.Array | None,
 ) -> tuple[jax.Array, Cache]:
     """One pass for each loop: the last loop's output [B, 1, D], and the cache after it."""
-    loop, output_B1D, hidden = config.loop, E_B1D, []
+    output_B1D, hidden = E_B1D, []
     for index in range(loop.count):
-        hidden_B1D, cache = _run_rows(config, weights, range(index, index + 1), output_B1D, cache)
+        hidden_B1D, cache = run_rows(range(index, index + 1), output_B1D, cache)
         output_B1D = loop_output(loop, hidden_B1D, normalize, is_last=index == loop.count - 1)
         hidden.append(hidden_B1D)
     if loops_B is None:
@@ -141,14 +152,23 @@ def _run_loops_in_turn(
 
 
 def _run_rows(
-    config: ModelConfig, weights: DecodeWeights, loops: range, x_BRD: jax.Array, cache: Cache
+    config: ModelConfig,
+    weights: DecodeWeights,
+    positions: int,
+    loops: range,
+    x_BRD: jax.Array,
+    cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """All layers over one row for each loop of `loops`: hidden states [B, R, D], and the cache."""
+    """All layers over one row for each loop of `loops`: hidden states [B, R, D], and the cache.
+
+    Args:
+      positions: the number of positions whose slots are read.
+    """
     rotation = rope_rotation(config, cache.lengths[:, None])
     if decode_kernel(config, cache) == "mosaic":
         ops, attend_rows = FUSED_OPS, partial(attend_rows_fused, config, cache.slots)
     else:
-        attend_rows = partial(_attend_rows, config, loops, cache.slots)
+        attend_rows = partial(_attend_rows, config, loops, cache.slots, positions)
         ops, attend_rows = DECODE_OPS, partial(shard_map_attention, attend_rows)
     layers = []
     for layer_weights, layer_cache in zip(weights.layers, cache.layers(), strict=True):
@@ -169,6 +189,7 @@ def _attend_rows(
     config: ModelConfig,
     loops: range,
     slots: Slots,
+    positions: int,
     q_BNRH: jax.Array,
     k_BKRH: jax.Array,
     v_BKRH: jax.Array,
@@ -182,12 +203,24 @@ def _attend_rows(
     All rows of a sequence are at the position behind its `lengths`. Where the cache is full, they
     are at the last position instead: checks refuse that outside of jit, and inside the sequence's
     logits are wrong.
+
+    Args:
+      positions: the number of positions whose slots are read, if this device holds all slots.
     """
     own = config.loop.later_attention == "own"
     held = cache.keys[0].shape[2]
     position_B = jnp.minimum(lengths_B, slots.capacity - 1)
     slot_S = shard.start + jnp.arange(held)
     shared_B1S = slot_S <= position_B[:, None, None]
+    if shard.axes:
+        positions = slots.capacity
+
+    def attend_shared(keys: Stored, values: Stored, q_BNRH: jax.Array) -> jax.Array:
+        mask_B1S = shared_B1S
+        if positions < slots.capacity:
+            mask_B1S = mask_B1S[..., :positions]
+            keys, values = jax.tree.map(lambda array: array[:, :, :positions], (keys, values))
+        return attend(q_BNRH, keys, values, mask_B1S, shard.axes)
 
     def written(stored: Stored, new_BKRH: jax.Array, rows: list[int]) -> Stored:
         """The array with the new keys or values of some rows."""
@@ -203,7 +236,7 @@ def _attend_rows(
             keys[index] = written(keys[index], k_BKRH, [row])
             values[index] = written(values[index], v_BKRH, [row])
             q_BN1H = q_BNRH[:, :, row : row + 1]
-            outs.append(attend(q_BN1H, keys[index], values[index], shared_B1S, shard.axes))
+            outs.append(attend_shared(keys[index], values[index], q_BN1H))
         return jnp.concatenate(outs, axis=2), LayerCache(tuple(keys), tuple(values))
     # Loops are further queries here: every slot is read once for all of them.
     rows = [row for row, index in enumerate(loops) if index == 0 or slots.window]
@@ -211,9 +244,10 @@ def _attend_rows(
     keys, values = written(keys, k_BKRH, rows), written(values, v_BKRH, rows)
     cache = LayerCache((keys,), (values,))
     if not slots.window or loops[-1] == 0:
-        return attend(q_BNRH, keys, values, shared_B1S, shard.axes), cache
+        return attend_shared(keys, values, q_BNRH), cache
     assert gate_BNR is not None  # schemes with windows have gates
     masks = (shared_B1S, slots.seen(loops, position_B, slot_S))
     gate_BNR = jnp.where(jnp.array(loops) > 0, gate_BNR, 1.0)
-    attended = attend_gated(q_BNRH, keys, values, masks, gate_BNR, slots.capacity, shard.axes)
+    read = (positions, slots.capacity)
+    attended = attend_gated(q_BNRH, keys, values, masks, gate_BNR, read, shard.axes)
     return attended, cache

@@ -291,7 +291,9 @@ class Scheduler:
             active_B[run.slot] = True
             run.pending += 1
         asked = any(run.request.log_probabilities for run in runs)
-        return [_Sent(self._slots.step(active_B, asked), [(run, run.slot) for run in runs])]
+        longest = max(run.prefilled + run.pending - 1 for run in runs)
+        drawn = self._slots.step(active_B, asked, longest)
+        return [_Sent(drawn, [(run, run.slot) for run in runs])]
 
     def _read(self, sent: _Sent) -> None:
         """Waits for a program and tells the listeners what it drew."""

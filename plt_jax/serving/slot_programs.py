@@ -189,11 +189,13 @@ def _draw_first(state: SlotState, slot, logits_1V, is_last) -> tuple[SlotState, 
     return placed(state), drawn
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def step(config, weights, state, active_B, log_probabilities) -> tuple[SlotState, Drawn]:
+@partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def step(
+    config, longest: int, weights, state, active_B, log_probabilities
+) -> tuple[SlotState, Drawn]:
     before = state.cache
     logits_BV, cache = step_logits(
-        config, weights, jnp.maximum(state.tokens_B, 0), before, state.loops_B
+        config, weights, jnp.maximum(state.tokens_B, 0), before, state.loops_B, longest
     )
     cache = cache.replace(
         lengths=jnp.where(active_B, cache.lengths, before.lengths),

@@ -29,6 +29,9 @@ MOST_BIASES = 300
 SMALLEST_CHUNK = 16
 """Tokens of the smallest chunk that a prefill program is compiled for."""
 
+LEAST_READ = 256
+"""The smallest number of positions that a step reads, at least."""
+
 _SCALARS = {"top_k_B": np.int32}
 """The dtypes of RowSampling's fields that are not float32."""
 
@@ -76,6 +79,14 @@ class SlotModel:
             sizes.append(sizes[-1] // 4)
         return sizes[::-1]
 
+    @property
+    def reads(self) -> list[int]:
+        """The numbers of positions whose keys a decode step reads; there is a program for each."""
+        sizes = [self.context]
+        while sizes[-1] // 4 >= LEAST_READ:
+            sizes.append(-(-sizes[-1] // 4))
+        return sizes[::-1]
+
     def padded(self, count: int) -> int:
         """The tokens of the chunk that a prefill of `count` tokens is computed as."""
         return next(size for size in self.chunks if size >= count)
@@ -88,7 +99,8 @@ class SlotModel:
                 self.prefill(0, [0] * size, is_last=True)
                 self.prefill(0, [0] * size, is_last=True, following=[0] * size)
             self.load_block(0, 0, self.save_block(0, 0))
-            drawn = self.step(np.zeros(self.slots, bool), log_probabilities=False)
+            for size in self.reads:
+                drawn = self.step(np.zeros(self.slots, bool), False, size)
         jax.block_until_ready(drawn)
 
     def start(self, slot: int, sampling: SlotSampling, prompt: Sequence[int]) -> None:
@@ -152,11 +164,16 @@ class SlotModel:
             )
             return drawn, scores
 
-    def step(self, active_B: np.ndarray, log_probabilities: bool) -> Drawn:
-        """Appends each active slot's newest token and draws the next one, [B]; others are junk."""
+    def step(self, active_B: np.ndarray, log_probabilities: bool, longest: int) -> Drawn:
+        """Appends each active slot's newest token and draws the next one, [B]; others are junk.
+
+        Args:
+          longest: tokens in the fullest active slot, with the newest one.
+        """
+        size = next(size for size in self.reads if size >= longest)
         with self._on_mesh():
             self._state, drawn = slot_programs.step(
-                self.config, self._weights, self._state, active_B, np.bool_(log_probabilities)
+                self.config, size, self._weights, self._state, active_B, np.bool_(log_probabilities)
             )
         return drawn
 

@@ -73,13 +73,13 @@ class FakeSlots:
             self.newest[slot] = next_token(self.held[slot], self.seeds[slot])
         return self._drawn([self.newest[slot]]), scores
 
-    def step(self, active_B: np.ndarray, log_probabilities: bool) -> Drawn:
+    def step(self, active_B: np.ndarray, log_probabilities: bool, longest: int) -> Drawn:
         self.log.append(("step", int(active_B.sum())))
         for slot in np.flatnonzero(active_B):
             newest = self.newest[slot]
             assert newest is not None, "a step before the prompt is complete"
             self.held[slot].append(newest)
-            assert len(self.held[slot]) <= self.context
+            assert len(self.held[slot]) <= min(longest, self.context)
             self.newest[slot] = next_token(self.held[slot], self.seeds[slot])
         return self._drawn(self.newest)
 

@@ -27,9 +27,9 @@ class Waiting(Recorder):
 class SlowSlots(FakeSlots):
     """Slots whose steps take time."""
 
-    def step(self, active_B, log_probabilities):
+    def step(self, active_B, log_probabilities, longest):
         time.sleep(0.01)
-        return super().step(active_B, log_probabilities)
+        return super().step(active_B, log_probabilities, longest)
 
 
 def make(slots):
@@ -82,7 +82,7 @@ def test_a_stop_ends_what_takes_too_long():
 
 def test_an_error_of_the_device_ends_all_and_is_told():
     class Failing(FakeSlots):
-        def step(self, active_B, log_probabilities):
+        def step(self, active_B, log_probabilities, longest):
             raise RuntimeError("out of memory")
 
     slots, told = Failing(2, 64, 8), threading.Event()

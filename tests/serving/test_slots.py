@@ -10,7 +10,7 @@ import pytest
 from plt_jax import Sampling, generate
 from plt_jax.decoding.weights import prepare_for_decode
 from plt_jax.model.looping import with_loops
-from plt_jax.serving import slot_programs
+from plt_jax.serving import slot_programs, slots
 from plt_jax.serving.prefix_cache import PrefixCache
 from plt_jax.serving.request import Finish, Request, SlotSampling
 from plt_jax.serving.scheduler import Scheduler
@@ -105,6 +105,17 @@ def test_other_caches_windows_and_layers(settings, cache_dtype):
     requests = random_requests(5, seed=3)
     schedule(config, requests, 100, cache_dtype, arrive=lambda index: index)
     assert_as_alone(config, requests, cache_dtype=cache_dtype)
+
+
+@pytest.mark.parametrize(("scheme", "count"), THREE_LOOPS)
+def test_steps_that_read_a_part_of_the_slots(monkeypatch, scheme, count):
+    """Texts that outgrow it are read as a whole; the others go on beside them."""
+    monkeypatch.setattr(slots, "LEAST_READ", 4)
+    config = small_config(scheme, count)
+    assert slot_model(config).reads == [4, 16, 64]
+    requests = random_requests(6, sampled=True)
+    schedule(config, requests, arrive=lambda index: index * 4)
+    assert_as_alone(config, requests)
 
 
 @pytest.mark.parametrize("settings", [{}, MOE], ids=["dense", "experts"])
