@@ -15,8 +15,6 @@ import asyncio
 import collections
 import json
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -24,6 +22,7 @@ from pathlib import Path
 
 import httpx
 
+from benchmarks.server_process import ServerProcess, server_process
 from plt_jax.benchmarks.machine import machine
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.errors import FailedError
@@ -188,36 +187,21 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run = import_model(Path(folder))
-        words = ["--port", "0", "--slots", str(SLOTS), "--prefill_tokens", "16"]
-        # A file, since a pipe that nobody reads would stop the server.
-        said = Path(folder) / "stderr.txt"
-        with said.open("w", encoding="utf-8") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "plt_jax.serve", str(run), *words, "--queue", "64"],
-                stderr=file,
-            )
-        try:
-            report = asyncio.run(load(process, said, arguments.requests, arguments.seed))
-        finally:
-            process.terminate()
-            status = process.wait(60)
-            print(said.read_text(encoding="utf-8")[-3000:], file=sys.stderr)
-    report |= {"exit_status": status, "machine": machine()}
+        words = ("--slots", SLOTS, "--prefill_tokens", 16, "--queue", 64)
+        with server_process(run, *words) as server:
+            report = asyncio.run(load(server, arguments.requests, arguments.seed))
+    report["machine"] = machine()
     report["command"] = f"python -m benchmarks.serve_load --requests {arguments.requests}"
     print(json.dumps(report, indent=1))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    if status or report["left_running"] or report["growth"] > MOST_GROWTH:
-        raise FailedError("the server leaks, or has failed")
+    if report["left_running"] or report["growth"] > MOST_GROWTH:
+        raise FailedError("the server leaks")
 
 
-async def load(process: subprocess.Popen, said: Path, requests: int, seed: int) -> dict:
+async def load(server: ServerProcess, requests: int, seed: int) -> dict:
     """Sends all requests; returns what was sent, and the server's memory in MB."""
-    while "is served at" not in (text := said.read_text(encoding="utf-8")):
-        if process.poll() is not None:
-            raise FailedError(f"the server did not start: {text}")
-        await asyncio.sleep(0.1)
-    url = text.split()[-1]
+    process, url = server
     sender = Sender(url, seed)
     memory: list[float] = []
     turns = iter(range(requests))

@@ -354,7 +354,7 @@ def parse() -> argparse.Namespace:
         help="tokens of a prompt that is admitted beside running texts; 0 for none",
     )
     parser.add_argument(
-        "--prefill_tokens", type=int, default=32, help="tokens of prompts between two steps"
+        "--prefill_tokens", type=int, default=16, help="tokens of prompts between two steps"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute dtype; default the config's"

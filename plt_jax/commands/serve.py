@@ -29,6 +29,10 @@ API_KEY = "PLT_API_KEY"
 """The environment variable with the key that clients must send."""
 MEBIBYTE = 2**20
 
+PREFILL_ON_CPU, PREFILL_ELSEWHERE = 16, 256
+"""Tokens of prompts between two steps: on a CPU so few that running texts wait no more than two
+steps longer, elsewhere so many that arithmetic, and not the weights' reading, takes the time."""
+
 
 def main() -> None:
     arguments = parse()
@@ -69,9 +73,8 @@ def parse() -> Namespace:
     parser.add_argument(
         "--prefill_tokens",
         type=int,
-        default=32,
-        help="tokens of prompts that are read between two steps of running texts; some hundreds "
-        "on a GPU",
+        help="tokens of prompts that are read between two steps of running texts; default "
+        f"{PREFILL_ON_CPU} on a CPU, {PREFILL_ELSEWHERE} elsewhere",
     )
     parser.add_argument(
         "--prefix_cache_mb",
@@ -113,8 +116,9 @@ def parse() -> Namespace:
         ("prefill_tokens", 1),
         ("prefix_cache_mb", 0),
     ):
-        if getattr(arguments, name) < least:
-            raise InputError(f"--{name} is {getattr(arguments, name)}; it must be at least {least}")
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} is {value}; it must be at least {least}")
     if not 0 <= arguments.drain_seconds < 1e6:
         raise InputError(f"--drain_seconds is {arguments.drain_seconds}; it must be 0 to a million")
     if os.environ.get(API_KEY) == "":
@@ -169,6 +173,8 @@ def build(
     Raises:
       InputError: an option does not fit the model.
     """
+    import jax
+
     from plt_jax.decoding.chat import find_chat_template
     from plt_jax.decoding.weights import prepare_for_decode
     from plt_jax.distributed.mesh import use_mesh
@@ -186,7 +192,8 @@ def build(
             f"--context is {context}; it must be 2 to {config.max_length}, the model's"
         )
     template = find_chat_template(trained.directory / HUGGINGFACE, tokenizer)
-    chunk = min(arguments.prefill_tokens, context)
+    usual = PREFILL_ON_CPU if jax.default_backend() == "cpu" else PREFILL_ELSEWHERE
+    chunk = min(arguments.prefill_tokens or usual, context)
     with use_mesh(mesh) if mesh else contextlib.nullcontext():
         weights = prepare_for_decode(config, trained.params, arguments.weights)
     slots = SlotModel(config, weights, arguments.slots, context, chunk, arguments.cache_dtype, mesh)

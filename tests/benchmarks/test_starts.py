@@ -24,6 +24,7 @@ COMMANDS = (
     "benchmarks.products",
     "benchmarks.saving",
     "benchmarks.scaling",
+    "benchmarks.serve_http",
     "benchmarks.serve_load",
     "benchmarks.speeches_and_code",
     "plt_jax.benchmarks.ablation",

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from plt_jax import Sampling, generate
 from plt_jax.decoding.weights import prepare_for_decode
@@ -96,15 +98,40 @@ def test_texts_in_company_are_those_alone(scheme, count):
 
 
 @pytest.mark.parametrize(
-    ("settings", "cache_dtype"),
+    ("changed", "cache_dtype"),
     [({}, "int8"), ({"window": 70}, None), (MOE, None)],
     ids=["int8", "windows longer than the text", "experts"],
 )
-def test_other_caches_windows_and_layers(settings, cache_dtype):
-    config = small_config("plt", 2, **settings)
+def test_other_caches_windows_and_layers(changed, cache_dtype):
+    config = small_config("plt", 2, **changed)
     requests = random_requests(5, seed=3)
     schedule(config, requests, 100, cache_dtype, arrive=lambda index: index)
     assert_as_alone(config, requests, cache_dtype=cache_dtype)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 99),
+    arrivals=st.lists(st.integers(0, 30), min_size=6, max_size=6),
+    cancels=st.lists(st.one_of(st.none(), st.integers(0, 60)), min_size=6, max_size=6),
+)
+def test_texts_beside_cancelled_ones_are_those_alone(seed, arrivals, cancels):
+    """A slot that is left at any step is the next request's as if nobody had been there."""
+    config = small_config("plt", 3)
+    requests = random_requests(6, seed=seed, sampled=True)
+    scheduler = Scheduler(slot_model(config), PrefixCache(CHUNK, 1, 100), 100)
+    for tick in range(61):
+        arriving = [r for r, at in zip(requests, arrivals, strict=True) if at == tick]
+        scheduler.submit(arriving)
+        for request, at in zip(requests, cancels, strict=True):
+            if at == tick:
+                scheduler.cancel(request)
+        scheduler.tick()
+    run_to_end(scheduler)
+    assert all(len(request.listener.ends) == 1 for request in requests)
+    whole = [request for request in requests if request.listener.ends == [Finish.LENGTH]]
+    if whole:
+        assert_as_alone(config, whole)
 
 
 @pytest.mark.parametrize(("scheme", "count"), THREE_LOOPS)
@@ -118,9 +145,9 @@ def test_steps_that_read_a_part_of_the_slots(monkeypatch, scheme, count):
     assert_as_alone(config, requests)
 
 
-@pytest.mark.parametrize("settings", [{}, MOE], ids=["dense", "experts"])
-def test_weights_in_eight_bits(settings):
-    config = small_config("plt", 2, **settings)
+@pytest.mark.parametrize("changed", [{}, MOE], ids=["dense", "experts"])
+def test_weights_in_eight_bits(changed):
+    config = small_config("plt", 2, **changed)
     requests = random_requests(5, seed=3)
     schedule(config, requests, 100, None, "int8", arrive=lambda index: index)
     weights = prepare_for_decode(config, random_params(config), "int8")
