@@ -9,7 +9,7 @@ with [DONE], or has no text, counts as a failure.
 
 import random
 
-from locust import HttpUser, constant, task
+from locust import HttpUser, constant, task  # pyright: ignore[reportMissingImports]
 
 PROMPTS = ("My fellow Americans,", "The work of peace", "Tonight I can report that", "We will")
 

@@ -298,6 +298,14 @@ def attend_window(
     """
     window, chunk = before[0].shape[2], q_BNCH.shape[2]
     keys, values = (jnp.concatenate(both, axis=2) for both in zip(before, new, strict=True))
+    if chunk <= window:
+        # So few queries are multiplied with all keys: in blocks, positions before the chunk would
+        # have queries, too.
+        query_C1, key_S = window + jnp.arange(chunk)[:, None], jnp.arange(window + chunk)
+        near_CS = (key_S <= query_C1) & (key_S > query_C1 - window)
+        exists_BS = jnp.pad(held_BW, ((0, 0), (0, chunk)), constant_values=True)
+        mask_BCS = near_CS & exists_BS[:, None]
+        return cache_attention(q_BNCH, keys, values, mask_BCS).heads(q_BNCH)
     # Positions before the text get the number of another document, so that no query sees them.
     # All positions before the chunk get queries too, whose outputs are dropped.
     documents = jnp.concatenate([held_BW, jnp.ones((len(held_BW), chunk), bool)], axis=1)

@@ -21,6 +21,7 @@ COMMANDS = (
     "benchmarks.faults",
     "benchmarks.grouped",
     "benchmarks.interop",
+    "benchmarks.llama_peer",
     "benchmarks.products",
     "benchmarks.saving",
     "benchmarks.scaling",
