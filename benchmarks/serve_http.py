@@ -4,7 +4,8 @@ python -m benchmarks.serve_http RUN --clients 8
 
 It starts `plt_jax.serve` on a run and opens as many streams at once as there are clients. Beside it
 the engine serves the same requests within this process, to listeners that only count, and the
-device runs as many decode steps with no scheduler. All three are measured in turn, round by round.
+device runs the same prefills and as many decode steps with no scheduler. All three are measured in
+turn, round by round.
 """
 
 from __future__ import annotations
@@ -76,12 +77,14 @@ def main() -> None:
     prompt = trained.tokenizer.encode_prompt(PROMPT)
 
     def steps() -> float:
+        began = time.perf_counter()
         for slot in range(clients):
             model.start(slot, SlotSampling(), prompt)
             model.prefill(slot, prompt, is_last=True)
         active = np.ones(clients, bool)
-        began = time.perf_counter()
-        for index in range(arguments.tokens):
+        # The prefills drew the first one. The scheduler admits one prompt between two steps, so the
+        # last stream ends that many steps behind the first.
+        for index in range(arguments.tokens - 1 + clients - 1):
             drawn = model.step(active, False, len(prompt) + 1 + index)
         jax.block_until_ready(drawn)
         return time.perf_counter() - began
