@@ -90,9 +90,11 @@ def main() -> None:
     sampling.check()
     trained = open_trained(arguments.path, loops=arguments.loops, quantized=True)
     config = trained.config.model
+    weights = prepare_for_decode(config, trained.params, arguments.weights)
+    trained = trained._replace(params=None)  # so that the device holds the weights once
     pieces = stream_text(
         config,
-        prepare_for_decode(config, trained.params, arguments.weights),
+        weights,
         trained.tokenizer,
         encode(arguments, trained),
         arguments.max_new_tokens,

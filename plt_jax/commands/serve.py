@@ -45,9 +45,10 @@ def main() -> None:
 
     with listening(arguments.host, arguments.port) as listener:
         mesh = serving_mesh(getattr(arguments, "mesh.tensor"))
-        trained = open_trained(arguments.path, mesh, arguments.loops, quantized=True)
-        print("compiling the programs, which takes a minute or more", file=sys.stderr, flush=True)
-        model, metrics = build(trained, arguments, mesh)
+        # Nothing here keeps the parameters, which `build` lays out anew.
+        model, metrics = build(
+            open_trained(arguments.path, mesh, arguments.loops, quantized=True), arguments, mesh
+        )
         serve(model, metrics, listener, arguments.drain_seconds)
 
 
@@ -196,7 +197,9 @@ def build(
     chunk = min(arguments.prefill_tokens or usual, context)
     with use_mesh(mesh) if mesh else contextlib.nullcontext():
         weights = prepare_for_decode(config, trained.params, arguments.weights)
+    trained = trained._replace(params=None)  # so that the device holds the weights once
     slots = SlotModel(config, weights, arguments.slots, context, chunk, arguments.cache_dtype, mesh)
+    print("compiling the programs, which takes a minute or more", file=sys.stderr, flush=True)
     slots.compile()
     prefix_cache = PrefixCache(
         chunk,
