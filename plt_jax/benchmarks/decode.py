@@ -25,7 +25,7 @@ import numpy as np
 
 from plt_jax.benchmarks import decode_report
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
-from plt_jax.benchmarks.prepared import PreparedVariant, prepare_all, weight_dtypes
+from plt_jax.benchmarks.prepared import PreparedVariant, add_weights, prepare_all
 from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama
 from plt_jax.commands.parser import CommandParser, run_command
@@ -117,13 +117,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cache_dtype", choices=DTYPES, help="dtype of keys and values; default the compute dtype"
     )
-    parser.add_argument(
-        "--weights",
-        type=weight_dtypes,
-        default=[None],
-        help="dtypes of the large weights, such as compute,int8; default compute, the compute "
-        "dtype",
-    )
+    add_weights(parser)
     parser.add_argument(
         "--decode_attention",
         choices=get_args(ModelConfig.model_fields["decode_attention"].annotation),

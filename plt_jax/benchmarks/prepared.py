@@ -84,8 +84,18 @@ def prepare_all(
     return [prepare(variant, base, weights) for weights in by_dtype for variant in variants]
 
 
-def weight_dtypes(text: str) -> list[str | None]:
-    """Parses an option's value: dtypes of weights, with None for the compute dtype."""
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds the option --weights: a list of dtypes for `prepare_all`."""
+    parser.add_argument(
+        "--weights",
+        type=_dtypes,
+        default=[None],
+        help="dtypes of the large weights, such as compute,int8; default compute, the compute "
+        "dtype",
+    )
+
+
+def _dtypes(text: str) -> list[str | None]:
     names = text.split(",")
     if unknown := [name for name in names if name not in ("compute", *WEIGHTS)]:
         raise argparse.ArgumentTypeError(f"{unknown[0]} is not compute or {', '.join(WEIGHTS)}")

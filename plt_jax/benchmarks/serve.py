@@ -28,7 +28,7 @@ import numpy as np
 
 from plt_jax.benchmarks import serve_report
 from plt_jax.benchmarks.machine import machine
-from plt_jax.benchmarks.prepared import PreparedVariant, prepare_all, weight_dtypes
+from plt_jax.benchmarks.prepared import PreparedVariant, add_weights, prepare_all
 from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
@@ -157,9 +157,24 @@ class Served:
             raise InputError(f"a request ended as {failed[0].failure}")
         return seconds
 
-    def step_seconds(self) -> float:
-        """Seconds of a decode step of all slots, without a scheduler, at the longest request."""
-        longest = self._arguments.prompt[1] + self._arguments.output[1]
+    def chunk_seconds(self) -> float:
+        """Seconds of a prefill of one chunk, without a scheduler."""
+        chunk = [1] * self.model.chunk
+        self.model.start(0, SlotSampling(), chunk)
+        jax.block_until_ready(self.model.prefill(0, chunk, is_last=False))
+        count = max(1, min(STEPS, self.model.context // len(chunk) - 1))
+        began = time.perf_counter()
+        for _ in range(count):
+            drawn = self.model.prefill(0, chunk, is_last=False)
+        jax.block_until_ready(drawn)
+        return (time.perf_counter() - began) / count
+
+    def step_seconds(self, longest: int) -> float:
+        """Seconds of a decode step of all slots, without a scheduler.
+
+        Args:
+          longest: see `SlotModel.step`.
+        """
         for slot in range(self.slots):
             self.model.start(slot, SlotSampling(), [1])
             self.model.prefill(slot, [1], is_last=True)
@@ -243,6 +258,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """The figures of every scheme with a number of slots."""
     served = {row.label: Served(row, slots, arguments) for row in rows}
+    longest = arguments.prompt[1] + arguments.output[1]
     seen: dict[str, list[Client]] = {label: [] for label in served}
     arrivals = load.arrivals(arguments.rate) if arguments.rate else None
 
@@ -272,7 +288,9 @@ def measure(
                     for earlier, later in zip(client.times, client.times[1:], strict=False)
                 ),
             ),
-            "step_ms": 1e3 * served[row.label].step_seconds(),
+            "step_ms": 1e3 * served[row.label].step_seconds(longest),
+            "whole_step_ms": 1e3 * served[row.label].step_seconds(served[row.label].model.context),
+            "chunk_ms": 1e3 * served[row.label].chunk_seconds(),
         }
         if "no_loop" in seconds:
             slower = ratios(seconds[row.label], seconds["no_loop"])
@@ -362,13 +380,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--cache_dtype", choices=DTYPES, help="dtype of keys and values; default the compute dtype"
     )
-    parser.add_argument(
-        "--weights",
-        type=weight_dtypes,
-        default=[None],
-        help="dtypes of the large weights, such as compute,int8; default compute, the compute "
-        "dtype",
-    )
+    add_weights(parser)
     parser.add_argument(
         "--rounds", type=int, default=3, help="how many times each scheme is measured"
     )

@@ -17,6 +17,8 @@ COLUMNS = (
     ("range", "(range)", "{}"),
     ("seconds_to_no_loop", "time x no_loop", "{:.3f}"),
     ("step_ms", "step ms", "{:.1f}"),
+    ("whole_step_ms", "at the whole context", "{:.1f}"),
+    ("chunk_ms", "chunk ms", "{:.1f}"),
     ("between", "between tokens ms, 50/95/99 %", "{}"),
     ("first", "first token ms, 50/95/99 %", "{}"),
     ("stall", "99 % while a long prompt is admitted, x steady median", "{}"),

@@ -312,8 +312,8 @@ def load_params(
       InputError: the checkpoint cannot be read, or its arrays have other shapes.
     """
     path = (Path(directory) / str(step)).absolute()
+    stored = stored_params(directory, step)
     try:
-        stored = stored_params(directory, step)
         differing = differing_shapes(stored, abstract)
         if dtype is not None:
             abstract = jax.tree.map(lambda to: to.update(dtype=np.dtype(dtype)), abstract)

@@ -9,9 +9,9 @@ import sys
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from plt_jax.commands.decoding_options import add_decoding_options
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.tokenizer import HUGGINGFACE
-from plt_jax.decoding.options import DTYPES, WEIGHTS
 from plt_jax.errors import InputError
 
 if TYPE_CHECKING:  # it imports JAX
@@ -62,20 +62,7 @@ def main() -> None:
         help="draw among the most probable tokens that together have this probability",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
-    parser.add_argument(
-        "--cache_dtype",
-        choices=DTYPES,
-        help="dtype of the cached keys and values; default the compute dtype",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        help="dtype of the large weights: int8 halves what a bfloat16 model reads; default the "
-        "compute dtype, or int8 if the run was quantized",
-    )
-    parser.add_argument(
-        "--loops", type=int, help="number of loops; default the number that it was trained with"
-    )
+    add_decoding_options(parser)
     arguments = parser.parse_args()
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system is the system's message of a chat; give --chat with it")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import socket
@@ -12,9 +11,9 @@ import time
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
+from plt_jax.commands.decoding_options import add_decoding_options
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.tokenizer import HUGGINGFACE
-from plt_jax.decoding.options import DTYPES, WEIGHTS
 from plt_jax.errors import FailedError, InputError
 
 if TYPE_CHECKING:  # they import JAX and the HTTP server
@@ -83,20 +82,7 @@ def parse() -> Namespace:
         default=512,
         help="megabytes of device memory for the beginnings of earlier prompts; 0 for none",
     )
-    parser.add_argument(
-        "--cache_dtype",
-        choices=DTYPES,
-        help="dtype of the cached keys and values; default the compute dtype",
-    )
-    parser.add_argument(
-        "--weights",
-        choices=WEIGHTS,
-        help="dtype of the large weights: int8 halves what a bfloat16 model reads; default the "
-        "compute dtype, or int8 if the run was quantized",
-    )
-    parser.add_argument(
-        "--loops", type=int, help="number of loops; default the number that it was trained with"
-    )
+    add_decoding_options(parser)
     parser.add_argument(
         "--mesh.tensor",
         type=int,
@@ -195,7 +181,7 @@ def build(
     template = find_chat_template(trained.directory / HUGGINGFACE, tokenizer)
     usual = PREFILL_ON_CPU if jax.default_backend() == "cpu" else PREFILL_ELSEWHERE
     chunk = min(arguments.prefill_tokens or usual, context)
-    with use_mesh(mesh) if mesh else contextlib.nullcontext():
+    with use_mesh(mesh):
         weights = prepare_for_decode(config, trained.params, arguments.weights)
     trained = trained._replace(params=None)  # so that the device holds the weights once
     slots = SlotModel(config, weights, arguments.slots, context, chunk, arguments.cache_dtype, mesh)

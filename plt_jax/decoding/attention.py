@@ -116,7 +116,8 @@ def attend_gated(
     values: Stored,
     masks: tuple[jax.Array, jax.Array],
     gate_BNR: jax.Array,
-    read: tuple[int, int],
+    positions: int,
+    windows_at: int,
     axes: tuple[str, ...] = (),
 ) -> jax.Array:
     """G-SWA of one row for each loop, in as many products as `attend`, [B, N, R, H].
@@ -128,11 +129,10 @@ def attend_gated(
       masks: the shared slots and the slots of its window that a row sees, as in `attend`. A row
         without a window need not see any.
       gate_BNR: the weight of the shared slots, float32; 1 for rows without a window.
-      read: the number of shared slots that are read, from the first on, and the number of the first
-        slot that is not shared.
+      positions: the number of shared slots that are read, from the first on.
+      windows_at: the number of the first slot that is not shared.
     """
     on_cpu = traced_platform() == "cpu" and not axes
-    positions, windows_at = read
     if positions < windows_at or (on_cpu and windows_at >= LONG_CACHE):
 
         def over(part: slice, mask: jax.Array) -> jax.Array:

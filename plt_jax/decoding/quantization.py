@@ -26,10 +26,6 @@ class Quantized(flax.struct.PyTreeNode):
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
-    @property
-    def ndim(self) -> int:
-        return self.values.ndim
-
     def dequantized(self, dtype: jnp.dtype) -> jax.Array:
         """The numbers, rounded to `dtype`."""
         return (self.values.astype(jnp.float32) * self.scales).astype(dtype)

@@ -248,6 +248,7 @@ def _attend_rows(
     assert gate_BNR is not None  # schemes with windows have gates
     masks = (shared_B1S, slots.seen(loops, position_B, slot_S))
     gate_BNR = jnp.where(jnp.array(loops) > 0, gate_BNR, 1.0)
-    read = (positions, slots.capacity)
-    attended = attend_gated(q_BNRH, keys, values, masks, gate_BNR, read, shard.axes)
+    attended = attend_gated(
+        q_BNRH, keys, values, masks, gate_BNR, positions, slots.capacity, shard.axes
+    )
     return attended, cache

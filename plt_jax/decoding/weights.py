@@ -69,11 +69,16 @@ def prepare_for_decode(
         product; see `quantize_params`. Default: the compute dtype.
 
     Raises:
-      InputError: another dtype.
+      InputError: another dtype; or "int8" for DecodeWeights in the compute dtype.
     """
     if dtype is not None and dtype not in WEIGHTS:
         raise InputError(f"weights are asked for in {dtype}; it must be {' or '.join(WEIGHTS)}")
     if isinstance(params, DecodeWeights):
+        if dtype is not None and not is_quantized(params.layers[0]["qkv"]):
+            raise InputError(
+                f"the weights are laid out in {config.dtype} already; give the parameters to have "
+                f"them in {dtype}"
+            )
         return params
     declared: Params = unboxed(params)
     lay_out = _prepare_on_mesh if mesh_is_active() else _prepare

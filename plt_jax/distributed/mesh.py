@@ -131,8 +131,12 @@ def divide_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Iterator[None]:
-    """Makes a mesh and the rules current, for code with logical axes traced in the block."""
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Makes a mesh and the rules current, for code with logical axes traced in the block; without a
+    mesh the block runs on one device."""
+    if mesh is None:
+        yield
+        return
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 

@@ -36,7 +36,9 @@ def load_quantized(directory: str | Path, step: int, abstract: Any) -> Any:
     Raises:
       InputError: see `load_params`.
     """
-    rounded = jax.tree.map(_placed, jax.eval_shape(quantize_params, abstract), abstract, **_WHOLE)
+    rounded = jax.tree.map(
+        _placed, jax.eval_shape(quantize_params, abstract), abstract, is_leaf=is_quantized
+    )
     return _from_parts(load_params(directory, step, to_parts(rounded), as_stored=True))
 
 
@@ -46,10 +48,7 @@ def to_parts(params: Any) -> Any:
     def parts(leaf: Any) -> Any:
         return {name: getattr(leaf, name) for name in PARTS} if is_quantized(leaf) else leaf
 
-    return jax.tree.map(parts, params, **_WHOLE)
-
-
-_WHOLE: Any = {"is_leaf": is_quantized}
+    return jax.tree.map(parts, params, is_leaf=is_quantized)
 
 
 def _from_parts(tree: Any) -> Any:

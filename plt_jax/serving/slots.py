@@ -6,7 +6,6 @@ it leaves the row at any step. All programs are compiled before the first reques
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Sequence
 
@@ -64,12 +63,8 @@ class SlotModel:
         """
         self.config, self._weights, self.slots, self.chunk = config, weights, slots, chunk
         self.context, self._mesh = context, mesh
-        with self._on_mesh():
+        with use_mesh(self._mesh):
             self._state = slot_programs.empty_state(config, slots, context, cache_dtype)
-
-    def _on_mesh(self) -> contextlib.AbstractContextManager[None]:
-        """Makes the mesh current, in whichever thread this is."""
-        return use_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
 
     @property
     def chunks(self) -> list[int]:
@@ -122,7 +117,7 @@ class SlotModel:
         row = {name: _SCALARS.get(name, np.float32)(value) for name, value in row.items()}
         loops = np.int32(sampling.loops or self.config.loop.count)
         seed, choice = np.uint32(sampling.seed), np.uint32(sampling.choice)
-        with self._on_mesh():
+        with use_mesh(self._mesh):
             self._state = slot_programs.start(
                 self._state, np.int32(slot), row, loops, seed, choice, prompt_S, biased, biases
             )
@@ -153,7 +148,7 @@ class SlotModel:
             np.int32(len(tokens)),
             np.bool_(is_last),
         )
-        with self._on_mesh():
+        with use_mesh(self._mesh):
             if following is None:
                 self._state, drawn = slot_programs.prefill(
                     self.config, self._weights, self._state, *arguments
@@ -171,7 +166,7 @@ class SlotModel:
           longest: tokens in the fullest active slot, with the newest one.
         """
         size = next(size for size in self.reads if size >= longest)
-        with self._on_mesh():
+        with use_mesh(self._mesh):
             self._state, drawn = slot_programs.step(
                 self.config, size, self._weights, self._state, active_B, np.bool_(log_probabilities)
             )
@@ -180,14 +175,14 @@ class SlotModel:
     def save_block(self, slot: int, start: int) -> Block:
         """A copy of what a slot holds of `chunk` tokens from position `start` on, with which it
         ends."""
-        with self._on_mesh():
+        with use_mesh(self._mesh):
             return slot_programs.save_block(
                 self.chunk, self._state.cache, np.int32(slot), np.int32(start)
             )
 
     def load_block(self, slot: int, start: int, block: Block) -> None:
         """Appends a block to a slot, which holds `start` tokens."""
-        with self._on_mesh():
+        with use_mesh(self._mesh):
             self._state = slot_programs.load_block(
                 self._state, np.int32(slot), np.int32(start), block
             )

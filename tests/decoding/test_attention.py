@@ -127,7 +127,7 @@ def test_two_segments_are_two_attentions_and_a_gate(rows, apart, platform, long_
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "traced_platform", lambda: platform)
         patch.setattr(attention, "LONG_CACHE", long_cache)
-        out = attend_gated(q, k, v, (shared, window), gate, read=(6, 6))
+        out = attend_gated(q, k, v, (shared, window), gate, positions=6, windows_at=6)
     right = gate[..., None] * plain(q, k, v, shared)
     if rows > 1:
         later = plain(q[:, :, 1:], k, v, window[:, 1:])

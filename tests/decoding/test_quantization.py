@@ -156,6 +156,14 @@ def test_a_tied_embedding_is_rounded_by_token():
     assert rounded["embedding"].scales.shape == (rounded["embedding"].shape[0], 1)
 
 
+def test_weights_that_are_laid_out_cannot_be_rounded_any_more():
+    config = small_config()
+    wide, rounded = (prepare_for_decode(config, random_params(config), to) for to in (None, "int8"))
+    with pytest.raises(InputError, match="laid out in float32 already"):
+        prepare_for_decode(config, wide, "int8")
+    assert prepare_for_decode(config, rounded, "int8") is rounded
+
+
 def test_an_unknown_dtype_is_refused():
     config = small_config()
     with pytest.raises(InputError, match="asked for in int3; it must be int8"):
