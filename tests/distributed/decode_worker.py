@@ -7,6 +7,7 @@ Runs in a process of its own: `python -m tests.distributed.decode_worker`.
 import json
 import re
 import sys
+import tempfile
 from contextlib import contextmanager, redirect_stdout
 
 import jax
@@ -23,11 +24,13 @@ from plt_jax import (
     prefill,
     prepare_for_decode,
 )
+from plt_jax.checkpoint.store import save_params
 from plt_jax.config import SCHEMES, MeshConfig, RunConfig
 from plt_jax.decoding import fused_attention, mosaic_kernel
 from plt_jax.decoding.quantization import dequantize_params, quantize_params
-from plt_jax.distributed.mesh import make_mesh, shardings_of, use_mesh
+from plt_jax.distributed.mesh import abstract_arrays, make_mesh, shardings_of, use_mesh
 from plt_jax.model.transformer import abstract_params
+from plt_jax.runs.quantized import load_quantized, to_parts
 from plt_jax.serving.prefix_cache import PrefixCache
 from plt_jax.serving.scheduler import Scheduler
 from plt_jax.serving.slots import SlotModel
@@ -165,6 +168,20 @@ def generated(mesh: dict) -> list:
         return [alone, draw(placed)]
 
 
+def read_quantized(mesh) -> dict:
+    """A checkpoint in eight bits, read onto a mesh."""
+    config = small_config("plt", 2, vocab_size=32)
+    stored = quantize_params(random_params(config))
+    with tempfile.TemporaryDirectory() as folder:
+        save_params(folder, 0, to_parts(stored))
+        found = load_quantized(folder, 0, abstract_arrays(abstract_params(config), mesh))
+    down = found["layers"]["ffn_down"]
+    return {
+        "equal": jax.tree.all(jax.tree.map(np.array_equal, found, stored)),
+        "shards": [array.addressable_shards[0].data.shape for array in jax.tree.leaves(down)],
+    }
+
+
 def served(weights_dtype: str | None = None) -> dict:
     """Texts that two devices serve together, those that `generate` gives alone, and the programs
     that were compiled while they were served."""
@@ -218,6 +235,7 @@ def main() -> None:
             },
             "int8": decode(meshes["sequence"], 2, "plt", 2, "int8"),
             "int8 weights": decode(meshes["all"], 2, "plt", 2, None, "int8"),
+            "read": read_quantized(meshes["all"]),
             "served": [served(), served("int8")],
             "generated": generated(meshes["all"]),
             "fused": {

@@ -37,6 +37,12 @@ def test_eight_bits_split_too(found):
     assert found["int8"]["difference"] < 0.1
 
 
+def test_a_checkpoint_in_eight_bits_is_read_onto_a_mesh(found):
+    assert found["read"]["equal"]
+    # Two layers; the inputs are split over two devices, and each has all scales of the outputs.
+    assert found["read"]["shards"] == [[2, 12, 16], [2, 1, 16]]
+
+
 def test_weights_in_eight_bits_split_too(found):
     got = found["int8 weights"]
     assert got["difference"] < 1e-3

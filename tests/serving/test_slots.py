@@ -140,7 +140,7 @@ def test_steps_that_read_a_part_of_the_slots(monkeypatch, scheme, count):
     monkeypatch.setattr(slots, "LEAST_READ", 4)
     config = small_config(scheme, count)
     assert slot_model(config).reads == [4, 16, 64]
-    requests = random_requests(6, sampled=True)
+    requests = random_requests(6, sampled=True, log_probabilities=True)
     schedule(config, requests, arrive=lambda index: index * 4)
     assert_as_alone(config, requests)
 
