@@ -143,6 +143,9 @@ def test_steps_that_read_a_part_of_the_slots(monkeypatch, scheme, count):
     requests = random_requests(6, sampled=True, log_probabilities=True)
     schedule(config, requests, arrive=lambda index: index * 4)
     assert_as_alone(config, requests)
+    # One that nobody is beside grows past 4 and 16 positions, token by token.
+    growing = Request([3], MOST_NEW, SlotSampling(), Recorder(), log_probabilities=True)
+    assert_as_alone(config, schedule(config, [growing]))
 
 
 @pytest.mark.parametrize("changed", [{}, MOE], ids=["dense", "experts"])
