@@ -10,7 +10,7 @@ import asyncio
 import hmac
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
@@ -33,10 +33,18 @@ from plt_jax.serving.answers import (
 )
 from plt_jax.serving.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from plt_jax.serving.engine import EngineStoppedError
-from plt_jax.serving.listening import Piece, Pieces
+from plt_jax.serving.listening import Pieces
 from plt_jax.serving.metrics import Metrics
 from plt_jax.serving.model import ServedModel, new_seed
-from plt_jax.serving.request import Finish, NewToken, PromptScore, Request
+from plt_jax.serving.request import Finish
+from plt_jax.serving.running import (
+    Answer,
+    RefusedError,
+    Running,
+    collect,
+    failure_of,
+    merged,
+)
 from plt_jax.serving.scheduler import QueueFullError
 
 MOST_BODY_BYTES = 2**23
@@ -45,31 +53,6 @@ OPEN_PATHS = ("/health", "/metrics")
 """Paths that need no API key."""
 
 Body = TypeVar("Body", bound=BaseModel)
-
-
-class _RefusedError(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, message: str, code: int = 400, parameter: str | None = None):
-        super().__init__(message)
-        self.message, self.code, self.parameter = message, code, parameter
-
-
-class _Running(NamedTuple):
-    """One answer that the engine works on."""
-
-    prompt: Sequence[int]
-    request: Request
-    pieces: Pieces
-
-
-class _Answer(NamedTuple):
-    """One answer, whole."""
-
-    text: str
-    tokens: list[NewToken]
-    scores: list[PromptScore]
-    finish: Finish
 
 
 def make_app(model: ServedModel, metrics: Metrics, api_key: str | None = None) -> ASGIApp:
@@ -91,14 +74,14 @@ def make_app(model: ServedModel, metrics: Metrics, api_key: str | None = None) -
         Route("/metrics", lambda _: Response(*metrics.text())),
     ]
     handlers: dict[Any, Any] = {
-        _RefusedError: lambda _, refused: _refuse(refused),
-        InputError: lambda _, refused: _refuse(_RefusedError(str(refused))),
+        RefusedError: lambda _, refused: _refuse(refused),
+        InputError: lambda _, refused: _refuse(RefusedError(str(refused))),
         ClientDisconnect: lambda _, gone: Response(status_code=499),  # nobody reads it
         HTTPException: lambda _, refused: _refuse(
-            _RefusedError(str(refused.detail), refused.status_code)
+            RefusedError(str(refused.detail), refused.status_code)
         ),
         Exception: lambda _, failed: _refuse(
-            _RefusedError(f"the server failed: {type(failed).__name__}", 500)
+            RefusedError(f"the server failed: {type(failed).__name__}", 500)
         ),
     }
     app: ASGIApp = Starlette(routes=routes, exception_handlers=handlers)
@@ -115,7 +98,7 @@ class _KeyCheck:
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
             given = dict(scope["headers"]).get(b"authorization", b"")
             if not hmac.compare_digest(given, self._expected):
-                refused = _RefusedError("the API key is missing or wrong", 401)
+                refused = RefusedError("the API key is missing or wrong", 401)
                 await _refuse(refused)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -166,7 +149,7 @@ class _Face:
     async def detokenize(self, http: HttpRequest) -> Response:
         body = await _read(http, DetokenizeBody)
         if any(token >= self._model.vocab_size for token in body.tokens):
-            raise _RefusedError("tokens has one that the model does not have", 400, "tokens")
+            raise RefusedError("tokens has one that the model does not have", 400, "tokens")
         text = await asyncio.to_thread(self._model.tokenizer.decode, body.tokens)
         return JSONResponse({"prompt": text})
 
@@ -191,12 +174,12 @@ class _Face:
         runs = self._runs(prompts, body)
         if body.stream:
             if body.echo:
-                raise _RefusedError("echo cannot be streamed; ask without stream", 400, "echo")
+                raise RefusedError("echo cannot be streamed; ask without stream", 400, "echo")
             return await self._stream(runs, body, answers)
         if body.max_tokens == 0 and not runs[0].request.score_prompt:
             if not body.echo:
-                raise _RefusedError("max_tokens is 0; it must be 1 or more", 400, "max_tokens")
-            whole = [_Answer("", [], [], Finish.LENGTH) for _ in runs]
+                raise RefusedError("max_tokens is 0; it must be 1 or more", 400, "max_tokens")
+            whole = [Answer("", [], [], Finish.LENGTH) for _ in runs]
         else:
             whole = await self._whole(http, runs)
         choices = [
@@ -221,7 +204,12 @@ class _Face:
         return JSONResponse(answers.whole(choices, _used(prompts, whole)))
 
     def _completion(
-        self, answers: CompletionAnswers, index: int, run: _Running, answer: _Answer, echo: bool
+        self,
+        answers: CompletionAnswers,
+        index: int,
+        run: Running,
+        answer: Answer,
+        echo: bool,
     ) -> dict[str, Any]:
         logs, text = token_logs(answer.tokens), answer.text
         if not echo:
@@ -236,24 +224,24 @@ class _Face:
 
     def _runs(
         self, prompts: Sequence[Sequence[int]], body: CompletionBody | ChatBody
-    ) -> list[_Running]:
+    ) -> list[Running]:
         """What the engine is asked: `n` answers to every prompt."""
         most = self._model.engine.scheduler.most_at_once
         if (count := len(prompts) * body.n) > most:
-            raise _RefusedError(f"{count} answers are asked for; the server takes {most} at once")
+            raise RefusedError(f"{count} answers are asked for; the server takes {most} at once")
         loop, seed, runs = asyncio.get_running_loop(), new_seed(), []
         for prompt in prompts:
             for _ in range(body.n):
                 pieces = Pieces(loop)
                 listener = self._model.listener(prompt, body.stops, pieces.send)
                 request = self._model.request(prompt, body, len(runs), seed, listener)
-                runs.append(_Running(prompt, request, pieces))
+                runs.append(Running(prompt, request, pieces))
         return runs
 
-    async def _whole(self, http: HttpRequest, runs: Sequence[_Running]) -> list[_Answer]:
+    async def _whole(self, http: HttpRequest, runs: Sequence[Running]) -> list[Answer]:
         """All answers, when they have ended."""
         self._submit(runs)
-        gathered = asyncio.ensure_future(asyncio.gather(*(_collect(run) for run in runs)))
+        gathered = asyncio.ensure_future(asyncio.gather(*(collect(run) for run in runs)))
         gone = asyncio.ensure_future(_until_gone(http))
         try:
             await asyncio.wait({gathered, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -269,20 +257,20 @@ class _Face:
 
     async def _stream(
         self,
-        runs: Sequence[_Running],
+        runs: Sequence[Running],
         body: CompletionBody | ChatBody,
         answers: CompletionAnswers | ChatAnswers,
     ) -> Response:
         if any(run.request.max_new_tokens == 0 for run in runs):
-            raise _RefusedError("max_tokens is 0; it must be 1 or more", 400, "max_tokens")
+            raise RefusedError("max_tokens is 0; it must be 1 or more", 400, "max_tokens")
         self._submit(runs)  # before the answer begins, so that a refusal has its own status
         return _Stream(self._events(runs, body, answers), lambda: self._cancel(runs))
 
     async def _events(self, runs, body, answers) -> AsyncIterator[str]:
         count = 0
-        async for index, piece in _merged(runs):
+        async for index, piece in merged(runs):
             count += len(piece.tokens)
-            if (failure := _failure(piece.finish)) is not None:
+            if (failure := failure_of(piece.finish)) is not None:
                 yield _event(error(failure.message, failure.code))
                 return
             choice = answers.piece(index, piece)
@@ -292,15 +280,15 @@ class _Face:
             yield _event(answers.chunk([], usage(prompt_tokens, count), True))
         yield "data: [DONE]\n\n"
 
-    def _submit(self, runs: Sequence[_Running]) -> None:
+    def _submit(self, runs: Sequence[Running]) -> None:
         try:
             self._model.engine.submit([run.request for run in runs])
         except QueueFullError as full:
-            raise _RefusedError("too many requests wait; try again later", 429) from full
+            raise RefusedError("too many requests wait; try again later", 429) from full
         except EngineStoppedError as stopped:
-            raise _RefusedError("the server is ending, or has failed", 503) from stopped
+            raise RefusedError("the server is ending, or has failed", 503) from stopped
 
-    def _cancel(self, runs: Sequence[_Running]) -> None:
+    def _cancel(self, runs: Sequence[Running]) -> None:
         for run in runs:
             self._model.engine.cancel(run.request)
 
@@ -316,7 +304,7 @@ class _Face:
 
     def _check_name(self, name: str | None) -> None:
         if name is not None and name != self._model.name:
-            raise _RefusedError(
+            raise RefusedError(
                 f"the model {name} is not served here; there is {self._model.name}", 404, "model"
             )
 
@@ -328,13 +316,13 @@ async def _read(http: HttpRequest, kind: type[Body]) -> Body:
         async for part in http.stream():
             contents += part
             if len(contents) > MOST_BODY_BYTES:
-                raise _RefusedError(f"the body has more than {MOST_BODY_BYTES:,} bytes", 413)
+                raise RefusedError(f"the body has more than {MOST_BODY_BYTES:,} bytes", 413)
         return kind.model_validate_json(bytes(contents))
     except ValidationError as wrong:
         first = wrong.errors(include_url=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"])) or None
         message = first["msg"].removeprefix("Value error, ")
-        raise _RefusedError(f"{place}: {message}" if place else message, 400, place) from wrong
+        raise RefusedError(f"{place}: {message}" if place else message, 400, place) from wrong
 
 
 async def _until_gone(http: HttpRequest) -> None:
@@ -343,53 +331,7 @@ async def _until_gone(http: HttpRequest) -> None:
         pass
 
 
-async def _collect(run: _Running) -> _Answer:
-    text, tokens, scores = [], [], []
-    async for piece in run.pieces:
-        text.append(piece.text)
-        tokens += piece.tokens
-        scores += piece.scores
-        if (failure := _failure(piece.finish)) is not None:
-            raise failure
-        if piece.finish is not None:
-            return _Answer("".join(text), tokens, scores, piece.finish)
-    raise AssertionError("an answer ends with a piece that says why")
-
-
-def _failure(finish: Finish | None) -> _RefusedError | None:
-    """The error that a request ended with."""
-    if finish is Finish.FAILED:
-        return _RefusedError("the model failed on this request; see the server's output", 500)
-    if finish in (Finish.SHUTDOWN, Finish.CANCELLED):
-        return _RefusedError("the server is ending", 503)
-    return None
-
-
-async def _merged(runs: Sequence[_Running]) -> AsyncIterator[tuple[int, Piece]]:
-    """The pieces of several answers as they come, each with its answer's number."""
-    if len(runs) == 1:
-        async for piece in runs[0].pieces:
-            yield 0, piece
-        return
-    queue: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
-
-    async def forward(index: int, run: _Running) -> None:
-        async for piece in run.pieces:
-            await queue.put((index, piece))
-
-    tasks = [asyncio.ensure_future(forward(index, run)) for index, run in enumerate(runs)]
-    try:
-        left = len(runs)
-        while left:
-            index, piece = await queue.get()
-            left -= piece.finish is not None
-            yield index, piece
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-def _used(prompts: Sequence[Sequence[int]], answers: Sequence[_Answer]) -> dict[str, int]:
+def _used(prompts: Sequence[Sequence[int]], answers: Sequence[Answer]) -> dict[str, int]:
     new = sum(len(answer.tokens) for answer in answers)
     return usage(sum(map(len, prompts)), new)
 
@@ -398,5 +340,5 @@ def _event(values: dict[str, Any]) -> str:
     return f"data: {json.dumps(values, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def _refuse(refused: _RefusedError) -> Response:
+def _refuse(refused: RefusedError) -> Response:
     return JSONResponse(error(refused.message, refused.code, refused.parameter), refused.code)

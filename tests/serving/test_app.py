@@ -1,22 +1,17 @@
 """The HTTP face: what clients send, and what they get."""
 
-import gc
 import json
 import math
-import weakref
 
 import pytest
 from pydantic import ValidationError
 from starlette.testclient import TestClient
 
-from plt_jax.commands import serve
-from plt_jax.runs.directory import open_trained
 from plt_jax.serving.app import make_app
 from plt_jax.serving.bodies import ChatBody, CompletionBody, DetokenizeBody
 from plt_jax.serving.engine import EngineStoppedError
 from plt_jax.serving.scheduler import QueueFullError
-from plt_jax.serving.slots import SlotModel
-from tests.serving.served import TEXT, build, import_model, options
+from tests.serving.served import TEXT, build, import_model
 
 KEY = "a secret"
 
@@ -413,16 +408,3 @@ def test_an_api_key(served):
             assert answer.status_code == 401
         right = {"authorization": f"Bearer {KEY}"}
         assert client.get("/v1/models", headers=right).status_code == 200
-
-
-def test_the_parameters_are_not_kept_beside_the_weights(tmp_path, monkeypatch):
-    held, seen = [open_trained(import_model(tmp_path))], []
-    query = weakref.ref(held[0].params["layers"]["q"])
-
-    def look(model):
-        gc.collect()
-        seen.append(query())
-
-    monkeypatch.setattr(SlotModel, "compile", look)
-    serve.build(held.pop(), options())
-    assert seen == [None]
