@@ -2,7 +2,7 @@
 
 `jax.vjp` of the loss is traced. Counted are the arrays that its pullback holds and that depend on
 the batch; copies of parameters (casts) are not. The compiler may keep less: it computes some arrays
-again, mostly those of the logits' size. What it keeps is a part of the program's temporaries.
+again. What it keeps is a part of the program's temporaries.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class Activations(NamedTuple):
     """Bytes of one micro-batch's activations, on one device."""
 
     layers: int
-    """Arrays of the layers: hidden states, keys, values and others without a vocabulary axis."""
-    logits: int
-    """Arrays with an axis of the vocabulary's size."""
+    """Arrays of the layers: hidden states, keys, values and others."""
+    head_gradient: int
+    """The gradient of the head's weight, which the loss computes in the forward pass."""
 
 
 def kept_activations(program: TrainProgram) -> Activations:
     """The bytes that the forward pass of one micro-batch's loss keeps for the backward pass.
 
-    Sizes are divided by the number of devices along the batch and length axes. The tensor axis,
-    which divides some arrays further, is not taken into account.
+    Activations are divided by the number of devices along the batch and length axes. The tensor
+    axis, which divides some of them further, is not taken into account.
     """
     config, mesh, params = program.config, program.mesh, program.abstract_state.params
     batch = {
@@ -57,11 +57,14 @@ def kept_activations(program: TrainProgram) -> Activations:
         for value, varies in zip(traced.outvars, depends(traced, from_batch), strict=True)
         if varies and value not in traced.invars
     }
-    sizes = {True: 0, False: 0}
-    for array in arrays.values():
-        sizes[config.model.vocab_size in array.shape] += _bytes(array)
-    devices = math.prod(mesh.shape[axis] for axis in mesh_axes("batch") + mesh_axes("length"))
-    return Activations(sizes[False] // devices, sizes[True] // devices)
+    head = config.model.width, config.model.vocab_size
+    layers = sum(_bytes(array) for array in arrays.values() if array.shape != head)
+    gradient = sum(_bytes(array) for array in arrays.values() if array.shape == head)
+
+    def devices(*logical: str) -> int:
+        return math.prod(mesh.shape[axis] for name in logical for axis in mesh_axes(name))
+
+    return Activations(layers // devices("batch", "length"), gradient // devices("embed", "vocab"))
 
 
 def _bytes(array: Any) -> int:

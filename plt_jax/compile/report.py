@@ -65,7 +65,7 @@ def _memory(estimate: Estimate) -> list[str]:
             "kept for the backward pass, in the traced program; the compiler may keep less"
         )
         row("activations of a micro-batch's layers", estimate.activations.layers)
-        row("arrays of the size of its logits", estimate.activations.logits)
+        row("gradient of the head", estimate.activations.head_gradient)
     return lines
 
 

@@ -18,7 +18,6 @@ from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.data.packing import Examples
 from plt_jax.data.pipeline import evaluation_batches
 from plt_jax.distributed.mesh import batch_layout, use_mesh, whole_batch
-from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import Transformer
 
 
@@ -120,13 +119,11 @@ def losses_by_loop(config: ModelConfig, params: Any, batch: dict[str, jax.Array]
     model = Transformer(config)
 
     def summed(model: Transformer, raw_BTD: jax.Array) -> jax.Array:
-        logits_BTV = model.logits(model.normalize(raw_BTD))
-        nll_BT, _ = cross_entropy(logits_BTV, batch["targets"])
-        return jnp.sum(nll_BT * batch["weights"])
+        return model.loss(model.normalize(raw_BTD), batch["targets"], batch["weights"]).nll
 
     def losses(model: Transformer) -> jax.Array:
         states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
-        # One loop at a time, because the logits are the largest array.
+        # One loop at a time, because the logits of a block are large.
         return jax.lax.map(lambda raw_BTD: summed(model, raw_BTD), states.hidden_LBTD)
 
     nats_L: Any = model.apply({"params": params}, method=losses)

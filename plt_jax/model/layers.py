@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -56,9 +57,32 @@ def projection(
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     """Divides the last axis by its root mean square, in float32; keeps x's shape and dtype."""
+    return _rms_norm(epsilon, x, scale)
+
+
+# JAX's own backward pass would keep three float32 arrays of x's shape.
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rms_norm(epsilon: float, x: jax.Array, scale: jax.Array) -> jax.Array:
+    return _rms_norm_forward(epsilon, x, scale)[0]
+
+
+def _rms_norm_forward(epsilon: float, x: jax.Array, scale: jax.Array):
     wide = x.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + epsilon)
-    return (wide * inverse * scale).astype(x.dtype)
+    return (wide * inverse * scale).astype(x.dtype), (x, inverse, scale)
+
+
+def _rms_norm_backward(epsilon: float, kept: tuple[jax.Array, ...], cotangent: jax.Array):
+    x, inverse, scale = kept
+    normed, wide = x.astype(jnp.float32) * inverse, cotangent.astype(jnp.float32)
+    scaled = wide * scale
+    along = jnp.mean(scaled * normed, axis=-1, keepdims=True)
+    to_x = (inverse * (scaled - along * normed)).astype(x.dtype)
+    to_scale = jnp.sum(wide * normed, axis=tuple(range(x.ndim - 1)))
+    return to_x, to_scale.astype(scale.dtype)
+
+
+_rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
 
 
 class Rotation(NamedTuple):
@@ -108,11 +132,37 @@ def rotate(x_BNTH: jax.Array, rotation: Rotation) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x_BNTH.dtype)
 
 
+def times_weight(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
+    """The product with a weight in the dtype of x, [B, T, D] x [D, F] -> [B, T, F]."""
+    # As one product of rows. For the gradient of the weight, which sums over B and T, XLA's CPU
+    # compiler would transpose copies of both operands.
+    B, T, D = x_BTD.shape
+    weight_DF = weight_DF.astype(x_BTD.dtype)
+    return (x_BTD.reshape(B * T, D) @ weight_DF).reshape(B, T, -1)
+
+
 def swiglu(x_BTD: jax.Array, gate_DF: jax.Array, up_DF: jax.Array, down_FD: jax.Array) -> jax.Array:
     """The SwiGLU feed-forward layer: (silu(x·gate) * (x·up))·down, [B, T, D] -> [B, T, D]."""
-    gate_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, gate_DF.astype(x_BTD.dtype))
-    up_BTF = jnp.einsum("BTD,DF->BTF", x_BTD, up_DF.astype(x_BTD.dtype))
-    return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, down_FD.astype(x_BTD.dtype))
+    return times_weight(
+        silu_times(times_weight(x_BTD, gate_DF), times_weight(x_BTD, up_DF)), down_FD
+    )
+
+
+# JAX's own backward pass would keep sigmoid(gate) and silu(gate), too.
+@jax.custom_vjp
+def silu_times(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate)·up, elementwise."""
+    return jax.nn.silu(gate) * up
+
+
+def _silu_times_backward(kept: tuple[jax.Array, jax.Array], cotangent: jax.Array):
+    gate, up = kept
+    sigmoid = jax.nn.sigmoid(gate)
+    silu = gate * sigmoid
+    return cotangent * up * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
+
+
+silu_times.defvjp(lambda gate, up: (silu_times(gate, up), (gate, up)), _silu_times_backward)
 
 
 def embed(tokens_BT: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -122,9 +172,12 @@ def embed(tokens_BT: jax.Array, embedding_VD: jax.Array, dtype: jnp.dtype) -> ja
     return embedding_VD[tokens_BT].astype(dtype)
 
 
+def head_weight(embedding_VD: jax.Array, head_DV: jax.Array | None) -> jax.Array:
+    """The weight of the head, [D, V]: without one of its own, the transposed embedding."""
+    return embedding_VD.T if head_DV is None else head_DV
+
+
 def logits_from(x_BTD: jax.Array, embedding_VD: jax.Array, head_DV: jax.Array | None) -> jax.Array:
     """Normed states to float32 logits [B, T, V]; without a head, by the transposed embedding."""
-    weight_DV = embedding_VD.T if head_DV is None else head_DV
-    return jnp.einsum(
-        "BTD,DV->BTV", x_BTD, weight_DV.astype(x_BTD.dtype), preferred_element_type=jnp.float32
-    )
+    weight_DV = head_weight(embedding_VD, head_DV).astype(x_BTD.dtype)
+    return jnp.einsum("BTD,DV->BTV", x_BTD, weight_DV, preferred_element_type=jnp.float32)

@@ -25,6 +25,7 @@ from plt_jax.model.layers import (
     Parameter,
     declare,
     embed,
+    head_weight,
     logits_from,
     projection,
     rms_norm,
@@ -32,6 +33,7 @@ from plt_jax.model.layers import (
     scale_parameter,
 )
 from plt_jax.model.looping import LoopStates, run_loops
+from plt_jax.model.loss import HeadLoss, head_loss
 
 
 def top_parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -151,6 +153,17 @@ class Transformer(nn.Module):
         """Normed states [B, T, D] to float32 logits [B, T, V]."""
         logits_BTV = logits_from(normed_BTD, self.top["embedding"], self.top.get("head"))
         return with_logical_constraint(logits_BTV, ("batch", "length", "vocab"))
+
+    def loss(
+        self,
+        normed_BTD: jax.Array,
+        targets_BT: jax.Array,
+        weights_BT: jax.Array,
+        z_loss: float = 0.0,
+    ) -> HeadLoss:
+        """The cross-entropy of `logits(normed_BTD)`, which are not kept; see `head_loss`."""
+        head_DV = head_weight(self.top["embedding"], self.top.get("head"))
+        return head_loss(normed_BTD, head_DV, targets_BT, weights_BT, z_loss)
 
     def __call__(
         self,

@@ -12,7 +12,7 @@ import optax
 
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.model.looping import LoopStates
-from plt_jax.model.loss import cross_entropy
+from plt_jax.model.loss import HeadLoss
 from plt_jax.model.moe import (
     RouterStatistics,
     auxiliary_loss,
@@ -43,16 +43,14 @@ def batch_loss(
 ) -> tuple[jax.Array, Metrics]:
     """The loss to minimise, summed in nats over the batch's targets, and sums to report."""
 
-    def forward(model: Transformer) -> tuple[jax.Array, LoopStates]:
+    weights_BT, targets = batch["weights"], jnp.sum(batch["weights"])
+
+    def forward(model: Transformer) -> tuple[HeadLoss, LoopStates]:
         states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
-        return model.logits(states.output_LBTD[-1]), states
+        return model.loss(states.output_LBTD[-1], batch["targets"], weights_BT, z_loss), states
 
     outputs: Any = Transformer(config).apply({"params": params}, method=forward)
-    logits_BTV, states = outputs
-    nll_BT, log_z_BT = cross_entropy(logits_BTV, batch["targets"])
-    weights_BT, targets = batch["weights"], jnp.sum(batch["weights"])
-    nll = jnp.sum(nll_BT * weights_BT)
-    loss = nll + z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT)
+    (loss, nll), states = outputs
     sums: dict[str, Any] = {"loss": nll}
     sums |= {"hidden_norm_by_loop": jnp.sum(states.rms_LBT * weights_BT, axis=(1, 2))}
     if states.gate_LJB is not None:
@@ -70,15 +68,18 @@ def batch_loss(
 def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[Metrics, Any]:
     """Metrics, as means per target, and the gradient of the mean loss, over all micro-batches.
 
-    Sums are divided once at the end, so that the result does not depend on how targets are spread
-    over micro-batches. Only the routers' losses depend on it: each micro-batch has its own.
+    The weights of all targets are divided by their sum first, so that the result does not depend on
+    how targets are spread over micro-batches. Only the routers' losses depend on it: each
+    micro-batch has its own.
     """
     parts, z_loss = config.training.accumulate, config.training.z_loss
+    targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
+    batch = batch | {"weights": batch["weights"] / targets}
     gradient = jax.grad(
         lambda params, micro: batch_loss(config.model, params, micro, z_loss), has_aux=True
     )
     if parts == 1:
-        grads, sums = gradient(params, batch)
+        grads, means = gradient(params, batch)
     else:
 
         def add(sums, micro):
@@ -90,9 +91,8 @@ def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[
         )
         shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (grads, sums), _ = jax.lax.scan(add, zeros, micros)
-    targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-    return jax.tree.map(lambda summed: summed / targets, (sums, grads))
+        (grads, means), _ = jax.lax.scan(add, zeros, micros)
+    return means, grads
 
 
 def router_metrics(router: RouterStatistics) -> Metrics:

@@ -19,7 +19,7 @@ from tests.training.runs import flat
 MODEL = small_config(window=3, layers=1)
 
 accumulate_gradients = jax.jit(module.accumulate_gradients, static_argnums=0)
-batch_loss = jax.jit(module.batch_loss, static_argnums=0)
+batch_loss = jax.jit(module.batch_loss, static_argnums=(0, 3))
 
 
 def make_config(model=MODEL, seed=0, training=None, **optimizer) -> RunConfig:

@@ -1,0 +1,47 @@
+"""Inputs of the head's loss, the loss of all logits, and the meshes that both are compared on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plt_jax.model.loss import cross_entropy
+
+MESHES = {
+    "rows": {"data": 8},
+    "sharded parameters": {"data": 4, "fsdp": 2},
+    "vocabulary": {"data": 2, "tensor": 4},
+    "sequence": {"data": 2, "context": 4},
+    "all": {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
+}
+
+
+def arrays(B, T, D, V, dtype="float32", seed=0):
+    random = np.random.default_rng(seed)
+    return (
+        jnp.asarray(random.normal(size=(B, T, D)), dtype),
+        jnp.asarray(random.normal(size=(D, V)), jnp.float32),
+        jnp.asarray(random.integers(0, V, (B, T)), jnp.int32),
+        jnp.asarray(random.random((B, T)) * (random.random((B, T)) < 0.7), jnp.float32),
+    )
+
+
+def plain(states_BTD, head_DV, targets_BT, weights_BT, z_loss):
+    """The same of all logits, by JAX's own gradients."""
+    logits = jnp.einsum(
+        "BTD,DV->BTV",
+        states_BTD,
+        head_DV.astype(states_BTD.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    nll_BT, log_z_BT = cross_entropy(logits, targets_BT)
+    nll = jnp.sum(nll_BT * weights_BT)
+    return nll + z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT), nll
+
+
+def with_gradients(loss, *inputs, z_loss=0.0, scale=1.0):
+    def scaled(states, head):
+        total, nll = loss(states, head, *inputs[2:], z_loss)
+        return scale * total, (total, nll)
+
+    gradients, sums = jax.grad(scaled, argnums=(0, 1), has_aux=True)(*inputs[:2])
+    return sums, gradients
