@@ -60,10 +60,17 @@ def main(words: Sequence[str] | None = None) -> None:
         "--schemes", help="for GPUs: schemes to compile side by side, such as no_loop,plt"
     )
     parser.add_argument("--loops", help="for GPUs: numbers of loops of those schemes, such as 2,3")
+    parser.add_argument(
+        "--compare_remat",
+        action="store_true",
+        help="compile the train step once for each value of model.remat, and compare them",
+    )
     parser.add_argument("--json", metavar="FILE", help="JSON file for all that was found")
     words = list(sys.argv[1:] if words is None else words)
     config = parse_run_config(parser, words)
     arguments = parser.parse_args(words)
+    if arguments.compare_remat and arguments.decode:
+        raise InputError("--compare_remat is for the train step; leave out --decode")
     decode = decode_shapes(arguments, config)
     compile_for = _compile_for_gpu if names_gpus(arguments.topology) else _compile_for_tpu
     text, found = compile_for(arguments, config, decode)
@@ -84,8 +91,13 @@ def _compile_for_tpu(
         raise InputError("--batch takes one size for TPUs, and several for GPUs")
 
     from plt_jax.compile.command import compile_config
+    from plt_jax.compile.remat import compare_policies, report_policies
     from plt_jax.compile.report import report
 
+    if arguments.compare_remat:
+        estimates = compare_policies(config, topology)
+        found = {remat: estimate.as_json() for remat, estimate in estimates.items()}
+        return report_policies(estimates), {"by_remat": found}
     shape = decode[0] if decode else None
     estimate = compile_config(config, topology, shape)
     return report(config, estimate), {"decode": shape, **estimate.as_json()}
@@ -107,7 +119,14 @@ def _compile_for_gpu(
 
     from plt_jax.compile.estimate import package_version
     from plt_jax.compile.gpu_programs import compile_for_gpu, report
+    from plt_jax.compile.remat import with_every_policy
 
+    if arguments.compare_remat:
+        configs = {
+            f"{label}, {remat}": one
+            for label, config in configs.items()
+            for remat, one in with_every_policy(config).items()
+        }
     programs = compile_for_gpu(configs, topology, decode)
     found = {
         "topology": arguments.topology,

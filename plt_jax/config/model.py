@@ -170,6 +170,9 @@ class MoEConfig(Section):
         return self
 
 
+Remat = Literal["none", "dots_and_attention", "dots", "attention", "full"]
+
+
 class ModelConfig(Section):
     """Shape and arithmetic of the network."""
 
@@ -216,9 +219,11 @@ class ModelConfig(Section):
     """Kernel of attention in the decode step: XLA's, or one Mosaic GPU kernel of this package for
     Hopper GPUs (needs jax 0.12, bfloat16, and loops in one pass). auto is xla until a card has been
     measured."""
-    remat: MayChange[Literal["none", "full", "dots"]] = "none"
-    """What the backward pass recomputes, to save memory: nothing, all of every layer (full), or all
-    but matrix products (dots; products of experts are recomputed too)."""
+    remat: MayChange[Remat] = "none"
+    """What the backward pass recomputes, to save memory: nothing; all of a layer but its products
+    with weights and attention (dots_and_attention), its products with weights (dots) or its
+    attention (attention); or all of a layer (full). Products of experts are always recomputed but
+    with none. `python -m plt_jax.compile --compare_remat` prints the memory of each."""
     layer_unroll: MayChange[PositiveInt] = 1
     """Number of layers unrolled per step of the scan over layers; the number of layers unrolls the
     whole scan. Unrolled layers can lose most of the memory that remat saves."""

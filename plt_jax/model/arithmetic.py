@@ -40,11 +40,12 @@ def train_flops(config: RunConfig) -> StepFlops:
     model, T, B = config.model, config.sequence_length, config.training.batch_size
     loops = flops_by_loop(model, T)
     by_loop = tuple((1 + BACKWARD) * B * T * one.total for one in loops)
-    again = {"none": 0, "dots": _expert_share(model, T), "full": 1}[model.remat]
+    keeps_dots = model.remat in ("dots", "dots_and_attention")
+    again = 0 if model.remat == "none" else _expert_share(model, T) if keeps_dots else 1
     executed = sum(
         B * T * ((1 + BACKWARD + again) * one.layers + (1 + BACKWARD) * one.head) for one in loops
     )
-    forwards = (1 if model.remat == "none" else 2) + SPLASH_BACKWARD
+    forwards = (2 if model.remat in ("dots", "full") else 1) + SPLASH_BACKWARD
     attention = sum(B * _attention(config, index) for index in range(model.loop.count))
     return StepFlops(by_loop, round(executed + forwards * attention))
 

@@ -18,7 +18,13 @@ from plt_jax.distributed.axes import sharded_axes
 from plt_jax.errors import InputError
 from plt_jax.model.blockwise import causal_attention, windowed_attention
 from plt_jax.model.context_parallel import spread_attention
-from plt_jax.model.kernels import Backend, available_backend, cudnn_attention, splash_attention
+from plt_jax.model.kernels import (
+    Backend,
+    available_backend,
+    cudnn_attention,
+    splash_attention,
+    traced_platform,
+)
 from plt_jax.model.layers import (
     Parameter,
     Rotation,
@@ -26,6 +32,7 @@ from plt_jax.model.layers import (
     rms_norm,
     rotate,
     scale_parameter,
+    times_weight,
     zero_parameter,
 )
 
@@ -74,9 +81,7 @@ def rotated_qkv(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries [B, N, T, H], keys and values [B, K, T, H]: projected, with biases, and queries and
     keys normed and rotated."""
-    q_BNTH, k_BKTH, v_BKTH = (
-        jnp.einsum("BTD,DNH->BNTH", x_BTD, weights[name].astype(x_BTD.dtype)) for name in "qkv"
-    )
+    q_BNTH, k_BKTH, v_BKTH = (to_heads(x_BTD, weights[name]) for name in "qkv")
     if config.qkv_bias:
         q_BNTH, k_BKTH, v_BKTH = (
             x_BNTH + weights[name][:, None].astype(x_BNTH.dtype)
@@ -88,9 +93,23 @@ def rotated_qkv(
     return rotate(q_BNTH, rotation), rotate(k_BKTH, rotation), v_BKTH
 
 
+def to_heads(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
+    """A projection to heads, [B, T, D] x [D, N, H] -> [B, N, T, H]."""
+    D, N, H = weight_DNH.shape
+    if traced_platform() != "cpu":
+        return jnp.einsum("BTD,DNH->BNTH", x_BTD, weight_DNH.astype(x_BTD.dtype))
+    x_BTNH = times_weight(x_BTD, weight_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
+    return x_BTNH.swapaxes(1, 2)
+
+
 def project_output(weights: Mapping[str, jax.Array], out_BNTH: jax.Array) -> jax.Array:
     """The output projection: the heads' outputs [B, N, T, H] to [B, T, D]."""
-    return jnp.einsum("BNTH,NHD->BTD", out_BNTH, weights["o"].astype(out_BNTH.dtype))
+    weight_NHD = weights["o"].astype(out_BNTH.dtype)
+    if traced_platform() != "cpu":
+        return jnp.einsum("BNTH,NHD->BTD", out_BNTH, weight_NHD)
+    B, N, T, H = out_BNTH.shape
+    out_BTD = out_BNTH.swapaxes(1, 2).reshape(B, T, N * H)
+    return times_weight(out_BTD, weight_NHD.reshape(N * H, -1))
 
 
 def gate(

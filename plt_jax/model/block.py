@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
 from plt_jax.config import ModelConfig
+from plt_jax.config.model import Remat
 from plt_jax.model.attention import (
     attention_parameters,
     blend,
@@ -22,6 +23,7 @@ from plt_jax.model.attention import (
     sequence_attention,
 )
 from plt_jax.model.expert_parallel import routed_experts
+from plt_jax.model.kernels import ATTENTION
 from plt_jax.model.layers import (
     Parameter,
     Rotation,
@@ -54,7 +56,8 @@ class LayerOutputs(NamedTuple):
     """What a layer returns beside its output."""
 
     keys_values: KeysValues
-    """This loop's own keys, rotated, and values, [B, K, T, H] each."""
+    """This loop's own keys, rotated, and values, [B, K, T·H] each. TPUs would pad a last axis of
+    H below 128 to 128, in arrays that are kept for all layers."""
     router: RouterStatistics | None
     """The router's statistics; None in dense layers."""
     gate_B: jax.Array | None
@@ -191,8 +194,8 @@ class Block(nn.Module):
         """Applies the layer.
 
         Args:
-          shared: loop 1's keys and values [B, K, T, H] of this layer, for loops that read them;
-            None for loops that attend to their own.
+          shared: loop 1's keys and values of this layer, as LayerOutputs has them, for loops that
+            read them; None for loops that attend to their own.
 
         Returns:
           The layer's output [B, T, D], and what it returns beside that.
@@ -201,14 +204,15 @@ class Block(nn.Module):
         loop, documents_BT = self.config.loop, context.documents_BT
 
         def attend(q, k, v, gate_BNT):
-            keys, values = (k, v) if shared is None else shared
+            keys, values = (k, v) if shared is None else (x.reshape(k.shape) for x in shared)
             global_BNTH = sequence_attention(self.config, q, keys, values, documents_BT)
+            own = k.reshape(*k.shape[:2], -1), v.reshape(*v.shape[:2], -1)
             if shared is None or loop.later_attention == "shared":
-                return global_BNTH, ((k, v), None)
+                return global_BNTH, (own, None)
             local_BNTH = sequence_attention(self.config, q, k, v, documents_BT, loop.window)
             # Not over the batch, which lies on several devices: a layer must not wait for them.
             gate_B = jnp.mean(gate_BNT, axis=(1, 2))
-            return blend(gate_BNT, global_BNTH, local_BNTH), ((k, v), gate_B)
+            return blend(gate_BNT, global_BNTH, local_BNTH), (own, gate_B)
 
         weights = weights_of_loop(weights, context.loop)
         x_BTD, (keys_values, gate_B), router = apply_block(
@@ -218,6 +222,25 @@ class Block(nn.Module):
         return x_BTD, LayerOutputs(keys_values, router, gate_B)
 
 
+def remat_policy(remat: Remat) -> Callable[..., Any]:
+    """What a layer keeps of its forward pass, as a policy of `jax.checkpoint`."""
+    policies = jax.checkpoint_policies
+    dots = policies.dots_with_no_batch_dims_saveable
+    by_name = policies.save_only_these_names(ATTENTION)
+
+    def attention(primitive: Any, *operands: Any, **parameters: Any) -> Any:
+        # cuDNN's outputs have no names of ours: JAX keeps them for its own backward pass.
+        fused = primitive.name.startswith("dot_product_attention_fwd")
+        return fused or by_name(primitive, *operands, **parameters)
+
+    return {
+        "full": policies.nothing_saveable,
+        "attention": attention,
+        "dots": dots,
+        "dots_and_attention": policies.save_from_both_policies(dots, attention),
+    }[remat]
+
+
 def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> nn.Module:
     """All layers of a stack as one module: `stack(x, context, shared) -> (x, LayerOutputs)`.
 
@@ -225,14 +248,10 @@ def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> n
     """
     block = Block
     if config.remat != "none":
-        policies = {
-            "full": jax.checkpoint_policies.nothing_saveable,
-            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        }
         # XLA compiles the body of a scan on its own, so nothing outside can undo the recomputation.
         # Layers that are unrolled from the scan have no such body, and need the guard.
         unrolled = config.layer_unroll > 1
-        block = nn.remat(Block, policy=policies[config.remat], prevent_cse=unrolled)
+        block = nn.remat(Block, policy=remat_policy(config.remat), prevent_cse=unrolled)
     return nn.scan(
         block,
         variable_axes={"params": 0},

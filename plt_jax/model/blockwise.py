@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from plt_jax.model.kernels import ATTENTION
 
 # Far below any logit, yet finite: a float32 softmax gives such keys a weight of exactly zero, and
 # thus an exactly zero gradient, without the NaN that a row of infinities would give.
@@ -70,24 +73,29 @@ def partial_attention(
 
     A query without an allowed key gives junk, to which `merge` gives no weight.
     """
-    B, N, T, H = q_BNTH.shape
-    K = k_BKSH.shape[1]
-    q_BKGTH = q_BNTH.reshape(B, K, N // K, T, H)
-    logits_BKGTS = jnp.einsum(
-        "BKGTH,BKSH->BKGTS", q_BKGTH, k_BKSH, preferred_element_type=jnp.float32
-    )
-    logits_BKGTS = jnp.where(mask_BTS[:, None, None], logits_BKGTS / math.sqrt(H), MASKED)
+    (B, N, T, H), (K, S) = q_BNTH.shape, k_BKSH.shape[1:3]
+    G = N // K
+    # The queries of a group are rows of one product (R = G·T), so that every product here, and in
+    # the backward pass, sums over one axis. XLA transposes copies for two.
+    q_BKRH = q_BNTH.reshape(B, K, G * T, H)
+    logits_BKRS = jnp.einsum("BKRH,BKSH->BKRS", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+    mask_BRS = jnp.tile(jnp.broadcast_to(mask_BTS, (len(mask_BTS), T, S)), (1, G, 1))
+    logits_BKRS = jnp.where(mask_BRS[:, None], logits_BKRS / math.sqrt(H), MASKED)
     # The softmax's denominator divides the [T, H] outputs instead of the [T, S] weights. Its result
     # does not depend on the maximum, so neither does the gradient.
-    largest = jax.lax.stop_gradient(jnp.max(logits_BKGTS, axis=-1, keepdims=True))
-    weights_BKGTS = jnp.exp(logits_BKGTS - largest)
-    sum_BKGTH = jnp.einsum(
-        "BKGTS,BKSH->BKGTH",
-        weights_BKGTS.astype(v_BKSH.dtype),
+    largest = jax.lax.stop_gradient(jnp.max(logits_BKRS, axis=-1, keepdims=True))
+    weights_BKRS = jnp.exp(logits_BKRS - largest)
+    sum_BKRH = jnp.einsum(
+        "BKRS,BKSH->BKRH",
+        weights_BKRS.astype(v_BKSH.dtype),
         v_BKSH,
         preferred_element_type=jnp.float32,
     )
-    return Partial(sum_BKGTH, jnp.sum(weights_BKGTS, axis=-1, keepdims=True), largest)
+    total = jnp.sum(weights_BKRS, axis=-1, keepdims=True)
+    partial = Partial(sum_BKRH, total, largest)
+    # The weights are the largest array. The backward pass of a rematerialised layer makes them
+    # again of the largest logits.
+    return Partial(*(checkpoint_name(x, ATTENTION).reshape(B, K, G, T, -1) for x in partial))
 
 
 def causal_attention(

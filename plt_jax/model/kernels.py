@@ -27,6 +27,10 @@ from plt_jax.distributed.gpus import GPUS
 
 Backend = Literal["xla", "cudnn", "splash"]
 
+ATTENTION = "attention"
+"""Name, for policies of rematerialisation, of what attention's backward pass needs of its forward
+pass beside queries, keys and values."""
+
 LANES = 128
 """Width of a TPU's vectors. The kernel's blocks of keys are multiples of it."""
 MAX_BLOCK = 512
@@ -209,6 +213,7 @@ def splash_kernel(heads: int, mask: Mask, block: int, length_shards: int = 1) ->
         ),
         head_shards=1,
         q_seq_shards=length_shards,
+        residual_checkpoint_name=ATTENTION,
     )
 
 

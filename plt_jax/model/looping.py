@@ -170,10 +170,15 @@ def run_loops(
         states = states_of(model, hidden_BTD, outputs, is_last=index == last)
         return states.output_LBTD, states
 
-    later_loops = nn.scan(
-        later_loop, variable_broadcast="params", split_rngs={"params": False}, length=last
-    )
-    _, later = later_loops(model, first.output_LBTD, jnp.arange(1, loop.count))
+    if last == 1:
+        # A scan would stack what the backward pass needs, and copies that XLA does not take out.
+        _, second = later_loop(model, first.output_LBTD, 1)
+        later = jax.tree.map(lambda x: x[None], second)
+    else:
+        later_loops = nn.scan(
+            later_loop, variable_broadcast="params", split_rngs={"params": False}, length=last
+        )
+        _, later = later_loops(model, first.output_LBTD, jnp.arange(1, loop.count))
     gate_LJB, later = later.gate_LJB, later._replace(gate_LJB=None)
     states = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), states, later)
     return states._replace(gate_LJB=gate_LJB)

@@ -155,3 +155,16 @@ def test_the_papers_models_train_on_a_slice(compiled, config, topology, settings
     estimate, _ = compiled(config, "--topology", topology, settings=settings)
     assert estimate["fits"]
     assert estimate["mfu"]["slowest"] > 0.1
+
+
+def test_policies_of_rematerialisation_trade_memory_for_arithmetic(compiled):
+    words = ["--topology", "v5e:2x2", "--compare_remat"]
+    found, printed = compiled("plt_dense_1b", *words, settings=SMALL)
+    policies = found["by_remat"]
+    assert list(policies) == ["none", "dots_and_attention", "dots", "attention", "full"]
+    kept = [policies[remat]["activations"]["layers"] for remat in policies]
+    assert kept == sorted(kept, reverse=True)
+    executed = {remat: one["flops"]["executed"] for remat, one in policies.items()}
+    assert executed["none"] == executed["dots_and_attention"] < executed["dots"] < executed["full"]
+    assert executed["attention"] < executed["full"]
+    assert all(f"\n{remat} " in printed for remat in policies)

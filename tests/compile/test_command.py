@@ -25,6 +25,10 @@ TINY = str(REPOSITORY / "configs" / "tiny.yaml")
         (["--topology", "v5e:2x2", "--context", "4"], "--context is an option of decoding"),
         (["--topology", "v5e:2x2", "--decode", "--batch", "0"], "--batch is 0"),
         (["--topology", "v5e:2x2", "--decode", "--batch", "1,2"], "one size for TPUs"),
+        (
+            ["--topology", "v5e:2x2", "--decode", "--compare_remat"],
+            "--compare_remat is for the train",
+        ),
         (["--topology", "v5e:2x2", "--schemes", "plt"], "--schemes is an option of GPUs"),
         (["--topology", "h100:0"], "CARD or CARD:COUNT"),
         (["--topology", "h100", "--slices", "2"], "--slices is an option of TPUs"),
