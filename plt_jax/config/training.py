@@ -24,8 +24,10 @@ from plt_jax.config.types import (
 
 
 class OptimizerConfig(Section):
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW; or Muon for the matrices of the layers, and AdamW for all other parameters."""
     learning_rate: PositiveFloat = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -47,6 +49,13 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay, multiplied by the learning rate, of the projections' weights. Norms,
     gates, biases and embeddings do not decay."""
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the gradient's running mean. (That of the squared gradient stays float32.)"""
+    muon_learning_rate: PositiveFloat | None = None
+    """Peak learning rate of Muon's matrices; default learning_rate. Muon's updates are scaled to
+    the root mean square of AdamW's, so that one rate can suit both."""
+    muon_momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay rate of Muon's running mean of the gradient."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest global norm of the gradient; null for no clipping."""
 
@@ -57,7 +66,15 @@ class OptimizerConfig(Section):
                 f"warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction} "
                 "add up to more than 1; lower one"
             )
+        own = {"muon_learning_rate", "muon_momentum"} & self.model_fields_set
+        changed = [name for name in sorted(own) if getattr(self, name) != _default(self, name)]
+        if self.name == "adamw" and changed:
+            raise ValueError(f"{changed[0]} is a field of muon; set name to muon, or leave it out")
         return self
+
+
+def _default(section: Section, name: str) -> object:
+    return type(section).model_fields[name].default
 
 
 class TrainingConfig(Section):

@@ -1,10 +1,14 @@
-"""AdamW, its learning-rate schedule, and which parameters decay."""
+"""AdamW and Muon, their learning-rate schedule, and which parameters decay."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import jax
 import optax
+import optax.contrib
+from optax.contrib import MuonDimensionNumbers
 
 from plt_jax.config import ModelConfig, OptimizerConfig
 from plt_jax.model.block import block_parameters, stacks_of
@@ -31,22 +35,86 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(
     config: OptimizerConfig, model: ModelConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW with decoupled decay of the projections' weights.
+    """Clipping by global norm, AdamW or Muon, and decoupled decay of the projections' weights.
 
     Args:
       schedule: the learning rate by step, from `make_schedule`.
     """
-    adamw = optax.adamw(
-        schedule,
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=decay_mask(model),
+    adam = optax.scale_by_adam(
+        config.beta1, config.beta2, config.epsilon, mu_dtype=config.momentum_dtype
     )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
+    return optax.chain(
+        *clip,
+        adam if config.name == "adamw" else muon_and(adam, config, model),
+        optax.add_decayed_weights(config.weight_decay, decay_mask(model)),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+MUON_RMS = 0.2
+"""The root mean square of Muon's updates before the learning rate, about that of AdamW's
+(arXiv 2502.16982, section 2.2)."""
+
+
+def muon_and(
+    adam: optax.GradientTransformation, config: OptimizerConfig, model: ModelConfig
+) -> optax.GradientTransformation:
+    """Muon (arXiv 2502.16982) for the matrices of `matrix_axes`, `adam` for all else."""
+    axes = matrix_axes(model)
+    labels = jax.tree.map(lambda one: "muon" if one else "adam", axes, is_leaf=_is_axes)
+    of_matrices = jax.tree.map(lambda one: one or optax.MaskedNode(), axes, is_leaf=_is_axes)
+    faster = (config.muon_learning_rate or config.learning_rate) / config.learning_rate
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        def scaled(update: jax.Array, axes: Any) -> jax.Array:
+            # An orthogonal [m, n] matrix has the root mean square 1 / sqrt(max(m, n)).
+            sides = (
+                math.prod(update.shape[axis] for axis in side)
+                for side in (axes.reduction_axis, axes.output_axis)
+            )
+            return faster * MUON_RMS * math.sqrt(max(sides)) * update
+
+        return jax.tree.map(scaled, updates, of_matrices)
+
+    muon = optax.contrib.scale_by_muon(
+        beta=config.muon_momentum,
+        mu_dtype=config.momentum_dtype,
+        weight_dimension_numbers=lambda updates: of_matrices,
+    )
+    return optax.partition(
+        {"muon": optax.chain(muon, optax.stateless(scale)), "adam": adam}, labels
+    )
+
+
+def matrix_axes(config: ModelConfig) -> dict[str, Any]:
+    """The axes of Muon's matrices, as a tree like the parameters; None for parameters without.
+
+    They are the projections of the layers: to and from the model's width, all heads together, each
+    layer and each expert by itself. Embeddings, the head and routers are left to AdamW, as usual
+    (arXiv 2502.16982), and so are norms, biases and gates.
+    """
+
+    def axes_of(parameter: Parameter) -> MuonDimensionNumbers | None:
+        names = parameter.axes
+        if not parameter.decays or None in names:
+            return None
+        # The axis 0 of all is that of the layers.
+        wide = tuple(i + 1 for i, name in enumerate(names) if name not in ("expert", "embed"))
+        width = (names.index("embed") + 1,)
+        return MuonDimensionNumbers(*sorted((width, wide)))
+
+    return dict.fromkeys(top_parameters(config)) | {
+        name: {
+            parameter: axes_of(declared)
+            for parameter, declared in block_parameters(config, stack.mixture).items()
+        }
+        for name, stack in stacks_of(config).items()
+    }
+
+
+def _is_axes(leaf: Any) -> bool:
+    return leaf is None or isinstance(leaf, MuonDimensionNumbers)
 
 
 def decay_mask(config: ModelConfig) -> dict[str, Any]:

@@ -51,6 +51,16 @@ def test_every_mesh_gives_the_updates_of_one_device(found, mesh):
         assert case["moved"][name] > 1e-4, name
 
 
+def test_muon_updates_sharded_matrices_as_whole_ones(found):
+    case = found["muon"]
+    for got, expected in zip(case["metrics"], case["expected"], strict=True):
+        assert flat(got) == pytest.approx(flat(expected), rel=1e-4)
+    for name, difference in case["differences"].items():
+        # Its iteration multiplies small singular values, and with them rounding, by some 500.
+        assert difference < 1e-4, name
+        assert case["moved"][name] > 1e-4, name
+
+
 def test_a_checkpoint_is_read_onto_a_mesh_and_written_from_it(found):
     case = found["imported"]
     assert case["files"] > 5

@@ -54,13 +54,14 @@ SHAPE = {
 }
 
 
-def make_config(mesh, accumulate=1, **sizes) -> RunConfig:
+def make_config(mesh, accumulate=1, optimizer="adamw", **sizes) -> RunConfig:
     # An epsilon well above rounding, since Adam divides tiny gradients by themselves.
+    steady = {"learning_rate": 1e-2, "warmup_fraction": 0.0, "epsilon": 1e-3}
     return RunConfig(
         model=SHAPE | sizes,
         data={"sequence_length": 16},
         mesh=mesh,
-        optimizer={"learning_rate": 1e-2, "warmup_fraction": 0.0, "epsilon": 1e-3},
+        optimizer=steady | {"name": optimizer},
         training={"steps": 10, "batch_size": 16, "accumulate": accumulate, "z_loss": 1e-2},
     )
 
@@ -94,9 +95,9 @@ def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float | li
 
 
 @functools.cache
-def on_one_device():
+def on_one_device(optimizer):
     """Parameters at the start and after the steps, by name, and the metrics."""
-    config = make_config(MESHES["one"])
+    config = make_config(MESHES["one"], optimizer=optimizer)
     start = named(jax.device_get(TrainProgram.build(config, mesh_of(config)).init_state().params))
     state, metrics = take_steps(config)
     return start, named(jax.device_get(state.params)), metrics
@@ -110,10 +111,10 @@ def named(tree) -> dict[str, jax.Array]:
     }
 
 
-def compare(mesh: str, accumulate: int) -> dict:
+def compare(mesh: str, accumulate: int, optimizer: str = "adamw") -> dict:
     """What a mesh gives against one device: metrics, largest differences, shards."""
-    start, expected, against = on_one_device()
-    got, metrics = take_steps(make_config(MESHES[mesh], accumulate))
+    start, expected, against = on_one_device(optimizer)
+    got, metrics = take_steps(make_config(MESHES[mesh], accumulate, optimizer))
     params = named(jax.device_get(got.params))
     return {
         "metrics": metrics,
@@ -213,6 +214,7 @@ def main(folder: Path) -> None:
                 for mesh in MESHES
                 if mesh != "one"
             },
+            "muon": compare("all", accumulate=1, optimizer="muon"),
             "refusals": refusals(),
             "trained": train_and_evaluate(folder),
             "imported": import_and_export(folder),

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from plt_jax.config import OptimizerConfig
-from plt_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from plt_jax.training.optimizer import decay_mask, make_optimizer, make_schedule, matrix_axes
 from tests.models import random_params, small_config
 
 DECAYING = {"head", "q", "k", "v", "o", "ffn_gate", "ffn_up", "ffn_down"}
@@ -135,3 +135,96 @@ def test_adam_is_as_the_paper_has_it():
     np.testing.assert_allclose(
         updates["head"], -0.1 * mean / (np.sqrt(square) + 1e-3), rtol=2e-5, atol=1e-7
     )
+
+
+# ---- Muon ----
+
+MUON = {"name": "muon", "schedule": "constant", "warmup_fraction": 0.0, "clip_norm": None}
+
+
+def one_step(config: OptimizerConfig, model, gradients):
+    """The updates and the state after one step."""
+    optimizer = make_optimizer(config, model, make_schedule(config, 10))
+    params = random_params(model)
+    return jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
+
+
+def singular_values(update, axes):
+    """Those of each of a parameter's matrices, [matrices, values]."""
+    inputs, outputs = axes.reduction_axis, axes.output_axis
+    batch = tuple(i for i in range(update.ndim) if i not in (*inputs, *outputs))
+    rows = int(np.prod([update.shape[axis] for axis in inputs]))
+    columns = int(np.prod([update.shape[axis] for axis in outputs]))
+    matrices = np.transpose(update, (*batch, *inputs, *outputs)).reshape(-1, rows, columns)
+    return np.linalg.svd(matrices, compute_uv=False), max(rows, columns), len(matrices)
+
+
+MIXTURE = small_config(
+    moe={"experts": 4, "experts_per_token": 2, "expert_width": 24, "shared_width": 8}
+)
+
+
+@pytest.mark.parametrize("model", [small_config(layers=3), MIXTURE], ids=["dense", "mixture"])
+def test_muon_makes_each_layers_and_experts_matrix_nearly_orthogonal(model):
+    config = OptimizerConfig(**MUON, learning_rate=0.5, weight_decay=0.0)
+    updates, _ = one_step(config, model, random_params(model, seed=1))
+    axes, counts = matrix_axes(model), {}
+    for name, of_one in axes["layers"].items():
+        if of_one is None:
+            continue
+        values, longer, counts[name] = singular_values(np.asarray(updates["layers"][name]), of_one)
+        # Five steps of Muon's iteration bring singular values between 0.7 and 1.2.
+        scaled = values / (0.5 * 0.2 * np.sqrt(longer))
+        assert scaled.min() > 0.3 and scaled.max() < 1.3, name
+    layers = model.layers
+    expected = dict.fromkeys(("q", "k", "v", "o"), layers)
+    if model.moe.experts:
+        expected |= dict.fromkeys(("expert_gate", "expert_up", "expert_down"), 4 * layers)
+        expected |= dict.fromkeys(("shared_gate_proj", "shared_up", "shared_down"), layers)
+    else:
+        expected |= dict.fromkeys(("ffn_gate", "ffn_up", "ffn_down"), layers)
+    assert counts == expected
+
+
+def test_muon_leaves_all_other_parameters_to_adam():
+    model = MODELS["hidden gate"]
+    gradients = random_params(model, seed=1)
+    common = {name: value for name, value in MUON.items() if name != "name"}
+    muon, _ = one_step(OptimizerConfig(**MUON), model, gradients)
+    adam, _ = one_step(OptimizerConfig(**common), model, gradients)
+    axes = matrix_axes(model)
+    for name in ("embedding", "final_norm", "head"):
+        np.testing.assert_allclose(muon[name], adam[name], rtol=1e-6)
+    for name, of_one in axes["layers"].items():
+        same = np.allclose(muon["layers"][name], adam["layers"][name], rtol=1e-5, atol=1e-9)
+        assert same == (of_one is None), name
+
+
+def test_muons_matrices_have_a_learning_rate_of_their_own():
+    model = MODELS["clp"]
+    gradients = random_params(model, seed=1)
+    settings = MUON | {"learning_rate": 0.1, "weight_decay": 0.0}
+    one, _ = one_step(OptimizerConfig(**settings), model, gradients)
+    three, _ = one_step(OptimizerConfig(**settings, muon_learning_rate=0.3), model, gradients)
+    np.testing.assert_allclose(three["layers"]["q"], 3 * one["layers"]["q"], rtol=1e-5)
+    np.testing.assert_allclose(three["head"], one["head"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_running_means_can_be_bfloat16(name):
+    model = MODELS["clp"]
+    config = OptimizerConfig(name=name, momentum_dtype="bfloat16")
+    _, state = one_step(config, model, random_params(model, seed=1))
+    dtypes = {
+        jax.tree_util.keystr(path): leaf.dtype
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        if leaf.ndim > 1
+    }
+    assert {dtype for path, dtype in dtypes.items() if ".mu" in path} == {jnp.dtype("bfloat16")}
+    assert {dtype for path, dtype in dtypes.items() if ".nu" in path} == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("field", [{"muon_learning_rate": 0.1}, {"muon_momentum": 0.9}])
+def test_fields_of_muon_are_refused_without_it(field):
+    with pytest.raises(ValueError, match="is a field of muon; set name to muon"):
+        OptimizerConfig(**field)

@@ -97,10 +97,11 @@ def test_a_run_stopped_twice_and_read_without_prefetch_goes_on_bit_for_bit(finis
     assert_same_run(config, finished.config)
 
 
-def test_a_run_on_a_synthetic_task_goes_on_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("optimizer", [{}, {"name": "muon", "momentum_dtype": "bfloat16"}])
+def test_a_run_on_a_synthetic_task_goes_on_bit_for_bit(tmp_path, optimizer):
     task = {"task": "permutations", "difficulties": [1, 2, 3]}
     whole, config = (
-        tiny_config(tmp_path, tmp_path / name, data={"synthetic": task})
+        tiny_config(tmp_path, tmp_path / name, data={"synthetic": task}, optimizer=optimizer)
         for name in ("whole", "stopped")
     )
     trainer.train(whole)
