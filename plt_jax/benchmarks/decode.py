@@ -27,7 +27,7 @@ from plt_jax.benchmarks import decode_report
 from plt_jax.benchmarks.machine import copy_bandwidth, machine
 from plt_jax.benchmarks.prepared import PreparedVariant, add_weights, prepare_all
 from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
-from plt_jax.benchmarks.torch_peer import TorchLlama
+from plt_jax.benchmarks.torch_peer import TorchLlama, decoding_llama
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
 from plt_jax.config.variants import NO_LOOP, variants_of
@@ -209,7 +209,10 @@ class Workload:
         if not self.settings.torch:
             return []
         return [
-            (name, TorchLlama(self.settings.torch, self.base, self.batch, self.context, compiled))
+            (
+                name,
+                decoding_llama(self.settings.torch, self.base, self.batch, self.context, compiled),
+            )
             for name, compiled in (("torch llama", False), ("torch llama, compiled", True))
         ]
 

@@ -15,7 +15,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ import numpy as np
 
 from plt_jax.benchmarks.machine import machine
 from plt_jax.benchmarks.rounds import positive_integers, ratios
+from plt_jax.benchmarks.torch_peer import TorchLlama, training_llama
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import RunConfig
@@ -65,13 +67,25 @@ def main(words: Sequence[str] | None = None) -> None:
     }
     print(heading(report), flush=True)
     steps = [CompiledStep.compile(variant, config, mesh) for variant in variants]
-    seconds: dict[Variant, list[float]] = {step.variant: [] for step in steps}
-    for index in range(arguments.rounds):
-        for step in steps[index % len(steps) :] + steps[: index % len(steps)]:
-            seconds[step.variant].append(step.time_steps(arguments.steps))
-        report["rows"] = [row(report, step, seconds) for step in steps]
-        if arguments.out:
-            write_text(Path(arguments.out), json.dumps(report, indent=2) + "\n")
+    peers = start_peers(arguments.torch, config)
+    timers: dict[str, Callable[[int], float]] = {
+        **{step.variant.label: step.time_steps for step in steps},
+        **{label: partial(time_peer, peer) for label, peer in peers.items()},
+    }
+    seconds: dict[str, list[float]] = {label: [] for label in timers}
+    try:
+        for index in range(arguments.rounds):
+            labels = list(timers)
+            first = index % len(labels)
+            for label in labels[first:] + labels[:first]:
+                seconds[label].append(timers[label](arguments.steps))
+            report["rows"] = [row(report, step, seconds) for step in steps]
+            report["rows"] += [peer_row(report, *peer, seconds) for peer in peers.items()]
+            if arguments.out:
+                write_text(Path(arguments.out), json.dumps(report, indent=2) + "\n")
+    finally:
+        for peer in peers.values():
+            peer.stop()
     print(table_of(COLUMNS, report["rows"]))
 
 
@@ -98,13 +112,38 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     parser.add_argument(
         "--rounds", type=int, default=5, help="how many times each scheme is measured"
     )
+    parser.add_argument(
+        "--torch",
+        nargs="?",
+        const=sys.executable,
+        help="also time the training of a Llama of the same shape in PyTorch's transformers, with "
+        "this Python interpreter; default this one",
+    )
     parser.add_argument("--out", help="JSON file for the figures")
     config = parse_run_config(parser, words)
     arguments = parser.parse_args(words)
     for name in ("steps", "rounds"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
+    if arguments.torch and config.model.moe.experts:
+        raise InputError("--torch compares with a dense llama, but the config's model has experts")
     return arguments, config
+
+
+def start_peers(python: str | None, config: RunConfig) -> dict[str, TorchLlama]:
+    """PyTorch's processes by their labels; none without an interpreter."""
+    if python is None:
+        return {}
+    return {
+        label: training_llama(python, config, compiled)
+        for label, compiled in (("torch llama", False), ("torch llama, compiled", True))
+    }
+
+
+def time_peer(peer: TorchLlama, steps: int) -> float:
+    """Seconds per step of PyTorch; a first step is not timed."""
+    peer(1)
+    return peer(steps) / steps
 
 
 class CompiledStep(NamedTuple):
@@ -161,32 +200,46 @@ def random_batch(program: TrainProgram) -> Batch:
     )
 
 
-def row(report: Report, step: CompiledStep, seconds: dict[Variant, list[float]]) -> Report:
+def row(report: Report, step: CompiledStep, seconds: dict[str, list[float]]) -> Report:
     """One variant's figures."""
-    own, T = seconds[step.variant], report["sequence_length"]
-    tokens, median = report["batch_size"] * T, statistics.median(own)
     flops = train_flops(step.program.config).model
     memory = step.compiled.memory_analysis()
     assert memory is not None  # every backend that trains reports it
     made: Report = {
-        "label": step.variant.label,
-        "seconds": own,
-        "ms": 1e3 * median,
-        "range": f"({1e3 * min(own):.1f}-{1e3 * max(own):.1f})",
-        "tokens_per_second": tokens / median,
+        **timing(report, step.variant.label, seconds),
         "model_tflops": flops / 1e12,
         "state_gb": memory.argument_size_in_bytes / 1e9,
         "temporaries_gb": memory.temp_size_in_bytes / 1e9,
     }
     if report["peak_flops"]:
         peak = report["peak_flops"] * np.prod(list(report["mesh"].values()))
-        made["mfu"] = float(flops / median / peak)
-    for name, other in (
-        ("ratio_to_no_loop", NO_LOOP),
-        ("ratio_to_vanilla", Variant("vanilla_loop", step.variant.loops)),
-    ):
-        if other in seconds and len(seconds[other]) == len(own):
-            made[name] = statistics.median(ratios(own, seconds[other]))
+        made["mfu"] = float(1e3 * flops / made["ms"] / peak)
+    vanilla = Variant("vanilla_loop", step.variant.loops).label
+    if vanilla in seconds:
+        made["ratio_to_vanilla"] = statistics.median(ratios(made["seconds"], seconds[vanilla]))
+    return made
+
+
+def peer_row(
+    report: Report, label: str, peer: TorchLlama, seconds: dict[str, list[float]]
+) -> Report:
+    """The figures of one of PyTorch's processes."""
+    return {**timing(report, label, seconds), **peer.about}
+
+
+def timing(report: Report, label: str, seconds: dict[str, list[float]]) -> Report:
+    """A row's label, times and speed, and the median of its rounds' ratios to no_loop."""
+    own = seconds[label]
+    tokens, median = report["batch_size"] * report["sequence_length"], statistics.median(own)
+    made: Report = {
+        "label": label,
+        "seconds": own,
+        "ms": 1e3 * median,
+        "range": f"({1e3 * min(own):.1f}-{1e3 * max(own):.1f})",
+        "tokens_per_second": tokens / median,
+    }
+    if NO_LOOP.label in seconds:
+        made["ratio_to_no_loop"] = statistics.median(ratios(own, seconds[NO_LOOP.label]))
     return made
 
 

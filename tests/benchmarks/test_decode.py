@@ -11,7 +11,7 @@ from plt_jax import init_cache, prepare_for_decode
 from plt_jax.benchmarks import decode, decode_report
 from plt_jax.benchmarks.decode import bytes_moved, nbytes
 from plt_jax.benchmarks.rounds import interleave, ratios, spread
-from plt_jax.benchmarks.torch_peer import TorchLlama
+from plt_jax.benchmarks.torch_peer import decoding_llama
 from plt_jax.config.variants import Variant
 from plt_jax.errors import InputError
 from tests.models import random_params, small_config
@@ -206,26 +206,9 @@ def test_a_variant_keeps_the_configs_window_and_gates():
 # ---- PyTorch beside it ----
 
 
-@pytest.fixture
-def stand_in(tmp_path):
-    """An interpreter whose transformers takes a hundredth of a second a token."""
-    path = tmp_path / "python"
-    path.write_text(
-        f"""#!{sys.executable}
-import json, sys
-shape = json.loads(sys.argv[-1])
-print(json.dumps({{"shape": shape}}), flush=True)
-for line in sys.stdin:
-    print(int(line) / 100, flush=True)
-"""
-    )
-    path.chmod(0o755)
-    return str(path)
-
-
 def test_the_peer_has_the_models_shape_and_answers_each_question(stand_in):
     config = small_config("plt", 2)
-    peer = TorchLlama(stand_in, config, batch=3, context=50, compiled=True)
+    peer = decoding_llama(stand_in, config, batch=3, context=50, compiled=True)
     shape = peer.about["shape"]
     for name in ("width", "layers", "heads", "kv_heads", "head_width", "ffn_width", "vocab_size"):
         assert shape[name] == getattr(config, name)

@@ -44,9 +44,35 @@ def test_a_known_device_has_a_share_of_its_peak(config, tmp_path, monkeypatch):
     assert row["mfu"] == pytest.approx(row["model_tflops"] / (row["ms"] / 1e3))
 
 
+@pytest.mark.slow(reason="times a train step")
+def test_pytorch_stands_in_the_table(config, stand_in, tmp_path, capsys):
+    out = tmp_path / "train.json"
+    words = ["--rounds", "2", "--steps", "3", "--schemes", "no_loop", "--torch", stand_in]
+    train.main([config, *words, "--out", str(out)])
+    own, *peers = json.loads(out.read_text(encoding="utf-8"))["rows"]
+    assert [peer["label"] for peer in peers] == ["torch llama", "torch llama, compiled"]
+    for peer in peers:
+        assert peer["ms"] == pytest.approx(10.0)
+        assert peer["ratio_to_no_loop"] == pytest.approx(
+            sum(0.01 / seconds for seconds in own["seconds"]) / 2
+        )
+    assert [peer["shape"]["compile"] for peer in peers] == [False, True]
+    assert peers[0]["shape"]["length"] == 16
+    assert "torch llama, compiled" in capsys.readouterr().out
+
+
+def test_experts_have_no_peer(tmp_path):
+    values = tiny_values(tmp_path)
+    values["model"]["moe"] = {"experts": 4}
+    path = write_config(tmp_path / "experts.yaml", values)
+    with pytest.raises(InputError, match="--torch compares with a dense llama"):
+        train.main([str(path), "--torch", "/bin/false"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--torch", "/bin/false"], "--torch: /bin/false did not run transformers' llama"),
         (["--schemes", "plt,loopy"], "no scheme loopy; known are no_loop"),
         (["--rounds", "0"], "--rounds is 0; it must be at least 1"),
         (["--loops", "0"], "--loops: 0 holds a number below 1"),
