@@ -126,13 +126,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--decode", default="configs/decode_150m.yaml", help="configuration that is decoded"
     )
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="dtypes of decoding")
+    parser.add_argument(
+        "--dtypes", default="float32,bfloat16", help="dtypes of decoding; none measures no decoding"
+    )
     parser.add_argument("--batch", default="1", help="batch sizes of decoding, such as 1,4")
     parser.add_argument("--context", default="1024", help="contexts of decoding, such as 1024,8192")
     parser.add_argument("--tokens", type=int, default=12, help="tokens of a round of decoding")
     parser.add_argument("--decode_rounds", type=int, default=5, help="rounds within a process")
     parser.add_argument(
-        "--train", default="configs/tiny.yaml", help="configuration that is trained"
+        "--train",
+        default="configs/tiny.yaml",
+        help="configurations that are trained, separated by commas",
     )
     parser.add_argument(
         "--steps", type=int, default=4, help="steps of a round of training; 0 measures none"
@@ -151,7 +155,7 @@ def parse() -> argparse.Namespace:
 def workloads(arguments: argparse.Namespace) -> Iterator[Workload]:
     """What is measured: decoding in every dtype, and training."""
     shared = ("--schemes", arguments.schemes, "--loops", arguments.loops, "--out", "{out}")
-    for dtype in arguments.dtypes.split(","):
+    for dtype in filter(None, arguments.dtypes.split(",")):
         words = (arguments.decode, "--dtype", dtype, "--batch", arguments.batch)
         words += ("--context", arguments.context, "--tokens", str(arguments.tokens))
         words += ("--rounds", str(arguments.decode_rounds), *shared)
@@ -159,9 +163,12 @@ def workloads(arguments: argparse.Namespace) -> Iterator[Workload]:
         yield Workload(name, "ms/token", ("plt_jax.benchmarks.decode", *words))
     if not arguments.steps:
         return
-    words = (arguments.train, "--steps", str(arguments.steps))
-    words += ("--rounds", str(arguments.train_rounds), *shared)
-    yield Workload("train", "ms/step", ("plt_jax.benchmarks.train", *words))
+    for config in arguments.train.split(","):
+        # Of this checkout, for both: the commit may not have it.
+        words = (str(REPOSITORY / config), "--steps", str(arguments.steps))
+        words += ("--rounds", str(arguments.train_rounds), *shared)
+        name = f"train, {Path(config).stem}"
+        yield Workload(name, "ms/step", ("plt_jax.benchmarks.train", *words))
 
 
 def git(*words: str) -> str:
