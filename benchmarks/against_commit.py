@@ -127,7 +127,7 @@ def parse() -> argparse.Namespace:
         "--decode", default="configs/decode_150m.yaml", help="configuration that is decoded"
     )
     parser.add_argument(
-        "--dtypes", default="float32,bfloat16", help="dtypes of decoding; none measures no decoding"
+        "--dtypes", default="float32,bfloat16", help="dtypes of decoding; empty for no decoding"
     )
     parser.add_argument("--batch", default="1", help="batch sizes of decoding, such as 1,4")
     parser.add_argument("--context", default="1024", help="contexts of decoding, such as 1024,8192")

@@ -38,7 +38,7 @@ def main() -> None:
 
 
 class Trainer:
-    """AdamW with clipping and decay, as `plt_jax.training.optimizer` has it, on random tokens.
+    """Trains on random tokens, by AdamW with clipping and with decay of all matrices.
 
     Parameters are float32. In bfloat16 the products run under autocast.
     """

@@ -66,14 +66,17 @@ def main(words: Sequence[str] | None = None) -> None:
         "rows": [],
     }
     print(heading(report), flush=True)
-    steps = [CompiledStep.compile(variant, config, mesh) for variant in variants]
-    peers = start_peers(arguments.torch, config)
-    timers: dict[str, Callable[[int], float]] = {
-        **{step.variant.label: step.time_steps for step in steps},
-        **{label: partial(time_peer, peer) for label, peer in peers.items()},
-    }
-    seconds: dict[str, list[float]] = {label: [] for label in timers}
+    peers: dict[str, TorchLlama] = {}
     try:
+        if arguments.torch:
+            for label, compiled in (("torch llama", False), ("torch llama, compiled", True)):
+                peers[label] = training_llama(arguments.torch, config, compiled)
+        steps = [CompiledStep.compile(variant, config, mesh) for variant in variants]
+        timers: dict[str, Callable[[int], float]] = {
+            **{step.variant.label: step.time_steps for step in steps},
+            **{label: partial(time_peer, peer) for label, peer in peers.items()},
+        }
+        seconds: dict[str, list[float]] = {label: [] for label in timers}
         for index in range(arguments.rounds):
             labels = list(timers)
             first = index % len(labels)
@@ -128,16 +131,6 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
     if arguments.torch and config.model.moe.experts:
         raise InputError("--torch compares with a dense llama, but the config's model has experts")
     return arguments, config
-
-
-def start_peers(python: str | None, config: RunConfig) -> dict[str, TorchLlama]:
-    """PyTorch's processes by their labels; none without an interpreter."""
-    if python is None:
-        return {}
-    return {
-        label: training_llama(python, config, compiled)
-        for label, compiled in (("torch llama", False), ("torch llama, compiled", True))
-    }
 
 
 def time_peer(peer: TorchLlama, steps: int) -> float:

@@ -23,11 +23,11 @@ from plt_jax.model.kernels import (
     available_backend,
     cudnn_attention,
     splash_attention,
-    traced_platform,
 )
 from plt_jax.model.layers import (
     Parameter,
     Rotation,
+    multiplies_rows,
     projection,
     rms_norm,
     rotate,
@@ -96,7 +96,7 @@ def rotated_qkv(
 def to_heads(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
     """A projection to heads, [B, T, D] x [D, N, H] -> [B, N, T, H]."""
     D, N, H = weight_DNH.shape
-    if traced_platform() != "cpu":
+    if not multiplies_rows():
         return jnp.einsum("BTD,DNH->BNTH", x_BTD, weight_DNH.astype(x_BTD.dtype))
     x_BTNH = times_weight(x_BTD, weight_DNH.reshape(D, N * H)).reshape(*x_BTD.shape[:2], N, H)
     return x_BTNH.swapaxes(1, 2)
@@ -105,7 +105,7 @@ def to_heads(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:
 def project_output(weights: Mapping[str, jax.Array], out_BNTH: jax.Array) -> jax.Array:
     """The output projection: the heads' outputs [B, N, T, H] to [B, T, D]."""
     weight_NHD = weights["o"].astype(out_BNTH.dtype)
-    if traced_platform() != "cpu":
+    if not multiplies_rows():
         return jnp.einsum("BNTH,NHD->BTD", out_BNTH, weight_NHD)
     B, N, T, H = out_BNTH.shape
     out_BTD = out_BNTH.swapaxes(1, 2).reshape(B, T, N * H)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig, RopeScalingConfig
+from plt_jax.distributed.axes import sharded_axes
 from plt_jax.model.kernels import traced_platform
 
 
@@ -56,7 +57,12 @@ def projection(
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Divides the last axis by its root mean square, in float32; keeps x's shape and dtype."""
+    """Divides the last axis by its root mean square, in float32; keeps x's shape and dtype.
+
+    Args:
+      x: [..., D].
+      scale: [D]; it may have more axes where no gradient is taken.
+    """
     return _rms_norm(epsilon, x, scale)
 
 
@@ -132,12 +138,21 @@ def rotate(x_BNTH: jax.Array, rotation: Rotation) -> jax.Array:
     return jnp.concatenate(turned, axis=-1).astype(x_BNTH.dtype)
 
 
+def multiplies_rows() -> bool:
+    """Whether products with weights are those of rows: [B, T] as one axis.
+
+    For the gradient of a weight, which sums over B and T, XLA's CPU compiler would transpose copies
+    of both operands. Other compilers do not, and B and T are no one axis where devices share T.
+    """
+    return traced_platform() == "cpu" and not sharded_axes("length")
+
+
 def times_weight(x_BTD: jax.Array, weight_DF: jax.Array) -> jax.Array:
     """The product with a weight in the dtype of x, [B, T, D] x [D, F] -> [B, T, F]."""
-    # As one product of rows. For the gradient of the weight, which sums over B and T, XLA's CPU
-    # compiler would transpose copies of both operands.
-    B, T, D = x_BTD.shape
     weight_DF = weight_DF.astype(x_BTD.dtype)
+    if not multiplies_rows():
+        return jnp.einsum("BTD,DF->BTF", x_BTD, weight_DF)
+    B, T, D = x_BTD.shape
     return (x_BTD.reshape(B * T, D) @ weight_DF).reshape(B, T, -1)
 
 

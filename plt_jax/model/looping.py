@@ -142,8 +142,8 @@ def run_loops(
 ) -> LoopStates:
     """Runs all loops over whole sequences; embeddings [B, T, D].
 
-    Loops 2..L are one scan that holds the model's parameters fixed, so that the program's size does
-    not grow with L.
+    With more than two loops, loops 2..L are one scan that holds the model's parameters fixed, so
+    that the program's size does not grow with L.
     """
     shift = partial(shift_states, documents_BT=context.documents_BT)
     last = loop.count - 1
@@ -171,7 +171,7 @@ def run_loops(
         return states.output_LBTD, states
 
     if last == 1:
-        # A scan would stack what the backward pass needs, and copies that XLA does not take out.
+        # A scan of one turn would still stack what the backward pass needs: XLA leaves the copies.
         _, second = later_loop(model, first.output_LBTD, 1)
         later = jax.tree.map(lambda x: x[None], second)
     else:

@@ -26,10 +26,10 @@ from plt_jax.distributed.axes import (
 from plt_jax.model.kernels import traced_platform
 
 BLOCK_LOGITS = {"cpu": 2**26, "gpu": 2**28, "tpu": 2**28}
-"""Logits of a block, at most: 256 MiB in float32 on CPUs, 1 GiB elsewhere. Fewer would cost time,
-since each block reads and writes the gradient of the head's weight once."""
+"""Logits of a block, at most: arrays of 256 MiB in float32 on CPUs, and of 1 GiB elsewhere. Fewer
+would cost time, since each block reads and writes the gradient of the head's weight once."""
 MIN_POSITIONS = 512
-"""Positions of a block, at least."""
+"""Positions of a block, at least, also where they are more than BLOCK_LOGITS logits."""
 
 
 def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -74,7 +74,8 @@ def head_loss(
       states_BTD: normed states [B, T, D].
       head_DV: the head's weight, float32.
       targets_BT: int32 [B, T].
-      weights_BT: float32 [B, T], the weight of each position in the sums.
+      weights_BT: float32 [B, T], the weight of each position in the sums; no gradient is taken with
+        respect to it.
       z_loss: weight of the squared log-normalisers.
     """
     sums: Any = _head_loss(z_loss, states_BTD, head_DV, targets_BT, weights_BT)

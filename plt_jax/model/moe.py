@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from plt_jax.config import LoopConfig, MoEConfig
 from plt_jax.model.grouped import GroupedProduct, grouped_product
-from plt_jax.model.layers import Parameter, projection, swiglu, zero_parameter
+from plt_jax.model.layers import Parameter, projection, silu_times, swiglu, zero_parameter
 
 Weights = Mapping[str, jax.Array]
 
@@ -174,7 +174,7 @@ def expert_swiglu(
     """Applies the experts' SwiGLU to rows sorted by expert, [P, D], with the declared weights."""
     gate_XDF, up_XDF, down_XFD = (weights[name].astype(rows_PD.dtype) for name in EXPERTS)
     gate_PF, up_PF = product(rows_PD, gate_XDF, sizes_X), product(rows_PD, up_XDF, sizes_X)
-    return product(jax.nn.silu(gate_PF) * up_PF, down_XFD, sizes_X)
+    return product(silu_times(gate_PF, up_PF), down_XFD, sizes_X)
 
 
 def count_experts(expert_P: jax.Array, experts: int) -> jax.Array:

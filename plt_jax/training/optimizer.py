@@ -43,13 +43,15 @@ def make_optimizer(
     adam = optax.scale_by_adam(
         config.beta1, config.beta2, config.epsilon, mu_dtype=config.momentum_dtype
     )
-    clip = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
-    return optax.chain(
-        *clip,
+    # The states of checkpoints are nested like these two chains.
+    optimizer = optax.chain(
         adam if config.name == "adamw" else muon_and(adam, config, model),
         optax.add_decayed_weights(config.weight_decay, decay_mask(model)),
         optax.scale_by_learning_rate(schedule),
     )
+    if config.clip_norm is None:
+        return optimizer
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
 
 
 MUON_RMS = 0.2
@@ -64,7 +66,7 @@ def muon_and(
     axes = matrix_axes(model)
     labels = jax.tree.map(lambda one: "muon" if one else "adam", axes, is_leaf=_is_axes)
     of_matrices = jax.tree.map(lambda one: one or optax.MaskedNode(), axes, is_leaf=_is_axes)
-    faster = (config.muon_learning_rate or config.learning_rate) / config.learning_rate
+    rate_ratio = (config.muon_learning_rate or config.learning_rate) / config.learning_rate
 
     def scale(updates: Any, params: Any = None) -> Any:
         def scaled(update: jax.Array, axes: Any) -> jax.Array:
@@ -73,7 +75,7 @@ def muon_and(
                 math.prod(update.shape[axis] for axis in side)
                 for side in (axes.reduction_axis, axes.output_axis)
             )
-            return faster * MUON_RMS * math.sqrt(max(sides)) * update
+            return rate_ratio * MUON_RMS * math.sqrt(max(sides)) * update
 
         return jax.tree.map(scaled, updates, of_matrices)
 

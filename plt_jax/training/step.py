@@ -41,9 +41,9 @@ class TrainState:
 def batch_loss(
     config: ModelConfig, params: Any, batch: Batch, z_loss: float
 ) -> tuple[jax.Array, Metrics]:
-    """The loss to minimise, summed in nats over the batch's targets, and sums to report."""
-
-    weights_BT, targets = batch["weights"], jnp.sum(batch["weights"])
+    """The loss to minimise, the weighted sum over the batch's targets in nats, and weighted sums to
+    report."""
+    weights_BT, weight = batch["weights"], jnp.sum(batch["weights"])
 
     def forward(model: Transformer) -> tuple[HeadLoss, LoopStates]:
         states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
@@ -57,11 +57,11 @@ def batch_loss(
         sums["gate_by_loop"] = jnp.sum(states.gate_LJB * jnp.sum(weights_BT, axis=1), axis=-1)
     router = states.router
     if router is not None:
-        loss += targets * auxiliary_loss(config.moe, router)
-        sums["experts_per_step"] = targets * jnp.mean(
+        loss += weight * auxiliary_loss(config.moe, router)
+        sums["experts_per_step"] = weight * jnp.mean(
             jax.vmap(experts_per_step, in_axes=1)(router.chosen_BTk)
         )
-        sums["router"] = jax.tree.map(lambda mean: targets * mean, router._replace(chosen_BTk=None))
+        sums["router"] = jax.tree.map(lambda mean: weight * mean, router._replace(chosen_BTk=None))
     return loss, sums
 
 

@@ -17,7 +17,7 @@ def found():
 @pytest.mark.parametrize("mesh", MESHES)
 def test_every_mesh_gives_the_same(found, mesh):
     for case in found["meshes"][mesh]:
-        assert max(case["differences"]) < 1e-5, case
+        assert max(case["differences"]) < (1e-5 if case["dtype"] == "float32" else 2e-2), case
 
 
 def test_the_heads_gradient_is_scattered_over_the_devices_that_hold_the_head(found):

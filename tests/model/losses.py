@@ -11,6 +11,7 @@ MESHES = {
     "sharded parameters": {"data": 4, "fsdp": 2},
     "vocabulary": {"data": 2, "tensor": 4},
     "sequence": {"data": 2, "context": 4},
+    "experts": {"data": 4, "expert": 2},
     "all": {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
 }
 

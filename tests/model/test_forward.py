@@ -224,7 +224,13 @@ def test_gradients(config):
 @pytest.mark.slow(reason="compiles several programs")
 @pytest.mark.parametrize(
     "settings",
-    [{"layer_unroll": 2}, {"remat": "full"}, {"remat": "dots", "layer_unroll": 2}],
+    [
+        {"layer_unroll": 2},
+        {"remat": "full"},
+        {"remat": "dots", "layer_unroll": 2},
+        {"remat": "attention"},
+        {"remat": "dots_and_attention"},
+    ],
     ids=lambda settings: "-".join(f"{name}-{value}" for name, value in settings.items()),
 )
 def test_unrolled_and_recomputed_layers_are_the_same_model(settings):
