@@ -68,18 +68,21 @@ def batch_loss(
 def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[Metrics, Any]:
     """Metrics, as means per target, and the gradient of the mean loss, over all micro-batches.
 
-    The weights of all targets are divided by their sum first, so that the result does not depend on
-    how targets are spread over micro-batches. Only the routers' losses depend on it: each
-    micro-batch has its own.
+    Losses are divided by the targets of all micro-batches, so that the result does not depend on
+    how targets are spread over them. Only the routers' losses depend on it: each micro-batch has
+    its own.
     """
     parts, z_loss = config.training.accumulate, config.training.z_loss
     targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-    batch = batch | {"weights": batch["weights"] / targets}
-    gradient = jax.grad(
-        lambda params, micro: batch_loss(config.model, params, micro, z_loss), has_aux=True
-    )
+
+    def share_of_mean(params: Any, micro: Batch) -> tuple[jax.Array, Metrics]:
+        # The loss, not its gradients, which are as many as the parameters.
+        loss, sums = batch_loss(config.model, params, micro, z_loss)
+        return loss / targets, sums
+
+    gradient = jax.grad(share_of_mean, has_aux=True)
     if parts == 1:
-        grads, means = gradient(params, batch)
+        grads, sums = gradient(params, batch)
     else:
 
         def add(sums, micro):
@@ -91,8 +94,10 @@ def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[
         )
         shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], micros))
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        (grads, means), _ = jax.lax.scan(add, zeros, micros)
-    return means, grads
+        (grads, sums), _ = jax.lax.scan(add, zeros, micros)
+    # Sums are divided, not weights: a share of one half must come out as exactly that, since even
+    # loads move no router's bias.
+    return jax.tree.map(lambda summed: summed / targets, sums), grads
 
 
 def router_metrics(router: RouterStatistics) -> Metrics:

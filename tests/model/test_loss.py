@@ -33,7 +33,7 @@ def test_any_number_of_blocks_gives_the_loss_and_gradients_of_all_logits(
 ):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "MIN_POSITIONS", positions)
-        patch.setattr(module, "BLOCK_LOGITS", {"cpu": 1})
+        patch.setattr(module, "BLOCK_LOGITS", dict.fromkeys(module.BLOCK_LOGITS, 1))
         inputs = arrays(B, T, D, V)
         found = with_gradients(head_loss, *inputs, z_loss=z_loss)
     check(found, with_gradients(plain, *inputs, z_loss=z_loss))
@@ -66,7 +66,7 @@ def test_bfloat16_multiplies_rounded_gradients_and_sums_in_float32():
 def test_no_array_holds_all_logits(monkeypatch):
     """Neither the program's peak nor what is kept between the passes grows with the logits."""
     monkeypatch.setattr(module, "MIN_POSITIONS", 8)
-    monkeypatch.setattr(module, "BLOCK_LOGITS", {"cpu": 1})
+    monkeypatch.setattr(module, "BLOCK_LOGITS", dict.fromkeys(module.BLOCK_LOGITS, 1))
     inputs = arrays(4, 64, 8, 4096)
 
     def temporaries(loss):
@@ -87,5 +87,6 @@ def test_no_array_holds_all_logits(monkeypatch):
         (100, 10**9, (100, 1)),
     ],
 )
-def test_blocks_hold_all_positions_and_few_logits(positions, vocabulary, expected):
+def test_blocks_hold_all_positions_and_few_logits(monkeypatch, positions, vocabulary, expected):
+    monkeypatch.setattr(module, "BLOCK_LOGITS", dict.fromkeys(module.BLOCK_LOGITS, 2**26))
     assert block_size(positions, vocabulary) == expected
