@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from plt_jax.commands.parser import integers
 
@@ -18,11 +18,16 @@ def interleave(timers: dict[str, Callable[[], float]], rounds: int) -> dict[str,
         timer()
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for turn in range(rounds):
-        first = turn % len(timers)
-        names = list(timers)
-        for name in names[first:] + names[:first]:
+        for name in in_turn(timers, turn):
             seconds[name].append(timers[name]())
     return seconds
+
+
+def in_turn(names: Iterable[str], turn: int) -> list[str]:
+    """The names in their order, of which each round begins with the next."""
+    ordered = list(names)
+    first = turn % len(ordered)
+    return ordered[first:] + ordered[:first]
 
 
 def ratios(seconds: list[float], others: list[float]) -> list[float]:

@@ -7,38 +7,23 @@ with one line: the seconds that decoding them took.
 """
 
 import json
-import os
 import sys
 import time
 
 # Only the interpreter that runs this file needs these two packages.
 import torch  # pyright: ignore[reportMissingImports]
-import transformers  # pyright: ignore[reportMissingImports]
+from torch_process import answer, llama_config, wait
 from transformers import (  # pyright: ignore[reportMissingImports]
-    LlamaConfig,
     LlamaForCausalLM,
     StaticCache,
 )
-
-ENVIRONMENT = ("ONEDNN_MAX_CPU_ISA", "TRANSFORMERS_SDPA_FORCE_GQA")
 
 
 def main() -> None:
     shape = json.loads(sys.argv[1])
     device = shape["device"]
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape["vocab_size"],
-        hidden_size=shape["width"],
-        intermediate_size=shape["ffn_width"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        head_dim=shape["head_width"],
-        tie_word_embeddings=shape["tied_embeddings"],
-        max_position_embeddings=shape["capacity"],
-        attn_implementation="sdpa",
-    )
+    config = llama_config(shape, shape["capacity"])
     torch.set_default_dtype(getattr(torch, shape["dtype"]))
     with torch.device(device):
         model = LlamaForCausalLM(config).eval()
@@ -48,17 +33,7 @@ def main() -> None:
         step = torch.compile(model.forward, mode=mode, fullgraph=True)
     decode = Decoder(model, step, config, shape, device)
     decode(3)  # the first call compiles
-    about = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "compiled": shape["compile"],
-        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-    }
-    print(json.dumps(about), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(decode(int(line))), flush=True)
+    answer(shape, decode)
 
 
 class Decoder:
@@ -84,14 +59,14 @@ class Decoder:
         start = self.shape["context"]
         positions = [torch.tensor([start + i], device=self.device) for i in range(tokens)]
         self._rewind(start)
-        self._wait()
+        wait(self.device)
         begin = time.perf_counter()
         for position in positions:
             out = self.step(
                 input_ids=self.token, past_key_values=self.cache, cache_position=position
             )
             self.token.copy_(out.logits[:, -1:].argmax(-1))
-        self._wait()
+        wait(self.device)
         return time.perf_counter() - begin
 
     def _rewind(self, position: int) -> None:
@@ -99,10 +74,6 @@ class Decoder:
         for layer in self.cache.layers:
             if hasattr(layer, "cumulative_length"):
                 layer.cumulative_length.fill_(position)
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

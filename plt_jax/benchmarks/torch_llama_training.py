@@ -8,33 +8,20 @@ answers each with one line: the seconds that the steps took.
 
 import contextlib
 import json
-import os
 import sys
 import time
 
 # Only the interpreter that runs this file needs these two packages.
 import torch  # pyright: ignore[reportMissingImports]
-import transformers  # pyright: ignore[reportMissingImports]
-from transformers import LlamaConfig, LlamaForCausalLM  # pyright: ignore[reportMissingImports]
-
-ENVIRONMENT = ("ONEDNN_MAX_CPU_ISA",)
+from torch_process import answer, llama_config, wait
+from transformers import LlamaForCausalLM  # pyright: ignore[reportMissingImports]
 
 
 def main() -> None:
     shape = json.loads(sys.argv[1])
     train = Trainer(shape)
     train(1)  # the first step compiles, and makes the optimizer's state
-    about = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if shape["device"] == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "compiled": shape["compile"],
-        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-    }
-    print(json.dumps(about), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(train(int(line))), flush=True)
+    answer(shape, train)
 
 
 class Trainer:
@@ -46,19 +33,7 @@ class Trainer:
     def __init__(self, shape):
         torch.manual_seed(0)
         self.shape, self.device = shape, shape["device"]
-        config = LlamaConfig(
-            vocab_size=shape["vocab_size"],
-            hidden_size=shape["width"],
-            intermediate_size=shape["ffn_width"],
-            num_hidden_layers=shape["layers"],
-            num_attention_heads=shape["heads"],
-            num_key_value_heads=shape["kv_heads"],
-            head_dim=shape["head_width"],
-            tie_word_embeddings=shape["tied_embeddings"],
-            max_position_embeddings=shape["length"],
-            attn_implementation="sdpa",
-            use_cache=False,
-        )
+        config = llama_config(shape, shape["length"], use_cache=False)
         with torch.device(self.device):
             self.model = LlamaForCausalLM(config).train()
         self.forward = torch.compile(self.model) if shape["compile"] else self.model
@@ -73,7 +48,7 @@ class Trainer:
 
     def __call__(self, steps: int) -> float:
         """Seconds of so many steps."""
-        self._wait()
+        wait(self.device)
         begin = time.perf_counter()
         for _ in range(steps):
             for tokens in self.tokens:
@@ -83,17 +58,13 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self._wait()
+        wait(self.device)
         return time.perf_counter() - begin
 
     def _autocast(self):
         if self.shape["dtype"] == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.device, dtype=getattr(torch, self.shape["dtype"]))
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from plt_jax.benchmarks.machine import machine
-from plt_jax.benchmarks.rounds import positive_integers, ratios
+from plt_jax.benchmarks.rounds import in_turn, positive_integers, ratios
 from plt_jax.benchmarks.torch_peer import TorchLlama, training_llama
 from plt_jax.commands.config_options import parse_run_config
 from plt_jax.commands.parser import CommandParser, run_command
@@ -78,9 +78,7 @@ def main(words: Sequence[str] | None = None) -> None:
         }
         seconds: dict[str, list[float]] = {label: [] for label in timers}
         for index in range(arguments.rounds):
-            labels = list(timers)
-            first = index % len(labels)
-            for label in labels[first:] + labels[:first]:
+            for label in in_turn(timers, index):
                 seconds[label].append(timers[label](arguments.steps))
             report["rows"] = [row(report, step, seconds) for step in steps]
             report["rows"] += [peer_row(report, *peer, seconds) for peer in peers.items()]

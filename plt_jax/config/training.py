@@ -66,15 +66,11 @@ class OptimizerConfig(Section):
                 f"warmup_fraction {self.warmup_fraction} and decay_fraction {self.decay_fraction} "
                 "add up to more than 1; lower one"
             )
-        own = {"muon_learning_rate", "muon_momentum"} & self.model_fields_set
-        changed = [name for name in sorted(own) if getattr(self, name) != _default(self, name)]
-        if self.name == "adamw" and changed:
-            raise ValueError(f"{changed[0]} is a field of muon; set name to muon, or leave it out")
+        for name, field in type(self).model_fields.items():
+            own = name.startswith("muon_") and getattr(self, name) != field.default
+            if own and self.name != "muon":
+                raise ValueError(f"{name} is a field of muon; set name to muon, or leave it out")
         return self
-
-
-def _default(section: Section, name: str) -> object:
-    return type(section).model_fields[name].default
 
 
 class TrainingConfig(Section):

@@ -93,7 +93,7 @@ def _forward(z_loss: float, states_BTD, head_DV, targets_BT, weights_BT) -> tupl
 
 
 def _backward(z_loss: float, gradients: Gradients, cotangent: HeadLoss) -> tuple[Any, ...]:
-    # The loss is a scalar: so its gradients are known but for this factor, which is 1 in training.
+    # The loss is a scalar: so its gradients are known before the cotangent, but for this factor.
     scale = cotangent.loss
     states = (scale * gradients.states).astype(gradients.states.dtype)
     return states, scale * gradients.head_DV, None, None

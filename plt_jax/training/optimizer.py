@@ -62,7 +62,10 @@ MUON_RMS = 0.2
 def muon_and(
     adam: optax.GradientTransformation, config: OptimizerConfig, model: ModelConfig
 ) -> optax.GradientTransformation:
-    """Muon (arXiv 2502.16982) for the matrices of `matrix_axes`, `adam` for all else."""
+    """Muon (arXiv 2502.16982) for the matrices of `matrix_axes`, `adam` for all else.
+
+    `optax.contrib.muon` would schedule and decay its two parts apart, and count steps in each.
+    """
     axes = matrix_axes(model)
     labels = jax.tree.map(lambda one: "muon" if one else "adam", axes, is_leaf=_is_axes)
     of_matrices = jax.tree.map(lambda one: one or optax.MaskedNode(), axes, is_leaf=_is_axes)

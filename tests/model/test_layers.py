@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax.model import layers
-from plt_jax.model.layers import embed, logits_from, rms_norm, rope_rotation, rotate, swiglu
+from plt_jax.model.layers import (
+    embed,
+    logits_from,
+    multiplies_rows,
+    rms_norm,
+    rope_rotation,
+    rotate,
+    silu_times,
+    swiglu,
+)
 from plt_jax.model.looping import shift_states
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import number_documents, positions_in_documents
@@ -109,3 +119,58 @@ def test_shift_of_one_document():
     shifted = np.asarray(shift_states(states, None))
     np.testing.assert_array_equal(shifted[:, 1:], states[:, :-1])
     np.testing.assert_array_equal(shifted[:, 0], np.zeros((2, 3)))
+
+
+# ---- Backward passes that are written here, against JAX's own ----
+
+
+def plain_rms_norm(x, scale, epsilon):
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    return (wide / jnp.sqrt(mean + epsilon) * scale).astype(x.dtype)
+
+
+def check_gradients(function, plain, *inputs, rtol):
+    weights = jax.random.normal(jax.random.key(9), jax.eval_shape(plain, *inputs).shape)
+
+    def weighted(function):
+        return lambda *x: jnp.sum(weights * function(*x).astype(jnp.float32))
+
+    arguments = tuple(range(len(inputs)))
+    found, expected = (
+        jax.grad(weighted(one), argnums=arguments)(*inputs) for one in (function, plain)
+    )
+    for one, other, x in zip(found, expected, inputs, strict=True):
+        assert (one.dtype, one.shape) == (x.dtype, x.shape)
+        one, other = (np.asarray(x, np.float64) for x in (one, other))
+        np.testing.assert_allclose(one, other, rtol, atol=rtol * np.abs(other).max())
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("shape", [(7,), (3, 5), (2, 3, 4, 6)])
+def test_the_norms_gradients(shape, dtype, rtol):
+    x = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+    scale = 1 + jax.random.normal(jax.random.key(1), shape[-1:])
+    check_gradients(
+        lambda x, scale: rms_norm(x, scale, 0.1),
+        lambda x, scale: plain_rms_norm(x, scale, 0.1),
+        *(x, scale),
+        rtol=rtol,
+    )
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float32", 1e-5), ("bfloat16", 3e-2)])
+def test_the_gradients_of_silu_times(dtype, rtol):
+    gate, up = (
+        3 * jax.random.normal(jax.random.key(seed), (4, 9)).astype(dtype) for seed in (0, 1)
+    )
+    check_gradients(silu_times, lambda gate, up: jax.nn.silu(gate) * up, gate, up, rtol=rtol)
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [((4, 1), True), ((2, 2), False)])
+def test_products_of_rows_gather_no_sequence_that_devices_share(sizes, rows):
+    mesh = jax.sharding.AbstractMesh(
+        sizes, ("data", "context"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
+    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules((("length", "context"),)):
+        assert multiplies_rows() == (rows and jax.default_backend() == "cpu")
