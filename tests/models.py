@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from plt_jax import ModelConfig, Transformer
-from plt_jax.config import SCHEMES
+from plt_jax.config import SCHEMES, LoopConfig
 from plt_jax.model.looping import LoopStates
 from plt_jax.model.transformer import abstract_params
 
@@ -29,9 +29,8 @@ def small_config(scheme: str = "plt", count: int = 2, window: int = 5, **setting
     Settings with the names of LoopConfig's fields belong to the loop, and all others to the model.
     """
     loop = {"scheme": scheme, "count": count, "window": window, "hidden_scale": 0.7}
-    for name in ("gate_input", "embedding_scale", "hidden_scale", "normalize_between_loops"):
-        if name in settings:
-            loop[name] = settings.pop(name)
+    for name in LoopConfig.model_fields.keys() & settings.keys():
+        loop[name] = settings.pop(name)
     shape = {
         "vocab_size": 31,
         "max_length": 64,

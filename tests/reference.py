@@ -24,17 +24,19 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
     Args:
       settings: any object with the model's attributes (layers, heads, ..., loop.*, moe.*).
       params: nested dict of arrays; each entry of params["layers"] has a leading layer axis J. The
-        leading dense layers of a mixture of experts are in params["dense_layers"] instead.
+        leading dense layers of a mixture of experts are in params["dense_layers"] instead. Layers
+        before and behind the loops are in "prelude" and "coda", or "dense_prelude", "dense_coda".
       tokens: integers [B, T].
       segment_ids: integers [B, T], or None if each row is one document. Documents are runs of equal
         consecutive ids; where an id returns later, another document begins.
       positions: integers [B, T], which only RoPE reads; None: they restart at 0 in each document.
 
     Returns:
-      dict: "logits" [B, T, V]; "hidden_loops", a list of L arrays [B, T, D], the output of each
-      loop; "raw_loops", a list of L arrays [B, T, D], the last layer's output before any norm;
-      "gate_means", a list with one entry for each loop and layer, the mean gate [B] over positions
-      and heads, or None where there is no gate.
+      dict: "logits" [B, T, V]; "hidden_loops", a list of L arrays [B, T, D], what reads each loop
+      (of the last loop the head); "raw_loops", a list of L arrays [B, T, D], the last looped
+      layer's output before any norm; "readouts", a list of L arrays [B, T, D], what the head reads
+      if the model stops behind that loop; "gate_means", a list with one entry for each loop and
+      looped layer, the mean gate [B] over positions and heads, or None where there is no gate.
     """
     loop = settings.loop
     if loop.scheme not in SCHEMES or (loop.scheme == "no_loop" and loop.count != 1):
@@ -48,17 +50,31 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
         causal, windowed = masks(document, loop.window)
         rotation = rope_rotation(settings, jnp.asarray(positions))
 
-        embedded = params["embedding"][tokens]
-        x = embedded  # loop 1 reads the embedding, unscaled
+        def once(x, layers):
+            """The layers outside of the loops, each once."""
+            for j in layers:
+                layer = layer_arrays(params, j)
+                if "router_bias" in layer:
+                    layer["router_bias"] = layer["router_bias"][0]
+                x, _, _ = decoder_layer(settings, layer, x, None, causal, windowed, rotation)
+            return x
+
+        last = settings.layers - 1 if loop.last_layer is None else loop.last_layer
+        looped = range(loop.first_layer, last + 1)
+        coda = range(last + 1, settings.layers)
+        between = params.get("loop_norm") if len(coda) else params["final_norm"]
+        # Loop 1 reads the embedding, unscaled, or what the prelude makes of it.
+        embedded = once(params["embedding"][tokens], range(loop.first_layer))
+        x = embedded
         first_kv = [None] * settings.layers  # per layer, (k, v) of loop 1
-        hidden_loops, raw_loops, gate_means = [], [], []
+        hidden_loops, raw_loops, readouts, gate_means = [], [], [], []
         for index in range(loop.count):
             if index > 0 and loop.scheme in SHIFTED_SCHEMES:
                 carried = shift(hidden_loops[index - 1], document)
                 x = loop.embedding_scale * embedded + loop.hidden_scale * carried
             elif index > 0:
                 x = hidden_loops[index - 1]
-            for j in range(settings.layers):
+            for j in looped:
                 layer = layer_arrays(params, j)
                 if "router_bias" in layer:
                     layer["router_bias"] = layer["router_bias"][index]
@@ -69,9 +85,11 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
                 if index == 0:
                     first_kv[j] = own_kv
             raw_loops.append(x)
-            if loop.normalize_between_loops or index == loop.count - 1:
-                x = rms_norm(x, params["final_norm"], settings.norm_epsilon)
+            readouts.append(rms_norm(once(x, coda), params["final_norm"], settings.norm_epsilon))
+            if loop.normalize_between_loops and index < loop.count - 1:
+                x = rms_norm(x, between, settings.norm_epsilon)
             hidden_loops.append(x)
+        hidden_loops[-1] = readouts[-1]
 
         head = params["embedding"].T if settings.tied_embeddings else params["head"]
         logits = hidden_loops[-1] @ head
@@ -79,16 +97,20 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
         "logits": logits,
         "hidden_loops": hidden_loops,
         "raw_loops": raw_loops,
+        "readouts": readouts,
         "gate_means": gate_means,
     }
 
 
 def layer_arrays(params, j):
-    """The arrays of layer j; "dense_layers", if there are any, come before "layers"."""
-    dense = params.get("dense_layers", {"ffn_norm": ()})
-    leading = len(dense["ffn_norm"])
-    stack, index = (dense, j) if j < leading else (params["layers"], j - leading)
-    return {name: array[index] for name, array in stack.items()}
+    """The arrays of layer j: the stacks, those that there are, one behind the other."""
+    for part in ("prelude", "layers", "coda"):
+        for name in ("dense_" + part, part):
+            stack = params.get(name, {"q": ()})
+            if j < len(stack["q"]):
+                return {key: array[j] for key, array in stack.items()}
+            j -= len(stack["q"])
+    raise IndexError(j)
 
 
 # ---- documents: numbering, positions, masks, shift ----
@@ -138,13 +160,18 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
     """
     epsilon, scheme = settings.norm_epsilon, settings.loop.scheme
 
-    normed = rms_norm(x, layer["attention_norm"], epsilon)
+    normed = rms_norm(x, layer["attention_norm"], epsilon) if settings.input_norms else x
     q = jnp.einsum("btd,dnh->btnh", normed, layer["q"])
     k = jnp.einsum("btd,dkh->btkh", normed, layer["k"])
     v = jnp.einsum("btd,dkh->btkh", normed, layer["v"])
     if settings.qkv_bias:
         q, k, v = q + layer["q_bias"], k + layer["k_bias"], v + layer["v_bias"]
-    if settings.qk_norm:
+    if settings.qk_norm and settings.qk_norm_over == "all_heads":
+        q, k = (
+            rms_norm(a.reshape(*a.shape[:2], -1), layer[name].reshape(-1), epsilon).reshape(a.shape)
+            for a, name in ((q, "q_norm"), (k, "k_norm"))
+        )
+    elif settings.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], epsilon), rms_norm(k, layer["k_norm"], epsilon)
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
 
@@ -157,11 +184,14 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
         g = gate(settings, layer, q, x)
         near, far = attention(q, k, v, windowed), attention(q, *first_kv, causal)
         attended = g[..., None] * far + (1 - g[..., None]) * near
-    x = x + jnp.einsum("btnh,nhd->btd", attended, layer["o"])
+    update = jnp.einsum("btnh,nhd->btd", attended, layer["o"])
     if settings.output_bias:
-        x = x + layer["o_bias"]
+        update = update + layer["o_bias"]
+    if settings.attention_output_norm:
+        update = rms_norm(update, layer["attention_output_norm"], epsilon)
+    x = x + update
 
-    normed = rms_norm(x, layer["ffn_norm"], epsilon)
+    normed = rms_norm(x, layer["ffn_norm"], epsilon) if settings.input_norms else x
     if "router" in layer:
         update = mixture_of_experts(settings.moe, layer, normed)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
 from pydantic import Field
@@ -62,7 +62,20 @@ class LoopConfig(Section):
     hidden_scale: Number = 1.0
     """Scale b of the previous loop's shifted output in the input of loops > 1 (shifted schemes)."""
     normalize_between_loops: bool = True
-    """Apply the final norm to each loop's output before the next loop reads it."""
+    """Apply a norm to each loop's output before the next loop reads it: the final norm, or, if
+    layers follow the loops (last_layer), one of its own."""
+    first_layer: NonNegativeInt = 0
+    """The first layer that loops, counted from 0. The layers before it run once (the prelude), and
+    later loops read their output where they would read the embeddings."""
+    last_layer: NonNegativeInt | None = None
+    """The last layer that loops, counted from 0; null for the model's last. The layers behind it
+    run once (the coda), on the last loop's output."""
+    exit_gate: bool = False
+    """A linear unit on each loop's output, whose sigmoid is the probability that a token needs no
+    further loop (Ouro). All loops run in any case; evaluation can end them by the gate."""
+    exit_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """The probability to have exited at which evaluation by the gate ends a token's loops; 1 runs
+    all of them."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -77,6 +90,20 @@ class LoopConfig(Section):
             raise ValueError(
                 f"loop.count is {self.count}, but the scheme no_loop runs the stack once; "
                 "set count to 1 or choose a looped scheme"
+            )
+        if self.scheme == "no_loop" and (self.first_layer or self.last_layer is not None):
+            raise ValueError(
+                "loop.first_layer and loop.last_layer choose the layers that loop, but the scheme "
+                "no_loop has no loops; leave them out or choose a looped scheme"
+            )
+        if self.scheme == "no_loop" and self.exit_gate:
+            raise ValueError(
+                "loop.exit_gate ends loops, but the scheme no_loop has none; set it to false"
+            )
+        if self.last_layer is not None and self.last_layer < self.first_layer:
+            raise ValueError(
+                f"loop.last_layer {self.last_layer} is before loop.first_layer {self.first_layer}, "
+                "so no layer loops; both count from 0"
             )
         return self
 
@@ -173,6 +200,11 @@ class MoEConfig(Section):
 Remat = Literal["none", "dots_and_attention", "dots", "attention", "full"]
 
 
+Part = Literal["prelude", "core", "coda"]
+"""The layers before the loops, those that loop, and those behind the loops."""
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
 class ModelConfig(Section):
     """Shape and arithmetic of the network."""
 
@@ -202,14 +234,22 @@ class ModelConfig(Section):
     of zero are not finite.)"""
     tied_embeddings: bool = False
     """Use the transposed embedding as the output head."""
+    input_norms: bool = True
+    """RMSNorm on the inputs of attention and of the feed-forward layer (pre-norm)."""
+    attention_output_norm: bool = False
+    """RMSNorm on attention's output before the residual sum."""
+    ffn_output_norm: bool = False
+    """RMSNorm on the feed-forward output before the residual sum. With both of the output norms a
+    layer is a sandwich, and without input norms it is post-norm, as in OLMo 2."""
     qk_norm: bool = False
-    """RMSNorm over each head's query and key before RoPE."""
+    """RMSNorm over queries and keys before RoPE."""
+    qk_norm_over: Literal["head", "all_heads"] = "head"
+    """What qk_norm's root mean square is taken over: each head alone, or all heads of a position
+    together, as in OLMo 2."""
     qkv_bias: bool = False
     """Biases on the query, key and value projections."""
     output_bias: bool = False
     """A bias on attention's output projection."""
-    ffn_output_norm: bool = False
-    """RMSNorm on the feed-forward output before the residual sum."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, norms, softmax and logits stay float32."""
     attention: MayChange[Literal["auto", "xla", "cudnn", "splash"]] = "auto"
@@ -266,9 +306,48 @@ class ModelConfig(Section):
                 f"moe.dense_layers {self.moe.dense_layers} leaves none of the {self.layers} layers "
                 "to the experts; lower it"
             )
+        if not self.input_norms and not (self.attention_output_norm and self.ffn_output_norm):
+            raise ValueError(
+                "input_norms is false, so attention_output_norm and ffn_output_norm must both be "
+                "true; else the layers would add states that no norm has seen"
+            )
+        loop = self.loop
+        if max(loop.first_layer, loop.last_layer or 0) >= self.layers:
+            raise ValueError(
+                f"loop.first_layer {loop.first_layer} and loop.last_layer {loop.last_layer} must "
+                f"be layers of the model, 0 to {self.layers - 1}"
+            )
         if self.attention == "cudnn" and self.cudnn_obstacle is not None:
             raise ValueError(f"attention is cudnn, but {self.cudnn_obstacle}, or attention to auto")
         return self
+
+    @property
+    def looped_layers(self) -> range:
+        """The layers that loop, counted from 0; all in a model without loops."""
+        last = self.loop.last_layer
+        return range(self.loop.first_layer, self.layers if last is None else last + 1)
+
+    def layers_in(self, part: Part) -> range:
+        """The layers of a part, counted from 0; none if the model has no such part."""
+        looped = self.looped_layers
+        prelude, coda = range(looped.start), range(looped.stop, self.layers)
+        return {"prelude": prelude, "core": looped, "coda": coda}[part]
+
+    @property
+    def has_coda(self) -> bool:
+        """Whether layers follow the loops."""
+        return bool(self.layers_in("coda"))
+
+    def of_part(self, part: Part) -> ModelConfig:
+        """The model as the layers of a part see it: those outside of the loops do not loop."""
+        if part == "core":
+            return self
+        return self.model_copy(update={"loop": LoopConfig(scheme="no_loop")})
+
+    @property
+    def first_routed_layer(self) -> int:
+        """The first looped layer with experts, counted from 0, if any has experts."""
+        return max(self.looped_layers.start, self.moe.dense_layers)
 
     @property
     def cudnn_obstacle(self) -> str | None:

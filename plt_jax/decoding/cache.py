@@ -16,9 +16,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
 from plt_jax.config import ModelConfig
+from plt_jax.config.model import Part
 from plt_jax.decoding.options import DTYPES
 from plt_jax.decoding.placement import placement, slots_multiple
 from plt_jax.decoding.quantization import Quantized, quantize
@@ -77,8 +77,9 @@ class Slots(NamedTuple):
         return (offset_RS >= 0) & (offset_RS <= newest_B11)
 
 
-def slots_for(config: ModelConfig, batch: int, max_length: int) -> Slots:
-    """The slots of a layer's arrays for sequences of at least `max_length` tokens.
+def slots_for(config: ModelConfig, batch: int, max_length: int) -> tuple[Slots, Slots]:
+    """The slots of a looped layer's arrays, and those of another's, for sequences of at least
+    `max_length` tokens.
 
     Their number is a multiple of the devices that they are split over, and of GPU_SLOTS on GPUs.
     """
@@ -91,7 +92,8 @@ def slots_for(config: ModelConfig, batch: int, max_length: int) -> Slots:
         window = min(loop.window, capacity) if windows else 0
         count = capacity + windows * window
         if count % multiple == 0:
-            return Slots(capacity, window, count)
+            outer = -(-capacity // multiple) * multiple  # the last ones may stay empty
+            return Slots(capacity, window, count), Slots(capacity, 0, outer)
         capacity += 1
 
 
@@ -99,12 +101,15 @@ class Cache(flax.struct.PyTreeNode):
     """Decoding state of B sequences; the outer tuples hold one entry per layer."""
 
     slots: Slots = flax.struct.field(pytree_node=False)
-    """What the slots of `keys` and `values` hold."""
+    """What the slots of the looped layers' `keys` and `values` hold."""
+    outer_slots: Slots = flax.struct.field(pytree_node=False)
+    """What the slots of the other layers hold."""
     lengths: jax.Array
     """int32 [B], the number of tokens processed."""
     keys: tuple[tuple[Stored, ...], ...]
-    """[B, K, slots, H] for each of R loops: R = 1 (shared by all loops), or L (each its own). They
-    are separate arrays, so that the keys of one loop are read without a copy."""
+    """[B, K, slots, H] for each of R loops: R = 1 (shared by all loops), or L (each its own), and 1
+    in layers that do not loop. They are separate arrays, so that the keys of one loop are read
+    without a copy."""
     values: tuple[tuple[Stored, ...], ...]
     """The values, in the shapes of `keys`."""
     carried: jax.Array
@@ -115,6 +120,10 @@ class Cache(flax.struct.PyTreeNode):
     def capacity(self) -> int:
         """Number of tokens that fit, S."""
         return self.slots.capacity
+
+    def slots_in(self, part: Part) -> Slots:
+        """What the slots of a part's layers hold."""
+        return self.slots if part == "core" else self.outer_slots
 
     def layers(self) -> list[LayerCache]:
         """The cache of each layer."""
@@ -164,22 +173,28 @@ def init_cache(
 def _empty(config: ModelConfig, batch: int, max_length: int, dtype_name: str) -> Cache:
     dtype = jnp.dtype(dtype_name)
     eight_bits = dtype == jnp.int8
-    loop, slots = config.loop, slots_for(config, batch, max_length)
+    loop, (slots, outer_slots) = config.loop, slots_for(config, batch, max_length)
     K, H = config.kv_heads, config.head_width
     rows = loop.count if loop.later_attention == "own" else 1
 
-    def stored() -> Stored:
-        values = jnp.zeros((batch, K, slots.count, H), dtype)
+    def stored(count: int) -> Stored:
+        values = jnp.zeros((batch, K, count, H), dtype)
         if not eight_bits:
             return values
-        return Quantized(values, jnp.zeros((batch, K, slots.count, 1), jnp.float32))
+        return Quantized(values, jnp.zeros((batch, K, count, 1), jnp.float32))
+
+    def layer(index: int) -> tuple[Stored, ...]:
+        if index not in config.looped_layers:
+            return (stored(outer_slots.count),)
+        return tuple(stored(slots.count) for _ in range(rows))
 
     def layers() -> tuple[tuple[Stored, ...], ...]:
-        return tuple(tuple(stored() for _ in range(rows)) for _ in range(config.layers))
+        return tuple(layer(index) for index in range(config.layers))
 
     carried = (batch, loop.count - 1 if loop.shifted else 0, config.width)
     return Cache(
         slots=slots,
+        outer_slots=outer_slots,
         lengths=jnp.zeros((batch,), jnp.int32),
         keys=layers(),
         values=layers(),
@@ -196,17 +211,16 @@ def shard_cache(cache: Cache) -> Cache:
     """The cache, sharded over the current mesh if there is one."""
     if not mesh_is_active():
         return cache
-    batch, kv_heads = cache.keys[0][0].shape[:2]
-    where = placement(batch, kv_heads, cache.slots.count)
+    batch = placement(*cache.keys[0][0].shape[:3]).batch
 
-    def sharded(tree, spec: PartitionSpec):
-        return jax.tree.map(lambda array: shard(array, *spec), tree)
+    def stored(array: jax.Array) -> jax.Array:
+        return shard(array, *placement(*array.shape[:3]).stored)
 
     return cache.replace(
-        lengths=sharded(cache.lengths, PartitionSpec(where.batch)),
-        keys=sharded(cache.keys, where.stored),
-        values=sharded(cache.values, where.stored),
-        carried=sharded(cache.carried, PartitionSpec(where.batch)),
+        lengths=shard(cache.lengths, batch),
+        keys=jax.tree.map(stored, cache.keys),
+        values=jax.tree.map(stored, cache.values),
+        carried=shard(cache.carried, batch),
     )
 
 

@@ -49,7 +49,7 @@ def decode_kernel(config: ModelConfig, cache: Cache) -> Literal["xla", "mosaic"]
 def _obstacle(config: ModelConfig, cache: Cache) -> str | None:
     """What keeps a decode step from using the kernel; None if it can."""
     loop, rows = config.loop, config.loop.count * (config.heads // config.kv_heads + 2)
-    slots = cache.slots.count
+    counts = cache.slots.count, cache.outer_slots.count
     if jax.__version_info__ < (0, 12):
         return f"jax is {jax.__version__}, and the kernel needs jax 0.12"
     if not is_hopper():
@@ -61,11 +61,13 @@ def _obstacle(config: ModelConfig, cache: Cache) -> str | None:
         return f"head_width is {config.head_width}, not {' or '.join(map(str, HEAD_WIDTHS))}"
     if rows > ROWS:
         return f"loops and query heads of a key/value head make {rows} rows, above {ROWS}"
+    if config.qk_norm and config.qk_norm_over != "head":
+        return f"qk_norm_over is {config.qk_norm_over}, not head"
     keys = cache.keys[0][0]
     if config.dtype != "bfloat16" or not _is_bfloat16(keys):
         return "model.dtype and the cache's dtype are not both bfloat16"
-    if slots % ALIGNED:
-        return f"the cache has {slots} slots, not a multiple of {ALIGNED} as it has on GPUs"
+    if any(count % ALIGNED for count in counts):
+        return f"the cache has {counts[0]} slots, not a multiple of {ALIGNED} as it has on GPUs"
     if mesh_is_active() and placement(*keys.shape[:3]).slots:
         return "the mesh splits the slots of the cache over devices"
     return None

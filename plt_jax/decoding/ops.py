@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from plt_jax.model.expert_parallel import replicate_rows
 from plt_jax.model.grouped import grouped_product
 from plt_jax.model.kernels import traced_platform
 from plt_jax.model.layers import Rotation, embed, rms_norm, rotate
+from plt_jax.model.looping import Norm
 from plt_jax.model.moe import RouterStatistics, mixture_of_experts, run_groups, weighted_sum
 
 FEW_ROWS = 64
@@ -29,6 +31,21 @@ def embed_tokens(weights: DecodeWeights, tokens_BT: jax.Array, dtype: jnp.dtype 
         rows = jax.tree.map(lambda array: array[tokens_BT], table)
         return rows.dequantized(jnp.dtype(dtype))
     return embed(tokens_BT, table, jnp.dtype(dtype))
+
+
+class Norms(NamedTuple):
+    """The norms outside of the layers, [..., D] -> [..., D]."""
+
+    final: Norm
+    between_loops: Norm
+
+
+def norms_of(config: ModelConfig, weights: DecodeWeights) -> Norms:
+    """The final norm, and the norm between loops, which often is the same."""
+    final = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
+    if weights.loop_norm is None:
+        return Norms(final, final)
+    return Norms(final, partial(rms_norm, scale=weights.loop_norm, epsilon=config.norm_epsilon))
 
 
 def head_logits(weights: DecodeWeights, normed_BTD: jax.Array) -> jax.Array:
@@ -52,10 +69,29 @@ def _qkv(
     H = config.head_width
     fused_BKxTH = joined_qkv(config, weights, x_BTD).transpose(0, 2, 3, 1, 4)
     qk_BKxTH, v_BKTH = fused_BKxTH[:, :, :-1], fused_BKxTH[:, :, -1]
-    if config.qk_norm:
+    if config.qk_norm and config.qk_norm_over == "head":
         qk_BKxTH = rms_norm(qk_BKxTH, weights["qk_norm"], config.norm_epsilon)
+    elif config.qk_norm:
+        # [K, G, H] are all queries of a position, and [K, 1, H] all keys.
+        q_BKGTH, k_BK1TH = qk_BKxTH[:, :, :-1], qk_BKxTH[:, :, -1:]
+        qk_BKxTH = jnp.concatenate(
+            [
+                _norm_over_heads(q_BKGTH, weights["q_norm"], config.norm_epsilon),
+                _norm_over_heads(k_BK1TH, weights["k_norm"], config.norm_epsilon),
+            ],
+            axis=2,
+        )
     qk_BKxTH = rotate(qk_BKxTH, Rotation(rotation.cos[:, None], rotation.sin[:, None]))
     return qk_BKxTH[:, :, :-1].reshape(B, -1, T, H), qk_BKxTH[:, :, -1], v_BKTH
+
+
+def _norm_over_heads(x_BKGTH: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
+    """The RMSNorm of all heads of a position together, with a scale [K·G, H]."""
+    _, K, G, _, H = x_BKGTH.shape
+    wide = x_BKGTH.astype(jnp.float32)
+    square = jnp.mean(jnp.square(wide), axis=(1, 2, 4), keepdims=True)
+    normed = wide * jax.lax.rsqrt(square + epsilon) * scale.reshape(K, G, 1, H)
+    return normed.astype(x_BKGTH.dtype)
 
 
 def _output(weights: Weights, out_BNTH: jax.Array) -> jax.Array:

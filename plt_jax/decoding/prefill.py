@@ -11,16 +11,17 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
+from plt_jax.config.model import Part
 from plt_jax.decoding.attention import attend_causally, attend_window, shard_map_attention
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, read, shard_cache, write
 from plt_jax.decoding.checks import check_chunk
-from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits
+from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits, norms_of
 from plt_jax.decoding.placement import CacheShard
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
 from plt_jax.model.attention import blend, choose_backend
 from plt_jax.model.block import apply_block
 from plt_jax.model.kernels import Backend
-from plt_jax.model.layers import Rotation, rms_norm, rope_rotation
+from plt_jax.model.layers import Rotation, rope_rotation
 from plt_jax.model.looping import loop_output, next_loop_input
 from plt_jax.model.moe import weights_of_loop
 
@@ -95,25 +96,26 @@ def prefill_outputs(
     positions_BC = cache.lengths[:, None] + jnp.arange(tokens.shape[1])
     rotation = rope_rotation(config, positions_BC)
     embeddings_BCD = embed_tokens(weights, tokens, config.dtype)
-    normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
-
-    x_BCD, output_BCD, carried = embeddings_BCD, embeddings_BCD, []
-    read_BCD = embeddings_BCD
+    norms, run = norms_of(config, weights), partial(_run_layers, config, weights, lengths, rotation)
+    first_BCD, cache = run("prelude", 0, embeddings_BCD, cache)
+    x_BCD, carried = first_BCD, []
+    hidden_BCD = read_BCD = first_BCD
     for index in range(loop.count):
         if index > 0:
-            before_B1D = cache.carried[:, index - 1 : index].astype(embeddings_BCD.dtype)
+            before_B1D = cache.carried[:, index - 1 : index].astype(first_BCD.dtype)
             shift = partial(_shift_chunk, before_B1D=before_B1D)
+            output_BCD = loop_output(loop, hidden_BCD, norms.between_loops)
             if loop.shifted:
                 carried.append(_last_or(output_BCD, lengths, before_B1D))
-            x_BCD = next_loop_input(loop, embeddings_BCD, output_BCD, shift)
-        hidden_BCD, cache = _run_loop(config, weights, index, x_BCD, lengths, rotation, cache)
-        output_BCD = loop_output(loop, hidden_BCD, normalize, is_last=index == loop.count - 1)
-        if loops_B is not None:
-            read_BCD = jnp.where((loops_B == index + 1)[:, None, None], hidden_BCD, read_BCD)
+            x_BCD = next_loop_input(loop, first_BCD, output_BCD, shift)
+        hidden_BCD, cache = run("core", index, x_BCD, cache)
+        is_last_B = index == loop.count - 1 if loops_B is None else loops_B == index + 1
+        read_BCD = jnp.where(jnp.reshape(is_last_B, (-1, 1, 1)), hidden_BCD, read_BCD)
     if carried:
         cache = cache.replace(carried=jnp.concatenate(carried, axis=1).astype(cache.carried.dtype))
+    coda_BCD, cache = run("coda", 0, read_BCD, cache)
     cache = shard_cache(cache.replace(lengths=cache.lengths + lengths))
-    return output_BCD if loops_B is None else normalize(read_BCD), cache
+    return norms.final(coda_BCD), cache
 
 
 def _shift_chunk(output_BCD: jax.Array, before_B1D: jax.Array) -> jax.Array:
@@ -126,36 +128,37 @@ def _last_or(x_BCD: jax.Array, lengths_B: jax.Array, before_B1D: jax.Array) -> j
     return jnp.where((lengths_B > 0)[:, None, None], last_of_chunk(x_BCD, lengths_B), before_B1D)
 
 
-def _run_loop(
+def _run_layers(
     config: ModelConfig,
     weights: DecodeWeights,
-    index: int,
-    x_BCD: jax.Array,
     lengths_B: jax.Array,
     rotation: Rotation,
+    part: Part,
+    index: int,
+    x_BCD: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """Runs one loop (0 for the first) over the chunk: its hidden states [B, C, D], and the cache
-    with its keys and values."""
-    attend_chunk = partial(_attend_chunk, config, index, cache.slots, choose_backend(config))
-    layers = []
-    for layer_weights, layer_cache in zip(weights.layers, cache.layers(), strict=True):
+    """Runs the layers of a part over the chunk in one loop (0 for the first): the hidden states
+    [B, C, D], and the cache with its keys and values."""
+    part_config, slots = config.of_part(part), cache.slots_in(part)
+    attend_chunk = partial(_attend_chunk, part_config, index, slots, choose_backend(config))
+    layers = cache.layers()
+    for j in config.layers_in(part):
         attend = partial(
             shard_map_attention,
             attend_chunk,
-            cache=layer_cache,
+            cache=layers[j],
             lengths_B=cache.lengths,
             more=(lengths_B,),
         )
-        x_BCD, layer_cache, _ = apply_block(
-            config,
-            weights_of_loop(layer_weights, index),
+        x_BCD, layers[j], _ = apply_block(
+            part_config,
+            weights_of_loop(weights.layers[j], index),
             shard_rows(x_BCD),
             rotation,
             attend,
             DECODE_OPS,
         )
-        layers.append(layer_cache)
     return x_BCD, cache.with_layers(layers)
 
 

@@ -4,7 +4,7 @@ With the shift, loop l at position i needs only the previous loop's output at po
 the step before has left in the cache (Algorithm 1 of the PLT paper). So the rows
 a·E[i] + b·H^(l-1)[i-1] of all loops go through the layers together: the step reads each weight once
 for all loops, and loop 1's keys and values too, because the loops are further queries at the same
-position.
+position. Layers that do not loop have one row.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import LoopConfig, ModelConfig
+from plt_jax.config.model import Part
 from plt_jax.decoding.attention import attend, attend_gated, shard_map_attention
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, shard_cache, write
 from plt_jax.decoding.checks import check_step
 from plt_jax.decoding.fused_attention import FUSED_OPS, attend_rows_fused, decode_kernel
-from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits
+from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits, norms_of
 from plt_jax.decoding.placement import CacheShard
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
 from plt_jax.model.block import apply_block
-from plt_jax.model.layers import rms_norm, rope_rotation
-from plt_jax.model.looping import Norm, loop_output, next_loop_input, output_after
+from plt_jax.model.layers import rope_rotation
+from plt_jax.model.looping import Norm, loop_output, next_loop_input, rows_of_loops
 from plt_jax.model.moe import weights_of_loop
 
 
@@ -92,96 +93,94 @@ def step_logits(
         positions are not read, so logits of sequences that are longer are wrong. Default: the
         cache's capacity.
     """
-    normalize = partial(rms_norm, scale=weights.final_norm, epsilon=config.norm_epsilon)
     E_B1D = embed_tokens(weights, tokens[:, None], config.dtype)
-    one_pass = config.loop.shifted or config.loop.count == 1
-    run_loops = _run_loops_together if one_pass else _run_loops_in_turn
+    norms = norms_of(config, weights)
     positions = cache.capacity if longest is None else min(longest, cache.capacity)
     run_rows = partial(_run_rows, config, weights, positions)
-    output_B1D, cache = run_loops(config.loop, run_rows, normalize, E_B1D, cache, loops_B)
+    first_B1D, cache = run_rows("prelude", range(1), E_B1D, cache)
+    one_pass = config.loop.shifted or config.loop.count == 1
+    run_loops = _run_loops_together if one_pass else _run_loops_in_turn
+    run_core = partial(run_rows, "core")
+    hidden_BLD, cache = run_loops(config.loop, run_core, norms.between_loops, first_B1D, cache)
+
+    def last(rows_BLD: jax.Array) -> jax.Array:
+        return rows_BLD[:, -1:] if loops_B is None else rows_of_loops(loops_B, rows_BLD)
+
+    if config.has_coda:
+        coda_B1D, cache = run_rows("coda", range(1), last(hidden_BLD), cache)
+        read_B1D = norms.final(coda_B1D)
+    else:
+        # Normed together with the outputs that are carried, in one kernel.
+        read_B1D = last(norms.final(hidden_BLD))
     cache = shard_cache(cache.replace(lengths=cache.lengths + 1))
-    return head_logits(weights, output_B1D)[:, 0], cache
+    return head_logits(weights, read_B1D)[:, 0], cache
 
 
-RunRows = Callable[[range, jax.Array, Cache], tuple[jax.Array, Cache]]
-"""See `_run_rows`."""
+RunCore = Callable[[range, jax.Array, Cache], tuple[jax.Array, Cache]]
+"""See `_run_rows`; the part is the core."""
 
 
 def _run_loops_together(
-    loop: LoopConfig,
-    run_rows: RunRows,
-    normalize: Norm,
-    E_B1D: jax.Array,
-    cache: Cache,
-    loops_B: jax.Array | None,
+    loop: LoopConfig, run_core: RunCore, normalize: Norm, first_B1D: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """All loops in one pass: the last loop's output [B, 1, D], and the cache after it."""
-    x_BLD = E_B1D
+    """All loops in one pass: their hidden states [B, L, D], and the cache after it."""
+    x_BLD = first_B1D
     if loop.count > 1:
         # The cache holds the outputs of the position before: they are shifted already.
-        previous = cache.carried.astype(E_B1D.dtype)
-        later_BLD = next_loop_input(loop, E_B1D, previous, shift=lambda output: output)
-        x_BLD = jnp.concatenate([E_B1D, later_BLD], axis=1)
-    hidden_BLD, cache = run_rows(range(loop.count), x_BLD, cache)
-    is_last_L1 = jnp.arange(loop.count)[:, None] == loop.count - 1
-    output_BLD = loop_output(loop, hidden_BLD, normalize, is_last_L1)
-    carried_BLD = output_BLD[:, : cache.carried.shape[1]].astype(cache.carried.dtype)
-    cache = cache.replace(carried=carried_BLD)
-    if loops_B is None:
-        return output_BLD[:, -1:], cache
-    return output_after(loops_B, hidden_BLD, normalize), cache
+        previous = cache.carried.astype(first_B1D.dtype)
+        later_BLD = next_loop_input(loop, first_B1D, previous, shift=lambda output: output)
+        x_BLD = jnp.concatenate([first_B1D, later_BLD], axis=1)
+    hidden_BLD, cache = run_core(range(loop.count), x_BLD, cache)
+    if not cache.carried.shape[1]:
+        return hidden_BLD, cache
+    carried_BLD = loop_output(loop, hidden_BLD, normalize)[:, :-1].astype(cache.carried.dtype)
+    return hidden_BLD, cache.replace(carried=carried_BLD)
 
 
 def _run_loops_in_turn(
-    loop: LoopConfig,
-    run_rows: RunRows,
-    normalize: Norm,
-    E_B1D: jax.Array,
-    cache: Cache,
-    loops_B: jax.Array | None,
+    loop: LoopConfig, run_core: RunCore, normalize: Norm, first_B1D: jax.Array, cache: Cache
 ) -> tuple[jax.Array, Cache]:
-    """One pass for each loop: the last loop's output [B, 1, D], and the cache after it."""
-    output_B1D, hidden = E_B1D, []
+    """One pass for each loop: their hidden states [B, L, D], and the cache after them."""
+    x_B1D, hidden = first_B1D, []
     for index in range(loop.count):
-        hidden_B1D, cache = run_rows(range(index, index + 1), output_B1D, cache)
-        output_B1D = loop_output(loop, hidden_B1D, normalize, is_last=index == loop.count - 1)
+        hidden_B1D, cache = run_core(range(index, index + 1), x_B1D, cache)
         hidden.append(hidden_B1D)
-    if loops_B is None:
-        return output_B1D, cache
-    return output_after(loops_B, jnp.concatenate(hidden, axis=1), normalize), cache
+        x_B1D = loop_output(loop, hidden_B1D, normalize)
+    return jnp.concatenate(hidden, axis=1), cache
 
 
 def _run_rows(
     config: ModelConfig,
     weights: DecodeWeights,
     positions: int,
+    part: Part,
     loops: range,
     x_BRD: jax.Array,
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """All layers over one row for each loop of `loops`: hidden states [B, R, D], and the cache.
+    """The layers of a part over one row for each loop of `loops`: hidden states [B, R, D], and the
+    cache.
 
     Args:
       positions: the number of positions whose slots are read.
     """
     rotation = rope_rotation(config, cache.lengths[:, None])
+    part_config, slots = config.of_part(part), cache.slots_in(part)
     if decode_kernel(config, cache) == "mosaic":
-        ops, attend_rows = FUSED_OPS, partial(attend_rows_fused, config, cache.slots)
+        ops, attend_rows = FUSED_OPS, partial(attend_rows_fused, part_config, slots)
     else:
-        attend_rows = partial(_attend_rows, config, loops, cache.slots, positions)
+        attend_rows = partial(_attend_rows, part_config, loops, slots, positions)
         ops, attend_rows = DECODE_OPS, partial(shard_map_attention, attend_rows)
-    layers = []
-    for layer_weights, layer_cache in zip(weights.layers, cache.layers(), strict=True):
-        attend_layer = partial(attend_rows, cache=layer_cache, lengths_B=cache.lengths)
-        x_BRD, layer_cache, _ = apply_block(
-            config,
-            weights_of_loop(layer_weights, jnp.arange(loops.start, loops.stop)),
+    layers = cache.layers()
+    for j in config.layers_in(part):
+        x_BRD, layers[j], _ = apply_block(
+            part_config,
+            weights_of_loop(weights.layers[j], jnp.arange(loops.start, loops.stop)),
             shard_rows(x_BRD),
             rotation,
-            attend_layer,
+            partial(attend_rows, cache=layers[j], lengths_B=cache.lengths),
             ops,
         )
-        layers.append(layer_cache)
     return x_BRD, cache.with_layers(layers)
 
 

@@ -43,12 +43,16 @@ class DecodeWeights(flax.struct.PyTreeNode):
     """[V, D]."""
     final_norm: jax.Array
     """float32 [D]."""
+    loop_norm: jax.Array | None
+    """float32 [D], the norm between loops where layers follow the loops; None where it is the
+    final norm, or where there is none."""
     head: Weight | None
     """[V, D]; None where the embedding is the head."""
     layers: tuple[dict[str, Any], ...]
-    """One dict for each layer. The declared norms, output bias, gate and router are as they were;
-    "qk_norm" [G+1, 1, H] are the norms of G query heads and a key head, and "qkv_bias" [K, G+2, H]
-    all biases. The others are in the compute dtype, or Quantized with a scale for each output:
+    """One dict for each layer. The declared norms, output bias, gate and router are as they were,
+    but "qk_norm" [G+1, 1, H] are the norms of G query heads and a key head, where each head has its
+    own, and "qkv_bias" [K, G+2, H] all biases. The others are in the compute dtype, or Quantized
+    with a scale for each output:
     "qkv" [K·(G+2)·H, D] (each key/value head behind the G query heads that read it), "o" [D, N·H],
     and "gate_up" [2, F, D] and "down" [D, F]; of a mixture of experts instead "expert_gate_up"
     [X, 2, F, D] and "expert_down" [X, D, F], and of its shared expert "shared_gate_up" and
@@ -93,6 +97,7 @@ def _prepare(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWe
     return DecodeWeights(
         embedding=_shard_weight("embedding", embedding),
         final_norm=_shard_weight("final_norm", params["final_norm"]),
+        loop_norm=_shard_weight("loop_norm", params.get("loop_norm")),
         head=_shard_weight("head", head),
         layers=tuple(
             _prepare_layer(config, jax.tree.map(operator.itemgetter(j), params[part]))
@@ -132,7 +137,7 @@ def _prepare_layer(config: ModelConfig, declared: Weights) -> dict[str, Weight]:
         q_NH, k_KH, v_KH = (left.pop(f"{name}_bias") for name in "qkv")
         grouped = [q_NH.reshape(K, -1, H), k_KH[:, None], v_KH[:, None]]
         fused["qkv_bias"] = jnp.concatenate(grouped, axis=1)
-    if config.qk_norm:
+    if config.qk_norm and config.qk_norm_over == "head":
         norms = [left.pop("q_norm")] * (config.heads // K) + [left.pop("k_norm")]
         fused["qk_norm"] = jnp.stack(norms)[:, None]
     for gate, up, down, fused_in, fused_out in (

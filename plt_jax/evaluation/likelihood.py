@@ -161,11 +161,11 @@ def nll_by_loop(
     """Each target's negative log-likelihood at the output of every loop, float32 [B, L, T]."""
 
     def scores(model: Transformer) -> jax.Array:
-        def of_loop(raw_BTD: jax.Array) -> jax.Array:
-            nll_BT, _ = score_in_chunks(model, model.normalize(raw_BTD), targets_BT)
+        def of_loop(read_BTD: jax.Array) -> jax.Array:
+            nll_BT, _ = score_in_chunks(model, read_BTD, targets_BT)
             return nll_BT
 
-        return jax.lax.map(of_loop, model.loop_states(tokens_BT).hidden_LBTD)
+        return jax.lax.map(of_loop, model.readouts(tokens_BT))
 
     nll_LBT: Any = Transformer(config).apply({"params": params}, method=scores)
     return (jnp.moveaxis(nll_LBT, 0, 1),)

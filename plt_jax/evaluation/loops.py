@@ -17,17 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from plt_jax.config import ModelConfig
+from plt_jax.config.model import Part
 from plt_jax.data.load import examples_for
 from plt_jax.data.packing import Examples
 from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
 from plt_jax.files import to_json, write_text
 from plt_jax.model.attention import blend
-from plt_jax.model.block import KeysValues, apply_block, stacks_of
-from plt_jax.model.layers import Rotation, embed, logits_from, rms_norm, rope_rotation
+from plt_jax.model.block import KeysValues, apply_block, stacks_in
+from plt_jax.model.layers import Rotation, embed, rms_norm, rope_rotation
 from plt_jax.model.looping import loop_output, next_loop_input, shift_states, with_loops
 from plt_jax.model.moe import weights_of_loop
-from plt_jax.model.transformer import number_documents, positions_in_documents
+from plt_jax.model.transformer import (
+    Transformer,
+    loop_norm,
+    number_documents,
+    positions_in_documents,
+)
 from plt_jax.reports.loops_page import loops_page
 from plt_jax.reports.tables import aligned
 from plt_jax.runs.directory import open_trained
@@ -46,7 +52,7 @@ class LoopReport(NamedTuple):
 
     numbers: dict[str, Any]
     """The content of loops.json: `by_loop`, a row per loop, and `by_layer`, a list [loops][layers]
-    per measure."""
+    per measure, over the looped layers from `first_layer` on, counted from 1."""
     path: Path
 
     def table(self) -> str:
@@ -106,6 +112,7 @@ def evaluate_loops(path: str, text: str | None = None, sequences: int = SEQUENCE
         "text": text or f"held out from {config.data.text}",
         "scheme": config.model.loop.scheme,
         "positions": min(config.sequence_length, LONGEST),
+        "first_layer": config.model.looped_layers.start + 1,
         **found,
     }
     report = LoopReport(numbers, trained.directory / PAGE)
@@ -174,7 +181,9 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
     # One more loop than the model has, for the fixed-point gap of the last state.
     longer = with_loops(config, params, passes + 1) if looped else (config, params)
     states_RTD, maps = run_loops(*longer, tokens_1T, documents_1T)
-    logs = [log_p_of(config, params, raw_TD) for raw_TD in states_RTD[1 : passes + 1]]
+    model = Transformer(config).bind({"params": params})
+    readouts_R1TD = model.readouts(tokens_1T, example["segment_ids"][None])
+    logs = [jax.nn.log_softmax(model.logits(read_1TD)[0]) for read_1TD in readouts_R1TD]
 
     def mean(value_T: jax.Array, where_T: jax.Array = counted_T) -> jax.Array:
         return jnp.sum(jnp.where(where_T, value_T, 0.0)) / jnp.maximum(jnp.sum(where_T), 1)
@@ -216,80 +225,76 @@ def chosen(log_p_TV: jax.Array, targets_T: jax.Array) -> jax.Array:
     return jnp.take_along_axis(log_p_TV, targets_T[:, None], axis=-1)[:, 0]
 
 
-def log_p_of(config: ModelConfig, params: Any, raw_TD: jax.Array) -> jax.Array:
-    """The readout of a loop's state: log-probabilities [T, V]."""
-    normed_TD = rms_norm(raw_TD, params["final_norm"], config.norm_epsilon)
-    normed_TD = normed_TD.astype(jnp.dtype(config.dtype))
-    logits_1TV = logits_from(normed_TD[None], params["embedding"], params.get("head"))
-    return jax.nn.log_softmax(logits_1TV[0])
-
-
 def run_loops(
     config: ModelConfig, params: Any, tokens_1T: jax.Array, documents_1T: jax.Array
 ) -> tuple[jax.Array, Values]:
-    """Runs all loops over one example.
+    """Runs the prelude and all loops over one example.
 
     Returns:
-      The states h(0) (the embeddings) and h(1), ..., h(L), each loop's hidden states, float32
-      [L+1, T, D]; and measures of attention by loop, layer and position, [L, J, T], nan where a
-      loop has none.
+      The states h(0) (what loop 1 reads: the embeddings, or the prelude's output) and h(1), ...,
+      h(L), each loop's hidden states, float32 [L+1, T, D]; and measures of attention by loop,
+      looped layer and position, [L, J, T], nan where a loop has none.
     """
     loop = config.loop
     rotation = rope_rotation(config, positions_in_documents(documents_1T))
     embeddings_1TD = embed(tokens_1T, params["embedding"], jnp.dtype(config.dtype))
-    normalize = partial(rms_norm, scale=params["final_norm"], epsilon=config.norm_epsilon)
+    scale = params.get(loop_norm(config))  # None where nothing is normed between loops
+    normalize = partial(rms_norm, scale=scale, epsilon=config.norm_epsilon)
     shift = partial(shift_states, documents_BT=documents_1T)
-    states, measured = [embeddings_1TD], []
-    x_1TD, shared, before_JNTS = embeddings_1TD, None, None
+    run = partial(run_stacks, config, params, rotation, documents_1T)
+    first_1TD = run("prelude", 0, embeddings_1TD, None, None).x_1TD
+    x_1TD, states, measured, before = first_1TD, [first_1TD], [], None
+    shared = None
     for index in range(loop.count):
-        hidden_1TD, keys_values, before_JNTS, values = run_stacks(
-            config, params, index, x_1TD, rotation, documents_1T, shared, before_JNTS
-        )
-        shared = keys_values if shared is None else shared
-        states.append(hidden_1TD)
-        measured.append(values)
-        output_1TD = loop_output(loop, hidden_1TD, normalize, is_last=index == loop.count - 1)
-        x_1TD = next_loop_input(loop, embeddings_1TD, output_1TD, shift)
+        ran = run("core", index, x_1TD, shared, before)
+        before, measured = ran.maps, [*measured, ran.values]
+        shared = ran.keys_values if shared is None else shared
+        states.append(ran.x_1TD)
+        output_1TD = loop_output(loop, ran.x_1TD, normalize)
+        x_1TD = next_loop_input(loop, first_1TD, output_1TD, shift)
     by_loop = {name: jnp.stack([values[name] for values in measured]) for name in measured[0]}
     return jnp.stack(states)[:, 0].astype(jnp.float32), by_loop
+
+
+class Ran(NamedTuple):
+    """What the stacks of a part leave."""
+
+    x_1TD: jax.Array
+    """The hidden states."""
+    keys_values: dict[str, KeysValues]
+    """Of all layers of each stack."""
+    maps: dict[str, jax.Array]
+    """The attention maps of all layers of each stack, [J, N, T, S]."""
+    values: Values
+    """The measures of attention by layer and position, [J, T], of all stacks."""
 
 
 def run_stacks(
     config: ModelConfig,
     params: Any,
-    index: int,
-    x_1TD: jax.Array,
     rotation: Rotation,
     documents_1T: jax.Array,
-    shared: list[KeysValues] | None,
-    before_JNTS: jax.Array | None,
-) -> tuple[jax.Array, list[KeysValues], jax.Array, Values]:
-    """Runs all layers in loop `index` (0 for the first).
+    part: Part,
+    index: int,
+    x_1TD: jax.Array,
+    shared: dict[str, KeysValues] | None,
+    before: dict[str, jax.Array] | None,
+) -> Ran:
+    """Runs all layers of a part in loop `index` (0 for the first).
 
     Args:
-      shared: loop 1's keys and values, stack by stack; None in loop 1.
-      before_JNTS: the attention maps of the loop before; None in loop 1.
-
-    Returns:
-      The hidden states [1, T, D]; each stack's keys and values; the attention maps of all layers
-      [J, N, T, S]; and their measures by layer and position, [J, T].
+      shared: loop 1's keys and values, by stack; None in loop 1.
+      before: the attention maps of the loop before, by stack; None in loop 1.
     """
-    keys_values, maps, measured, first = [], [], [], 0
-    for number, (name, stack) in enumerate(stacks_of(config).items()):
-        layers = slice(first, first + stack.layers)
-        first += stack.layers
-        scanned = (
-            params[name],
-            None if shared is None else shared[number],
-            None if before_JNTS is None else before_JNTS[layers],
-        )
-        step = partial(run_layer, config, index, rotation, documents_1T)
-        x_1TD, (of_stack, map_JNTS, values) = jax.lax.scan(step, x_1TD, scanned)
-        keys_values.append(of_stack)
-        maps.append(map_JNTS)
+    keys_values, maps, measured = {}, {}, []
+    for name in stacks_in(config, part):
+        scanned = params[name], shared and shared[name], before and before[name]
+        step = partial(run_layer, config.of_part(part), index, rotation, documents_1T)
+        x_1TD, (keys_values[name], maps[name], values) = jax.lax.scan(step, x_1TD, scanned)
         measured.append(values)
-    by_layer = {name: jnp.concatenate([one[name] for one in measured]) for name in measured[0]}
-    return x_1TD, keys_values, jnp.concatenate(maps), by_layer
+    names = measured[0] if measured else ()
+    values = {name: jnp.concatenate([one[name] for one in measured]) for name in names}
+    return Ran(x_1TD, keys_values, maps, values)
 
 
 def run_layer(

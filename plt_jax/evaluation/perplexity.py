@@ -118,13 +118,13 @@ def losses_by_loop(config: ModelConfig, params: Any, batch: dict[str, jax.Array]
     """Summed negative log-likelihood of a batch's targets in nats, by loop, float32 [L]."""
     model = Transformer(config)
 
-    def summed(model: Transformer, raw_BTD: jax.Array) -> jax.Array:
-        return model.loss(model.normalize(raw_BTD), batch["targets"], batch["weights"]).nll
-
     def losses(model: Transformer) -> jax.Array:
-        states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
+        def summed(read_BTD: jax.Array) -> jax.Array:
+            return model.loss(read_BTD, batch["targets"], batch["weights"]).nll
+
+        readouts_LBTD = model.readouts(batch["tokens"], segment_ids=batch["segment_ids"])
         # One loop at a time, because the logits of a block are large.
-        return jax.lax.map(lambda raw_BTD: summed(model, raw_BTD), states.hidden_LBTD)
+        return jax.lax.map(summed, readouts_LBTD)
 
     nats_L: Any = model.apply({"params": params}, method=losses)
     return nats_L

@@ -61,7 +61,7 @@ def retrofit(
     for part, stack in stacks_of(looped).items():
         layers = stacks[part] = dict(params[part])
         like = layers["attention_norm"]
-        for name, parameter in block_parameters(looped, stack.mixture).items():
+        for name, parameter in block_parameters(looped, stack).items():
             if name not in layers:
                 shape = (stack.layers, *parameter.shape)
                 layers[name] = parameter.initializer(jax.random.key(0), shape, like.dtype)

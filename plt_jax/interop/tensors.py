@@ -140,7 +140,7 @@ def unstacked_parameters(
     parameters = [_unstacked(("embedding",), None, top["embedding"].shape, TOP["embedding"])]
     before = 0
     for name, stack in stacks_of(config).items():
-        layer = block_parameters(config, stack.mixture)
+        layer = block_parameters(config, stack)
         parameters += [
             _unstacked((name, leaf), index, declared.shape, mappings[leaf], before + index)
             for index in range(stack.layers)

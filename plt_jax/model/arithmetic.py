@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.model.block import stacks_of
-from plt_jax.model.costs import flops_by_loop
+from plt_jax.model.costs import flops_by_loop, layers_of_loop, parts_of_loop
 from plt_jax.model.kernels import splash_blocks
 
 BACKWARD = 2
@@ -41,34 +41,36 @@ def train_flops(config: RunConfig) -> StepFlops:
     loops = flops_by_loop(model, T)
     by_loop = tuple((1 + BACKWARD) * B * T * one.total for one in loops)
     keeps_dots = model.remat in ("dots", "dots_and_attention")
-    again = 0 if model.remat == "none" else _expert_share(model, T) if keeps_dots else 1
-    executed = sum(
-        B * T * ((1 + BACKWARD + again) * one.layers + (1 + BACKWARD) * one.head) for one in loops
-    )
+    executed = 0
+    for index, one in enumerate(loops):
+        again = 0 if model.remat == "none" else one.layers
+        if keeps_dots:
+            again = _expert_flops(model, index)
+        executed += B * T * ((1 + BACKWARD) * (one.layers + one.head) + again)
     forwards = (2 if model.remat in ("dots", "full") else 1) + SPLASH_BACKWARD
     attention = sum(B * _attention(config, index) for index in range(model.loop.count))
     return StepFlops(by_loop, round(executed + forwards * attention))
 
 
-def _expert_share(model: ModelConfig, length: int) -> float:
-    """Share of the routed experts in a loop's products with weights; no remat policy keeps them."""
-    if not model.moe.experts:
-        return 0.0
-    layers = sum(stack.layers for stack in stacks_of(model).values() if stack.mixture)
-    routed = 6 * model.width * model.moe.expert_width * model.moe.experts_per_token * layers
-    return routed / flops_by_loop(model, length)[0].layers
+def _expert_flops(model: ModelConfig, loop: int) -> int:
+    """Forward FLOPs per token of a loop's routed experts; no remat policy keeps their products."""
+    parts = parts_of_loop(model, loop)
+    stacks = [stack for stack in stacks_of(model).values() if stack.mixture and stack.part in parts]
+    layers = sum(stack.layers for stack in stacks)
+    return 6 * model.width * model.moe.expert_width * model.moe.experts_per_token * layers
 
 
 def _attention(config: RunConfig, loop: int) -> int:
     """Forward FLOPs of a loop's attention over one sequence, in whole blocks."""
     model, T = config.model, config.sequence_length
     block, blocks = splash_blocks(T, None)
-    pairs = block * block * blocks * (blocks + 1) // 2
+    pairs = layers_of_loop(model, loop) * block * block * blocks * (blocks + 1) // 2
     if loop > 0 and model.loop.later_attention == "gated":
         block, blocks = splash_blocks(T, model.loop.window)
         behind = -(-(model.loop.window - 1) // block)
-        pairs += block * block * sum(min(index, behind) + 1 for index in range(blocks))
-    return 4 * model.layers * model.heads * model.head_width * pairs
+        in_window = block * block * sum(min(index, behind) + 1 for index in range(blocks))
+        pairs += len(model.looped_layers) * in_window
+    return 4 * model.heads * model.head_width * pairs
 
 
 def decode_flops(model: ModelConfig, batch: int, context: int) -> StepFlops:
@@ -79,10 +81,11 @@ def decode_flops(model: ModelConfig, batch: int, context: int) -> StepFlops:
       context: positions of the cache. The step attends to all of them, filled or not.
     """
     loops = flops_by_loop(model, 1)
-    per_key = 4 * model.layers * model.heads * model.head_width
+    per_key, looped = 4 * model.heads * model.head_width, len(model.looped_layers)
     by_loop = []
     for index, one in enumerate(loops):
         gated = index > 0 and model.loop.later_attention == "gated"
-        keys = context + (min(model.loop.window, context) if gated else 0)
+        keys = layers_of_loop(model, index) * context
+        keys += looped * min(model.loop.window, context) if gated else 0
         by_loop.append(batch * (one.layers + one.head + per_key * keys))
     return StepFlops(tuple(by_loop), sum(by_loop))

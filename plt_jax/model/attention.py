@@ -40,8 +40,8 @@ from plt_jax.model.layers import (
 def attention_parameters(config: ModelConfig) -> dict[str, Parameter]:
     """The attention parameters of one layer."""
     D, N, K, H = config.width, config.heads, config.kv_heads, config.head_width
-    parameters = {
-        "attention_norm": scale_parameter(D, "embed"),
+    parameters = {"attention_norm": scale_parameter((D,), ("embed",))} if config.input_norms else {}
+    parameters |= {
         "q": projection((D, N, H), ("embed", "heads", "head"), D),
         "k": projection((D, K, H), ("embed", "kv_heads", "head"), D),
         "v": projection((D, K, H), ("embed", "kv_heads", "head"), D),
@@ -56,9 +56,12 @@ def attention_parameters(config: ModelConfig) -> dict[str, Parameter]:
         parameters["v_bias"] = zero_parameter((K, H), ("kv_heads", "head"))
     if config.output_bias:
         parameters["o_bias"] = zero_parameter((D,), ("embed",))
-    if config.qk_norm:
-        parameters["q_norm"] = scale_parameter(H, "head")
-        parameters["k_norm"] = scale_parameter(H, "head")
+    if config.qk_norm and config.qk_norm_over == "head":
+        parameters["q_norm"] = scale_parameter((H,), ("head",))
+        parameters["k_norm"] = scale_parameter((H,), ("head",))
+    elif config.qk_norm:
+        parameters["q_norm"] = scale_parameter((N, H), ("heads", "head"))
+        parameters["k_norm"] = scale_parameter((K, H), ("kv_heads", "head"))
     if config.loop.later_attention == "gated":
         parameters |= gate_parameters(config)
     return parameters
@@ -71,7 +74,7 @@ def gate_parameters(config: ModelConfig) -> dict[str, Parameter]:
     if config.loop.gate_input == "query":
         return bias | {"gate_weight": zero_parameter((N, H), ("heads", "head"))}
     return bias | {
-        "gate_norm": scale_parameter(D, "embed"),
+        "gate_norm": scale_parameter((D,), ("embed",)),
         "gate_weight": zero_parameter((D, N), ("embed", "heads")),
     }
 
@@ -88,9 +91,25 @@ def rotated_qkv(
             for x_BNTH, name in ((q_BNTH, "q_bias"), (k_BKTH, "k_bias"), (v_BKTH, "v_bias"))
         )
     if config.qk_norm:
-        q_BNTH = rms_norm(q_BNTH, weights["q_norm"], config.norm_epsilon)
-        k_BKTH = rms_norm(k_BKTH, weights["k_norm"], config.norm_epsilon)
+        q_BNTH, k_BKTH = (
+            norm_heads(config, x_BNTH, weights[name])
+            for x_BNTH, name in ((q_BNTH, "q_norm"), (k_BKTH, "k_norm"))
+        )
     return rotate(q_BNTH, rotation), rotate(k_BKTH, rotation), v_BKTH
+
+
+def norm_heads(config: ModelConfig, x_BNTH: jax.Array, scale: jax.Array) -> jax.Array:
+    """The RMSNorm of queries or keys: of each head, or of all heads of a position together.
+
+    Args:
+      scale: [H], or [N, H] over all heads.
+    """
+    if config.qk_norm_over == "head":
+        return rms_norm(x_BNTH, scale, config.norm_epsilon)
+    B, N, T, H = x_BNTH.shape
+    x_BTD = x_BNTH.swapaxes(1, 2).reshape(B, T, N * H)
+    normed_BTD = rms_norm(x_BTD, scale.reshape(-1), config.norm_epsilon)
+    return normed_BTD.reshape(B, T, N, H).swapaxes(1, 2)
 
 
 def to_heads(x_BTD: jax.Array, weight_DNH: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
 from plt_jax.config import ModelConfig
-from plt_jax.config.model import Remat
+from plt_jax.config.model import PARTS, Part, Remat
 from plt_jax.model.attention import (
     attention_parameters,
     blend,
@@ -94,25 +94,43 @@ class Context(NamedTuple):
 class Stack(NamedTuple):
     """Layers whose parameters have the same shapes, so that one scan runs them."""
 
+    part: Part
     layers: int
     mixture: bool
     """Whether their feed-forward layers are mixtures of experts."""
 
 
 def stacks_of(config: ModelConfig) -> dict[str, Stack]:
-    """The stacks of a model in order, by their names among the parameters."""
-    mixture, dense = bool(config.moe.experts), config.moe.dense_layers
-    leading = {"dense_layers": Stack(dense, mixture=False)} if dense else {}
-    return leading | {"layers": Stack(config.layers - dense, mixture)}
+    """The stacks of a model in order, by their names among the parameters.
+
+    Layers that loop are in "layers", and the others in "prelude" and "coda". The leading dense
+    layers of a mixture of experts are in stacks of their own, whose names begin with "dense_".
+    """
+    dense, stacks = config.moe.dense_layers, {}
+    for part in PARTS:
+        layers = config.layers_in(part)
+        name = "layers" if part == "core" else part
+        leading = min(max(dense - layers.start, 0), len(layers))
+        if leading:
+            stacks[f"dense_{name}"] = Stack(part, leading, mixture=False)
+        if leading < len(layers):
+            stacks[name] = Stack(part, len(layers) - leading, bool(config.moe.experts))
+    return stacks
 
 
-def block_parameters(config: ModelConfig, mixture: bool) -> dict[str, Parameter]:
-    """The parameters of one decoder layer, with a mixture of experts or a dense feed-forward."""
+def stacks_in(config: ModelConfig, part: Part) -> dict[str, Stack]:
+    """The stacks of a part in order."""
+    return {name: stack for name, stack in stacks_of(config).items() if stack.part == part}
+
+
+def block_parameters(config: ModelConfig, stack: Stack) -> dict[str, Parameter]:
+    """The parameters of one decoder layer of a stack."""
+    config = config.of_part(stack.part)
     D, F, depth = config.width, config.ffn_width, 1 / math.sqrt(2 * config.layers)
-    parameters = attention_parameters(config) | {
-        "ffn_norm": scale_parameter(D, "embed"),
-    }
-    if mixture:
+    parameters = attention_parameters(config)
+    if config.input_norms:
+        parameters["ffn_norm"] = scale_parameter((D,), ("embed",))
+    if stack.mixture:
         parameters |= moe_parameters(config.moe, config.loop, D, depth)
     else:
         parameters |= {
@@ -120,8 +138,9 @@ def block_parameters(config: ModelConfig, mixture: bool) -> dict[str, Parameter]
             "ffn_up": projection((D, F), ("embed", "ffn"), D),
             "ffn_down": projection((F, D), ("ffn", "embed"), F, depth),
         }
-    if config.ffn_output_norm:
-        parameters["ffn_output_norm"] = scale_parameter(D, "embed")
+    for name in ("attention_output_norm", "ffn_output_norm"):
+        if getattr(config, name):
+            parameters[name] = scale_parameter((D,), ("embed",))
     return parameters
 
 
@@ -160,7 +179,7 @@ def apply_block(
     attend: AnyAttend[Left],
     ops: LayerOps = TRAINING_OPS,
 ) -> tuple[jax.Array, Left, RouterStatistics | None]:
-    """Applies one pre-norm decoder layer.
+    """Applies one decoder layer.
 
     Training, prefill and decoding differ in two things alone: how their weights are laid out, which
     `ops` knows, and which keys the queries see, which `attend` decides.
@@ -169,23 +188,26 @@ def apply_block(
       The layer's output [B, T, D]; what `attend` left; and the router's statistics, None in dense
       layers.
     """
-    normed_BTD = rms_norm(x_BTD, weights["attention_norm"], config.norm_epsilon)
+
+    def normed(x_BTD: jax.Array, name: str, on: bool) -> jax.Array:
+        return rms_norm(x_BTD, weights[name], config.norm_epsilon) if on else x_BTD
+
+    normed_BTD = normed(x_BTD, "attention_norm", config.input_norms)
     out_BNTH, left = ops.attention(config, weights, x_BTD, normed_BTD, rotation, attend)
-    x_BTD += ops.output(weights, out_BNTH)
+    out_BTD = ops.output(weights, out_BNTH)
     if config.output_bias:
-        x_BTD += weights["o_bias"].astype(x_BTD.dtype)
-    normed_BTD = rms_norm(x_BTD, weights["ffn_norm"], config.norm_epsilon)
+        out_BTD += weights["o_bias"].astype(x_BTD.dtype)
+    x_BTD += normed(out_BTD, "attention_output_norm", config.attention_output_norm)
+    normed_BTD = normed(x_BTD, "ffn_norm", config.input_norms)
     out_BTD, router = ops.feed_forward(config, weights, normed_BTD)
-    if config.ffn_output_norm:
-        out_BTD = rms_norm(out_BTD, weights["ffn_output_norm"], config.norm_epsilon)
-    return x_BTD + out_BTD, left, router
+    return x_BTD + normed(out_BTD, "ffn_output_norm", config.ffn_output_norm), left, router
 
 
 class Block(nn.Module):
     """One decoder layer over whole sequences; owns the layer's parameters."""
 
     config: ModelConfig
-    mixture: bool
+    stack: Stack
 
     @nn.compact
     def __call__(
@@ -200,23 +222,24 @@ class Block(nn.Module):
         Returns:
           The layer's output [B, T, D], and what it returns beside that.
         """
-        weights = declare(self, block_parameters(self.config, self.mixture))
-        loop, documents_BT = self.config.loop, context.documents_BT
+        weights = declare(self, block_parameters(self.config, self.stack))
+        config, documents_BT = self.config.of_part(self.stack.part), context.documents_BT
+        loop = config.loop
 
         def attend(q, k, v, gate_BNT):
             keys, values = (k, v) if shared is None else (x.reshape(k.shape) for x in shared)
-            global_BNTH = sequence_attention(self.config, q, keys, values, documents_BT)
+            global_BNTH = sequence_attention(config, q, keys, values, documents_BT)
             own = k.reshape(*k.shape[:2], -1), v.reshape(*v.shape[:2], -1)
             if shared is None or loop.later_attention == "shared":
                 return global_BNTH, (own, None)
-            local_BNTH = sequence_attention(self.config, q, k, v, documents_BT, loop.window)
+            local_BNTH = sequence_attention(config, q, k, v, documents_BT, loop.window)
             # Not over the batch, which lies on several devices: a layer must not wait for them.
             gate_B = jnp.mean(gate_BNT, axis=(1, 2))
             return blend(gate_BNT, global_BNTH, local_BNTH), (own, gate_B)
 
         weights = weights_of_loop(weights, context.loop)
         x_BTD, (keys_values, gate_B), router = apply_block(
-            self.config, weights, x_BTD, context.rotation, attend
+            config, weights, x_BTD, context.rotation, attend
         )
         x_BTD = with_logical_constraint(x_BTD, ("batch", "length", "activation"))
         return x_BTD, LayerOutputs(keys_values, router, gate_B)
@@ -260,4 +283,4 @@ def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> n
         length=stack.layers,
         unroll=min(config.layer_unroll, stack.layers),
         metadata_params={nn.PARTITION_NAME: "layers"},
-    )(config, stack.mixture, name=name)
+    )(config, stack, name=name)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
+from plt_jax.config.model import PARTS, Part
 from plt_jax.model.block import block_parameters, stacks_of
 from plt_jax.model.layers import Parameter
 from plt_jax.model.moe import EXPERTS
@@ -30,7 +31,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     total = sum(math.prod(parameter.shape) for parameter in top.values())
     active = total
     for stack in stacks_of(config).values():
-        for name, parameter in block_parameters(config, stack.mixture).items():
+        for name, parameter in block_parameters(config, stack).items():
             total += stack.layers * math.prod(parameter.shape)
             active += stack.layers * _active(config, name, parameter)
     embeddings = sum(math.prod(top[name].shape) for name in ("embedding", "head") if name in top)
@@ -46,7 +47,10 @@ def _active(config: ModelConfig, name: str, parameter: Parameter) -> int:
 
 
 class LoopFlops(NamedTuple):
-    """Floating-point operations of one loop's forward pass, per token; a product-sum counts two."""
+    """Floating-point operations of one loop's forward pass, per token; a product-sum counts two.
+
+    The layers before the loops are counted in the first one, and those behind them in the last.
+    """
 
     layers: int
     """Products with the layers' weights."""
@@ -60,6 +64,17 @@ class LoopFlops(NamedTuple):
         return sum(self)
 
 
+def parts_of_loop(config: ModelConfig, index: int) -> list[Part]:
+    """The parts whose layers are counted in a loop (0 for the first)."""
+    first, last = index == 0, index == config.loop.count - 1
+    return [part for part in PARTS if part == "core" or (first if part == "prelude" else last)]
+
+
+def layers_of_loop(config: ModelConfig, index: int) -> int:
+    """The number of layers that are counted in a loop (0 for the first)."""
+    return sum(len(config.layers_in(part)) for part in parts_of_loop(config, index))
+
+
 def flops_by_loop(config: ModelConfig, length: int) -> list[LoopFlops]:
     """Forward FLOPs of sequences of one document, loop by loop; training costs three times.
 
@@ -69,30 +84,34 @@ def flops_by_loop(config: ModelConfig, length: int) -> list[LoopFlops]:
     Args:
       length: tokens per sequence. A position attends to itself and all before it, on average half.
     """
-    loop, products, gates = config.loop, 0, 0
+    loop, gates = config.loop, 0
+    products: dict[Part, int] = dict.fromkeys(PARTS, 0)
     for stack in stacks_of(config).values():
-        for name, parameter in block_parameters(config, stack.mixture).items():
+        for name, parameter in block_parameters(config, stack).items():
             size = stack.layers * _active(config, name, parameter)
             if name == "gate_weight":
                 gates += size
-            elif len(parameter.shape) > 1 and "bias" not in name:
-                products += size
-    keys_values = 2 * config.layers * config.width * config.kv_heads * config.head_width
+            elif parameter.decays:
+                products[stack.part] += size
+    looped = len(config.looped_layers)
+    keys_values = 2 * looped * config.width * config.kv_heads * config.head_width
     keys = (length + 1) / 2
     window = min(loop.window, length)
     # Fewer keys at the start, until the window is full.
     keys_in_window = window - window * (window - 1) / (2 * length)
-    per_key = 4 * config.layers * config.heads * config.head_width
+    per_key = 4 * config.heads * config.head_width
     costs = []
     for index in range(loop.count):
         gated = index > 0 and loop.later_attention == "gated"
         last = index == loop.count - 1
         # Loops that attend to loop 1's keys and values alone compute none of their own.
         unmade = index > 0 and loop.later_attention == "shared"
+        weights = sum(products[part] for part in parts_of_loop(config, index))
+        all_keys = layers_of_loop(config, index) * keys + (looped * keys_in_window if gated else 0)
         costs.append(
             LoopFlops(
-                layers=2 * (products + (gates if gated else 0) - (keys_values if unmade else 0)),
-                attention=round(per_key * (keys + (keys_in_window if gated else 0))),
+                layers=2 * (weights + (gates if gated else 0) - (keys_values if unmade else 0)),
+                attention=round(per_key * all_keys),
                 head=2 * config.width * config.vocab_size if last else 0,
             )
         )
@@ -111,9 +130,12 @@ class CacheBytes(NamedTuple):
 def cache_bytes(config: ModelConfig) -> CacheBytes:
     """Bytes of keys and values per sequence, in the compute dtype."""
     loop, size = config.loop, jnp.dtype(config.dtype).itemsize
-    position = 2 * config.layers * config.kv_heads * config.head_width * size
+    position = 2 * config.kv_heads * config.head_width * size
     own, gated = loop.later_attention == "own", loop.later_attention == "gated"
+    looped = len(config.looped_layers)
+    caches = looped * (loop.count if own else 1) + config.layers - looped
+    window = min(loop.window, config.max_length)
     return CacheBytes(
-        per_token=position * (loop.count if own else 1),
-        windows=position * (loop.count - 1) * min(loop.window, config.max_length) if gated else 0,
+        per_token=position * caches,
+        windows=position * looped * (loop.count - 1) * window if gated else 0,
     )

@@ -39,9 +39,9 @@ def declare(module: nn.Module, parameters: Mapping[str, Parameter]) -> dict[str,
     }
 
 
-def scale_parameter(width: int, axis: str) -> Parameter:
-    """The scale vector of an RMSNorm."""
-    return Parameter((width,), (axis,), nn.initializers.ones_init())
+def scale_parameter(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Parameter:
+    """The scale of an RMSNorm."""
+    return Parameter(shape, axes, nn.initializers.ones_init())
 
 
 def zero_parameter(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Parameter:

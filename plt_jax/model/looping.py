@@ -4,6 +4,9 @@ Loop 1 reads the embeddings. Each later loop reads the output of the previous lo
 position (vanilla looping), or, with cross-loop parallelism (CLP), shifted right by one position and
 added to the embeddings again. `loop_output` and `next_loop_input` are this recurrence. Training,
 prefill, the decode step and the loop diagnostics all use them.
+
+Where only a part of the layers loops (the core), the output of the layers before it (the prelude)
+takes the place of the embeddings, and the layers behind it (the coda) read the last loop's output.
 """
 
 from __future__ import annotations
@@ -17,39 +20,50 @@ import jax
 import jax.numpy as jnp
 
 from plt_jax.config import LoopConfig, ModelConfig
+from plt_jax.config.model import Part
 from plt_jax.errors import InputError
-from plt_jax.model.block import Context, KeysValues, LayerOutputs
+from plt_jax.model.block import Context, KeysValues, LayerOutputs, stacks_in
 from plt_jax.model.context_parallel import shift_right
 from plt_jax.model.moe import RouterStatistics
 
 Norm = Callable[[jax.Array], jax.Array]
-"""The final norm, [..., D] -> [..., D]."""
+"""A norm between loops, [..., D] -> [..., D]."""
 
 
 class LoopStates(NamedTuple):
     """The states of all loops, in the compute dtype."""
 
     hidden_LBTD: jax.Array
-    """The last layer's output of each loop, before any norm."""
+    """The output of the last layer of each loop, before any norm."""
     output_LBTD: jax.Array
-    """The output of each loop; see `loop_output`. The head reads the last loop's."""
+    """What reads each loop's output: of the last loop the head, behind the coda and the final norm,
+    and of the others the next loop; see `loop_output`."""
     router: RouterStatistics | None
-    """The routers' statistics [L, J, ...], over the J layers with experts; None in dense models."""
+    """The statistics of the looped layers' routers [L, J, ...], over the J layers with experts;
+    None if there are none."""
+    outer_router: RouterStatistics | None
+    """Those of the prelude's and the coda's routers [1, J, ...]; None if there are none."""
     rms_LBT: jax.Array
     """The root mean square of each position's hidden state, float32."""
     gate_LJB: jax.Array | None
-    """Mean gates of loops 2..L, float32 [L-1, J, B], over heads and positions, for all J layers;
-    None in schemes without gates, and in models with one loop."""
+    """Mean gates of loops 2..L, float32 [L-1, J, B], over heads and positions, for all J looped
+    layers; None in schemes without gates, and in models with one loop."""
 
 
 class LoopedModel(Protocol):
     """What `run_loops` needs of the module that owns the parameters."""
 
     def layers(
-        self, x_BTD: jax.Array, context: Context, shared: dict[str, KeysValues] | None
+        self,
+        part: Part,
+        x_BTD: jax.Array,
+        context: Context,
+        shared: dict[str, KeysValues] | None = None,
     ) -> tuple[jax.Array, dict[str, LayerOutputs]]: ...
 
     def normalize(self, x_BTD: jax.Array) -> jax.Array: ...
+
+    def normalize_loop(self, x_BTD: jax.Array) -> jax.Array: ...
 
 
 def shift_states(states_BTD: jax.Array, documents_BT: jax.Array | None) -> jax.Array:
@@ -62,39 +76,25 @@ def shift_states(states_BTD: jax.Array, documents_BT: jax.Array | None) -> jax.A
     return jnp.where(same_document[:, :, None], shifted_BTD, 0)
 
 
-def loop_output(
-    loop: LoopConfig,
-    hidden: jax.Array,
-    normalize: Norm,
-    is_last: bool | jax.Array,
-) -> jax.Array:
-    """The output of a loop, [..., D]: its hidden state, through the final norm or as it is.
-
-    The last loop's output is always normalised, since the head reads it. The outputs of the others
-    are normalised if `normalize_between_loops` says so.
+def loop_output(loop: LoopConfig, hidden: jax.Array, normalize: Norm) -> jax.Array:
+    """What the next loop reads of a loop, [..., D]: its hidden state, normed or as it is.
 
     Args:
-      hidden: the last layer's output [..., D].
-      is_last: whether this is the last loop; an array, broadcast to `hidden`, where that differs
-        between rows or is known on the device alone.
+      hidden: the output of the loop's last layer [..., D].
     """
-    if loop.normalize_between_loops or is_last is True:
-        return normalize(hidden)
-    if is_last is False:
-        return hidden
-    return jnp.where(is_last, normalize(hidden), hidden)
+    return normalize(hidden) if loop.normalize_between_loops else hidden
 
 
-def output_after(loops_B: jax.Array, hidden_BLD: jax.Array, normalize: Norm) -> jax.Array:
-    """What the head reads of each sequence if it runs a number of loops of its own, [B, 1, D].
+def rows_of_loops(loops_B: jax.Array, rows_BLD: jax.Array) -> jax.Array:
+    """The row of the last loop of each sequence, [B, 1, D].
 
     A loop reads nothing of later ones, so all sequences can run all loops.
 
     Args:
-      loops_B: int32, the numbers of loops, 1 to L.
-      hidden_BLD: the last layer's output at one position, of every loop.
+      loops_B: int32, the number of loops of each sequence, 1 to L.
+      rows_BLD: states at one position, of every loop.
     """
-    return normalize(jnp.take_along_axis(hidden_BLD, (loops_B - 1)[:, None, None], axis=1))
+    return jnp.take_along_axis(rows_BLD, (loops_B - 1)[:, None, None], axis=1)
 
 
 def next_loop_input(
@@ -106,6 +106,7 @@ def next_loop_input(
     """The input of a loop > 1, [..., D]: `output` as it is, or a·E + b·shift(output) with CLP.
 
     Args:
+      embeddings: what loop 1 reads: the embeddings, or the prelude's output.
       output: the previous loop's output [..., D].
       shift: moves each position's output to the next position.
     """
@@ -130,55 +131,97 @@ def with_loops(config: ModelConfig, params: Any, count: int) -> tuple[ModelConfi
             + ("1" if config.loop.scheme == "no_loop" else "1 or more")
         )
     loop = config.loop.model_copy(update={"count": count})
-    layers = params["layers"]
-    if "router_bias" in layers:
-        own = jnp.minimum(jnp.arange(count), config.loop.count - 1)
-        layers = layers | {"router_bias": layers["router_bias"][:, own]}
-    return config.model_copy(update={"loop": loop}), params | {"layers": layers}
+    longer = config.model_copy(update={"loop": loop})
+    stacks = {}
+    for name in stacks_in(config, "core"):
+        layers = params[name]
+        if "router_bias" in layers:
+            own = jnp.minimum(jnp.arange(count), config.loop.count - 1)
+            layers = layers | {"router_bias": layers["router_bias"][:, own]}
+        stacks[name] = layers
+    return longer, params | stacks
 
 
 def run_loops(
-    model: nn.Module | LoopedModel, loop: LoopConfig, embeddings_BTD: jax.Array, context: Context
+    model: nn.Module | LoopedModel,
+    config: ModelConfig,
+    embeddings_BTD: jax.Array,
+    context: Context,
 ) -> LoopStates:
-    """Runs all loops over whole sequences; embeddings [B, T, D].
+    """Runs the prelude, all loops and the coda over whole sequences; embeddings [B, T, D].
 
     With more than two loops, loops 2..L are one scan that holds the model's parameters fixed, so
     that the program's size does not grow with L.
     """
+    loop = config.loop
     shift = partial(shift_states, documents_BT=context.documents_BT)
-    last = loop.count - 1
 
-    def states_of(model, hidden_BTD, outputs, is_last):
-        output_BTD = loop_output(loop, hidden_BTD, model.normalize, is_last)
-        rms_BT = jnp.sqrt(jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)), axis=-1))
-        gates = [layers.gate_B for layers in outputs.values() if layers.gate_B is not None]
-        gate_JB = jnp.concatenate(gates) if gates else None
-        return LoopStates(hidden_BTD, output_BTD, outputs["layers"].router, rms_BT, gate_JB)
-
-    hidden_BTD, outputs = model.layers(embeddings_BTD, context, None)
-    first = states_of(model, hidden_BTD, outputs, is_last=last == 0)
-    states = jax.tree.map(lambda x: x[None], first)
-    if loop.count == 1:
-        return states
+    first_BTD, prelude = model.layers("prelude", embeddings_BTD, context)
+    hidden_BTD, outputs = model.layers("core", first_BTD, context)
+    loops = jax.tree.map(lambda x: x[None], _ended(hidden_BTD, outputs))
     shared = None
     if loop.later_attention != "own":
         shared = {name: layers.keys_values for name, layers in outputs.items()}
 
-    def later_loop(model, output_BTD, index):
-        x_BTD = next_loop_input(loop, embeddings_BTD, output_BTD, shift)
-        hidden_BTD, outputs = model.layers(x_BTD, context._replace(loop=index), shared)
-        states = states_of(model, hidden_BTD, outputs, is_last=index == last)
-        return states.output_LBTD, states
+    def later_loop(model, hidden_BTD, index):
+        output_BTD = loop_output(loop, hidden_BTD, model.normalize_loop)
+        x_BTD = next_loop_input(loop, first_BTD, output_BTD, shift)
+        hidden_BTD, outputs = model.layers("core", x_BTD, context._replace(loop=index), shared)
+        return hidden_BTD, (output_BTD, _ended(hidden_BTD, outputs))
 
-    if last == 1:
-        # A scan of one turn would still stack what the backward pass needs: XLA leaves the copies.
-        _, second = later_loop(model, first.output_LBTD, 1)
-        later = jax.tree.map(lambda x: x[None], second)
-    else:
-        later_loops = nn.scan(
-            later_loop, variable_broadcast="params", split_rngs={"params": False}, length=last
-        )
-        _, later = later_loops(model, first.output_LBTD, jnp.arange(1, loop.count))
-    gate_LJB, later = later.gate_LJB, later._replace(gate_LJB=None)
-    states = jax.tree.map(lambda one, more: jnp.concatenate([one, more]), states, later)
-    return states._replace(gate_LJB=gate_LJB)
+    read = []
+    if loop.count > 1:
+        if loop.count == 2:
+            # A scan of one turn would still stack what the backward pass needs: XLA leaves the
+            # copies.
+            hidden_BTD, second = later_loop(model, hidden_BTD, 1)
+            output_LBTD, later = jax.tree.map(lambda x: x[None], second)
+        else:
+            later_loops = nn.scan(
+                later_loop,
+                variable_broadcast="params",
+                split_rngs={"params": False},
+                length=loop.count - 1,
+            )
+            hidden_BTD, (output_LBTD, later) = later_loops(
+                model, hidden_BTD, jnp.arange(1, loop.count)
+            )
+        gate_LJB, later = later.gate_JB, later._replace(gate_JB=None)
+        loops = _joined([loops, later])._replace(gate_JB=gate_LJB)
+        read = [output_LBTD]
+    coda_BTD, coda = model.layers("coda", hidden_BTD, context)
+    read.append(model.normalize(coda_BTD)[None])
+    outer = [router for router in map(_router, (prelude, coda)) if router is not None]
+    return LoopStates(
+        loops.hidden_BTD,
+        jnp.concatenate(read),
+        loops.router,
+        jax.tree.map(lambda x: x[None], _joined(outer)) if outer else None,
+        loops.rms_BT,
+        loops.gate_JB,
+    )
+
+
+class _Ended(NamedTuple):
+    """What one loop leaves, or, with a leading axis, several; see `LoopStates`."""
+
+    hidden_BTD: jax.Array
+    router: RouterStatistics | None
+    rms_BT: jax.Array
+    gate_JB: jax.Array | None
+
+
+def _ended(hidden_BTD: jax.Array, outputs: dict[str, LayerOutputs]) -> _Ended:
+    rms_BT = jnp.sqrt(jnp.mean(jnp.square(hidden_BTD.astype(jnp.float32)), axis=-1))
+    gates = [layers.gate_B for layers in outputs.values() if layers.gate_B is not None]
+    return _Ended(hidden_BTD, _router(outputs), rms_BT, jnp.concatenate(gates) if gates else None)
+
+
+def _router(outputs: dict[str, LayerOutputs]) -> RouterStatistics | None:
+    """The routers' statistics of a part's layers, of which one stack at most has routers."""
+    return next((layers.router for layers in outputs.values() if layers.router is not None), None)
+
+
+def _joined(trees: list[Any]) -> Any:
+    """Trees of arrays, concatenated along their first axes."""
+    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *trees)

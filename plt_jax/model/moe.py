@@ -10,7 +10,7 @@ experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -253,13 +253,25 @@ def mixture_of_experts(
     return out_BTD, statistics
 
 
-def auxiliary_loss(moe: MoEConfig, statistics: RouterStatistics) -> jax.Array:
+def auxiliary_loss(moe: MoEConfig, routers: Sequence[RouterStatistics]) -> jax.Array:
     """The routers' load-balancing and z losses, weighted, averaged over loops and layers.
 
     Balance is X·Σ load·probability per router (Switch Transformer, equation 4): 1 when even.
+
+    Args:
+      routers: the statistics of all routers, in any number of arrays.
     """
-    balance = moe.experts * jnp.sum(statistics.load_X * statistics.probability_X, axis=-1)
-    return jnp.mean(moe.load_balance_loss * balance + moe.router_z_loss * statistics.squared_log_z)
+
+    def losses(router: RouterStatistics) -> jax.Array:
+        balance = moe.experts * jnp.sum(router.load_X * router.probability_X, axis=-1)
+        return moe.load_balance_loss * balance + moe.router_z_loss * router.squared_log_z
+
+    return mean_of_all([losses(router) for router in routers])
+
+
+def mean_of_all(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The mean of all elements of several arrays."""
+    return sum(map(jnp.sum, arrays), jnp.zeros(())) / sum(array.size for array in arrays)
 
 
 def load_entropy(load_X: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
 from plt_jax.config import ModelConfig
+from plt_jax.config.model import PARTS, Part
 from plt_jax.distributed.axes import devices_along, sharded_axes
 from plt_jax.errors import InputError
 from plt_jax.model.block import (
@@ -19,6 +20,7 @@ from plt_jax.model.block import (
     LayerOutputs,
     block_parameters,
     block_stack,
+    stacks_in,
     stacks_of,
 )
 from plt_jax.model.layers import (
@@ -31,6 +33,7 @@ from plt_jax.model.layers import (
     rms_norm,
     rope_rotation,
     scale_parameter,
+    zero_parameter,
 )
 from plt_jax.model.looping import LoopStates, run_loops
 from plt_jax.model.loss import HeadLoss, head_loss
@@ -45,11 +48,23 @@ def top_parameters(config: ModelConfig) -> dict[str, Parameter]:
     embedding_std = 1 / math.sqrt(D) if config.tied_embeddings else 1.0
     parameters = {
         "embedding": Parameter((V, D), ("vocab", "embed"), nn.initializers.normal(embedding_std)),
-        "final_norm": scale_parameter(D, "embed"),
+        "final_norm": scale_parameter((D,), ("embed",)),
     }
     if not config.tied_embeddings:
         parameters["head"] = projection((D, V), ("embed", "vocab"), D)
+    loop = config.loop
+    if config.has_coda and (loop.normalize_between_loops or loop.exit_gate):
+        # The final norm belongs to the coda's output.
+        parameters["loop_norm"] = scale_parameter((D,), ("embed",))
+    if loop.exit_gate:
+        parameters["exit_gate"] = zero_parameter((D, 1), ("embed", None))
+        parameters["exit_gate_bias"] = zero_parameter((1,), (None,))
     return parameters
+
+
+def loop_norm(config: ModelConfig) -> str:
+    """The name of the norm between loops among the parameters."""
+    return "loop_norm" if config.has_coda else "final_norm"
 
 
 def abstract_params(config: ModelConfig) -> dict[str, Any]:
@@ -70,7 +85,7 @@ def abstract_params(config: ModelConfig) -> dict[str, Any]:
     return top | {
         name: {
             parameter: boxed(stacked(declared, stack.layers))
-            for parameter, declared in block_parameters(config, stack.mixture).items()
+            for parameter, declared in block_parameters(config, stack).items()
         }
         for name, stack in stacks_of(config).items()
     }
@@ -104,8 +119,8 @@ class Transformer(nn.Module):
 
     `init(key, tokens)["params"]` is `{"embedding": [V, D], "final_norm": [D], "head": [D, V] unless
     tied, "layers": {name: [J, ...]}}`, float32, each leaf boxed with its logical axis names
-    (`flax.linen.unbox` takes them off). Leading dense layers of a mixture of experts are in
-    "dense_layers" instead.
+    (`flax.linen.unbox` takes them off). `stacks_of` says where layers are that do not loop, and
+    the leading dense layers of a mixture of experts.
     """
 
     config: ModelConfig
@@ -118,17 +133,26 @@ class Transformer(nn.Module):
         }
 
     def layers(
-        self, x_BTD: jax.Array, context: Context, shared: dict[str, KeysValues] | None
+        self,
+        part: Part,
+        x_BTD: jax.Array,
+        context: Context,
+        shared: dict[str, KeysValues] | None = None,
     ) -> tuple[jax.Array, dict[str, LayerOutputs]]:
-        """All layers once, stack by stack; see `block_stack`."""
+        """All layers of a part once, stack by stack; see `block_stack`."""
         outputs = {}
-        for name, stack in self.stacks.items():
-            x_BTD, outputs[name] = stack(x_BTD, context, shared and shared[name])
+        for name in stacks_in(self.config, part):
+            x_BTD, outputs[name] = self.stacks[name](x_BTD, context, shared and shared[name])
         return x_BTD, outputs
 
     def normalize(self, x_BTD: jax.Array) -> jax.Array:
-        """The final norm, also used between loops."""
+        """The final norm."""
         return rms_norm(x_BTD, self.top["final_norm"], self.config.norm_epsilon)
+
+    def normalize_loop(self, x_BTD: jax.Array) -> jax.Array:
+        """The norm between loops: the final norm, unless layers follow the loops."""
+        scale = self.top[loop_norm(self.config)]
+        return rms_norm(x_BTD, scale, self.config.norm_epsilon)
 
     def loop_states(
         self,
@@ -137,17 +161,47 @@ class Transformer(nn.Module):
         positions: jax.Array | None = None,
     ) -> LoopStates:
         """The states of every loop [L, B, T, D]; arguments as in `__call__`."""
-        config = self.config
+        context = self.context(tokens_BT, segment_ids, positions)
+        return run_loops(self, self.config, self.embed(tokens_BT), context)
+
+    def context(
+        self,
+        tokens_BT: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> Context:
+        """The positions of a batch; arguments as in `__call__`."""
         check_length(tokens_BT.shape[1])
         documents_BT = None if segment_ids is None else number_documents(segment_ids)
         if positions is None and documents_BT is not None:
             positions = positions_in_documents(documents_BT)
         elif positions is None:
             positions = jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
-        context = Context(rope_rotation(config, positions), documents_BT)
-        embeddings_BTD = embed(tokens_BT, self.top["embedding"], jnp.dtype(config.dtype))
-        embeddings_BTD = with_logical_constraint(embeddings_BTD, ("batch", "length", "activation"))
-        return run_loops(self, config.loop, embeddings_BTD, context)
+        return Context(rope_rotation(self.config, positions), documents_BT)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """The embeddings [B, T, D], in the compute dtype."""
+        embeddings_BTD = embed(tokens_BT, self.top["embedding"], jnp.dtype(self.config.dtype))
+        return with_logical_constraint(embeddings_BTD, ("batch", "length", "activation"))
+
+    def readout(self, hidden_BTD: jax.Array, context: Context) -> jax.Array:
+        """What the head reads if a loop with these hidden states is the last, [B, T, D]: the coda's
+        output, normed."""
+        return self.normalize(self.layers("coda", hidden_BTD, context)[0])
+
+    def readouts(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head reads if each loop is the last, [L, B, T, D]; arguments as in
+        `__call__`."""
+        states = self.loop_states(tokens, segment_ids, positions)
+        if not self.config.has_coda:
+            return self.normalize(states.hidden_LBTD)
+        context = self.context(tokens, segment_ids, positions)
+        return jnp.stack([self.readout(hidden_BTD, context) for hidden_BTD in states.hidden_LBTD])
 
     def logits(self, normed_BTD: jax.Array) -> jax.Array:
         """Normed states [B, T, D] to float32 logits [B, T, V]."""
@@ -183,14 +237,15 @@ class Transformer(nn.Module):
         return self.logits(states.output_LBTD[-1])
 
     def declare_all(self) -> None:
-        """Declares every parameter, by one loop over one token.
+        """Declares every parameter, by one pass over one token.
 
         `init(key, method="declare_all")` gives the parameters of `init(key, tokens)` in a fraction
         of its time and memory.
         """
         rotation = rope_rotation(self.config, jnp.zeros((1, 1), jnp.int32))
         x_BTD = jnp.zeros((1, 1, self.config.width), jnp.dtype(self.config.dtype))
-        self.layers(x_BTD, Context(rotation, None), None)
+        for part in PARTS:
+            self.layers(part, x_BTD, Context(rotation, None))
 
     def logits_by_loop(
         self,
@@ -198,6 +253,5 @@ class Transformer(nn.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """The readout of every loop: the head on its normed hidden states, float32 [L, B, T, V]."""
-        states = self.loop_states(tokens, segment_ids, positions)
-        return jax.vmap(self.logits)(self.normalize(states.hidden_LBTD))
+        """The logits if each loop is the last, float32 [L, B, T, V]."""
+        return jax.vmap(self.logits)(self.readouts(tokens, segment_ids, positions))

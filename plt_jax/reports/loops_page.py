@@ -173,13 +173,13 @@ def _by_layer(
     if not there:
         return None
     figure, panels = _figure(len(there))
-    last = len(numbers["by_loop"])
+    last, first = len(numbers["by_loop"]), numbers.get("first_layer", 1)
     for axes, (name, label) in zip(panels, there.items(), strict=True):
         lines = numbers["by_layer"][name]
         for index, values in enumerate(lines):
             loop = last - len(lines) + index + 1  # the first loops are the ones without values
             color, dash = LINES[(loop - 1) % len(LINES)]
-            layers = range(1, len(values) + 1)
+            layers = range(first, first + len(values))
             axes.plot(layers, values, dash, marker=".", color=color, label=f"loop {loop}")
         axes.set(title=label, xlabel="layer")
         axes.xaxis.set_major_locator(

@@ -127,17 +127,17 @@ def draw_gates(history: History) -> Drawn | None:
     gates = series(history.sampled, "gate_by_loop")
     if gates is None or gates.values_R.ndim != 3:
         return None
-    averages = means(gates)
+    averages, first = means(gates), history.config.model.looped_layers.start + 1
     _, loops, layers = averages.values_C.shape
     figure = Figure(figsize=(WIDTH, loops * max(0.9 + 0.1 * layers, 1.8)), layout="constrained")
     grid = figure.subplots(loops, 2, squeeze=False, width_ratios=[4, 1], sharey="row", sharex="col")
     for loop, (axes, profile) in enumerate(grid):
         mesh = draw_map(
-            axes, averages.edges, averages.values_C[:, loop], Normalize(0, 1), "viridis", first=1
+            axes, averages.edges, averages.values_C[:, loop], Normalize(0, 1), "viridis", first
         )
         axes.set_title(f"loop {loop + 2}", loc="left")
         axes.set_ylabel("layer")
-        profile.plot(gates.values_R[-1, loop], np.arange(1, layers + 1), "o-", color=BLUE)
+        profile.plot(gates.values_R[-1, loop], np.arange(first, first + layers), "o-", color=BLUE)
         profile.set(xlim=(0, 1), title=f"at step {gates.steps_R[-1]:,}")
         profile.grid(True)
     label_steps(grid[-1, 0])
@@ -197,7 +197,7 @@ def draw_experts_by_loop(history: History) -> Drawn | None:
     shown = _expert_series(history.sampled, EXPERT_MAPS, dimensions=3)
     if not shown:
         return None
-    experts = history.config.model.moe
+    first = history.config.model.first_routed_layer + 1
     _, loops, layers = next(iter(shown.values())).values_R.shape
     height = len(shown) * (0.6 + 0.12 * max(layers, 3)) + 0.4
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -207,7 +207,6 @@ def draw_experts_by_loop(history: History) -> Drawn | None:
         norm = Normalize(np.nanmin(averages.values_C), np.nanmax(averages.values_C))
         for loop, axes in enumerate(panels):
             values_CJ = averages.values_C[:, loop]
-            first = experts.dense_layers + 1
             mesh = draw_map(axes, averages.edges, values_CJ, norm, "viridis", first)
             axes.set_title(f"{title}, loop {loop + 1}", loc="left")
         panels[0].set_ylabel("layer")

@@ -18,6 +18,15 @@ Block = TypeVar("Block")
 
 NO_TOKENS = b""
 """The key of the empty beginning."""
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def beginning_of(loops: int | None) -> bytes:
+    """The key of the empty beginning of a request that runs so many loops; None for all.
+
+    What the layers behind the loops keep of a token depends on the number of loops.
+    """
+    return NO_TOKENS if loops is None else loops.to_bytes(2)
 
 
 def key_of(before: bytes, tokens: Sequence[int]) -> bytes:
@@ -51,12 +60,15 @@ class PrefixCache(Generic[Block]):
         """The bytes of all blocks."""
         return len(self._kept) * self._block_bytes
 
-    def find(self, prompt: Sequence[int]) -> list[tuple[bytes, Block]]:
+    def find(self, prompt: Sequence[int], key: bytes = NO_TOKENS) -> list[tuple[bytes, Block]]:
         """The blocks that a prompt begins with, in order, each with its key.
 
         At least one token is left, which a request needs for its first logits.
+
+        Args:
+          key: that of the empty beginning; see `beginning_of`.
         """
-        found, key = [], NO_TOKENS
+        found = []
         for start in range(0, len(prompt) - self.block_tokens, self.block_tokens):
             key = key_of(key, prompt[start : start + self.block_tokens])
             if key not in self._kept:
@@ -72,14 +84,14 @@ class PrefixCache(Generic[Block]):
         Args:
           before, key: see `add`.
         """
-        is_reachable = before == NO_TOKENS or before in self._kept
+        is_reachable = len(before) < DIGEST_BYTES or before in self._kept
         return self._most > 0 and key not in self._kept and is_reachable
 
     def add(self, before: bytes, key: bytes, block: Block) -> None:
         """Keeps a block, and drops those whose last use is longest ago if there are too many.
 
         Args:
-          before: the key of the block before it, `NO_TOKENS` for the first one.
+          before: the key of the block before it, of the empty beginning for the first one.
         """
         self._kept[key] = _Kept(before, block)
         self._touch(key)

@@ -79,7 +79,7 @@ class Block(flax.struct.PyTreeNode):
     slots: tuple
     """Keys and values of the block's positions, of every layer."""
     windows: tuple
-    """The windows' slots behind the block."""
+    """The slots behind those of positions: the windows, if there are any."""
     carried: jax.Array
     """The loops' outputs at the block's last position."""
 
@@ -274,18 +274,16 @@ def _with_row(cache: Cache, slot: jax.Array, row: Cache) -> Cache:
 
 @partial(jax.jit, static_argnums=0)
 def save_block(chunk: int, cache: Cache, slot: jax.Array, start: jax.Array) -> Block:
-    capacity = cache.slots.capacity
+    capacity = cache.capacity
 
-    def piece(begin, size):
-        def cut(all_BKSH: jax.Array) -> jax.Array:
-            _, K, _, H = all_BKSH.shape
-            return jax.lax.dynamic_slice(all_BKSH, (slot, 0, begin, 0), (1, K, size, H))
+    def cut(all_BKSH: jax.Array, begin: jax.Array | int, size: int) -> jax.Array:
+        _, K, _, H = all_BKSH.shape
+        return jax.lax.dynamic_slice(all_BKSH, (slot, 0, begin, 0), (1, K, size, H))
 
-        return jax.tree.map(cut, (cache.keys, cache.values))
-
+    arrays = cache.keys, cache.values
     return Block(
-        piece(start, chunk),
-        piece(capacity, cache.slots.count - capacity),
+        jax.tree.map(lambda array: cut(array, start, chunk), arrays),
+        jax.tree.map(lambda array: cut(array, capacity, array.shape[2] - capacity), arrays),
         jax.lax.dynamic_slice_in_dim(cache.carried, slot, 1),
     )
 
@@ -301,7 +299,7 @@ def load_block(state: SlotState, slot: jax.Array, start: jax.Array, block: Block
         return update
 
     arrays = jax.tree.map(put(start), (cache.keys, cache.values), block.slots)
-    keys, values = jax.tree.map(put(cache.slots.capacity), arrays, block.windows)
+    keys, values = jax.tree.map(put(cache.capacity), arrays, block.windows)
     chunk = jax.tree.leaves(block.slots)[0].shape[2]
     cache = cache.replace(
         keys=keys,

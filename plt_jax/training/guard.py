@@ -114,20 +114,18 @@ class Guard:
         return np.float32(median + self._config.spike_deviations * deviation)
 
 
-def describe_skip(metrics: Mapping[str, Any], dense_layers: int = 0) -> str:
+def describe_skip(metrics: Mapping[str, Any], first_layer: int = 0) -> str:
     """Why a step was skipped; names the first router whose logits are not finite, if there is one.
 
     Args:
       metrics: those of the step.
-      dense_layers: number of leading layers without routers.
+      first_layer: the layer of the first router, counted from 0.
     """
     broken = np.argwhere(~np.isfinite(metrics.get("router_z_by_loop", 0.0)))
     where = ""
     if broken.size:
         loop, layer = broken[0] + 1
-        where = (
-            f" (the first router to fail is that of layer {dense_layers + layer} in loop {loop})"
-        )
+        where = f" (the first router to fail is that of layer {first_layer + layer} in loop {loop})"
     for name in ("loss", "gradient_norm"):
         if not math.isfinite(metrics[name]):
             return f"the {name} is {float(metrics[name])}{where}"

@@ -112,7 +112,7 @@ def matrix_axes(config: ModelConfig) -> dict[str, Any]:
     return dict.fromkeys(top_parameters(config)) | {
         name: {
             parameter: axes_of(declared)
-            for parameter, declared in block_parameters(config, stack.mixture).items()
+            for parameter, declared in block_parameters(config, stack).items()
         }
         for name, stack in stacks_of(config).items()
     }
@@ -130,6 +130,5 @@ def decay_mask(config: ModelConfig) -> dict[str, Any]:
         return {name: parameter.decays for name, parameter in parameters.items()}
 
     return decays(top_parameters(config)) | {
-        name: decays(block_parameters(config, stack.mixture))
-        for name, stack in stacks_of(config).items()
+        name: decays(block_parameters(config, stack)) for name, stack in stacks_of(config).items()
     }

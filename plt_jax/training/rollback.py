@@ -41,7 +41,7 @@ def roll_back(
     config = setup.config
     folder, patience = setup.directory / CHECKPOINTS, config.processes.timeout
     decisive = guard.decisive_step()._asdict()
-    problem = describe_skip(metrics | decisive, config.model.moe.dense_layers)
+    problem = describe_skip(metrics | decisive, config.model.first_routed_layer)
     checkpoints.wait()
     processes.barrier("the last checkpoint is complete", patience)
     # Process 0 lists the folder for all: on a shared file system others may see it later.

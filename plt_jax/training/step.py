@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from plt_jax.config import ModelConfig, RunConfig
+from plt_jax.model.block import stacks_of
 from plt_jax.model.looping import LoopStates
 from plt_jax.model.loss import HeadLoss
 from plt_jax.model.moe import (
@@ -19,12 +20,16 @@ from plt_jax.model.moe import (
     balance_step,
     experts_per_step,
     load_entropy,
+    mean_of_all,
 )
 from plt_jax.model.transformer import Transformer
 from plt_jax.training.guard import Limits
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+ROUTERS = ("router", "outer_router")
+"""The statistics of routers among `LoopStates`."""
 
 
 @flax.struct.dataclass
@@ -55,13 +60,14 @@ def batch_loss(
     sums |= {"hidden_norm_by_loop": jnp.sum(states.rms_LBT * weights_BT, axis=(1, 2))}
     if states.gate_LJB is not None:
         sums["gate_by_loop"] = jnp.sum(states.gate_LJB * jnp.sum(weights_BT, axis=1), axis=-1)
-    router = states.router
-    if router is not None:
-        loss += weight * auxiliary_loss(config.moe, router)
-        sums["experts_per_step"] = weight * jnp.mean(
-            jax.vmap(experts_per_step, in_axes=1)(router.chosen_BTk)
-        )
-        sums["router"] = jax.tree.map(lambda mean: weight * mean, router._replace(chosen_BTk=None))
+    routers = {name: getattr(states, name) for name in ROUTERS}
+    routers = {name: router for name, router in routers.items() if router is not None}
+    if routers:
+        loss += weight * auxiliary_loss(config.moe, list(routers.values()))
+        read = [jax.vmap(experts_per_step, in_axes=1)(one.chosen_BTk) for one in routers.values()]
+        sums["experts_per_step"] = weight * mean_of_all(read)
+        for name, router in routers.items():
+            sums[name] = jax.tree.map(lambda x: weight * x, router._replace(chosen_BTk=None))
     return loss, sums
 
 
@@ -100,31 +106,36 @@ def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[
     return jax.tree.map(lambda summed: summed / targets, sums), grads
 
 
-def router_metrics(router: RouterStatistics) -> Metrics:
-    """Metrics of the routers of all loops and layers, from their statistics [L, J, ...].
+def router_metrics(routers: dict[str, RouterStatistics]) -> Metrics:
+    """Metrics of the routers of all loops and layers, by their names among `LoopStates`.
 
     Scalars are `expert_load_entropy` (the mean; 1 is an even load), `expert_max_load` (the largest
     share of one expert in any loop and layer) and `expert_dropped` (the share of choices that no
-    expert computed). For each loop and layer, [L, J], there are the same as `..._by_loop`, and
-    `router_z_by_loop`, the mean squared log-normaliser.
+    expert computed). For each loop and looped layer, [L, J], there are the same as `..._by_loop`,
+    and `router_z_by_loop`, the mean squared log-normaliser.
     """
-    entropy_LJ, largest_LJ = load_entropy(router.load_X), jnp.max(router.load_X, axis=-1)
-    return {
-        "expert_load_entropy": jnp.mean(entropy_LJ),
-        "expert_max_load": jnp.max(largest_LJ),
-        "expert_dropped": jnp.mean(router.dropped),
-        "expert_load_entropy_by_loop": entropy_LJ,
-        "expert_max_load_by_loop": largest_LJ,
-        "expert_dropped_by_loop": router.dropped,
-        "router_z_by_loop": router.squared_log_z,
+    entropy = {name: load_entropy(router.load_X) for name, router in routers.items()}
+    largest = {name: jnp.max(router.load_X, axis=-1) for name, router in routers.items()}
+    metrics = {
+        "expert_load_entropy": mean_of_all(list(entropy.values())),
+        "expert_max_load": jnp.max(jnp.stack([jnp.max(one) for one in largest.values()])),
+        "expert_dropped": mean_of_all([router.dropped for router in routers.values()]),
     }
+    if "router" in routers:
+        metrics |= {
+            "expert_load_entropy_by_loop": entropy["router"],
+            "expert_max_load_by_loop": largest["router"],
+            "expert_dropped_by_loop": routers["router"].dropped,
+            "router_z_by_loop": routers["router"].squared_log_z,
+        }
+    return metrics
 
 
 def first_loop_and_layer(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """The numbers, from 1, of the first loop and layer of metrics by loop and layer, by metric."""
-    experts = 1, config.moe.dense_layers + 1
+    experts = 1, config.first_routed_layer + 1
     return {
-        "gate_by_loop": (2, 1),
+        "gate_by_loop": (2, config.looped_layers.start + 1),
         "expert_load_entropy_by_loop": experts,
         "expert_max_load_by_loop": experts,
         "expert_dropped_by_loop": experts,
@@ -145,14 +156,27 @@ def norms(name: str, tree: Any) -> Metrics:
     }
 
 
-def balance_routers(config: ModelConfig, params: Any, router: RouterStatistics) -> Any:
-    """Parameters with their router biases, if they have any, moved towards an even load."""
-    layers = params["layers"]
-    if "router_bias" not in layers:
+def balance_routers(config: ModelConfig, params: Any, routers: dict[str, RouterStatistics]) -> Any:
+    """Parameters with their router biases, if they have any, moved towards an even load.
+
+    Args:
+      routers: the statistics, by their names among `LoopStates`.
+    """
+    if config.moe.bias_update_rate is None:
         return params
-    moved_LJX = balance_step(config.moe, router.load_X)
-    bias_JLX = layers["router_bias"] + moved_LJX.swapaxes(0, 1)
-    return params | {"layers": layers | {"router_bias": bias_JLX}}
+    balanced, outer = {}, 0
+    for name, stack in stacks_of(config).items():
+        if not stack.mixture:
+            continue
+        if stack.part == "core":
+            load_LJX = routers["router"].load_X
+        else:
+            load_LJX = routers["outer_router"].load_X[:, outer : outer + stack.layers]
+            outer += stack.layers
+        moved_LJX = balance_step(config.moe, load_LJX)
+        bias_JLX = params[name]["router_bias"] + moved_LJX.swapaxes(0, 1)
+        balanced[name] = params[name] | {"router_bias": bias_JLX}
+    return params | balanced
 
 
 def _is_schedules(path: tuple[Any, ...], _: Any) -> bool:
@@ -174,14 +198,15 @@ def make_train_step(
       learning_rate: that of the update.
       skipped: 1 if the step was skipped, else 0.
       hidden_norm_by_loop: [L], the root mean square of each loop's states.
-      gate_by_loop: [L-1, J], the mean weight of attention to loop 1 in G-SWA, with gates only.
+      gate_by_loop: [L-1, J], the mean weight of attention to loop 1 in G-SWA, of the looped layers,
+        with gates only.
       experts_per_step: see `experts_per_step`, with experts only, as those of `router_metrics`.
     """
 
     def train_step(state: TrainState, batch: Batch, limits: Limits) -> tuple[TrainState, Metrics]:
         means, grads = accumulate_gradients(config, state.params, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        router: Any = means.pop("router", None)
+        routers: Any = {name: means.pop(name) for name in ROUTERS if name in means}
         # The optimizer's count, not the step's number: skipped steps do not move the schedule.
         taken = optax.tree_utils.tree_get(state.opt_state, "count", filtering=_is_schedules)
         metrics = {
@@ -194,9 +219,9 @@ def make_train_step(
         sound = (loss <= limits.loss) & (norm <= limits.gradient_norm) & jnp.isfinite(loss + norm)
         metrics["skipped"] = 1.0 - sound.astype(jnp.float32)
         params = optax.apply_updates(state.params, updates)
-        if router is not None:
-            metrics |= router_metrics(router)
-            params = balance_routers(config.model, params, router)
+        if routers:
+            metrics |= router_metrics(routers)
+            params = balance_routers(config.model, params, routers)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(sound, new, old),
             (params, opt_state),

@@ -58,7 +58,7 @@ def test_dtype():
 @pytest.mark.parametrize("window", [1, 3, 7, 50])
 def test_slots(window):
     """Loop 1's keys lie at their positions; a later loop's at position mod W of its window."""
-    slots = slots_for(small_config("plt", 3, window=window), B, 10)
+    slots, _ = slots_for(small_config("plt", 3, window=window), B, 10)
     assert slots == (10, min(window, 10), 10 + 2 * min(window, 10))
     positions = np.arange(12)
     np.testing.assert_array_equal(slots.of(0, positions), [*range(10), slots.count, slots.count])
@@ -71,7 +71,7 @@ def test_slots(window):
 @pytest.mark.parametrize("length", [1, 1024, 1056])
 def test_slots_on_a_gpu_need_no_padding(monkeypatch, window, length):
     monkeypatch.setattr(caches, "traced_platform", lambda: "gpu")
-    slots = slots_for(small_config("plt", 3, window=window), B, length)
+    slots, _ = slots_for(small_config("plt", 3, window=window), B, length)
     assert slots.count % caches.GPU_SLOTS == 0
     assert slots.capacity >= length and slots.window == min(window, slots.capacity)
     assert slots.capacity - length < caches.GPU_SLOTS

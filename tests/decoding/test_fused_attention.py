@@ -53,7 +53,7 @@ def with_kernel(config: ModelConfig, kernel: str, **changes) -> ModelConfig:
 
 def room(config: ModelConfig, length: int) -> int:
     """The least number of positions from `length` on that fills slots to a multiple of 8."""
-    return next(n for n in range(length, length + 9) if slots_for(config, 1, n).count % 8 == 0)
+    return next(n for n in range(length, length + 9) if slots_for(config, 1, n)[0].count % 8 == 0)
 
 
 def decoded(config: ModelConfig, params, tokens):

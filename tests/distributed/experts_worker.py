@@ -89,7 +89,7 @@ def one_layer(mesh: dict) -> dict[str, float]:
     def run(routed):
         def loss(weights, x_BTD):
             out_BTD, statistics = routed(config.moe, weights, x_BTD)
-            total = jnp.sum(jnp.sin(out_BTD)) + 10 * auxiliary_loss(config.moe, statistics)
+            total = jnp.sum(jnp.sin(out_BTD)) + 10 * auxiliary_loss(config.moe, [statistics])
             return total, (out_BTD, statistics)
 
         return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(weights, x_BTD)

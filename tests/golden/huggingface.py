@@ -65,6 +65,9 @@ def read_settings(config):
         qkv_bias=False,
         output_bias=False,
         qk_norm=is_moe,
+        qk_norm_over="head",
+        input_norms=True,
+        attention_output_norm=False,
         ffn_output_norm=False,
         loop=read_loop_settings(config),
         moe=moe,
@@ -82,6 +85,8 @@ def read_loop_settings(config):
             embedding_scale=1.0,
             hidden_scale=1.0,
             normalize_between_loops=False,
+            first_layer=0,
+            last_layer=None,
         )
     assert config["model_type"] in PLT_TYPES
     to_the_left, to_the_right = config["plt_window_size"]
@@ -94,6 +99,8 @@ def read_loop_settings(config):
         embedding_scale=config.get("plt_emb_scale", 1.0),
         hidden_scale=config.get("plt_hidden_scale", 1.0),
         normalize_between_loops=config.get("plt_normalize_per_loop", True),
+        first_layer=0,
+        last_layer=None,
     )
 
 

@@ -166,7 +166,7 @@ def test_losses_are_what_their_definitions_say():
     )
     moe = MoEConfig(experts=2, load_balance_loss=0.5, router_z_loss=0.1)
     balance = 2 * (0.75 * 0.6 + 0.25 * 0.4)
-    assert auxiliary_loss(moe, statistics) == pytest.approx(0.5 * balance + 0.1 * 3.0)
+    assert auxiliary_loss(moe, [statistics]) == pytest.approx(0.5 * balance + 0.1 * 3.0)
     entropy = -(0.75 * np.log(0.75) + 0.25 * np.log(0.25)) / np.log(2)
     assert load_entropy(statistics.load_X) == pytest.approx([entropy], rel=1e-6)
 

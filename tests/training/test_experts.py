@@ -137,7 +137,7 @@ def test_a_run_with_experts_logs_and_opens_and_may_change_its_products(finished,
 def test_a_router_that_fails_is_named():
     broken = np.array([[1.0, 2.0], [3.0, np.nan]])
     values = {"loss": np.float32("nan"), "gradient_norm": np.float32(1.0)}
-    said = describe_skip(values | {"router_z_by_loop": broken}, dense_layers=1)
+    said = describe_skip(values | {"router_z_by_loop": broken}, first_layer=1)
     assert said == "the loss is nan (the first router to fail is that of layer 3 in loop 2)"
     assert describe_skip(values) == "the loss is nan"
 
