@@ -29,7 +29,8 @@ from plt_jax.benchmarks.prepared import PreparedVariant, add_weights, prepare_al
 from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
 from plt_jax.benchmarks.torch_peer import TorchLlama, decoding_llama
 from plt_jax.commands.parser import CommandParser, run_command
-from plt_jax.config import ModelConfig
+from plt_jax.config import ModelConfig, MoEConfig
+from plt_jax.config.model import PARTS
 from plt_jax.config.variants import NO_LOOP, variants_of
 from plt_jax.decoding.cache import Cache, init_cache
 from plt_jax.decoding.generation import (
@@ -313,23 +314,32 @@ def bytes_moved(config: ModelConfig, weights: DecodeWeights, cache: Cache) -> di
     A step reads the experts that any row chose. Their expected number is counted, for choices that
     are uniform and independent.
     """
-    loop, moe = config.loop, config.moe
-    passes = 1 if loop.shifted else loop.count
     head = weights.embedding if weights.head is None else weights.head
-    layers = nbytes(weights.layers)
-    if moe.experts:
-        mixtures = [layer for layer in weights.layers if "router" in layer]
-        experts = nbytes([[layer[name] for name in EXPERT_AXES] for layer in mixtures])
-        rows = cache.lengths.shape[0] * loop.count // passes
-        untouched = (1 - moe.experts_per_token / moe.experts) ** rows
-        layers -= round(untouched * experts)
-    slots = nbytes((cache.keys, cache.values))
-    if loop.later_attention != "own":
-        slots *= passes  # a serial scheme reads all slots in every loop
-    return {
-        "weight_bytes_read": passes * layers + nbytes(head),
-        "cache_bytes_read": slots,
-    }
+    layers = slots = 0
+    for part in PARTS:
+        loop = config.of_part(part).loop
+        passes = 1 if loop.shifted else loop.count
+        held = [weights.layers[j] for j in config.layers_in(part)]
+        untouched = _untouched(config.moe, held, cache, loop.count // passes)
+        layers += passes * (nbytes(held) - untouched)
+        kept = nbytes([(cache.keys[j], cache.values[j]) for j in config.layers_in(part)])
+        # A serial scheme reads all slots in every loop.
+        slots += kept if loop.later_attention == "own" else passes * kept
+    return {"weight_bytes_read": layers + nbytes(head), "cache_bytes_read": slots}
+
+
+def _untouched(moe: MoEConfig, layers: list[Any], cache: Cache, rows: int) -> int:
+    """Expected bytes of the experts that no row of a pass chooses.
+
+    Args:
+      rows: the number of rows of a sequence.
+    """
+    mixtures = [layer for layer in layers if "router" in layer]
+    if not mixtures:
+        return 0
+    experts = nbytes([[layer[name] for name in EXPERT_AXES] for layer in mixtures])
+    choices = cache.lengths.shape[0] * rows
+    return round((1 - moe.experts_per_token / moe.experts) ** choices * experts)
 
 
 def nbytes(tree: Any) -> int:

@@ -30,11 +30,15 @@ def random_weights(config: ModelConfig, dtype: str | None = None) -> DecodeWeigh
 def variant_weights(config: ModelConfig, weights: DecodeWeights) -> DecodeWeights:
     """A variant's weights: the arrays of `weights`, which all variants share, and its gates.
 
+    Layers that do not loop have gates, too, which nothing reads.
+
     A deeper variant has copies of the last layer.
     """
     layers = weights.layers
     copies = (jax.tree.map(jnp.copy, layers[-1]) for _ in range(config.layers - len(layers)))
     weights = dataclasses.replace(weights, layers=(*layers, *copies))
+    if config.has_coda and config.loop.normalize_between_loops:
+        weights = dataclasses.replace(weights, loop_norm=weights.final_norm)
     if config.loop.later_attention != "gated":
         return weights
     gates = {

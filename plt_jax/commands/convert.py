@@ -83,6 +83,12 @@ def add_retrofit(commands: Any) -> None:
     looped = [scheme for scheme in SCHEMES if scheme != "no_loop"]
     command.add_argument("--scheme", choices=looped, default="plt", help="looping scheme")
     command.add_argument(
+        "--first_layer", type=int, default=0, help="first layer that loops, counted from 0"
+    )
+    command.add_argument(
+        "--last_layer", type=int, help="last layer that loops, counted from 0; default: the last"
+    )
+    command.add_argument(
         "--window",
         type=int,
         default=64,
@@ -113,7 +119,7 @@ def add_retrofit(commands: Any) -> None:
     command.add_argument(
         "--normalize_between_loops",
         choices=("true", "false"),
-        help="apply the final norm to each loop's output before the next loop reads it; default: "
+        help="apply a norm to each loop's output before the next loop reads it; default: "
         "true, but false for loop_kv_share_window",
     )
     command.add_argument(
@@ -209,6 +215,8 @@ def read_loop(arguments: argparse.Namespace) -> LoopConfig:
             embedding_scale=arguments.embedding_scale,
             hidden_scale=arguments.hidden_scale,
             normalize_between_loops=normalize,
+            first_layer=arguments.first_layer,
+            last_layer=arguments.last_layer,
         )
     except pydantic.ValidationError as error:
         raise InputError(describe_errors(error)) from error

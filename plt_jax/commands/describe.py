@@ -16,16 +16,16 @@ def main() -> None:
 
 def description(config: RunConfig) -> str:
     """The model's shape and costs, as lines of text."""
-    from plt_jax.model.costs import cache_bytes, count_parameters, flops_by_loop
+    from plt_jax.model.costs import cache_bytes, count_parameters, describe_loops, flops_by_loop
 
-    model, loop, moe = config.model, config.model.loop, config.model.moe
+    model, moe = config.model, config.model.moe
     count, cache = count_parameters(model), cache_bytes(model)
     kind = f"{moe.experts_per_token} of {moe.experts} experts" if moe.experts else "dense"
     if moe.dense_layers:
         kind += f" after {moe.dense_layers} dense layers"
     flops = flops_by_loop(model, config.sequence_length)
     lines = [
-        f"{loop.scheme}, loops {loop.count}, {model.layers} layers of width {model.width}, {kind}",
+        f"{describe_loops(model)} of width {model.width}, {kind}",
         "",
         f"parameters             {count.total:>18,}",
         f"  active per token     {count.active:>18,}",

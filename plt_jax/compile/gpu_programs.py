@@ -25,14 +25,20 @@ from plt_jax.compile.program import (
 )
 from plt_jax.compile.shapes import DecodeShape
 from plt_jax.compile.traffic import Traffic
-from plt_jax.config import RunConfig
+from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.distributed.chips import GIB
 from plt_jax.distributed.gpus import Gpu, GpuTopology
+from plt_jax.model.costs import layers_of_loop
 from plt_jax.training.program import TrainProgram
 
 KERNEL_SECONDS = 1.3e-6
 """What a kernel costs beside its bytes, in a CUDA graph; measured on an H100 by Hazy Research
 ("Look Ma, No Bubbles", 2025)."""
+
+
+def middle_of(model: ModelConfig) -> int:
+    """The layer in the middle of those that loop, counted from 0."""
+    return model.looped_layers[len(model.looped_layers) // 2]
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class GpuProgram:
     @property
     def middle_layer(self) -> list[Kernel]:
         """The kernels of a layer in the middle of a decode step."""
-        middle = self.config.model.layers // 2
+        middle = middle_of(self.config.model)
         return [kernel for kernel in self.step_kernels if kernel.layer == middle]
 
     @property
@@ -67,7 +73,8 @@ class GpuProgram:
         model = self.config.model
         if self.context is not None:
             return sum(kernel.times for kernel in self.middle_layer)
-        return round(self.kernels / (model.layers * model.loop.count), 1)
+        layers = sum(layers_of_loop(model, index) for index in range(model.loop.count))
+        return round(self.kernels / layers, 1)
 
     @property
     def traffic(self) -> Traffic:
@@ -208,7 +215,7 @@ def _by_kind(program: GpuProgram) -> list[str]:
 def _middle_layer(program: GpuProgram) -> list[str]:
     if program.context is None:
         return _largest(program)
-    middle = program.config.model.layers // 2
+    middle = middle_of(program.config.model)
     lines = [f"{_name(program)}, layer {middle + 1}: {'MB read':>41}{'written':>9}  makes, from"]
     return lines + [_line(kernel) for kernel in program.middle_layer]
 

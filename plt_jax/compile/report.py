@@ -6,6 +6,7 @@ from plt_jax.compile.estimate import Estimate
 from plt_jax.compile.roofline import Times
 from plt_jax.config import RunConfig
 from plt_jax.distributed.chips import GIB
+from plt_jax.model.costs import describe_loops
 from plt_jax.model.kernels import LANES
 
 
@@ -20,7 +21,7 @@ def report(config: RunConfig, estimate: Estimate) -> str:
 
 def _heading(config: RunConfig, estimate: Estimate) -> list[str]:
     topology, chip = estimate.topology, estimate.topology.chip
-    loop, moe = config.model.loop, config.model.moe
+    moe = config.model.moe
     kind = f"{moe.experts_per_token} of {moe.experts} experts" if moe.experts else "dense"
     axes = ", ".join(f"{axis} {size}" for axis, size in estimate.mesh.items() if size > 1)
     slices = f" x {topology.slices} slices" if topology.slices > 1 else ""
@@ -33,8 +34,8 @@ def _heading(config: RunConfig, estimate: Estimate) -> list[str]:
     ]
     took = (f"{name} took {taken:.1f} s" for name, taken in estimate.compiled.seconds.items())
     return [
-        f"{loop.scheme}, loops {loop.count}, {config.model.layers} layers of width "
-        f"{config.model.width}, {kind}, remat {config.model.remat}",
+        f"{describe_loops(config.model)} of width {config.model.width}, {kind}, "
+        f"remat {config.model.remat}",
         f"{topology.name}{slices}: {topology.chips} chips{per_device}",
         f"mesh: {axes or 'one device'}",
         f"a chip: {', '.join(numbers)}",

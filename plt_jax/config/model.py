@@ -73,7 +73,7 @@ class LoopConfig(Section):
     exit_gate: bool = False
     """A linear unit on each loop's output, whose sigmoid is the probability that a token needs no
     further loop (Ouro). All loops run in any case; evaluation can end them by the gate."""
-    exit_threshold: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    exit_threshold: MayChange[Annotated[float, Field(gt=0.0, le=1.0)]] = 1.0
     """The probability to have exited at which evaluation by the gate ends a token's loops; 1 runs
     all of them."""
 

@@ -26,6 +26,9 @@ class Variant(NamedTuple):
     def apply(self, config: ModelConfig) -> ModelConfig:
         """The model with this scheme, number of loops and depth; all else stays."""
         loop = config.loop.model_dump() | {"scheme": self.scheme, "count": self.loops}
+        if self.scheme == "no_loop":
+            for name in ("first_layer", "last_layer", "exit_gate"):
+                del loop[name]
         changed = {"loop": loop, "layers": self.depth * config.layers}
         return ModelConfig(**config.model_dump() | changed)
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from plt_jax.config import ModelConfig
+from plt_jax.config.model import PARTS
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored
 from plt_jax.decoding.mosaic_shape import ALIGNED, HEAD_WIDTHS, ROWS, Inputs, Shape
 from plt_jax.decoding.ops import DECODE_OPS, joined_qkv
@@ -49,7 +50,7 @@ def decode_kernel(config: ModelConfig, cache: Cache) -> Literal["xla", "mosaic"]
 def _obstacle(config: ModelConfig, cache: Cache) -> str | None:
     """What keeps a decode step from using the kernel; None if it can."""
     loop, rows = config.loop, config.loop.count * (config.heads // config.kv_heads + 2)
-    counts = cache.slots.count, cache.outer_slots.count
+    counts = [cache.slots_in(part).count for part in PARTS if config.layers_in(part)]
     if jax.__version_info__ < (0, 12):
         return f"jax is {jax.__version__}, and the kernel needs jax 0.12"
     if not is_hopper():
@@ -66,8 +67,8 @@ def _obstacle(config: ModelConfig, cache: Cache) -> str | None:
     keys = cache.keys[0][0]
     if config.dtype != "bfloat16" or not _is_bfloat16(keys):
         return "model.dtype and the cache's dtype are not both bfloat16"
-    if any(count % ALIGNED for count in counts):
-        return f"the cache has {counts[0]} slots, not a multiple of {ALIGNED} as it has on GPUs"
+    if odd := [count for count in counts if count % ALIGNED]:
+        return f"the cache has {odd[0]} slots, not a multiple of {ALIGNED} as it has on GPUs"
     if mesh_is_active() and placement(*keys.shape[:3]).slots:
         return "the mesh splits the slots of the cache over devices"
     return None

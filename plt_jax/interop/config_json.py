@@ -53,6 +53,7 @@ class ConfigJson(Keys):
     num_attention_heads: PositiveInt
     num_key_value_heads: PositiveInt | None = None
     head_dim: PositiveInt | None = None
+    kv_channels: PositiveInt | None = None
     max_position_embeddings: PositiveInt
     rms_norm_eps: PositiveFloat | None = None
     rope_theta: PositiveFloat | None = None
@@ -74,6 +75,11 @@ class ConfigJson(Keys):
     plt_emb_scale: float | None = None
     plt_hidden_scale: float | None = None
     plt_gate_use_hidden_states: bool | None = None
+    num_loops: PositiveInt | None = None
+    loop_loss_weights: list[float] | None = None
+    skip_loop_final_norm: bool | None = None
+    total_ut_steps: PositiveInt | None = None
+    early_exit_threshold: float | None = None
     num_experts: PositiveInt | None = None
     num_experts_per_tok: PositiveInt | None = None
     moe_intermediate_size: PositiveInt | None = None
@@ -97,9 +103,24 @@ SUPPORTED_VALUES: dict[str, tuple[Any, ...]] = {
     "routed_scaling_factor": (1.0,),
     "n_group": (1,),
     "topk_group": (1,),
+    "early_exit_step": (),
+    "emb_neighbor_num": (),
+    "insert_ngram_layer_idx": ([],),
+    "loop_middle_layers": (False, []),
+    **dict.fromkeys(
+        (
+            *("qk_layernorm", "ngram_insert_all_layers", "enable_double_loop_split"),
+            *("loop_share_kv", "enable_hyper_connection", "enable_mhc"),
+            *("enable_h_res_identity", "enable_depth_attention"),
+        ),
+        (False,),
+    ),
 }
 """The values besides null that the model supports, by key. Any other value would change what the
 model computes."""
+
+MISTRAL_WINDOW = 4096
+"""Mistral's sliding_window where config.json has no such key."""
 
 LLAMA3_FIELDS = {
     "factor": "factor",
@@ -131,16 +152,23 @@ def check_supported(values: Mapping[str, Any], keys: ConfigJson, name: str) -> N
     if other:
         raise InputError(f"layer_types holds {other[0]!r}; only full_attention is supported")
     # Qwen's files give a window even where use_sliding_window says that it is unused.
-    if keys.sliding_window is not None and keys.use_sliding_window is None:
+    window = keys.sliding_window if keys.use_sliding_window is None else None
+    if name == "mistral":
+        # Where the key is absent, its runtime has a window. Only null says that there is none.
+        window = values.get("sliding_window", MISTRAL_WINDOW)
+    if window is not None and window < keys.max_position_embeddings:
         raise InputError(
-            f"sliding_window is {keys.sliding_window}, which is not supported; known: none"
+            f"sliding_window is {window}, which is not supported; known: none, and windows of at "
+            f"least max_position_embeddings, {keys.max_position_embeddings}"
         )
     _check_rope(values)
 
 
 def _check_loop_keys(values: Mapping[str, Any], name: str) -> None:
+    known = {key for kind in MODEL_TYPES.values() for key in kind.loop_keys}
     for key, value in values.items():
-        unread = key.startswith(("plt_", "loop_")) and key not in MODEL_TYPES[name].loop_keys
+        loops = key in known or key.startswith(("plt_", "loop_"))
+        unread = loops and key not in MODEL_TYPES[name].loop_keys
         if unread and value is not None:
             raise InputError(
                 f"{key} is {value!r}, which says how a model loops, but model_type {name} does not "

@@ -40,6 +40,8 @@ def read_config(
 def _read_fields(keys: ConfigJson, name: str, tensors: Collection[str]) -> dict[str, Any]:
     """The fields of ModelConfig."""
     model_type, bias = MODEL_TYPES[name], bool(keys.attention_bias)
+    if bias and model_type.qkv_bias is False:
+        raise InputError(f"attention_bias is true, but model_type {name} has no biases")
     fields = {
         "vocab_size": keys.vocab_size,
         "max_length": keys.max_position_embeddings,
@@ -47,12 +49,12 @@ def _read_fields(keys: ConfigJson, name: str, tensors: Collection[str]) -> dict[
         "layers": keys.num_hidden_layers,
         "heads": keys.num_attention_heads,
         "kv_heads": _or_default(keys.num_key_value_heads, keys.num_attention_heads),
-        "head_width": keys.head_dim,
+        "head_width": _or_default(keys.head_dim, keys.kv_channels if name == "nanbeige" else None),
         "norm_epsilon": _or_default(keys.rms_norm_eps, model_type.norm_epsilon),
         "tied_embeddings": bool(keys.tie_word_embeddings),
-        "qk_norm": model_type.qk_norm,
-        "qkv_bias": bias or name == "qwen2",
-        "output_bias": bias and name not in ("qwen2", "iquest_moe"),
+        **model_type.norms._asdict(),
+        "qkv_bias": _or_default(model_type.qkv_bias, bias),
+        "output_bias": bias and model_type.output_bias,
         "loop": _read_loop(keys, name, tensors),
         **_read_rope(keys, model_type),
     }
@@ -95,6 +97,20 @@ def _read_loop(keys: ConfigJson, name: str, tensors: Collection[str]) -> dict[st
     scheme = MODEL_TYPES[name].scheme
     if scheme == "no_loop":
         return {"scheme": scheme}
+    if name == "nanbeige":
+        weights = keys.loop_loss_weights or []  # one for each loop but the last
+        return {
+            "scheme": scheme,
+            "count": len(weights) + 1 if weights else _or_default(keys.num_loops, 1),
+            "normalize_between_loops": not keys.skip_loop_final_norm,
+        }
+    if name == "ouro":
+        return {
+            "scheme": scheme,
+            "count": _or_default(keys.total_ut_steps, 4),
+            "exit_gate": True,
+            "exit_threshold": _or_default(keys.early_exit_threshold, 1.0),
+        }
     if scheme == "loop_kv_share_window":
         return {
             "scheme": scheme,

@@ -79,6 +79,11 @@ def _write_loop(config: ModelConfig, name: str) -> dict[str, Any]:
             "plt_hidden_scale": loop.hidden_scale,
             "plt_gate_use_hidden_states": loop.gate_input == "hidden",
         }
+    if name == "nanbeige":
+        skips = not loop.normalize_between_loops
+        return {"num_loops": loop.count, "skip_loop_final_norm": skips}
+    if name == "ouro":
+        return {"total_ut_steps": loop.count, "early_exit_threshold": loop.exit_threshold}
     for field, needed in (("gate_input", "query"), ("normalize_between_loops", False)):
         if getattr(loop, field) != needed:
             raise InputError(

@@ -20,8 +20,7 @@ def load_huggingface(
     """Reads a checkpoint folder: config.json and safetensors, one file or several with an index.
 
     Args:
-      path: a folder of model type iquestpltcoder, iquestloopcoder, iquest_moe, llama, qwen2 or
-        qwen3.
+      path: a folder of a model type in `model_types.MODEL_TYPES`.
       dtype: dtype of the parameters, "float32" or "bfloat16"; default: as they are stored.
       mesh: the devices that hold the parameters, by the rules of distributed/mesh.py; default: one
         device.

@@ -1,10 +1,11 @@
 """A model without loops as the starting point of a looped one, for continued training.
 
-In a shifted scheme with hidden_scale 0 and embedding_scale 1, later loops read the same states as
-loop 1, so their own keys and values are loop 1's. They repeat loop 1 exactly if they attend to all
-of these keys: `clp` and `clp_kv_share` do, and so does `plt` if its gates are closed to the window.
-The logits are then the source's for any number of loops. With any other choice they differ from the
-source's, and `compare_models` measures how far.
+All layers may loop, or some in the middle. In a shifted scheme with hidden_scale 0 and
+embedding_scale 1, later loops read the same states as loop 1, so their own keys and values are
+loop 1's. They repeat loop 1 exactly if they attend to all of these keys: `clp` and `clp_kv_share`
+do, and so does `plt` if its gates are closed to the window. The logits are then the source's for
+any number of loops. With any other choice they differ from the source's, and `compare_models`
+measures how far.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from plt_jax.errors import InputError
 from plt_jax.interop.options import CLOSED_GATE_BIAS
 from plt_jax.interop.tensors import Params
 from plt_jax.model.block import block_parameters, stacks_of
-from plt_jax.model.transformer import Transformer
+from plt_jax.model.transformer import Transformer, top_parameters
 
 
 def retrofit(
@@ -29,7 +30,8 @@ def retrofit(
     loop: LoopConfig,
     gate_bias: float = 0.0,
 ) -> tuple[ModelConfig, Params]:
-    """The same weights in a looped model. The only new parameters are the G-SWA gates, if any.
+    """The same weights in a looped model. New are only the gates, of G-SWA and of exits, and the
+    norm between loops that layers follow.
 
     Args:
       config: the configuration of a model of scheme no_loop.
@@ -56,20 +58,46 @@ def retrofit(
         )
     if loop.scheme == "no_loop":
         raise InputError("the scheme no_loop does not loop; choose a looped scheme")
-    looped = config.model_copy(update={"loop": loop})
-    stacks = {}
-    for part, stack in stacks_of(looped).items():
-        layers = stacks[part] = dict(params[part])
-        like = layers["attention_norm"]
-        for name, parameter in block_parameters(looped, stack).items():
-            if name not in layers:
+    looped = _looped(config, loop)
+    dtype = params["final_norm"].dtype
+    sources = stacks_of(config)
+    new = {name: params[name] for name in params if name not in sources}
+    for name, parameter in top_parameters(looped).items():
+        if name not in new:
+            new[name] = parameter.initializer(jax.random.key(0), parameter.shape, dtype)
+    # The source's stacks, dense and with experts, are cut where the loops begin and end.
+    cut = dict.fromkeys(sources, 0)
+    for name, stack in stacks_of(looped).items():
+        source = next(key for key, one in sources.items() if one.mixture == stack.mixture)
+        start, stop = cut[source], cut[source] + stack.layers
+        cut[source] = stop
+        layers = {key: values[start:stop] for key, values in params[source].items()}
+        for key, parameter in block_parameters(looped, stack).items():
+            if key not in layers:
                 shape = (stack.layers, *parameter.shape)
-                layers[name] = parameter.initializer(jax.random.key(0), shape, like.dtype)
+                layers[key] = parameter.initializer(jax.random.key(0), shape, dtype)
         if "gate_bias" in layers:
             layers["gate_bias"] = jnp.full_like(layers["gate_bias"], gate_bias)
-        if "router_bias" in layers:  # every loop starts with the source's biases
+        if "router_bias" in layers and stack.part == "core":
+            # Every loop starts with the source's biases.
             layers["router_bias"] = jnp.repeat(layers["router_bias"], loop.count, axis=1)
-    return looped, params | stacks
+        new[name] = layers
+    return looped, new
+
+
+def _looped(config: ModelConfig, loop: LoopConfig) -> ModelConfig:
+    """The configuration with another looping.
+
+    Raises:
+      InputError: the layers that are to loop are not the model's.
+    """
+    last = loop.first_layer if loop.last_layer is None else loop.last_layer
+    if max(loop.first_layer, last) >= config.layers:
+        raise InputError(
+            f"layers {loop.first_layer} to {last} are to loop, but the model has layers 0 to "
+            f"{config.layers - 1}"
+        )
+    return config.model_copy(update={"loop": loop})
 
 
 class ModelDifference(NamedTuple):

@@ -43,6 +43,8 @@ _ATTENTION, _MLP = _LAYER + "self_attn.", _LAYER + "mlp."
 TOP = {
     "embedding": TensorMapping("model.embed_tokens.weight", None),
     "final_norm": TensorMapping("model.norm.weight"),
+    "exit_gate": TensorMapping("model.early_exit_gate.weight", 1),
+    "exit_gate_bias": TensorMapping("model.early_exit_gate.bias"),
     "head": TensorMapping("lm_head.weight", 1),
 }
 LAYERS = {
@@ -71,6 +73,14 @@ LAYERS = {
     "shared_down": TensorMapping(_MLP + "shared_expert.down_proj.weight", 1),
     "shared_router": TensorMapping(_MLP + "shared_expert_gate.weight", 1),
 }
+
+SANDWICH = {
+    "attention_output_norm": TensorMapping(_LAYER + "input_layernorm_2.weight"),
+    "ffn_output_norm": TensorMapping(_LAYER + "post_attention_layernorm_2.weight"),
+}
+"""The output norms of a layer that has input norms, too (Ouro's names)."""
+POST_NORM = {"attention_output_norm": TensorMapping(_LAYER + "post_attention_layernorm.weight")}
+"""The output norms of a layer without input norms (OLMo 2's names)."""
 
 GATE_PREFIXES = {
     "plt": (_ATTENTION + "plt_gate", _ATTENTION + "loop_gate_proj"),
@@ -137,6 +147,8 @@ def unstacked_parameters(
       present: names of the tensors of a checkpoint to read, where gates may have an older name.
     """
     top, mappings = top_parameters(config), LAYERS | _gate_mappings(config, present)
+    if config.attention_output_norm:
+        mappings |= SANDWICH if config.input_norms else POST_NORM
     parameters = [_unstacked(("embedding",), None, top["embedding"].shape, TOP["embedding"])]
     before = 0
     for name, stack in stacks_of(config).items():
@@ -149,8 +161,8 @@ def unstacked_parameters(
         before += stack.layers
     return parameters + [
         _unstacked((name,), None, top[name].shape, TOP[name])
-        for name in ("final_norm", "head")
-        if name in top
+        for name in TOP
+        if name in top and name != "embedding"
     ]
 
 

@@ -75,6 +75,16 @@ def layers_of_loop(config: ModelConfig, index: int) -> int:
     return sum(len(config.layers_in(part)) for part in parts_of_loop(config, index))
 
 
+def describe_loops(config: ModelConfig) -> str:
+    """The looping in words, such as `plt, 2 loops through layers 4 to 7 of 12`."""
+    loops = "one loop" if config.loop.count == 1 else f"{config.loop.count} loops"
+    layers = config.looped_layers
+    if len(layers) == config.layers:
+        return f"{config.loop.scheme}, {loops} through {config.layers} layers"
+    where = f"layers {layers.start} to {layers.stop - 1} of {config.layers}"
+    return f"{config.loop.scheme}, {loops} through {where} (from 0)"
+
+
 def flops_by_loop(config: ModelConfig, length: int) -> list[LoopFlops]:
     """Forward FLOPs of sequences of one document, loop by loop; training costs three times.
 

@@ -116,6 +116,19 @@ def next_loop_input(
     return mixed.astype(embeddings.dtype)
 
 
+def exit_probabilities(leaves_L: jax.Array) -> jax.Array:
+    """The probability that a token exits after each loop, [L, ...]; they sum to 1 (Ouro, arXiv
+    2510.25741).
+
+    Args:
+      leaves_L: [L, ...], the probability to exit after a loop once it is reached. The last loop's
+        is not used, since it ends in any case.
+    """
+    stays_L = jnp.cumprod(1.0 - leaves_L[:-1], axis=0)
+    reached_L = jnp.concatenate([jnp.ones_like(leaves_L[:1]), stays_L])
+    return reached_L * leaves_L.at[-1].set(1.0)
+
+
 def with_loops(config: ModelConfig, params: Any, count: int) -> tuple[ModelConfig, Any]:
     """A model that runs `count` loops, more or fewer than it was trained with, by its parameters.
 

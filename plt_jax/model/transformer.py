@@ -35,7 +35,7 @@ from plt_jax.model.layers import (
     scale_parameter,
     zero_parameter,
 )
-from plt_jax.model.looping import LoopStates, run_loops
+from plt_jax.model.looping import LoopStates, exit_probabilities, run_loops
 from plt_jax.model.loss import HeadLoss, head_loss
 
 
@@ -202,6 +202,17 @@ class Transformer(nn.Module):
             return self.normalize(states.hidden_LBTD)
         context = self.context(tokens, segment_ids, positions)
         return jnp.stack([self.readout(hidden_BTD, context) for hidden_BTD in states.hidden_LBTD])
+
+    def exit_probabilities(self, hidden_LBTD: jax.Array) -> jax.Array:
+        """The probability that each position exits after each loop, by the exit gate, float32
+        [L, B, T]; see `looping.exit_probabilities`.
+
+        Args:
+          hidden_LBTD: the hidden states of all loops; see `LoopStates`.
+        """
+        normed_LBTD = self.normalize_loop(hidden_LBTD).astype(jnp.float32)
+        score_LBT = (normed_LBTD @ self.top["exit_gate"])[..., 0] + self.top["exit_gate_bias"]
+        return exit_probabilities(jax.nn.sigmoid(score_LBT))
 
     def logits(self, normed_BTD: jax.Array) -> jax.Array:
         """Normed states [B, T, D] to float32 logits [B, T, V]."""

@@ -17,7 +17,7 @@ from plt_jax.config import RunConfig
 from plt_jax.config.yaml_file import dump_config
 from plt_jax.errors import InputError
 from plt_jax.files import write_text
-from plt_jax.model.costs import count_parameters
+from plt_jax.model.costs import count_parameters, describe_loops
 from plt_jax.reports.checkpoints import tabulate
 from plt_jax.reports.html import compose_page, section_html, table_html
 from plt_jax.reports.run_history import History, read_history
@@ -57,10 +57,9 @@ def heading(history: History) -> list[str]:
     model, training = config.model, config.training
     count = count_parameters(model)
     active = f", {count.active:,} of them active per token" if model.moe.experts else ""
-    loops = "one loop" if model.loop.count == 1 else f"{model.loop.count} loops"
     start = f", from {config.start_from}" if config.start_from else ""
     lines = [
-        f"{model.loop.scheme}, {loops} through {model.layers} layers of width {model.width}, "
+        f"{describe_loops(model)} of width {model.width}, "
         f"{count.total:,} parameters{active}, compute dtype {model.dtype}",
         f"trained on {config.data.text}, {training.batch_size} sequences of "
         f"{config.sequence_length} tokens per step, seed {config.seed}{start}",

@@ -24,6 +24,7 @@ from plt_jax.interop.options import SHARD_BYTES
 from plt_jax.interop.retrofit import compare_models, retrofit
 from plt_jax.interop.tensors import UnstackedParameter
 from plt_jax.interop.tokenizer_files import companion_files, write_tokenizer_files
+from plt_jax.model.costs import describe_loops
 from plt_jax.runs.directory import Found, create_run, find_checkpoint, read_params, tokenizer_of
 
 Report = Callable[[str], None]
@@ -246,5 +247,4 @@ def describe_model(config: ModelConfig, params: Any) -> str:
     leaves = jax.tree.leaves(params)
     count, size = sum(math.prod(leaf.shape) for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
     dtypes = ", ".join(sorted({leaf.dtype.name for leaf in leaves}))
-    loop = config.loop
-    return f"{loop.scheme}, {loop.count} loops, {count:,} parameters, {dtypes}, {size / 1e9:.2f} GB"
+    return f"{describe_loops(config)}, {count:,} parameters, {dtypes}, {size / 1e9:.2f} GB"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from plt_jax import ModelConfig, decode_step, init_cache, prefill, prepare_for_decode
 from plt_jax.decoding.cache import Cache
-from tests.models import ALL, forward, random_params, random_tokens, small_config
+from tests.models import ALL, LOOPED, forward, random_params, random_tokens, small_config
 from tests.tiers import slow_but
 
 TOLERANCE = 1e-4
@@ -38,6 +38,52 @@ CASES = {
         rope_scaling={"kind": "linear", "factor": 4.0},
         qk_norm=True,
         ffn_output_norm=True,
+        kv_heads=1,
+    ),
+    **{
+        f"{scheme}-{count}-of-the-middle": small_config(
+            scheme, count, window=3, layers=4, first_layer=1, last_layer=2
+        )
+        for scheme, count in LOOPED
+        if count > 1
+    },
+    "plt-3-behind-a-prelude": small_config("plt", 3, window=3, layers=3, first_layer=2),
+    "plt-2-before-a-coda": small_config(
+        "plt", 2, window=3, layers=3, last_layer=0, normalize_between_loops=False
+    ),
+    "plt-2-of-experts": small_config(
+        "plt",
+        2,
+        window=3,
+        layers=4,
+        first_layer=1,
+        last_layer=2,
+        moe={
+            "experts": 4,
+            "experts_per_token": 2,
+            "expert_width": 8,
+            "dense_layers": 2,
+            "bias_update_rate": 0.1,
+        },
+    ),
+    "no_loop-1-post-norm": small_config(
+        "no_loop",
+        1,
+        input_norms=False,
+        attention_output_norm=True,
+        ffn_output_norm=True,
+        qk_norm=True,
+        qk_norm_over="all_heads",
+        output_bias=True,
+    ),
+    "plt-2-sandwich": small_config(
+        "plt",
+        2,
+        window=3,
+        attention_output_norm=True,
+        ffn_output_norm=True,
+        qk_norm=True,
+        qk_norm_over="all_heads",
         kv_heads=1,
     ),
     # A step's few rows read their experts one by one, a chunk's rows go through grouped products.
@@ -127,13 +173,13 @@ class Decoder:
 def meaningful(cache: Cache):
     """The parts of a cache that later answers depend on; zero elsewhere."""
     layout = cache.slots
-    slots = np.arange(layout.count)
-    # A slot is filled if a position of the text, or of its window's first turn, lies in it.
-    turn = (slots - layout.capacity) % max(layout.window, 1)
-    position = np.where(slots < layout.capacity, slots, turn)
-    filled_BS = position < cache.lengths[:, None]
 
     def filled(array):
+        slots = np.arange(array.shape[2])
+        # A slot is filled if a position of the text, or of its window's first turn, lies in it.
+        turn = (slots - layout.capacity) % max(layout.window, 1)
+        position = np.where(slots < layout.capacity, slots, turn)
+        filled_BS = position < cache.lengths[:, None]
         return jnp.where(filled_BS[:, None, :, None], array, 0)
 
     return cache.lengths, jax.tree.map(filled, (cache.keys, cache.values)), cache.carried

@@ -136,6 +136,16 @@ def reconciled(values: Values, home: Path, devices: int) -> Values:
 
     if at("model.loop.scheme") == "no_loop":
         values["model.loop.count"] = 1
+        fix("model.loop.exit_gate", False)
+        fix("model.loop.first_layer", 0)
+        fix("model.loop.last_layer", None)
+    fix("model.loop.first_layer", min(at("model.loop.first_layer"), at("model.layers") - 1))
+    if at("model.loop.last_layer") is not None:
+        last = max(at("model.loop.last_layer"), at("model.loop.first_layer"))
+        fix("model.loop.last_layer", min(last, at("model.layers") - 1))
+    if not at("model.input_norms"):
+        fix("model.attention_output_norm", True)
+        fix("model.ffn_output_norm", True)
     fix("training.batch_size", _multiple(at("training.batch_size"), at("training.accumulate")))
     _reconcile_mesh(at, fix, devices)
     heads = at("model.heads")

@@ -111,7 +111,7 @@ def test_only_the_target_folder_is_imported(installed):
 def test_a_run_is_described_trained_evaluated_and_sampled(installed):
     described = installed.run("-m", "plt_jax.describe", "tiny.yaml")
     assert described.code == 0, described.err
-    assert "plt, loops 2, 2 layers of width 8" in described.out
+    assert "plt, 2 loops through 2 layers of width 8" in described.out
     trained = installed.run("-m", "plt_jax.train", "tiny.yaml")
     assert trained.code == 0, trained.err
     assert json_rows(installed.user / "run" / "metrics.jsonl")

@@ -30,8 +30,9 @@ def read_case(folder):
 
 def read_settings(config):
     """config.json's dict -> settings."""
-    assert config["hidden_act"] == "silu" and config["rope_scaling"] is None
-    assert not config["attention_bias"] and not config["mlp_bias"]
+    assert config["hidden_act"] == "silu" and config.get("rope_scaling") is None
+    assert not config.get("attention_bias") and not config.get("mlp_bias")
+    is_ouro = config["model_type"] == "ouro"
     is_moe = config["model_type"] == "iquest_moe"
     if is_moe:
         assert config["decoder_sparse_step"] == 1 and not config["mlp_only_layers"]
@@ -56,7 +57,7 @@ def read_settings(config):
         layers=config["num_hidden_layers"],
         heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
-        head_width=config["head_dim"],
+        head_width=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
         width=config["hidden_size"],
         rope_theta=config["rope_theta"],
         norm_epsilon=config["rms_norm_eps"],
@@ -67,8 +68,8 @@ def read_settings(config):
         qk_norm=is_moe,
         qk_norm_over="head",
         input_norms=True,
-        attention_output_norm=False,
-        ffn_output_norm=False,
+        attention_output_norm=is_ouro,
+        ffn_output_norm=is_ouro,
         loop=read_loop_settings(config),
         moe=moe,
     )
@@ -85,6 +86,17 @@ def read_loop_settings(config):
             embedding_scale=1.0,
             hidden_scale=1.0,
             normalize_between_loops=False,
+            first_layer=0,
+            last_layer=None,
+        )
+    if config["model_type"] in ("nanbeige", "ouro"):
+        weights = config.get("loop_loss_weights")
+        loops = config.get("total_ut_steps") or config["num_loops"]
+        return SimpleNamespace(
+            scheme="vanilla_loop",
+            count=len(weights) + 1 if weights else loops,
+            window=1,
+            normalize_between_loops=not config.get("skip_loop_final_norm"),
             first_layer=0,
             last_layer=None,
         )
@@ -116,6 +128,9 @@ def read_params(settings, model_type, tensors):
     }
     if not settings.tied_embeddings:
         params["head"] = take("lm_head.weight").T
+    if model_type == "ouro":
+        params["exit_gate"] = take("model.early_exit_gate.weight").T
+        params["exit_gate_bias"] = take("model.early_exit_gate.bias")
     assert not tensors, f"not read: {sorted(tensors)}"
     return params
 
@@ -136,6 +151,11 @@ def read_layer(settings, model_type, j, take):
         layer["q_norm"] = take(f"{attention}.q_norm.weight")
         layer["k_norm"] = take(f"{attention}.k_norm.weight")
 
+    if model_type == "ouro":
+        layer["attention_output_norm"] = take(f"{layer_name}.input_layernorm_2.weight")
+        layer["ffn_output_norm"] = take(f"{layer_name}.post_attention_layernorm_2.weight")
+    if model_type in ("nanbeige", "ouro"):
+        return layer | read_ffn(settings.moe, f"{layer_name}.mlp", take)
     is_plt = model_type in PLT_TYPES
     gate = f"{attention}.plt_gate" if is_plt else f"model.gate_projections.{j}"
     layer["gate_weight"] = take(f"{gate}.weight")

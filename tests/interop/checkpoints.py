@@ -10,14 +10,17 @@ SIZES = st.integers(1, 3)
 @st.composite
 def exportable_configs(draw) -> ModelConfig:
     """Draws any configuration that `save_huggingface` accepts, with a few hundred parameters."""
-    scheme = draw(st.sampled_from(["no_loop", "plt", "loop_kv_share_window"]))
-    moe = scheme != "loop_kv_share_window" and draw(st.booleans())
+    scheme = draw(st.sampled_from(["no_loop", "vanilla_loop", "plt", "loop_kv_share_window"]))
+    moe = scheme in ("no_loop", "plt") and draw(st.booleans())
+    olmo = scheme == "no_loop" and not moe and draw(st.booleans())
+    ouro = scheme == "vanilla_loop" and draw(st.booleans())
     kv_heads, group = draw(SIZES), draw(SIZES)
     heads, head_width = kv_heads * group, 2 * draw(SIZES)
     qkv_bias = draw(st.booleans())
-    qk_norm = moe or draw(st.booleans())
-    dense_looped = scheme != "no_loop" and not moe
-    # llama and qwen3 have all four biases or none, and qwen2 has the first three.
+    dense_looped = scheme in ("plt", "loop_kv_share_window") and not moe
+    qk_norm = moe or olmo or (scheme != "vanilla_loop" and draw(st.booleans()))
+    qkv_bias = qkv_bias and not ouro
+    # llama, qwen3, olmo2 and nanbeige have all four biases or none, and qwen2 has the first three.
     any_biases = dense_looped or (scheme == "no_loop" and not qk_norm and not moe)
     output_bias = qkv_bias and not moe and (not any_biases or draw(st.booleans()))
     values = {
@@ -35,8 +38,11 @@ def exportable_configs(draw) -> ModelConfig:
         "qk_norm": qk_norm,
         "qkv_bias": qkv_bias,
         "output_bias": output_bias,
-        "ffn_output_norm": dense_looped and draw(st.booleans()),
-        "loop": draw(loops(scheme)),
+        "qk_norm_over": "all_heads" if olmo else "head",
+        "input_norms": not olmo,
+        "attention_output_norm": olmo or ouro,
+        "ffn_output_norm": olmo or ouro or (dense_looped and draw(st.booleans())),
+        "loop": draw(loops(scheme, ouro)),
     }
     if moe:
         values["moe"] = draw(mixtures(values["layers"]))
@@ -46,9 +52,14 @@ def exportable_configs(draw) -> ModelConfig:
 
 
 @st.composite
-def loops(draw, scheme: str) -> dict:
+def loops(draw, scheme: str, ouro: bool) -> dict:
     if scheme == "no_loop":
         return {"scheme": scheme}
+    if scheme == "vanilla_loop":
+        loop = {"scheme": scheme, "count": draw(SIZES)}
+        if not ouro:
+            return loop | {"normalize_between_loops": draw(st.booleans())}
+        return loop | {"exit_gate": True, "exit_threshold": draw(st.sampled_from([0.5, 1.0]))}
     loop = {"scheme": scheme, "count": draw(SIZES), "window": draw(st.integers(1, 70))}
     if scheme == "loop_kv_share_window":
         return loop | {"gate_input": "query", "normalize_between_loops": False}

@@ -3,6 +3,7 @@
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.golden.huggingface import GOLDEN
 from tests.interop.damage import (
     EMBEDDING,
     FIRST,
@@ -10,6 +11,7 @@ from tests.interop.damage import (
     MODEL,
     SECOND,
     copy_case,
+    copy_folder,
     make_run,
     saved_model,
     write_index,
@@ -20,6 +22,11 @@ from tests.models import small_config
 @pytest.fixture
 def llama(tmp_path):
     return copy_case("llama", tmp_path / "source")
+
+
+@pytest.fixture
+def nanbeige(tmp_path):
+    return copy_folder(GOLDEN.parent / "nanbeige" / "nanbeige_l2", tmp_path / "source")
 
 
 @pytest.fixture

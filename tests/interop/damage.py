@@ -33,9 +33,14 @@ MOE = {"experts": 4, "experts_per_token": 2, "expert_width": 8, "routing": "topk
 
 def copy_case(name, folder):
     """Copies a checkpoint of transformers, which the test may damage."""
+    return copy_folder(CASES / name, folder)
+
+
+def copy_folder(source, folder):
+    """Copies a golden checkpoint, which the test may damage."""
     folder.mkdir()
     for file in ("config.json", MODEL):
-        shutil.copyfile(CASES / name / file, folder / file)
+        shutil.copyfile(source / file, folder / file)
     return folder
 
 

@@ -45,6 +45,51 @@ LOOPCODER_V2 = {
     "plt_normalize_per_loop": True,
     "plt_gate_use_hidden_states": True,
 }
+NANBEIGE = {
+    "architectures": ["NanbeigeForCausalLM"],
+    "model_type": "nanbeige",
+    "vocab_size": 166144,
+    "hidden_size": 3072,
+    "intermediate_size": 10752,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 48,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 70000000.0,
+    "tie_word_embeddings": False,
+    "kv_channels": 128,
+    "num_loops": 2,
+    "loop_loss_weights": [],
+    "skip_loop_final_norm": False,
+}
+OURO = {
+    "architectures": ["OuroForCausalLM"],
+    "model_type": "ouro",
+    "vocab_size": 49152,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 65536,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "total_ut_steps": 4,
+    "early_exit_threshold": 1.0,
+}
+OLMO2 = {
+    "input_norms": False,
+    "attention_output_norm": True,
+    "ffn_output_norm": True,
+    "qk_norm": True,
+    "qk_norm_over": "all_heads",
+}
 IQUEST_LOOP = {
     **{key: LOOPCODER_V2[key] for key in LOOPCODER_V2 if not key.startswith("plt_")},
     "architectures": ["IQuestLoopCoderForCausalLM"],
@@ -62,7 +107,12 @@ def read_config(values):
 
 @pytest.mark.parametrize(
     ("name", "values"),
-    [("loopcoder_v2", LOOPCODER_V2), ("iquest_coder_v1_40b_loop", IQUEST_LOOP)],
+    [
+        ("loopcoder_v2", LOOPCODER_V2),
+        ("iquest_coder_v1_40b_loop", IQUEST_LOOP),
+        ("nanbeige_4.2_3b", NANBEIGE),
+        ("ouro_1.4b", OURO),
+    ],
 )
 def test_shipped_configs_are_the_published_shapes(name, values):
     shipped = load_config(REPOSITORY / "configs" / f"{name}.yaml").model
@@ -90,6 +140,7 @@ def test_a_written_config_is_read_back(config):
         ({"qkv_bias": True}, "qwen2"),
         ({"qk_norm": True}, "qwen3"),
         ({"qk_norm": True, "qkv_bias": True, "output_bias": True}, "qwen3"),
+        (OLMO2, "olmo2"),
     ],
 )
 def test_the_model_type_for_dense_models(options, name):
@@ -129,7 +180,29 @@ def test_only_leading_layers_may_be_dense():
     [
         (small_config("clp"), "model.loop.scheme clp has no Hugging Face model type"),
         (small_config("clp_kv_share"), "scheme clp_kv_share has no"),
-        (small_config("vanilla_loop"), "scheme vanilla_loop has no"),
+        (small_config("vanilla_loop", moe={"experts": 2}), "vanilla_loop with experts has no"),
+        (small_config("vanilla_loop", qk_norm=True), "model.qk_norm is True, which"),
+        (small_config("vanilla_loop", exit_gate=True), "model.attention_output_norm is False"),
+        (
+            small_config("vanilla_loop", attention_output_norm=True, ffn_output_norm=True),
+            "model.loop.exit_gate is False, which",
+        ),
+        (
+            small_config(
+                "vanilla_loop",
+                attention_output_norm=True,
+                ffn_output_norm=True,
+                exit_gate=True,
+                normalize_between_loops=False,
+            ),
+            "model.loop.normalize_between_loops is False, which",
+        ),
+        (small_config("plt", last_layer=0), "model.loop.last_layer is 0, which"),
+        (small_config("vanilla_loop", first_layer=1), "model.loop.first_layer is 1, which"),
+        (
+            small_config("plt", qk_norm=True, qk_norm_over="all_heads"),
+            "model.qk_norm_over is all_heads, which",
+        ),
         (small_config("no_loop", 1, moe={"experts": 2}), "model.qk_norm is False, which"),
         (
             small_config("loop_kv_share_window", moe={"experts": 2}),
@@ -172,6 +245,42 @@ def test_absent_keys_have_the_defaults_of_their_type():
     assert plt.loop.normalize_between_loops
     loop = read_config({"model_type": "iquestloopcoder", **SHAPE}).loop
     assert (loop.count, loop.window, loop.normalize_between_loops) == (2, 64, False)
+
+
+def test_defaults_of_the_looped_and_the_plain_types():
+    nanbeige = read_config({"model_type": "nanbeige", **SHAPE, "kv_channels": 32})
+    loop = nanbeige.loop
+    assert nanbeige.head_width == 32  # Megatron's name of it
+    assert (loop.scheme, loop.count, loop.normalize_between_loops) == ("vanilla_loop", 1, True)
+    ouro = read_config({"model_type": "ouro", **SHAPE})
+    assert (ouro.loop.count, ouro.loop.exit_gate, ouro.loop.exit_threshold) == (4, True, 1.0)
+    assert ouro.input_norms and ouro.attention_output_norm and ouro.ffn_output_norm
+    olmo2 = read_config({"model_type": "olmo2", **SHAPE})
+    assert {name: getattr(olmo2, name) for name in OLMO2} == OLMO2
+    assert (olmo2.rope_theta, olmo2.norm_epsilon) == (10000.0, 1e-5)
+    coder = read_config({"model_type": "iquestcoder", **SHAPE})
+    assert (coder.rope_theta, coder.norm_epsilon, coder.loop.scheme) == (5e5, 1e-5, "no_loop")
+
+
+def test_loss_weights_count_nanbeiges_loops():
+    def count(**keys):
+        return read_config({"model_type": "nanbeige", **SHAPE, **keys}).loop.count
+
+    assert count(loop_loss_weights=[0.1, 0.2]) == 3
+    assert count(loop_loss_weights=[0.1, 0.2], num_loops=2) == 3
+    assert count(loop_loss_weights=[], num_loops=2) == 2
+
+
+def test_mistral_has_a_window_unless_null_says_that_it_has_none():
+    mistral = {"model_type": "mistral", **SHAPE}
+    llama = read_config({"model_type": "llama", **SHAPE})
+    longer = {"max_position_embeddings": 8192}
+    assert read_config(mistral) == llama  # a window of 4096 holds all 128 positions
+    assert read_config(mistral | {"sliding_window": 128}) == llama
+    assert read_config(mistral | longer | {"sliding_window": None}).max_length == 8192
+    for keys in (longer, longer | {"sliding_window": 4096}, {"sliding_window": 127}):
+        with pytest.raises(InputError, match=r"sliding_window is .* not supported; known: none"):
+            read_config(mistral | keys)
 
 
 def test_a_null_counts_as_an_absent_key():

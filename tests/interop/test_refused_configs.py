@@ -1,8 +1,10 @@
 """A config.json that the model does not support is refused in one line, and nothing is written."""
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from plt_jax import load_huggingface
+from tests.golden.huggingface import GOLDEN
 from tests.interop.damage import (
     MOE,
     REMOVED,
@@ -10,6 +12,7 @@ from tests.interop.damage import (
     assert_same_params,
     change_config,
     copy_case,
+    copy_folder,
     saved_model,
 )
 
@@ -259,17 +262,96 @@ def test_a_llama3_scaling_with_an_impossible_value_is_refused(llama, change, nam
         ("hidden_act", "gelu"),
         ("mlp_bias", True),
         ("use_sliding_window", True),
-        ("sliding_window", 4096),
+        ("sliding_window", 32),
         ("quantization_config", {"quant_method": "fp8"}),
         ("mlp_only_layers", [0]),
         ("decoder_sparse_step", 2),
         ("clip_qkv", 8.0),
         ("partial_rotary_factor", 0.5),
+        ("early_exit_step", 1),
+        ("enable_mhc", True),
     ],
 )
 def test_arithmetic_that_the_model_does_not_have_is_refused_by_name(llama, key, value):
     change_config(llama, **{key: value})
     assert_import_refused(llama, llama / "config.json", f"{key} is {value!r}", "not supported")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("qk_layernorm", True),
+        ("emb_neighbor_num", 0),
+        ("insert_ngram_layer_idx", [1]),
+        ("ngram_insert_all_layers", True),
+        ("enable_double_loop_split", True),
+        ("loop_middle_layers", [0, 1]),
+        ("loop_middle_layers", 2),
+        ("loop_share_kv", True),
+        ("enable_hyper_connection", True),
+        ("enable_mhc", True),
+        ("enable_h_res_identity", True),
+        ("enable_depth_attention", True),
+    ],
+)
+def test_nanbeiges_other_architectures_are_refused_by_name(nanbeige, key, value):
+    change_config(nanbeige, **{key: value})
+    assert_import_refused(nanbeige, nanbeige / "config.json", f"{key} is {value!r}")
+
+
+def test_nanbeiges_keys_that_change_nothing_are_read(nanbeige):
+    expected, _ = load_huggingface(nanbeige)
+    nothing = {"qk_layernorm": False, "emb_neighbor_num": None, "insert_ngram_layer_idx": []}
+    nothing |= {"loop_middle_layers": [], "loop_share_kv": False, "enable_mhc": False}
+    change_config(nanbeige, **nothing, loop_loss_weights=[])
+    assert load_huggingface(nanbeige)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_loops", 2),
+        ("total_ut_steps", 4),
+        ("skip_loop_final_norm", False),
+        ("loop_loss_weights", [0.5]),
+    ],
+)
+def test_loops_of_another_model_type_are_refused_by_name(llama, key, value):
+    change_config(llama, **{key: value})
+    assert_import_refused(llama, llama / "config.json", f"{key} is {value!r}", "how a model loops")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_loops", 0), ("num_loops", "2"), ("skip_loop_final_norm", 1), ("num_loops", 2.5)],
+)
+def test_impossible_loops_are_refused(nanbeige, key, value):
+    change_config(nanbeige, **{key: value})
+    assert_import_refused(nanbeige, nanbeige / "config.json", key)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("early_exit_threshold", 0.0, "exit_threshold"),
+        ("early_exit_threshold", 1.5, "exit_threshold"),
+        ("attention_bias", True, "model_type ouro has no biases"),
+        ("total_ut_steps", -1, "total_ut_steps"),
+    ],
+)
+def test_an_ouro_that_cannot_be_is_refused(tmp_path, key, value, named):
+    ouro = copy_folder(GOLDEN.parent / "ouro" / "ouro_l2_wide_heads", tmp_path / "source")
+    change_config(ouro, **{key: value})
+    assert_import_refused(ouro, ouro / "config.json", named)
+
+
+def test_an_ouro_without_its_gate_is_refused(tmp_path):
+    """It would be a nanbeige with sandwich norms, which no model type is."""
+    ouro = copy_folder(GOLDEN.parent / "ouro" / "ouro_l2_wide_heads", tmp_path / "source")
+    tensors = load_file(ouro / "model.safetensors")
+    del tensors["model.early_exit_gate.bias"]
+    save_file(tensors, ouro / "model.safetensors")
+    assert_import_refused(ouro, ouro, "tensor model.early_exit_gate.bias (1,) is missing")
 
 
 def test_a_layer_with_a_sliding_window_is_refused(llama):

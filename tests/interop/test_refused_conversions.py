@@ -30,15 +30,15 @@ from tests.training.runs import (
 # Exports.
 
 
-@pytest.mark.parametrize("scheme", ["clp", "vanilla_loop", "clp_kv_share"])
+@pytest.mark.parametrize("scheme", ["clp", "clp_kv_share"])
 def test_a_scheme_without_a_public_type_is_refused(tmp_path, scheme):
     config = small_config(scheme)
     assert_export_refused(tmp_path, config, random_params(config), "model.loop.scheme", scheme)
 
 
 def test_a_run_of_a_scheme_without_a_public_type_is_refused(tmp_path):
-    run = make_run(tmp_path / "run", small_config("vanilla_loop"))
-    assert_command_refused(tmp_path, [CONVERT, "export", run, tmp_path / "new"], "vanilla_loop")
+    run = make_run(tmp_path / "run", small_config("clp"))
+    assert_command_refused(tmp_path, [CONVERT, "export", run, tmp_path / "new"], "scheme clp")
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,8 @@ def test_a_run_of_a_scheme_without_a_public_type_is_refused(tmp_path):
         (("loop_kv_share_window",), {"moe": MOE}, "loop_kv_share_window with experts"),
         (("loop_kv_share_window",), {}, "normalize_between_loops is True"),
         (("plt",), {"moe": MOE}, "model.qk_norm is False"),
+        (("plt",), {"first_layer": 1}, "model.loop.first_layer is 1"),
+        (("vanilla_loop",), {"exit_gate": True}, "model.attention_output_norm is False"),
         (
             ("plt",),
             {"qk_norm": True, "moe": MOE | {"renormalize": False, "routing": "softmax_then_topk"}},

@@ -43,6 +43,8 @@ def repeating(scheme, count, **settings) -> LoopConfig:
         (repeating("plt", 3, gate_input="hidden", normalize_between_loops=False), CLOSED_GATE_BIAS),
         (repeating("clp_kv_share", 2), 0.0),
         (repeating("clp", 4), 0.0),
+        (repeating("plt", 3, first_layer=1), CLOSED_GATE_BIAS),
+        (repeating("clp_kv_share", 2, last_layer=0), 0.0),
     ],
     ids=str,
 )
@@ -53,6 +55,29 @@ def test_without_hidden_states_and_window_the_logits_are_the_sources(loop, gate_
     np.testing.assert_allclose(
         logits_of(looped, looped_params), logits_of(DENSE, params), rtol=0, atol=1e-6
     )
+
+
+@pytest.mark.slow(reason="compiles several programs")
+def test_layers_in_the_middle_of_a_mixture_are_given_loops():
+    moe = {"experts": 4, "expert_width": 8, "dense_layers": 2, "bias_update_rate": 0.1}
+    config = small_config("no_loop", 1, max_length=32, layers=5, moe=moe)
+    params = random_params(config)
+    loop = repeating("plt", 3, first_layer=1, last_layer=3)
+    looped, looped_params = retrofit(config, params, loop, CLOSED_GATE_BIAS)
+    stacks = {name: len(looped_params[name]["q"]) for name in looped_params if "layers" in name}
+    assert stacks == {"dense_layers": 1, "layers": 2}
+    assert len(looped_params["dense_prelude"]["q"]) == len(looped_params["coda"]["q"]) == 1
+    assert looped_params["layers"]["router_bias"].shape == (2, 3, 4)
+    assert looped_params["coda"]["router_bias"].shape == (1, 1, 4)
+    np.testing.assert_array_equal(looped_params["loop_norm"], np.ones(16))
+    np.testing.assert_allclose(
+        logits_of(looped, looped_params), logits_of(config, params), rtol=0, atol=1e-6
+    )
+
+
+def test_layers_that_the_model_does_not_have_cannot_loop():
+    with pytest.raises(InputError, match="layers 0 to 7 are to loop, but the model has layers 0"):
+        retrofit(DENSE, random_params(DENSE), repeating("plt", 2, last_layer=7))
 
 
 @pytest.mark.slow(reason="compiles several programs")

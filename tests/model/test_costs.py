@@ -96,7 +96,7 @@ def test_flops_of_a_hand_counted_model():
 
 def test_the_description_names_the_figures():
     text = command("plt_jax.describe", CONFIGS / "plt_moe_1b_7b.yaml").out
-    assert "plt, loops 2, 16 layers of width 2048, 8 of 64 experts" in text
+    assert "plt, 2 loops through 16 layers of width 2048, 8 of 64 experts" in text
     assert re.search(r"^parameters +6,918,609,152$", text, re.MULTILINE)
     assert re.search(r"^  active per token +1,281,464,576$", text, re.MULTILINE)
     assert re.search(r"^  bytes per token +131,072$", text, re.MULTILINE)

@@ -32,6 +32,8 @@ B, T = 2, 24
 # Ids that come back (7), and documents of one token: inside, first and last.
 SEGMENTS = np.array([[7] * 10 + [3] + [7] * 9 + [0] * 4, [1] + [2] * 13 + [5] + [2] * 8 + [1]])
 
+MIXTURE = {"experts": 4, "expert_width": 8, "bias_update_rate": 0.1}
+
 VARIANTS = {
     "window_of_one": small_config(window=1, gate_input="hidden", qkv_bias=True),
     "window_beyond_the_end": small_config(window=30, qk_norm=True),
@@ -55,6 +57,28 @@ VARIANTS = {
     ),
     "own_keys_per_head": small_config(
         "clp", 3, embedding_scale=0.5, normalize_between_loops=False, kv_heads=4, rope_theta=100.0
+    ),
+    "the_middle_loops": small_config(layers=4, first_layer=1, last_layer=2),
+    "the_middle_loops_serially": small_config(
+        "vanilla_loop", 3, layers=4, first_layer=1, last_layer=2, normalize_between_loops=False
+    ),
+    "a_prelude": small_config("clp", 3, layers=3, first_layer=1, embedding_scale=0.5),
+    "a_coda": small_config("loop_kv_share_window", 4, layers=3, last_layer=1),
+    "the_middle_loops_experts": small_config(
+        "plt", 3, layers=4, first_layer=1, last_layer=2, moe=MIXTURE | {"dense_layers": 2}
+    ),
+    "dense_loops_before_experts": small_config(
+        "plt", 2, layers=3, last_layer=1, moe=MIXTURE | {"dense_layers": 2}
+    ),
+    "post_norm": small_config(
+        input_norms=False,
+        attention_output_norm=True,
+        ffn_output_norm=True,
+        qk_norm=True,
+        qk_norm_over="all_heads",
+    ),
+    "sandwich": small_config(
+        "vanilla_loop", 3, attention_output_norm=True, ffn_output_norm=True, output_bias=True
     ),
     "biases_stretched_rope": small_config(
         qkv_bias=True,
@@ -84,7 +108,8 @@ def check_against_reference(config: ModelConfig, tokens, segment_ids, positions=
     gates = [mean for mean in expected["gate_means"] if mean is not None]
     assert (states.gate_LJB is None) == (not gates)
     if gates:
-        gates_LJB = np.reshape(gates, (config.loop.count - 1, config.layers, -1))
+        shape = config.loop.count - 1, len(config.looped_layers), -1
+        gates_LJB = np.reshape(gates, shape)
         assert largest_difference(states.gate_LJB, gates_LJB) < TOLERANCE
     assert largest_difference(logits, expected["logits"]) < TOLERANCE
 
@@ -135,10 +160,17 @@ def test_any_packing(scheme, seed, share):
     check_against_reference(config, random_tokens(config, B, T, seed), segment_ids)
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_readout_of_every_loop(normalize):
-    """The head on each loop's normed output; the last loop's is the model's."""
-    config = small_config("plt", 3, normalize_between_loops=normalize)
+READOUTS = {
+    "normed between": small_config("plt", 3),
+    "raw between": small_config("plt", 3, normalize_between_loops=False),
+    "behind a coda": small_config("plt", 3, layers=3, last_layer=1),
+}
+
+
+@pytest.mark.parametrize("case", slow_but(["raw between"], READOUTS, "compiles another model"))
+def test_readout_of_every_loop(case):
+    """What the head says if each loop is the last; the last loop's is the model's."""
+    config = READOUTS[case]
     params, tokens = random_params(config), random_tokens(config, B, T)
     logits = jax.jit(
         lambda params: Transformer(config).apply(
@@ -146,10 +178,13 @@ def test_readout_of_every_loop(normalize):
         )
     )(params)
     expected = reference.forward(reference_settings(config), params, tokens, SEGMENTS)
-    states = np.stack(expected["raw_loops"])
-    normed = reference.rms_norm(states, params["final_norm"], config.norm_epsilon)
-    assert largest_difference(logits, normed @ params["head"]) < TOLERANCE
+    readouts = np.stack(expected["readouts"])
+    assert largest_difference(logits, readouts @ params["head"]) < TOLERANCE
     assert largest_difference(logits[-1], expected["logits"]) < TOLERANCE
+    for count in range(1, config.loop.count):  # of fewer loops, it is the model
+        fewer = reference_settings(with_loops(config, params, count)[0])
+        shorter = reference.forward(fewer, params, tokens, SEGMENTS)["logits"]
+        assert largest_difference(logits[count - 1], shorter) < TOLERANCE
 
 
 @pytest.mark.parametrize(("scheme", "count"), [case for case in LOOPED if case[1] == 1])

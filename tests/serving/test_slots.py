@@ -176,13 +176,17 @@ def test_log_probabilities_are_those_of_the_forward_pass():
         assert entry.alternatives.tokens[0] == order[0]
 
 
-@pytest.mark.parametrize(
-    ("scheme", "normalize"),
-    [("plt", True), ("plt", False), ("vanilla_loop", False)],
-    ids=["plt, normed between", "plt, raw between", "vanilla_loop, raw between"],
-)
-def test_each_request_has_its_own_number_of_loops(scheme, normalize):
-    config = small_config(scheme, 3, normalize_between_loops=normalize)
+OWN_LOOPS = {
+    "plt, normed between": small_config("plt", 3),
+    "plt, raw between": small_config("plt", 3, normalize_between_loops=False),
+    "vanilla_loop, raw between": small_config("vanilla_loop", 3, normalize_between_loops=False),
+    "plt, behind a coda": small_config("plt", 3, layers=3, first_layer=1, last_layer=1),
+}
+
+
+@pytest.mark.parametrize("case", OWN_LOOPS)
+def test_each_request_has_its_own_number_of_loops(case):
+    config = OWN_LOOPS[case]
     requests = random_requests(6, seed=2, log_probabilities=True)
     for index, request in enumerate(requests):
         request.sampling = SlotSampling(loops=index % 3 + 1)

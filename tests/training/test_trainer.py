@@ -108,7 +108,7 @@ def test_what_is_printed(finished, tmp_path, capsys):
     parameters = sum(leaf.size for leaf in jax.tree.leaves(saved_state(config).params))
     for expected in (
         f"run directory {tmp_path / 'run'}\n",
-        f"model: plt, 2 loops, {parameters:,} parameters, float32\n",
+        f"model: plt, 2 loops through 2 layers, {parameters:,} parameters, float32\n",
         "training text: 9 documents, ",
         "validation text: 3 documents, ",
         "devices: 1 cpu (data 1 x fsdp 1 x expert 1 x context 1 x tensor 1)\n"

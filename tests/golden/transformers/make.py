@@ -5,10 +5,13 @@ They test the import of the model types that the golden cases do not have. Each 
 [2, 24], `logits` float32 [2, 24, 67]. Made with torch 2.15.0 and transformers 5.23.0 on a CPU:
 
     pip install torch transformers
-    python tests/golden/transformers/make.py
+    python tests/golden/transformers/make.py [NAME ...]
+
+The cases of mistral and olmo2 were made with torch 2.13.0 and transformers 5.24.0.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,10 @@ import torch
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -60,13 +67,26 @@ CASES = {
         Qwen3ForCausalLM,
         Qwen3Config(**SHAPE, head_dim=12, tie_word_embeddings=False, attention_bias=True),
     ),
+    "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=None, head_dim=10)),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config(**SHAPE, eos_token_id=2, tie_word_embeddings=False)),
+    "olmo2_biases_one_key_head": (
+        Olmo2ForCausalLM,
+        Olmo2Config(
+            **SHAPE | {"num_key_value_heads": 1},
+            eos_token_id=2,
+            tie_word_embeddings=True,
+            attention_bias=True,
+        ),
+    ),
 }
 
 
 def main():
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, 67, (2, 24)))
-    for number, (name, (model_class, config)) in enumerate(CASES.items()):
-        torch.manual_seed(number)
+    for name, (model_class, config) in CASES.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        torch.manual_seed(list(CASES).index(name))
         model = model_class(config).eval()
         for parameter in model.parameters():  # also of norms and biases, so that they matter
             parameter.data.add_(0.2 * torch.randn_like(parameter))
