@@ -71,7 +71,8 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
         for index in range(loop.count):
             if index > 0 and loop.scheme in SHIFTED_SCHEMES:
                 carried = shift(hidden_loops[index - 1], document)
-                x = loop.embedding_scale * embedded + loop.hidden_scale * carried
+                scale = params.get("hidden_scale", loop.hidden_scale)  # a number, or [D]
+                x = loop.embedding_scale * embedded + scale * carried
             elif index > 0:
                 x = hidden_loops[index - 1]
             for j in looped:
@@ -189,7 +190,7 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
         update = update + layer["o_bias"]
     if settings.attention_output_norm:
         update = rms_norm(update, layer["attention_output_norm"], epsilon)
-    x = x + update
+    x = x + settings.residual_scale * update
 
     normed = rms_norm(x, layer["ffn_norm"], epsilon) if settings.input_norms else x
     if "router" in layer:
@@ -198,7 +199,7 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
         update = swiglu(normed, layer["ffn_gate"], layer["ffn_up"], layer["ffn_down"])
     if settings.ffn_output_norm:
         update = rms_norm(update, layer["ffn_output_norm"], epsilon)
-    return x + update, (k, v), g
+    return x + settings.residual_scale * update, (k, v), g
 
 
 def attention(q, k, v, mask):

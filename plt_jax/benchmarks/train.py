@@ -38,8 +38,8 @@ from plt_jax.model.arithmetic import train_flops
 from plt_jax.model.attention import choose_backend
 from plt_jax.reports.tables import table_of
 from plt_jax.training.guard import Limits
+from plt_jax.training.objective import Batch
 from plt_jax.training.program import TrainProgram
-from plt_jax.training.step import Batch
 
 Report = dict[str, Any]
 

@@ -20,6 +20,7 @@ SCORES = "scores"
 EXACT_MATCH = "--exact_match"
 BY_DOCUMENT = "--by_document"
 LOOPS = "--loops"
+EXIT = "--exit"
 TASKS = "--tasks and --suite"
 """The modes of evaluation. SCORES is the one without an option that chooses it."""
 
@@ -63,13 +64,13 @@ class Option(NamedTuple):
 OPTIONS = (
     Option(
         "text",
-        (SCORES, BY_DOCUMENT, LOOPS),
+        (SCORES, BY_DOCUMENT, LOOPS, EXIT),
         "text file, or folder of .txt files, to evaluate on instead of the run's held-out "
         "documents",
     ),
     Option(
         "batch_size",
-        (SCORES, EXACT_MATCH, BY_DOCUMENT, TASKS),
+        (SCORES, EXACT_MATCH, BY_DOCUMENT, EXIT, TASKS),
         "sequences per batch; default the run's evaluation.batch_size",
         int,
     ),
@@ -124,6 +125,12 @@ OPTIONS = (
         "number of sequences, evenly spaced over the text; default 16",
         int,
     ),
+    Option(
+        "exit",
+        (EXIT,),
+        "rules by which a token runs no further loop, as kl:0.01,entropy:0.5,gate",
+        chooses_mode=True,
+    ),
     Option("tasks", (TASKS,), "names of tasks or groups, as a,b", chooses_mode=True),
     Option(
         "suite",
@@ -170,8 +177,8 @@ def make_parser() -> CommandParser:
     parser = CommandParser(
         description="Evaluate a trained model. By default: loss, perplexity and bits per byte on "
         "held-out text, for the last loop and read out at every loop; writes eval.json in the run "
-        "directory. --exact_match, --by_document, --loops, --tasks and --suite choose another "
-        "evaluation."
+        "directory. --exact_match, --by_document, --loops, --exit, --tasks and --suite choose "
+        "another evaluation."
     )
     parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
     sections = {
@@ -249,6 +256,12 @@ def run_loops(arguments: Namespace) -> Report:
     return evaluate_loops(arguments.path, arguments.text, sequences)
 
 
+def run_exits(arguments: Namespace) -> Report:
+    from plt_jax.evaluation.exits import evaluate_exits
+
+    return evaluate_exits(arguments.path, arguments.exit, arguments.text, arguments.batch_size)
+
+
 def run_tasks(arguments: Namespace) -> Report:
     from plt_jax.evaluation.tasks import SUITES, evaluate_tasks
 
@@ -282,6 +295,7 @@ MODES = {
         "each document separately", "Writes documents.json and documents.jsonl.", run_documents
     ),
     LOOPS: Mode("what each loop does", "Writes loops.json and a page, loops.html.", run_loops),
+    EXIT: Mode("loops that each token needs", "Writes exits.json.", run_exits),
     TASKS: Mode(
         "tasks of the lm-evaluation-harness",
         "Needs pip install 'plt_jax[lm_eval]'; writes tasks.json.",

@@ -16,8 +16,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from plt_jax.distributed.mesh import mesh_axes, use_mesh
+from plt_jax.training.objective import batch_loss
 from plt_jax.training.program import TrainProgram
-from plt_jax.training.step import batch_loss
 
 
 class Activations(NamedTuple):
@@ -45,7 +45,7 @@ def kept_activations(program: TrainProgram) -> Activations:
 
     def kept(params: Any, batch: Any) -> list[jax.Array]:
         def loss(params):
-            return batch_loss(config.model, params, batch, config.training.z_loss)
+            return batch_loss(config, params, batch, 0)
 
         return jax.tree.leaves(jax.vjp(loss, params, has_aux=True)[1])
 

@@ -61,6 +61,11 @@ class LoopConfig(Section):
     """Scale a of the embeddings in the input of loops > 1 (shifted schemes)."""
     hidden_scale: Number = 1.0
     """Scale b of the previous loop's shifted output in the input of loops > 1 (shifted schemes)."""
+    learned_hidden_scale: bool = False
+    """Make b a parameter, one number for each channel, which starts at hidden_scale."""
+    gate_bias: Number = 0.0
+    """Initial bias of G-SWA's gates: at 0 loop 1's keys and the window begin with equal weight, at
+    4 the window with 2 %."""
     normalize_between_loops: bool = True
     """Apply a norm to each loop's output before the next loop reads it: the final norm, or, if
     layers follow the loops (last_layer), one of its own."""
@@ -250,6 +255,10 @@ class ModelConfig(Section):
     """Biases on the query, key and value projections."""
     output_bias: bool = False
     """A bias on attention's output projection."""
+    residual_scale: PositiveFloat = 1.0
+    """Factor of attention's and the feed-forward layer's outputs in the residual sums. With 1 over
+    the layers times the square root of the loops, good learning rates are the same for any number
+    of loops (arXiv 2606.18524)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters, norms, softmax and logits stay float32."""
     attention: MayChange[Literal["auto", "xla", "cudnn", "splash"]] = "auto"
@@ -312,6 +321,11 @@ class ModelConfig(Section):
                 "true; else the layers would add states that no norm has seen"
             )
         loop = self.loop
+        if loop.learned_hidden_scale and not loop.shifted:
+            raise ValueError(
+                f"loop.learned_hidden_scale is true, but the scheme {loop.scheme} has no "
+                "hidden_scale; set it to false"
+            )
         if max(loop.first_layer, loop.last_layer or 0) >= self.layers:
             raise ValueError(
                 f"loop.first_layer {loop.first_layer} and loop.last_layer {loop.last_layer} must "

@@ -60,7 +60,36 @@ class RunConfig(Section):
                 f"data.sequence_length {self.data.sequence_length} is above model.max_length "
                 f"{self.model.max_length}; lower the one or raise the other"
             )
+        self._check_loop_losses()
         return self
+
+    def _check_loop_losses(self) -> None:
+        training, loop = self.training, self.model.loop
+        for name, length in (("loop_losses", loop.count - 1), ("loop_counts", loop.count)):
+            weights = getattr(training, name)
+            if weights and len(weights) != length:
+                raise ValueError(
+                    f"training.{name} has {len(weights)} numbers, but a model of {loop.count} "
+                    f"loops needs {length}"
+                )
+        if training.loop_counts and not sum(training.loop_counts):
+            raise ValueError("training.loop_counts are all 0; one must be above it")
+        if training.exit_entropy is not None and not loop.exit_gate:
+            raise ValueError(
+                "training.exit_entropy trains an exit gate; set model.loop.exit_gate to true"
+            )
+        ways = ("loop_losses", "exit_entropy", "loop_counts")
+        given = [name for name in ways if getattr(training, name) not in ((), None)]
+        if len(given) > 1:
+            raise ValueError(
+                f"training.{given[0]} and training.{given[1]} are two ways to weigh the loops' "
+                "losses; choose one"
+            )
+        if training.hidden_scale_warmup and not loop.shifted:
+            raise ValueError(
+                f"training.hidden_scale_warmup grows hidden_scale, which the scheme {loop.scheme} "
+                "does not have; leave it out"
+            )
 
     @property
     def directory(self) -> Path:

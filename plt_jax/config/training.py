@@ -84,6 +84,19 @@ class TrainingConfig(Section):
     """Number of micro-batches per step, whose gradients are summed; it must divide batch_size."""
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-normaliser of the output softmax, added to the loss."""
+    loop_losses: tuple[NonNegativeFloat, ...] = ()
+    """Weights of the losses after each loop but the last, from the first loop on, beside the last
+    one's weight of 1 (Nanbeige's loop_loss_weights); empty for the last loop's loss alone."""
+    exit_entropy: NonNegativeFloat | None = None
+    """Weight beta of the entropy of exits: the loss is then the expected loss over the exit gate's
+    distribution, minus beta times its entropy (Ouro, arXiv 2510.25741). Null: the gate, if there is
+    one, is not trained."""
+    loop_counts: tuple[NonNegativeFloat, ...] = ()
+    """Shares of steps whose loss is taken after 1, 2, ... loops, all of one step alike; empty for
+    the last loop always. Every step runs all loops, so that one program serves all."""
+    hidden_scale_warmup: Fraction = 0.0
+    """Share of training.steps in which model.loop.hidden_scale grows linearly from 0 to its value,
+    so that a retrofitted model starts as its source."""
     log_every: MayChange[PositiveInt] = 10
     """Steps between rows of training metrics."""
     evaluate_every: MayChange[PositiveInt] = 200

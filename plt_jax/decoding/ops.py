@@ -48,6 +48,11 @@ def norms_of(config: ModelConfig, weights: DecodeWeights) -> Norms:
     return Norms(final, partial(rms_norm, scale=weights.loop_norm, epsilon=config.norm_epsilon))
 
 
+def hidden_scale_of(config: ModelConfig, weights: DecodeWeights) -> float | jax.Array:
+    """The scale b of the previous loop's output, or its scales by channel, [D]."""
+    return config.loop.hidden_scale if weights.hidden_scale is None else weights.hidden_scale
+
+
 def head_logits(weights: DecodeWeights, normed_BTD: jax.Array) -> jax.Array:
     """The head: normed states [B, T, D] to float32 logits [B, T, V]."""
     return linear(normed_BTD, weights.embedding if weights.head is None else weights.head)

@@ -15,7 +15,7 @@ from plt_jax.config.model import Part
 from plt_jax.decoding.attention import attend_causally, attend_window, shard_map_attention
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, read, shard_cache, write
 from plt_jax.decoding.checks import check_chunk
-from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits, norms_of
+from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits, hidden_scale_of, norms_of
 from plt_jax.decoding.placement import CacheShard
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
 from plt_jax.model.attention import blend, choose_backend
@@ -107,7 +107,8 @@ def prefill_outputs(
             output_BCD = loop_output(loop, hidden_BCD, norms.between_loops)
             if loop.shifted:
                 carried.append(_last_or(output_BCD, lengths, before_B1D))
-            x_BCD = next_loop_input(loop, first_BCD, output_BCD, shift)
+            scale = hidden_scale_of(config, weights)
+            x_BCD = next_loop_input(loop, first_BCD, output_BCD, shift, scale)
         hidden_BCD, cache = run("core", index, x_BCD, cache)
         is_last_B = index == loop.count - 1 if loops_B is None else loops_B == index + 1
         read_BCD = jnp.where(jnp.reshape(is_last_B, (-1, 1, 1)), hidden_BCD, read_BCD)

@@ -22,7 +22,7 @@ from plt_jax.decoding.attention import attend, attend_gated, shard_map_attention
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, shard_cache, write
 from plt_jax.decoding.checks import check_step
 from plt_jax.decoding.fused_attention import FUSED_OPS, attend_rows_fused, decode_kernel
-from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits, norms_of
+from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits, hidden_scale_of, norms_of
 from plt_jax.decoding.placement import CacheShard
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode, shard_rows
 from plt_jax.model.block import apply_block
@@ -98,8 +98,9 @@ def step_logits(
     positions = cache.capacity if longest is None else min(longest, cache.capacity)
     run_rows = partial(_run_rows, config, weights, positions)
     first_B1D, cache = run_rows("prelude", range(1), E_B1D, cache)
-    one_pass = config.loop.shifted or config.loop.count == 1
-    run_loops = _run_loops_together if one_pass else _run_loops_in_turn
+    run_loops = _run_loops_in_turn
+    if config.loop.shifted or config.loop.count == 1:
+        run_loops = partial(_run_loops_together, hidden_scale_of(config, weights))
     run_core = partial(run_rows, "core")
     hidden_BLD, cache = run_loops(config.loop, run_core, norms.between_loops, first_B1D, cache)
 
@@ -121,14 +122,19 @@ RunCore = Callable[[range, jax.Array, Cache], tuple[jax.Array, Cache]]
 
 
 def _run_loops_together(
-    loop: LoopConfig, run_core: RunCore, normalize: Norm, first_B1D: jax.Array, cache: Cache
+    hidden_scale: float | jax.Array,
+    loop: LoopConfig,
+    run_core: RunCore,
+    normalize: Norm,
+    first_B1D: jax.Array,
+    cache: Cache,
 ) -> tuple[jax.Array, Cache]:
     """All loops in one pass: their hidden states [B, L, D], and the cache after it."""
     x_BLD = first_B1D
     if loop.count > 1:
         # The cache holds the outputs of the position before: they are shifted already.
         previous = cache.carried.astype(first_B1D.dtype)
-        later_BLD = next_loop_input(loop, first_B1D, previous, shift=lambda output: output)
+        later_BLD = next_loop_input(loop, first_B1D, previous, lambda output: output, hidden_scale)
         x_BLD = jnp.concatenate([first_B1D, later_BLD], axis=1)
     hidden_BLD, cache = run_core(range(loop.count), x_BLD, cache)
     if not cache.carried.shape[1]:

@@ -46,6 +46,8 @@ class DecodeWeights(flax.struct.PyTreeNode):
     loop_norm: jax.Array | None
     """float32 [D], the norm between loops where layers follow the loops; None where it is the
     final norm, or where there is none."""
+    hidden_scale: jax.Array | None
+    """float32 [D], the learned scale of the previous loop's output, if it is learned."""
     head: Weight | None
     """[V, D]; None where the embedding is the head."""
     layers: tuple[dict[str, Any], ...]
@@ -98,6 +100,7 @@ def _prepare(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWe
         embedding=_shard_weight("embedding", embedding),
         final_norm=_shard_weight("final_norm", params["final_norm"]),
         loop_norm=_shard_weight("loop_norm", params.get("loop_norm")),
+        hidden_scale=_shard_weight("hidden_scale", params.get("hidden_scale")),
         head=_shard_weight("head", head),
         layers=tuple(
             _prepare_layer(config, jax.tree.map(operator.itemgetter(j), params[part]))
@@ -175,7 +178,7 @@ def in_dtype(weight: Any, dtype: jnp.dtype | str) -> Any:
     return weight.astype(jnp.dtype(dtype))
 
 
-def _shard_weight(name: str, weight: Weight) -> Any:
+def _shard_weight(name: str, weight: Weight | None) -> Any:
     """Shards a weight over the current mesh.
 
     A dimension that does not divide by all mesh axes of its logical axis is split over those that

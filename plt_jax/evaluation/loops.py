@@ -238,8 +238,11 @@ def run_loops(
     loop = config.loop
     rotation = rope_rotation(config, positions_in_documents(documents_1T))
     embeddings_1TD = embed(tokens_1T, params["embedding"], jnp.dtype(config.dtype))
-    scale = params.get(loop_norm(config))  # None where nothing is normed between loops
-    normalize = partial(rms_norm, scale=scale, epsilon=config.norm_epsilon)
+    normalize = partial(
+        rms_norm,
+        scale=params.get(loop_norm(config)),  # None where nothing is normed between loops
+        epsilon=config.norm_epsilon,
+    )
     shift = partial(shift_states, documents_BT=documents_1T)
     run = partial(run_stacks, config, params, rotation, documents_1T)
     first_1TD = run("prelude", 0, embeddings_1TD, None, None).x_1TD
@@ -251,7 +254,8 @@ def run_loops(
         shared = ran.keys_values if shared is None else shared
         states.append(ran.x_1TD)
         output_1TD = loop_output(loop, ran.x_1TD, normalize)
-        x_1TD = next_loop_input(loop, first_1TD, output_1TD, shift)
+        scale = params.get("hidden_scale", loop.hidden_scale)
+        x_1TD = next_loop_input(loop, first_1TD, output_1TD, shift, scale)
     by_loop = {name: jnp.stack([values[name] for values in measured]) for name in measured[0]}
     return jnp.stack(states)[:, 0].astype(jnp.float32), by_loop
 
@@ -288,7 +292,11 @@ def run_stacks(
     """
     keys_values, maps, measured = {}, {}, []
     for name in stacks_in(config, part):
-        scanned = params[name], shared and shared[name], before and before[name]
+        scanned = (
+            params[name],
+            None if shared is None else shared[name],
+            None if before is None else before[name],
+        )
         step = partial(run_layer, config.of_part(part), index, rotation, documents_1T)
         x_1TD, (keys_values[name], maps[name], values) = jax.lax.scan(step, x_1TD, scanned)
         measured.append(values)

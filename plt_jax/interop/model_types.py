@@ -161,6 +161,8 @@ def choose_model_type(config: ModelConfig) -> str:
         ("output_bias", config.output_bias and not (config.qkv_bias and kind.output_bias)),
         ("loop.first_layer", not whole and loop.first_layer > 0),
         ("loop.last_layer", not whole),
+        ("loop.learned_hidden_scale", loop.learned_hidden_scale),
+        ("residual_scale", config.residual_scale != 1.0),
         ("loop.exit_gate", loop.exit_gate != (name == "ouro")),
         ("loop.normalize_between_loops", name == "ouro" and not loop.normalize_between_loops),
         ("moe.renormalize", moe and not _weights_sum_to_one(config)),

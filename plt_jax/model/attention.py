@@ -27,6 +27,7 @@ from plt_jax.model.kernels import (
 from plt_jax.model.layers import (
     Parameter,
     Rotation,
+    constant_parameter,
     multiplies_rows,
     projection,
     rms_norm,
@@ -68,9 +69,9 @@ def attention_parameters(config: ModelConfig) -> dict[str, Parameter]:
 
 
 def gate_parameters(config: ModelConfig) -> dict[str, Parameter]:
-    """The G-SWA gate of one layer, shared by all loops > 1; zero, so that it starts at 1/2."""
+    """The G-SWA gate of one layer, shared by all loops > 1; by default it starts at 1/2."""
     D, N, H = config.width, config.heads, config.head_width
-    bias = {"gate_bias": zero_parameter((N,), ("heads",))}
+    bias = {"gate_bias": constant_parameter((N,), ("heads",), config.loop.gate_bias)}
     if config.loop.gate_input == "query":
         return bias | {"gate_weight": zero_parameter((N, H), ("heads", "head"))}
     return bias | {

@@ -192,15 +192,19 @@ def apply_block(
     def normed(x_BTD: jax.Array, name: str, on: bool) -> jax.Array:
         return rms_norm(x_BTD, weights[name], config.norm_epsilon) if on else x_BTD
 
+    def scaled(x_BTD: jax.Array) -> jax.Array:
+        return x_BTD if config.residual_scale == 1.0 else config.residual_scale * x_BTD
+
     normed_BTD = normed(x_BTD, "attention_norm", config.input_norms)
     out_BNTH, left = ops.attention(config, weights, x_BTD, normed_BTD, rotation, attend)
     out_BTD = ops.output(weights, out_BNTH)
     if config.output_bias:
         out_BTD += weights["o_bias"].astype(x_BTD.dtype)
-    x_BTD += normed(out_BTD, "attention_output_norm", config.attention_output_norm)
+    x_BTD += scaled(normed(out_BTD, "attention_output_norm", config.attention_output_norm))
     normed_BTD = normed(x_BTD, "ffn_norm", config.input_norms)
     out_BTD, router = ops.feed_forward(config, weights, normed_BTD)
-    return x_BTD + normed(out_BTD, "ffn_output_norm", config.ffn_output_norm), left, router
+    x_BTD += scaled(normed(out_BTD, "ffn_output_norm", config.ffn_output_norm))
+    return x_BTD, left, router
 
 
 class Block(nn.Module):

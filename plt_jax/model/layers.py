@@ -44,6 +44,13 @@ def scale_parameter(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Par
     return Parameter(shape, axes, nn.initializers.ones_init())
 
 
+def constant_parameter(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], value: float
+) -> Parameter:
+    """A parameter that starts at a value."""
+    return Parameter(shape, axes, nn.initializers.constant(value))
+
+
 def zero_parameter(shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Parameter:
     """A parameter that starts at zero."""
     return Parameter(shape, axes, nn.initializers.zeros_init())

@@ -65,6 +65,8 @@ class LoopedModel(Protocol):
 
     def normalize_loop(self, x_BTD: jax.Array) -> jax.Array: ...
 
+    def hidden_scale(self) -> float | jax.Array: ...
+
 
 def shift_states(states_BTD: jax.Array, documents_BT: jax.Array | None) -> jax.Array:
     """Moves states [B, T, D] one position to the right; documents begin with zero."""
@@ -102,6 +104,7 @@ def next_loop_input(
     embeddings: jax.Array,
     output: jax.Array,
     shift: Callable[[jax.Array], jax.Array],
+    hidden_scale: float | jax.Array,
 ) -> jax.Array:
     """The input of a loop > 1, [..., D]: `output` as it is, or a·E + b·shift(output) with CLP.
 
@@ -109,10 +112,11 @@ def next_loop_input(
       embeddings: what loop 1 reads: the embeddings, or the prelude's output.
       output: the previous loop's output [..., D].
       shift: moves each position's output to the next position.
+      hidden_scale: b, or its values by channel [D].
     """
     if not loop.shifted:
         return output
-    mixed = loop.embedding_scale * embeddings + loop.hidden_scale * shift(output)
+    mixed = loop.embedding_scale * embeddings + hidden_scale * shift(output)
     return mixed.astype(embeddings.dtype)
 
 
@@ -160,11 +164,15 @@ def run_loops(
     config: ModelConfig,
     embeddings_BTD: jax.Array,
     context: Context,
+    hidden_share: float | jax.Array = 1.0,
 ) -> LoopStates:
     """Runs the prelude, all loops and the coda over whole sequences; embeddings [B, T, D].
 
     With more than two loops, loops 2..L are one scan that holds the model's parameters fixed, so
     that the program's size does not grow with L.
+
+    Args:
+      hidden_share: factor of the scale of the previous loop's output.
     """
     loop = config.loop
     shift = partial(shift_states, documents_BT=context.documents_BT)
@@ -178,7 +186,8 @@ def run_loops(
 
     def later_loop(model, hidden_BTD, index):
         output_BTD = loop_output(loop, hidden_BTD, model.normalize_loop)
-        x_BTD = next_loop_input(loop, first_BTD, output_BTD, shift)
+        hidden_scale = hidden_share * model.hidden_scale()
+        x_BTD = next_loop_input(loop, first_BTD, output_BTD, shift, hidden_scale)
         hidden_BTD, outputs = model.layers("core", x_BTD, context._replace(loop=index), shared)
         return hidden_BTD, (output_BTD, _ended(hidden_BTD, outputs))
 

@@ -40,13 +40,15 @@ def cross_entropy(logits_BTV: jax.Array, targets_BT: jax.Array) -> tuple[jax.Arr
 
 
 class HeadLoss(NamedTuple):
-    """Sums over all positions, float32 scalars."""
+    """Sums over all positions, float32 scalars, and what they are sums of."""
 
     loss: jax.Array
     """The weighted sum of negative log-likelihoods in nats, and of squared log-normalisers times
     their weight: what training minimises."""
     nll: jax.Array
     """The first of these two sums, to be reported: it has no gradient."""
+    nll_BT: jax.Array
+    """Each position's negative log-likelihood, without its weight, to be reported."""
 
 
 class Gradients(NamedTuple):
@@ -54,6 +56,8 @@ class Gradients(NamedTuple):
 
     states: jax.Array
     """[..., D], in the dtype of the states."""
+    weights: jax.Array
+    """[...], float32."""
     head_DV: jax.Array
     """float32."""
 
@@ -74,12 +78,11 @@ def head_loss(
       states_BTD: normed states [B, T, D].
       head_DV: the head's weight, float32.
       targets_BT: int32 [B, T].
-      weights_BT: float32 [B, T], the weight of each position in the sums; no gradient is taken with
-        respect to it.
+      weights_BT: float32 [B, T], the weight of each position in the sums.
       z_loss: weight of the squared log-normalisers.
     """
     sums: Any = _head_loss(z_loss, states_BTD, head_DV, targets_BT, weights_BT)
-    return HeadLoss(sums.loss, jax.lax.stop_gradient(sums.nll))
+    return HeadLoss(sums.loss, *jax.lax.stop_gradient(sums[1:]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -96,7 +99,7 @@ def _backward(z_loss: float, gradients: Gradients, cotangent: HeadLoss) -> tuple
     # The loss is a scalar: so its gradients are known before the cotangent, but for this factor.
     scale = cotangent.loss
     states = (scale * gradients.states).astype(gradients.states.dtype)
-    return states, scale * gradients.head_DV, None, None
+    return states, scale * gradients.head_DV, None, scale * gradients.weights
 
 
 _head_loss.defvjp(_forward, _backward)
@@ -122,7 +125,8 @@ def _on_each_device(
 
     def local(*arrays):
         loss, gradients = _sums(z_loss, differentiate, vocab, *arrays)
-        loss = jax.lax.psum(loss, (*rows, *length))
+        total, nll = jax.lax.psum((loss.loss, loss.nll), (*rows, *length))
+        loss = HeadLoss(total, nll, loss.nll_BT)
         if gradients is None:
             return loss, None
         gradient_DV = gradients.head_DV
@@ -134,11 +138,11 @@ def _on_each_device(
     states: Any = PartitionSpec(rows, length, None)
     head: Any = PartitionSpec(embed, vocab)
     whole: Any = PartitionSpec()
-    gradients = Gradients(states, head) if differentiate else None
+    gradients = Gradients(states, positions, head) if differentiate else None
     return jax.shard_map(
         local,
         in_specs=(states, PartitionSpec(None, vocab), positions, positions),
-        out_specs=(HeadLoss(whole, whole), gradients),
+        out_specs=(HeadLoss(whole, whole, positions), gradients),
         check_vma=False,  # the gradients are not derived by JAX
     )(states_BTD, head_DV, targets_BT, weights_BT)
 
@@ -175,19 +179,28 @@ def _sums(
 
         def add(sums, arrays):
             loss, gradients = block(*arrays)
-            made = (loss, gradients and gradients.head_DV)
-            return jax.tree.map(jnp.add, sums, made), gradients and gradients.states
+            made = (loss.loss, loss.nll, gradients and gradients.head_DV)
+            kept = gradients and gradients[:2]
+            return jax.tree.map(jnp.add, sums, made), (loss.nll_BT, kept)
 
         zero = jnp.zeros((), jnp.float32)
-        zeros = HeadLoss(zero, zero), jnp.zeros((D, V), jnp.float32) if differentiate else None
-        (loss, gradient_DV), states = jax.lax.scan(add, zeros, padded)
-        gradients = states if states is None else Gradients(states.reshape(-1, D)[:M], gradient_DV)
+        zeros = zero, zero, jnp.zeros((D, V), jnp.float32) if differentiate else None
+        (total, nll, gradient_DV), (nll_bm, kept) = jax.lax.scan(add, zeros, padded)
+        loss = HeadLoss(total, nll, nll_bm.reshape(-1)[:M])
+        gradients = None
+        if kept is not None and gradient_DV is not None:
+            states_bmD, weights_bm = kept
+            gradients = Gradients(
+                states_bmD.reshape(-1, D)[:M], weights_bm.reshape(-1)[:M], gradient_DV
+            )
+    loss = loss._replace(nll_BT=loss.nll_BT.reshape(B, T))
     if gradients is None:
         return loss, None
     states_MD = gradients.states
     if vocab:
         states_MD = jax.lax.psum(states_MD.astype(jnp.float32), vocab).astype(states_BTD.dtype)
-    return loss, gradients._replace(states=states_MD.reshape(B, T, D))
+    weights_BT = gradients.weights.reshape(B, T)
+    return loss, gradients._replace(states=states_MD.reshape(B, T, D), weights=weights_BT)
 
 
 def block_size(positions: int, vocabulary: int) -> tuple[int, int]:
@@ -219,8 +232,9 @@ def _block(
     if vocab:
         total_m, chosen_m = jax.lax.psum((total_m, chosen_m), vocab)
     log_z_m = jnp.log(total_m) + largest_m
-    nll = jnp.sum(weights_m * (log_z_m - chosen_m))
-    loss = HeadLoss(nll + z_loss * jnp.sum(weights_m * jnp.square(log_z_m)), nll)
+    nll_m = log_z_m - chosen_m
+    nll = jnp.sum(weights_m * nll_m)
+    loss = HeadLoss(nll + z_loss * jnp.sum(weights_m * jnp.square(log_z_m)), nll, nll_m)
     if not differentiate:
         return loss, None
     factor_m = weights_m * (1.0 + 2.0 * z_loss * log_z_m) / total_m
@@ -230,5 +244,6 @@ def _block(
         jnp.matmul(gradient_mV, head_DV.T, preferred_element_type=jnp.float32).astype(
             jnp.float32 if vocab else states_mD.dtype
         ),
+        nll_m + z_loss * jnp.square(log_z_m),
         jnp.matmul(states_mD.T, gradient_mV, preferred_element_type=jnp.float32),
     )

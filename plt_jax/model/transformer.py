@@ -25,6 +25,7 @@ from plt_jax.model.block import (
 )
 from plt_jax.model.layers import (
     Parameter,
+    constant_parameter,
     declare,
     embed,
     head_weight,
@@ -56,6 +57,9 @@ def top_parameters(config: ModelConfig) -> dict[str, Parameter]:
     if config.has_coda and (loop.normalize_between_loops or loop.exit_gate):
         # The final norm belongs to the coda's output.
         parameters["loop_norm"] = scale_parameter((D,), ("embed",))
+    if loop.learned_hidden_scale:
+        scale = constant_parameter((D,), ("embed",), loop.hidden_scale)
+        parameters["hidden_scale"] = scale
     if loop.exit_gate:
         parameters["exit_gate"] = zero_parameter((D, 1), ("embed", None))
         parameters["exit_gate_bias"] = zero_parameter((1,), (None,))
@@ -154,15 +158,24 @@ class Transformer(nn.Module):
         scale = self.top[loop_norm(self.config)]
         return rms_norm(x_BTD, scale, self.config.norm_epsilon)
 
+    def hidden_scale(self) -> float | jax.Array:
+        """The scale b of the previous loop's output, or its scales by channel, [D]."""
+        return self.top.get("hidden_scale", self.config.loop.hidden_scale)
+
     def loop_states(
         self,
         tokens_BT: jax.Array,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        hidden_share: float | jax.Array = 1.0,
     ) -> LoopStates:
-        """The states of every loop [L, B, T, D]; arguments as in `__call__`."""
+        """The states of every loop [L, B, T, D]; arguments as in `__call__`.
+
+        Args:
+          hidden_share: factor of the scale of the previous loop's output.
+        """
         context = self.context(tokens_BT, segment_ids, positions)
-        return run_loops(self, self.config, self.embed(tokens_BT), context)
+        return run_loops(self, self.config, self.embed(tokens_BT), context, hidden_share)
 
     def context(
         self,

@@ -16,10 +16,11 @@ from plt_jax.evaluation.perplexity import Evaluation
 from plt_jax.model.arithmetic import train_flops
 from plt_jax.training.guard import Guard
 from plt_jax.training.metrics import MetricsWriter, NoMetrics
+from plt_jax.training.objective import Metrics
 from plt_jax.training.phases import PROFILING, STEPS, Phases
 from plt_jax.training.profiling import ProfileWindow
 from plt_jax.training.progress import ProgressReport, Speedometer
-from plt_jax.training.step import Metrics, first_loop_and_layer
+from plt_jax.training.step import first_loop_and_layer
 from plt_jax.training.trackers import EVENTS, TensorBoard, Tracker, WeightsAndBiases
 
 

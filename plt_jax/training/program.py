@@ -16,8 +16,9 @@ from plt_jax.config import RunConfig
 from plt_jax.distributed.mesh import BatchLayout, abstract_arrays, batch_layout, use_mesh
 from plt_jax.model.transformer import Transformer, abstract_params
 from plt_jax.training.guard import Limits
+from plt_jax.training.objective import Batch, Metrics
 from plt_jax.training.optimizer import make_optimizer, make_schedule
-from plt_jax.training.step import Batch, Metrics, TrainState, make_train_step
+from plt_jax.training.step import TrainState, make_train_step
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate
 from plt_jax.model.attention import choose_backend, fastest_backend
+from plt_jax.model.costs import describe_loops
 from plt_jax.model.grouped import choose_kernel
 from plt_jax.model.kernels import traced_platform
 from plt_jax.runs.names import CONFIG
@@ -133,15 +134,12 @@ def check_sample_prompt(config: RunConfig, tokenizer: TextTokenizer) -> None:
 def print_setup(setup: RunSetup) -> None:
     """Prints what is about to be trained, and on which devices."""
     config, mesh = setup.config, setup.mesh
-    loop = config.model.loop
     parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.program.abstract_state.params))
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"run directory {config.run_dir}")
     for change in setup.changes:
         print(f"changed since its last start: {change}")
-    print(
-        f"model: {loop.scheme}, {loop.count} loops, {parameters:,} parameters, {config.model.dtype}"
-    )
+    print(f"model: {describe_loops(config.model)}, {parameters:,} parameters, {config.model.dtype}")
     for line in setup.data.about:
         print(line)
     several = "" if processes.is_single() else f" in {jax.process_count()} processes"

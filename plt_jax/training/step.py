@@ -1,4 +1,4 @@
-"""The train step: loss on the last loop, gradients, one optimizer update."""
+"""The train step: the loss, its gradients, one optimizer update."""
 
 from __future__ import annotations
 
@@ -12,24 +12,9 @@ import optax
 
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.model.block import stacks_of
-from plt_jax.model.looping import LoopStates
-from plt_jax.model.loss import HeadLoss
-from plt_jax.model.moe import (
-    RouterStatistics,
-    auxiliary_loss,
-    balance_step,
-    experts_per_step,
-    load_entropy,
-    mean_of_all,
-)
-from plt_jax.model.transformer import Transformer
+from plt_jax.model.moe import RouterStatistics, balance_step, load_entropy, mean_of_all
 from plt_jax.training.guard import Limits
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
-
-ROUTERS = ("router", "outer_router")
-"""The statistics of routers among `LoopStates`."""
+from plt_jax.training.objective import ROUTERS, Batch, Metrics, batch_loss
 
 
 @flax.struct.dataclass
@@ -43,47 +28,21 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def batch_loss(
-    config: ModelConfig, params: Any, batch: Batch, z_loss: float
-) -> tuple[jax.Array, Metrics]:
-    """The loss to minimise, the weighted sum over the batch's targets in nats, and weighted sums to
-    report."""
-    weights_BT, weight = batch["weights"], jnp.sum(batch["weights"])
-
-    def forward(model: Transformer) -> tuple[HeadLoss, LoopStates]:
-        states = model.loop_states(batch["tokens"], segment_ids=batch["segment_ids"])
-        return model.loss(states.output_LBTD[-1], batch["targets"], weights_BT, z_loss), states
-
-    outputs: Any = Transformer(config).apply({"params": params}, method=forward)
-    (loss, nll), states = outputs
-    sums: dict[str, Any] = {"loss": nll}
-    sums |= {"hidden_norm_by_loop": jnp.sum(states.rms_LBT * weights_BT, axis=(1, 2))}
-    if states.gate_LJB is not None:
-        sums["gate_by_loop"] = jnp.sum(states.gate_LJB * jnp.sum(weights_BT, axis=1), axis=-1)
-    routers = {name: getattr(states, name) for name in ROUTERS}
-    routers = {name: router for name, router in routers.items() if router is not None}
-    if routers:
-        loss += weight * auxiliary_loss(config.moe, list(routers.values()))
-        read = [jax.vmap(experts_per_step, in_axes=1)(one.chosen_BTk) for one in routers.values()]
-        sums["experts_per_step"] = weight * mean_of_all(read)
-        for name, router in routers.items():
-            sums[name] = jax.tree.map(lambda x: weight * x, router._replace(chosen_BTk=None))
-    return loss, sums
-
-
-def accumulate_gradients(config: RunConfig, params: Any, batch: Batch) -> tuple[Metrics, Any]:
+def accumulate_gradients(
+    config: RunConfig, params: Any, batch: Batch, step: jax.Array
+) -> tuple[Metrics, Any]:
     """Metrics, as means per target, and the gradient of the mean loss, over all micro-batches.
 
     Losses are divided by the targets of all micro-batches, so that the result does not depend on
     how targets are spread over them. Only the routers' losses depend on it: each micro-batch has
     its own.
     """
-    parts, z_loss = config.training.accumulate, config.training.z_loss
+    parts = config.training.accumulate
     targets = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
 
     def share_of_mean(params: Any, micro: Batch) -> tuple[jax.Array, Metrics]:
         # The loss, not its gradients, which are as many as the parameters.
-        loss, sums = batch_loss(config.model, params, micro, z_loss)
+        loss, sums = batch_loss(config, params, micro, step)
         return loss / targets, sums
 
     gradient = jax.grad(share_of_mean, has_aux=True)
@@ -193,7 +152,10 @@ def make_train_step(
     limit.
 
     Metrics are float32 and the same on all devices:
-      loss: nats per target.
+      loss: nats per target, of the last loop, or of the loop that training.loop_counts drew.
+      loss_by_loop: [L], with losses at every loop only; exit_by_loop: [L], the mean probability to
+        exit after each loop, with training.exit_entropy only; loops: the number of loops that was
+        drawn, with training.loop_counts only.
       gradient_norm: before clipping; `gradient_norm/NAME` and `update_norm/NAME` of each parameter.
       learning_rate: that of the update.
       skipped: 1 if the step was skipped, else 0.
@@ -204,7 +166,7 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch, limits: Limits) -> tuple[TrainState, Metrics]:
-        means, grads = accumulate_gradients(config, state.params, batch)
+        means, grads = accumulate_gradients(config, state.params, batch, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         routers: Any = {name: means.pop(name) for name in ROUTERS if name in means}
         # The optimizer's count, not the step's number: skipped steps do not move the schedule.

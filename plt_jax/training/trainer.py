@@ -23,6 +23,7 @@ from plt_jax.reports.loss_plot import plot_losses
 from plt_jax.runs.names import CHECKPOINTS
 from plt_jax.runs.resume import make_directory, take_lock, write_directory
 from plt_jax.training.journal import Journal
+from plt_jax.training.objective import Metrics
 from plt_jax.training.phases import COMPILING, DATA, EVALUATION, SAVING, STEPS, Phases
 from plt_jax.training.progress import peak_memory
 from plt_jax.training.rollback import roll_back
@@ -42,7 +43,7 @@ from plt_jax.training.start import (
     set_aside_damaged,
     start_or_resume,
 )
-from plt_jax.training.step import Metrics, TrainState
+from plt_jax.training.step import TrainState
 from plt_jax.training.stopping import CoordinatedStop
 
 SAMPLE_TOKENS = 120

@@ -10,6 +10,7 @@ CHOICES = {
     "--exact_match": ["--exact_match"],
     "--by_document": ["--by_document"],
     "--loops": ["--loops"],
+    "--exit": ["--exit", "kl:0.1"],
     "--tasks and --suite": ["--tasks", "a"],
     SCORES: [],
 }

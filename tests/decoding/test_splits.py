@@ -76,6 +76,9 @@ CASES = {
         qk_norm_over="all_heads",
         output_bias=True,
     ),
+    "plt-3-learned-scale": small_config(
+        "plt", 3, window=3, learned_hidden_scale=True, residual_scale=0.3
+    ),
     "plt-2-sandwich": small_config(
         "plt",
         2,

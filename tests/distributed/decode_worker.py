@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,9 +62,10 @@ def decode(
     loops: int,
     dtype: str | None,
     weights_dtype: str | None = None,
+    **settings: Any,
 ) -> dict:
     """Prefill in two ragged chunks, then steps; the largest difference to the forward pass."""
-    config = small_config(scheme, loops, window=3, vocab_size=32)
+    config = small_config(scheme, loops, window=3, vocab_size=32, **settings)
     params, tokens = random_params(config), random_tokens(config, batch, 13)
     if weights_dtype:
         params = dequantize_params(quantize_params(params))
@@ -233,6 +235,15 @@ def main() -> None:
                 scheme: decode(meshes["all"], 2, scheme, 1 if scheme == "no_loop" else 3, None)
                 for scheme in SCHEMES
             },
+            "of the middle": {
+                scheme: decode(
+                    meshes["all"], 2, scheme, 3, None, layers=3, first_layer=1, last_layer=1
+                )
+                for scheme in ("plt", "vanilla_loop")
+            },
+            "norm over heads": decode(
+                meshes["all"], 2, "plt", 2, None, qk_norm=True, qk_norm_over="all_heads"
+            ),
             "int8": decode(meshes["sequence"], 2, "plt", 2, "int8"),
             "int8 weights": decode(meshes["all"], 2, "plt", 2, None, "int8"),
             "read": read_quantized(meshes["all"]),

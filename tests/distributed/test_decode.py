@@ -32,6 +32,14 @@ def test_every_scheme_decodes_over_all_axes(found, scheme):
     assert found["schemes"][scheme]["difference"] < 1e-4
 
 
+def test_loops_over_part_of_the_stack_decode_over_all_axes(found):
+    assert {got["difference"] < 1e-4 for got in found["of the middle"].values()} == {True}
+
+
+def test_heads_are_normed_together_over_all_axes(found):
+    assert found["norm over heads"]["difference"] < 1e-4
+
+
 def test_eight_bits_split_too(found):
     assert found["int8"]["made"] == [2, 2, 3]
     assert found["int8"]["difference"] < 0.1

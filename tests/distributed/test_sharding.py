@@ -51,6 +51,16 @@ def test_every_mesh_gives_the_updates_of_one_device(found, mesh):
         assert case["moved"][name] > 1e-4, name
 
 
+def test_loops_over_part_of_the_stack_with_losses_at_all_of_them(found):
+    case = found["middle"]
+    for got, expected in zip(case["metrics"], case["expected"], strict=True):
+        assert flat(got) == pytest.approx(flat(expected), rel=1e-5)
+    assert len(case["expected"][0]["loss_by_loop"]) == 2
+    for name, difference in case["differences"].items():
+        assert difference < 2e-6, name
+        assert case["moved"][name] > 1e-4, name
+
+
 def test_muon_updates_sharded_matrices_as_whole_ones(found):
     case = found["muon"]
     for got, expected in zip(case["metrics"], case["expected"], strict=True):

@@ -54,15 +54,25 @@ SHAPE = {
 }
 
 
-def make_config(mesh, accumulate=1, optimizer="adamw", **sizes) -> RunConfig:
+MIDDLE = {"layers": 3, "loop": SHAPE["loop"] | {"first_layer": 1, "last_layer": 1}}
+"""The middle of three layers loops, and every loop has a loss."""
+
+
+def make_config(mesh, accumulate=1, optimizer="adamw", middle=False, **sizes) -> RunConfig:
     # An epsilon well above rounding, since Adam divides tiny gradients by themselves.
     steady = {"learning_rate": 1e-2, "warmup_fraction": 0.0, "epsilon": 1e-3}
     return RunConfig(
-        model=SHAPE | sizes,
+        model=SHAPE | (MIDDLE if middle else {}) | sizes,
         data={"sequence_length": 16},
         mesh=mesh,
         optimizer=steady | {"name": optimizer},
-        training={"steps": 10, "batch_size": 16, "accumulate": accumulate, "z_loss": 1e-2},
+        training={
+            "steps": 10,
+            "batch_size": 16,
+            "accumulate": accumulate,
+            "z_loss": 1e-2,
+            "loop_losses": [0.3] if middle else [],
+        },
     )
 
 
@@ -95,9 +105,9 @@ def take_steps(config: RunConfig) -> tuple[TrainState, list[dict[str, float | li
 
 
 @functools.cache
-def on_one_device(optimizer):
+def on_one_device(optimizer, middle):
     """Parameters at the start and after the steps, by name, and the metrics."""
-    config = make_config(MESHES["one"], optimizer=optimizer)
+    config = make_config(MESHES["one"], optimizer=optimizer, middle=middle)
     start = named(jax.device_get(TrainProgram.build(config, mesh_of(config)).init_state().params))
     state, metrics = take_steps(config)
     return start, named(jax.device_get(state.params)), metrics
@@ -111,10 +121,10 @@ def named(tree) -> dict[str, jax.Array]:
     }
 
 
-def compare(mesh: str, accumulate: int, optimizer: str = "adamw") -> dict:
+def compare(mesh: str, accumulate: int, optimizer: str = "adamw", middle: bool = False) -> dict:
     """What a mesh gives against one device: metrics, largest differences, shards."""
-    start, expected, against = on_one_device(optimizer)
-    got, metrics = take_steps(make_config(MESHES[mesh], accumulate, optimizer))
+    start, expected, against = on_one_device(optimizer, middle)
+    got, metrics = take_steps(make_config(MESHES[mesh], accumulate, optimizer, middle))
     params = named(jax.device_get(got.params))
     return {
         "metrics": metrics,
@@ -214,6 +224,7 @@ def main(folder: Path) -> None:
                 for mesh in MESHES
                 if mesh != "one"
             },
+            "middle": compare("context and all", accumulate=1, middle=True),
             "muon": compare("all", accumulate=1, optimizer="muon"),
             "refusals": refusals(),
             "trained": train_and_evaluate(folder),

@@ -143,6 +143,12 @@ def reconciled(values: Values, home: Path, devices: int) -> Values:
     if at("model.loop.last_layer") is not None:
         last = max(at("model.loop.last_layer"), at("model.loop.first_layer"))
         fix("model.loop.last_layer", min(last, at("model.layers") - 1))
+    if not at("model.loop.exit_gate"):
+        fix("training.exit_entropy", None)
+    if at("model.loop.scheme") not in ("clp", "clp_kv_share", "plt"):
+        fix("model.loop.learned_hidden_scale", False)
+        fix("training.hidden_scale_warmup", 0.0)
+    _reconcile_loop_losses(at, fix)
     if not at("model.input_norms"):
         fix("model.attention_output_norm", True)
         fix("model.ffn_output_norm", True)
@@ -178,6 +184,19 @@ def reconciled(values: Values, home: Path, devices: int) -> Values:
         fix("optimizer.warmup_fraction", 0.0)
     fix("model.rope_scaling.low_frequency_factor", 0.5)
     return values
+
+
+def _reconcile_loop_losses(at: Callable[[str], Any], fix: Callable[[str, Any], None]) -> None:
+    """At most one way to weigh the loops' losses, with a number for each loop."""
+    ways = {"loop_losses": at("model.loop.count") - 1, "loop_counts": at("model.loop.count")}
+    taken = at("training.exit_entropy") is not None
+    for name, length in ways.items():
+        numbers = list(at(f"training.{name}"))
+        if taken or not numbers or not length:
+            fix(f"training.{name}", [])
+            continue
+        fix(f"training.{name}", [*numbers, *[1.0] * length][-length:])
+        taken = True
 
 
 def _multiple(number: int, of: int) -> int:

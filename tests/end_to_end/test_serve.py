@@ -49,9 +49,15 @@ class Server:
         return httpx.post(f"{self.url}/completions", json=body, timeout=60)
 
     def running(self) -> float:
+        return self.requests("running")
+
+    def requests(self, *states: str) -> float:
+        """The number of requests in some states."""
         text = httpx.get(self.url.removesuffix("/v1") + "/metrics").text
-        line = next(line for line in text.splitlines() if line.startswith("plt_requests_running "))
-        return float(line.split()[-1])
+        names = tuple(f"plt_requests_{state} " for state in states)
+        lines = [line for line in text.splitlines() if line.startswith(names)]
+        assert len(lines) == len(states)
+        return sum(float(line.split()[-1]) for line in lines)
 
     def close(self, within: float = 30) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -130,7 +136,8 @@ def test_a_signal_lets_running_texts_end(run):
     ]
     for thread in threads:
         thread.start()
-    while not server.running() and not answers:
+    # A request that comes behind the signal is refused.
+    while len(answers) + server.requests("running", "waiting") < 3:
         time.sleep(0.005)
     assert server.close() == 0
     for thread in threads:

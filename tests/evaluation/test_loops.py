@@ -67,6 +67,23 @@ def test_the_states_and_gates_are_the_models(scheme, count):
 
 
 @pytest.mark.slow(reason="compiles several programs")
+@pytest.mark.parametrize("scheme", ["plt", "vanilla_loop"])
+def test_loops_over_part_of_the_stack(scheme):
+    config = small_config(scheme, 2, layers=4, first_layer=1, last_layer=2)
+    params, example = random_params(config), example_of(config)
+    tokens, documents = example["tokens"][None], number_documents(SEGMENTS)
+    states, maps = run_loops(config, params, tokens, documents)
+    expected = model_states(config, params, tokens)
+    np.testing.assert_allclose(states[1:], expected.hidden_LBTD[:, 0], atol=2e-5)
+    assert maps["attention_entropy"].shape == (2, 2, T)
+    values = jax.device_get(measure(config, params, example))
+    batch = jax.tree.map(lambda x: x[None], example)
+    losses = losses_by_loop(config, params, batch) / example["weights"].sum()
+    np.testing.assert_allclose(values["loss"], losses, atol=1e-5)
+    assert np.isfinite(values["fixed_point_gap"]).all()
+
+
+@pytest.mark.slow(reason="compiles several programs")
 def test_experts_and_leading_dense_layers():
     config = small_config(
         "plt",

@@ -70,6 +70,7 @@ def read_settings(config):
         input_norms=True,
         attention_output_norm=is_ouro,
         ffn_output_norm=is_ouro,
+        residual_scale=1.0,
         loop=read_loop_settings(config),
         moe=moe,
     )

@@ -36,13 +36,16 @@ def plain(states_BTD, head_DV, targets_BT, weights_BT, z_loss):
     )
     nll_BT, log_z_BT = cross_entropy(logits, targets_BT)
     nll = jnp.sum(nll_BT * weights_BT)
-    return nll + z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT), nll
+    return nll + z_loss * jnp.sum(jnp.square(log_z_BT) * weights_BT), nll, nll_BT
 
 
 def with_gradients(loss, *inputs, z_loss=0.0, scale=1.0):
-    def scaled(states, head):
-        total, nll = loss(states, head, *inputs[2:], z_loss)
-        return scale * total, (total, nll)
+    """The loss and what it is a sum of; gradients of the states, the head and the weights."""
+    states, head, targets, weights = inputs
 
-    gradients, sums = jax.grad(scaled, argnums=(0, 1), has_aux=True)(*inputs[:2])
+    def scaled(states, head, weights):
+        total, *parts = loss(states, head, targets, weights, z_loss)
+        return scale * total, (total, *parts)
+
+    gradients, sums = jax.grad(scaled, argnums=(0, 1, 2), has_aux=True)(states, head, weights)
     return sums, gradients

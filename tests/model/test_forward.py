@@ -77,6 +77,9 @@ VARIANTS = {
         qk_norm=True,
         qk_norm_over="all_heads",
     ),
+    "learned_scale": small_config(
+        count=3, learned_hidden_scale=True, embedding_scale=0.5, residual_scale=0.3
+    ),
     "sandwich": small_config(
         "vanilla_loop", 3, attention_output_norm=True, ffn_output_norm=True, output_bias=True
     ),

@@ -140,6 +140,7 @@ def test_the_fields_that_may_change_are_decided_on_purpose():
             "model.moe.grouped_product",
             "model.remat",
             "model.layer_unroll",
+            "model.loop.exit_threshold",
         ],
         *["data.cache_dir", "data.prefetch", "data.sources.path"],
         *["data.synthetic.test_difficulties", "tokenizer.path"],

@@ -5,16 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from plt_jax import Transformer
 from plt_jax.config import RunConfig
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.model.moe import experts_per_step
 from plt_jax.runs.directory import open_trained
 from plt_jax.runs.metrics_file import read_metrics
 from plt_jax.runs.resume import check_directory
-from plt_jax.training import trainer
+from plt_jax.training import objective, trainer
 from plt_jax.training.guard import describe_skip
 from plt_jax.training.program import TrainProgram
-from tests.models import small_config
+from tests.models import random_params, small_config
 from tests.training.runs import tiny_config
 from tests.training.test_step import make_batch
 
@@ -71,6 +72,45 @@ def test_routers_are_reported_by_loop_and_layer():
     np.testing.assert_array_equal(metrics["expert_dropped_by_loop"], np.zeros((2, LAYERS)))
     # One sequence's step has two rows of two choices.
     assert 2.0 <= metrics["experts_per_step"] <= 4.0
+
+
+@pytest.mark.slow(reason="compiles another train step")
+def test_loops_over_part_of_a_mixture():
+    """Every router of every part is balanced, and its loss counts once for each loop."""
+    moe = MOE | {"bias_update_rate": 0.01, "dense_layers": 1, "load_balance_loss": 0.3}
+    model = small_config(layers=5, first_layer=2, last_layer=3, moe=moe)
+    config = make_config().model_copy(update={"model": model})
+    params = random_params(model)
+    copied = jax.tree.map(jnp.array, params)  # a step donates its state
+    state, (metrics,) = take_steps(config, change=lambda state: state.replace(params=copied))
+    assert metrics["expert_max_load_by_loop"].shape == (2, 2)
+    assert metrics["expert_max_load"] >= metrics["expert_max_load_by_loop"].max()
+    for name, shape in (("prelude", (1, 1)), ("layers", (2, 2)), ("coda", (1, 1))):
+        moved = np.asarray(state.params[name]["router_bias"] - params[name]["router_bias"])
+        assert moved.shape[:2] == shape
+        np.testing.assert_allclose(np.abs(moved[moved != 0]), 0.01, rtol=1e-4)
+        assert moved.any()
+
+    batch = make_batch(model=model)
+    states = Transformer(model).apply(
+        {"params": params}, batch["tokens"], batch["segment_ids"], method="loop_states"
+    )
+    balance = np.concatenate(
+        [
+            4 * np.sum(one.load_X * one.probability_X, axis=-1).ravel()
+            for one in (states.router, states.outer_router)
+        ]
+    )
+    assert len(balance) == 2 * 2 + 2
+    unbalanced = model.model_copy(
+        update={"moe": model.moe.model_copy(update={"load_balance_loss": 0.0})}
+    )
+    losses = [
+        objective.batch_loss(config.model_copy(update={"model": one}), params, batch, 0)[0]
+        for one in (model, unbalanced)
+    ]
+    expected = 0.3 * balance.mean() * batch["weights"].sum()
+    assert float(losses[0] - losses[1]) == pytest.approx(expected, rel=1e-3)
 
 
 def test_experts_per_step_counts_those_that_differ():

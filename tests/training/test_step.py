@@ -18,8 +18,16 @@ from tests.training.runs import flat
 
 MODEL = small_config(window=3, layers=1)
 
-accumulate_gradients = jax.jit(module.accumulate_gradients, static_argnums=0)
-batch_loss = jax.jit(module.batch_loss, static_argnums=(0, 3))
+compiled_gradients = jax.jit(module.accumulate_gradients, static_argnums=0)
+compiled_loss = jax.jit(module.batch_loss, static_argnums=0)
+
+
+def accumulate_gradients(config, params, batch, step=0):
+    return compiled_gradients(config, params, batch, step)
+
+
+def batch_loss(config, params, batch, step=0):
+    return compiled_loss(config, params, batch, step)
 
 
 def make_config(model=MODEL, seed=0, training=None, **optimizer) -> RunConfig:
@@ -88,7 +96,7 @@ def test_the_z_loss_is_the_weighted_squared_log_normaliser():
     params, batch = random_params(MODEL), make_batch()
     nll, log_z = hand_computed(params, batch)
     weights = batch["weights"]
-    loss, sums = batch_loss(MODEL, params, batch, 0.3)
+    loss, sums = batch_loss(make_config(training={"z_loss": 0.3}), params, batch)
     expected = (nll * weights).sum() + 0.3 * (log_z**2 * weights).sum()
     assert float(loss) == pytest.approx(expected, rel=1e-5)
     assert float(sums["loss"]) == pytest.approx((nll * weights).sum(), rel=1e-5)
@@ -105,7 +113,7 @@ def test_the_z_loss_reaches_the_gradient_but_not_the_reported_loss():
     # Along the gradient, the loss grows by the gradient's norm.
     norm = float(optax.global_norm(z_gradients))
     ahead, behind = (
-        batch_loss(MODEL, move(params, z_gradients, sign * 1e-2 / norm), batch, 0.3)[0]
+        batch_loss(config, move(params, z_gradients, sign * 1e-2 / norm), batch)[0]
         for sign in (1, -1)
     )
     assert float(ahead - behind) / 2e-2 / total == pytest.approx(norm, rel=1e-2)
@@ -135,7 +143,7 @@ def test_a_batch_without_targets_changes_nothing_and_is_finite():
 @pytest.mark.slow(reason="compiles another train step")
 def test_states_and_gates_are_means_over_targets():
     params, batch = random_params(MODEL), make_batch()
-    _, sums = batch_loss(MODEL, params, batch, 0.0)
+    _, sums = batch_loss(make_config(), params, batch)
     settings = reference_settings(MODEL)
     expected = reference.forward(settings, params, batch["tokens"], batch["segment_ids"])
     weights = batch["weights"]

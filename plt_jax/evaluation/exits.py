@@ -1,0 +1,260 @@
+"""Early exit: the loops that each token needs by a rule, and the loss that the fewer loops cost.
+
+A rule is one of:
+  kl:NUMBER       the first loop whose prediction is less than NUMBER nats (KL) from the loop before
+  entropy:NUMBER  the first loop whose prediction has an entropy of less than NUMBER nats
+  gate[:NUMBER]   the first loop by which the exit gate's probability to have exited is NUMBER
+Tokens for which it holds nowhere run all loops. All loops of all earlier tokens are computed, as by
+models that decode all loops: what a token would read of loops that earlier tokens did not run, no
+rule says.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from plt_jax.config import ModelConfig
+from plt_jax.data.load import examples_for
+from plt_jax.data.pipeline import evaluation_batches
+from plt_jax.data.token_bytes import token_bytes
+from plt_jax.errors import InputError
+from plt_jax.evaluation import loop_measures as measures
+from plt_jax.evaluation.perplexity import score
+from plt_jax.files import to_json, write_text
+from plt_jax.model.transformer import Transformer
+from plt_jax.reports.tables import aligned
+from plt_jax.runs.directory import open_trained
+
+EXITS = "exits.json"
+KINDS = ("kl", "entropy", "gate")
+LOGITS = 2**25
+"""Logits that are computed at once, at most: 128 MiB in float32."""
+
+
+Numbers = np.ndarray | jax.Array
+
+
+class ExitRule(NamedTuple):
+    """When a token runs no further loop; see the top of this file."""
+
+    kind: str
+    threshold: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.threshold:g}"
+
+
+class LoopPredictions(NamedTuple):
+    """The predictions of all loops at M positions, [M, L] each."""
+
+    nats: Numbers
+    """The negative log-likelihood of the target."""
+    entropy: Numbers
+    """In nats."""
+    kl: Numbers
+    """The divergence from the prediction of the loop before, in nats; infinite in loop 1."""
+    best: Numbers
+    """int32, the most likely token."""
+    exited: Numbers
+    """The gate's probability to have exited by the end of the loop; 0 without a gate."""
+
+
+class ExitReport(NamedTuple):
+    """What each rule saves and costs, and the file that says it."""
+
+    numbers: dict[str, Any]
+    """The content of exits.json: `rules`, a row for each, with `mean_loops`, `share_by_loop`,
+    `loss`, `bits_per_byte` and `same_token`, the share of positions whose most likely token is that
+    of all loops; and `by_loop`, the losses if all tokens run so many."""
+    path: Path
+
+    def table(self) -> str:
+        """A table with a line per rule."""
+        loops = len(self.numbers["by_loop"])
+        lines = [["", "loops per token", "loss", "bits per byte", "same token", "share by loop"]]
+        for row in self.numbers["rules"]:
+            shares = " ".join(f"{share:.3f}" for share in row["share_by_loop"])
+            lines.append(
+                [
+                    row["rule"],
+                    f"{row['mean_loops']:.3f} of {loops}",
+                    f"{row['loss']:.4f}",
+                    f"{row['bits_per_byte']:.4f}",
+                    f"{row['same_token']:.4f}",
+                    shares,
+                ]
+            )
+        return "\n".join([aligned(lines), self.numbers["note"]])
+
+
+def parse_rules(text: str, model: ModelConfig) -> list[ExitRule]:
+    """The rules in a list such as `kl:0.01,entropy:0.5,gate`.
+
+    Raises:
+      InputError: a rule is unknown or has no number, the model has no exit gate, or has one loop.
+    """
+    loop, rules = model.loop, []
+    for word in text.split(","):
+        kind, _, number = word.strip().partition(":")
+        if kind == "gate" and not loop.exit_gate:
+            raise InputError("--exit gate needs a model with an exit gate (model.loop.exit_gate)")
+        if kind == "gate" and not number:
+            number = str(loop.exit_threshold)
+        try:
+            threshold = float(number)
+        except ValueError:
+            threshold = math.nan
+        if kind not in KINDS or not threshold > 0.0:
+            raise InputError(
+                f"--exit {word.strip()!r} is no rule; give kl:NUMBER, entropy:NUMBER or "
+                "gate[:NUMBER], with a number above 0"
+            )
+        rules.append(ExitRule(kind, threshold))
+    if loop.count == 1:
+        raise InputError(f"--exit needs loops to exit from, but {loop.scheme} runs one")
+    return rules
+
+
+def loops_needed(rule: ExitRule, predictions: LoopPredictions) -> np.ndarray:
+    """The number of loops that each position runs, [M]: 1 to L."""
+    if rule.kind == "gate":
+        ends_ML = np.array(predictions.exited >= rule.threshold)
+    else:
+        ends_ML = np.array(getattr(predictions, rule.kind) < rule.threshold)
+    ends_ML[:, -1] = True
+    return np.argmax(ends_ML, axis=1) + 1
+
+
+def evaluate_exits(
+    path: str, rules: str, text: str | None = None, batch_size: int | None = None
+) -> ExitReport:
+    """Measures exit rules on a run's held-out text, or on other text; writes exits.json.
+
+    Args:
+      rules: see `parse_rules`.
+
+    Raises:
+      InputError: no such checkpoint or text, a batch size that is not positive, or see
+        `parse_rules`.
+    """
+    if batch_size is not None and batch_size < 1:
+        raise InputError(f"--batch_size is {batch_size}; it must be at least 1")
+    trained = open_trained(path)
+    config = trained.config
+    parsed = parse_rules(rules, config.model)
+    examples = examples_for(config, trained.tokenizer, text)
+    bytes_V = token_bytes(trained.tokenizer, config.model.vocab_size)
+    count = config.model.loop.count
+    tokens = text_bytes = 0
+    by_loop = np.zeros(count)
+    totals = [_Total(np.zeros(count), 0.0, 0) for _ in parsed]
+    for batch in evaluation_batches(examples, batch_size or config.evaluation.batch_size):
+        counted_M = batch["weights"].reshape(-1) > 0
+        arrays = jax.device_get(predict(config.model, trained.params, batch))
+        predictions = LoopPredictions(*(np.asarray(array)[counted_M] for array in arrays))
+        tokens += int(counted_M.sum())
+        text_bytes += int(bytes_V[batch["targets"].reshape(-1)[counted_M]].sum())
+        by_loop += predictions.nats.sum(axis=0, dtype=np.float64)
+        totals = [
+            total.plus(loops_needed(rule, predictions), predictions)
+            for rule, total in zip(parsed, totals, strict=True)
+        ]
+    if not tokens:
+        raise InputError("the text holds no token to predict; give a longer one (--text)")
+    numbers = {
+        "step": trained.step,
+        "text": text or f"held out from {config.data.text}",
+        "scheme": config.model.loop.scheme,
+        "tokens": tokens,
+        "by_loop": [
+            {"loop": index + 1, **score(nats, tokens, text_bytes)._asdict()}
+            for index, nats in enumerate(by_loop)
+        ],
+        "rules": [
+            total.row(rule, tokens, text_bytes) for rule, total in zip(parsed, totals, strict=True)
+        ],
+        "note": note_on(config.model),
+    }
+    target = trained.directory / EXITS
+    write_text(target, to_json(numbers, indent=2) + "\n")
+    return ExitReport(numbers, target)
+
+
+class _Total(NamedTuple):
+    """Sums of a rule over positions."""
+
+    positions_L: np.ndarray
+    """The positions that run so many loops."""
+    nats: float
+    same: int
+
+    def plus(self, loops_M: np.ndarray, predictions: LoopPredictions) -> _Total:
+        at = np.arange(len(loops_M)), loops_M - 1
+        return _Total(
+            self.positions_L + np.bincount(loops_M - 1, minlength=len(self.positions_L)),
+            self.nats + float(predictions.nats[at].sum(dtype=np.float64)),
+            self.same + int((predictions.best[at] == predictions.best[:, -1]).sum()),
+        )
+
+    def row(self, rule: ExitRule, tokens: int, text_bytes: int) -> dict[str, Any]:
+        shares = self.positions_L / tokens
+        return {
+            "rule": str(rule),
+            "mean_loops": float(shares @ np.arange(1, len(shares) + 1)),
+            "share_by_loop": shares.tolist(),
+            "same_token": self.same / tokens,
+            **score(self.nats, tokens, text_bytes)._asdict(),
+        }
+
+
+def note_on(model: ModelConfig) -> str:
+    """What early exit can save when such a model decodes."""
+    if model.loop.shifted:
+        return (
+            f"note: {model.loop.scheme} decodes all loops in one pass, which reads each weight "
+            "once for all; fewer loops would save arithmetic there, but hardly time"
+        )
+    return (
+        f"note: {model.loop.scheme} decodes its loops one after another, so that a step's time "
+        "grows with them; plt_jax.generate runs all of them"
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def predict(config: ModelConfig, params: Any, batch: dict[str, jax.Array]) -> LoopPredictions:
+    """The predictions of all loops at all positions of a batch, M = B·T."""
+
+    def forward(model: Transformer) -> LoopPredictions:
+        readouts_LBTD = model.readouts(batch["tokens"], batch["segment_ids"])
+        L, B, T, D = readouts_LBTD.shape
+        exited_LBT = jnp.zeros((L, B, T))
+        if config.loop.exit_gate:
+            states = model.loop_states(batch["tokens"], batch["segment_ids"])
+            exited_LBT = jnp.cumsum(model.exit_probabilities(states.hidden_LBTD), axis=0)
+
+        def of_position(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+            read_LD, target = inputs
+            logs_LV = jax.nn.log_softmax(model.logits(read_LD[None])[0])
+            shift_L = measures.output_shift(logs_LV[1:], logs_LV[:-1])
+            return (
+                -logs_LV[:, target],
+                measures.entropy(logs_LV),
+                jnp.pad(shift_L, (1, 0), constant_values=jnp.inf),
+                jnp.argmax(logs_LV, axis=-1).astype(jnp.int32),
+            )
+
+        read_MLD = jnp.moveaxis(readouts_LBTD, 0, 2).reshape(B * T, L, D)
+        at_once = max(LOGITS // (L * config.vocab_size), 1)
+        inputs = read_MLD, batch["targets"].reshape(B * T)
+        nats, entropy, kl, best = jax.lax.map(of_position, inputs, batch_size=at_once)
+        return LoopPredictions(nats, entropy, kl, best, exited_LBT.reshape(L, B * T).T)
+
+    predictions: Any = Transformer(config).apply({"params": params}, method=forward)
+    return predictions
