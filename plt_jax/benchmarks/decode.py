@@ -61,7 +61,7 @@ class DecodeSettings(NamedTuple):
 def main() -> None:
     arguments = parse()
     base = base_config(arguments)
-    variants = variants_of(arguments.schemes, arguments.loops)
+    variants = variants_of(arguments.schemes, arguments.loops, arguments.looped_layers)
     rows = prepare_all(variants, base, arguments.weights)
     settings = DecodeSettings(**{name: getattr(arguments, name) for name in DecodeSettings._fields})
     report = {
@@ -113,6 +113,11 @@ def parse() -> argparse.Namespace:
         help="numbers of loops, for each scheme but no_loop",
     )
     parser.add_argument(
+        "--looped_layers",
+        type=layer_range,
+        help="also measure each scheme with loops over some layers alone, such as 4-7, from 0",
+    )
+    parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="compute dtype; default the config's"
     )
     parser.add_argument(
@@ -154,6 +159,12 @@ def parse() -> argparse.Namespace:
     if arguments.rounds < 1:
         raise InputError(f"--rounds is {arguments.rounds}; it must be at least 1")
     return arguments
+
+
+def layer_range(text: str) -> tuple[int, int]:
+    """The first and the last layer of `4-7`."""
+    first, _, last = text.partition("-")
+    return int(first), int(last)
 
 
 def base_config(arguments: argparse.Namespace) -> ModelConfig:

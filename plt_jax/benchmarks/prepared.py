@@ -62,8 +62,11 @@ class PreparedVariant(NamedTuple):
 
     @property
     def scheme(self) -> str:
-        """Its scheme, which is another one to plots if the weights have another dtype."""
-        return self.variant.scheme + self._dtype
+        """Its scheme, which is another one to plots if the weights have another dtype, or if other
+        layers loop."""
+        looped = self.variant.looped
+        layers = "" if looped is None else ", layers {} to {}".format(*looped)
+        return self.variant.scheme + layers + self._dtype
 
     @property
     def _dtype(self) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import pydantic
+
 from plt_jax.config import SCHEMES, ModelConfig
+from plt_jax.config.yaml_file import describe_errors
 from plt_jax.errors import InputError
 
 
@@ -16,29 +19,47 @@ class Variant(NamedTuple):
     loops: int
     depth: int = 1
     """The number of layers, as a multiple of the configuration's."""
+    looped: tuple[int, int] | None = None
+    """The first and the last layer that loop, counted from 0; None for the configuration's."""
 
     @property
     def label(self) -> str:
         """Its name in tables and reports, such as `no_loop` or `plt-2`."""
         name = self.scheme if self.scheme == "no_loop" else f"{self.scheme}-{self.loops}"
+        if self.looped is not None:
+            name += "-layers_{}_to_{}".format(*self.looped)
         return name if self.depth == 1 else f"{name}-{self.depth}x_layers"
 
     def apply(self, config: ModelConfig) -> ModelConfig:
-        """The model with this scheme, number of loops and depth; all else stays."""
+        """The model with this scheme, number of loops and depth; all else stays.
+
+        Raises:
+          InputError: the model cannot have them.
+        """
         loop = config.loop.model_dump() | {"scheme": self.scheme, "count": self.loops}
+        if self.looped is not None:
+            loop |= dict(zip(("first_layer", "last_layer"), self.looped, strict=True))
         if self.scheme == "no_loop":
             for name in ("first_layer", "last_layer", "exit_gate"):
                 del loop[name]
         changed = {"loop": loop, "layers": self.depth * config.layers}
-        return ModelConfig(**config.model_dump() | changed)
+        try:
+            return ModelConfig(**config.model_dump() | changed)
+        except pydantic.ValidationError as error:
+            raise InputError(f"{self.label}: {describe_errors(error)}") from error
 
 
 NO_LOOP = Variant("no_loop", 1)
 """The plain transformer, to which others are compared."""
 
 
-def variants_of(schemes: Sequence[str], loops: Sequence[int]) -> list[Variant]:
+def variants_of(
+    schemes: Sequence[str], loops: Sequence[int], looped: tuple[int, int] | None = None
+) -> list[Variant]:
     """Every scheme with every number of loops; no_loop has one loop only.
+
+    Args:
+      looped: the first and the last of the layers that loop in a further variant of each scheme.
 
     Raises:
       InputError: a scheme is unknown.
@@ -46,7 +67,8 @@ def variants_of(schemes: Sequence[str], loops: Sequence[int]) -> list[Variant]:
     if unknown := [name for name in schemes if name not in SCHEMES]:
         raise InputError(f"no scheme {unknown[0]}; known are {', '.join(SCHEMES)}")
     return [
-        Variant(scheme, count)
+        Variant(scheme, count, looped=layers)
         for scheme in schemes
         for count in ([1] if scheme == "no_loop" else loops)
+        for layers in ([None] if scheme == "no_loop" or looped is None else [None, looped])
     ]

@@ -77,9 +77,17 @@ class ExitReport(NamedTuple):
 
     def table(self) -> str:
         """A table with a line per rule."""
-        loops = len(self.numbers["by_loop"])
+        *_, last = self.numbers["by_loop"]
+        loops = last["loop"]
+        everything = {
+            "rule": "all loops",
+            "mean_loops": loops,
+            "same_token": 1.0,
+            "share_by_loop": [*[0.0] * (loops - 1), 1.0],
+            **last,
+        }
         lines = [["", "loops per token", "loss", "bits per byte", "same token", "share by loop"]]
-        for row in self.numbers["rules"]:
+        for row in (everything, *self.numbers["rules"]):
             shares = " ".join(f"{share:.3f}" for share in row["share_by_loop"])
             lines.append(
                 [

@@ -10,9 +10,10 @@ import pytest
 from plt_jax import init_cache, prepare_for_decode
 from plt_jax.benchmarks import decode, decode_report
 from plt_jax.benchmarks.decode import bytes_moved, nbytes
+from plt_jax.benchmarks.prepared import random_weights, variant_weights
 from plt_jax.benchmarks.rounds import interleave, ratios, spread
 from plt_jax.benchmarks.torch_peer import decoding_llama
-from plt_jax.config.variants import Variant
+from plt_jax.config.variants import Variant, variants_of
 from plt_jax.errors import InputError
 from tests.models import random_params, small_config
 
@@ -126,6 +127,11 @@ def test_contexts_and_loops_are_drawn_where_there_are_several(report, tmp_path):
         (["--tokens", "32"], "--tokens is 32; it must be 1 to 31"),
         (["--rounds", "0"], "--rounds is 0"),
         (["--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--looped_layers", "two"], "argument --looped_layers: invalid layer_range value: 'two'"),
+        (
+            ["--schemes", "plt", "--looped_layers", "0-1"],
+            r"plt-2-layers_0_to_1: .* must be layers of the model, 0 to 0",
+        ),
         (["--cache_dtype", "float16"], "argument --cache_dtype: invalid choice"),
         (["--torch", "/bin/false"], "--torch: /bin/false did not run transformers' llama"),
     ],
@@ -160,6 +166,30 @@ def test_bytes_read_in_a_step(scheme, passes, caches, cache_passes):
     assert moved["cache_bytes_read"] == (plain * caches + windows) * cache_passes
     layer = 16 + 16 + 32 * 16 + 16 * 16 + 48 * 16 + 16 * 24 + (4 * 4 + 4 if gated else 0)
     assert moved["weight_bytes_read"] == 4 * (passes * 2 * layer + 31 * 16)
+
+
+@pytest.mark.parametrize(("scheme", "passes"), [("vanilla_loop", 3), ("plt", 1)])
+def test_layers_that_do_not_loop_are_read_once(scheme, passes):
+    config = small_config(scheme, 3, window=5, layers=4, first_layer=1, last_layer=1)
+    weights = prepare_for_decode(config, random_params(config))
+    moved = bytes_moved(config, weights, init_cache(config, 2, 32))
+    plain = 2 * 2 * 2 * 32 * 4 * 4  # keys and values of a layer, B, K, S, H, bytes
+    looped = plain + plain * 2 * 5 // 32 if scheme == "plt" else 3 * plain
+    assert moved["cache_bytes_read"] == 3 * plain + looped
+    layer = 16 + 16 + 32 * 16 + 16 * 16 + 48 * 16 + 16 * 24
+    gate = 4 * 4 + 4 if scheme == "plt" else 0
+    assert moved["weight_bytes_read"] == 4 * (3 * layer + passes * (layer + gate) + 31 * 16)
+
+
+def test_a_variant_loops_other_layers():
+    base = small_config("plt", 2, layers=6)
+    found = variants_of(["no_loop", "plt"], [2, 3], looped=(2, 3))
+    names = ["no_loop", "plt-2", "plt-2-layers_2_to_3", "plt-3", "plt-3-layers_2_to_3"]
+    assert [variant.label for variant in found] == names
+    looped = [variant.apply(base).looped_layers for variant in found]
+    assert looped == [range(6), range(6), range(2, 4), range(6), range(2, 4)]
+    weights = random_weights(found[0].apply(base))
+    assert variant_weights(found[2].apply(base), weights).loop_norm is weights.final_norm
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,15 @@ def test_a_run_is_measured(run):
     assert never["same_token"] == 1.0
     assert sum(some["share_by_loop"]) == pytest.approx(1.0)
     assert 1.0 <= some["mean_loops"] <= 2.0
-    assert "entropy:3" in report.table() and "in one pass" in report.table()
+    lines = report.table().splitlines()
+    assert [line.split()[0] for line in lines[1:]] == [
+        "all",
+        "kl:1e+09",
+        "kl:1e-30",
+        "entropy:3",
+        "note:",
+    ]
+    assert f"{scores['loss']:.4f}" in lines[1] and "in one pass" in lines[-1]
 
 
 def test_a_text_without_targets_is_refused(run, tmp_path):

@@ -66,6 +66,37 @@ def test_cache_bytes_are_those_of_the_arrays(scheme, count):
     assert half.per_token == counted.per_token // 2
 
 
+@pytest.mark.parametrize(("first", "last"), [(1, 2), (2, None), (0, 0)])
+@pytest.mark.parametrize("scheme", ["vanilla_loop", "plt"])
+def test_cache_bytes_of_layers_that_do_not_loop(scheme, first, last):
+    config = small_config(scheme, 3, layers=4, first_layer=first, last_layer=last)
+    counted = cache_bytes(config)
+    arrays = jax.eval_shape(lambda: init_cache(config, 1, 32))
+    size = sum(leaf.size * 4 for leaf in jax.tree.leaves((arrays.keys, arrays.values)))
+    assert counted.per_token * 32 + counted.windows == size
+
+
+def test_what_loops_over_part_of_the_stack_cost_by_hand():
+    """The example of docs/design.md: layers 4 to 7 of 12 loop three times."""
+    middle = small_config("plt", 3, layers=12, first_layer=4, last_layer=7)
+    whole = small_config("plt", 3, layers=12)
+    products = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24)
+    gates = 2 * 16  # of a layer
+    first, second, last = flops_by_loop(middle, 32)
+    assert first.layers == 8 * products
+    assert second.layers == 4 * (products + gates)
+    assert last.layers == 8 * products + 4 * gates
+    assert [one.head for one in (first, second, last)] == [0, 0, 2 * 16 * 31]
+    # Of 32 keys a position sees 16.5 on average, and of the windows of 5 it sees 4.6875.
+    per_key = 4 * 16
+    assert first.attention == per_key * 8 * 16.5
+    assert second.attention == per_key * 4 * (16.5 + 4.6875)
+    assert last.attention == per_key * (8 * 16.5 + 4 * 4.6875)
+    token = 2 * 2 * 4 * 4  # keys and values of a layer
+    assert cache_bytes(middle) == (12 * token, 4 * 2 * 5 * token)
+    assert cache_bytes(whole) == (12 * token, 12 * 2 * 5 * token)
+
+
 @pytest.mark.parametrize("scheme", ["no_loop", "vanilla_loop", "plt"])
 def test_flops_are_those_that_the_compiler_counts(scheme):
     """On one unrolled layer of products so wide that all else is small beside them."""

@@ -87,6 +87,42 @@ def test_shapes_and_axes_of_options():
     check_tree(config, TOP | HEAD, LAYER | biases)
 
 
+def test_shapes_and_axes_of_other_norms():
+    post = {"attention_output_norm": (J, D), "ffn_output_norm": (J, D)}
+    norms = {"q_norm": (J, N, H), "k_norm": (J, K, H)}
+    layer = {name: shape for name, shape in LAYER.items() if not name.endswith("norm")}
+    config = config_of(
+        "clp",
+        2,
+        input_norms=False,
+        attention_output_norm=True,
+        ffn_output_norm=True,
+        qk_norm=True,
+        qk_norm_over="all_heads",
+        learned_hidden_scale=True,
+    )
+    check_tree(config, TOP | HEAD | {"hidden_scale": (D,)}, layer | norms | post)
+
+
+def test_layers_that_do_not_loop_have_no_gates_and_one_loops_biases():
+    moe = {"experts": 4, "dense_layers": 2, "bias_update_rate": 0.1}
+    config = small_config("plt", 3, layers=4, first_layer=1, last_layer=2, moe=moe, exit_gate=True)
+    shapes = jax.tree.map(lambda leaf: leaf.shape, nn.unbox(params_of_init(config)))
+    stacks = {name: stack for name, stack in shapes.items() if isinstance(stack, dict)}
+    assert stacks.keys() == {"dense_prelude", "dense_layers", "layers", "coda"}
+    assert {name for name, stack in stacks.items() if "gate_weight" in stack} == {
+        "dense_layers",
+        "layers",
+    }
+    biases = {name: stack["router_bias"] for name, stack in stacks.items() if "router" in stack}
+    assert biases == {"layers": (1, 3, 4), "coda": (1, 1, 4)}
+    top = {name: shape for name, shape in shapes.items() if name not in stacks}
+    assert top == TOP | HEAD | {"loop_norm": (D,), "exit_gate": (D, 1), "exit_gate_bias": (1,)}
+    for changes in ({"last_layer": None}, {"normalize_between_loops": False}):
+        loop = {"first_layer": 1, "last_layer": 2} | changes
+        assert "loop_norm" not in params_of_init(small_config("plt", 3, layers=4, **loop))
+
+
 @pytest.mark.parametrize("gate_input", ["query", "hidden"])
 def test_start(gate_input):
     """Norms start at one, gates at one half, projections normal by their number of inputs."""

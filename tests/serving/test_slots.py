@@ -190,7 +190,13 @@ def test_each_request_has_its_own_number_of_loops(case):
     requests = random_requests(6, seed=2, log_probabilities=True)
     for index, request in enumerate(requests):
         request.sampling = SlotSampling(loops=index % 3 + 1)
-    schedule(config, requests, prefix_blocks=100)
+    # One prompt with other loops: what layers behind the loops keep of it is another.
+    prompt = [token % 31 for token in range(33)]
+    requests += [
+        Request(prompt, 5, SlotSampling(loops=loops), Recorder(), log_probabilities=True)
+        for loops in (3, 1, 3, 2, 1)
+    ]
+    schedule(config, requests, prefix_blocks=100, arrive=lambda index: 4 * index)
     for count in (1, 2, 3):
         fewer, params = with_loops(config, random_params(config), count)
         own = [request for request in requests if request.sampling.loops == count]

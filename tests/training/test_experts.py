@@ -81,20 +81,25 @@ def test_loops_over_part_of_a_mixture():
     model = small_config(layers=5, first_layer=2, last_layer=3, moe=moe)
     config = make_config().model_copy(update={"model": model})
     params = random_params(model)
+    coda = params["coda"]  # its routers would else be those of the prelude
+    params = params | {"coda": coda | {"router": -coda["router"]}}
     copied = jax.tree.map(jnp.array, params)  # a step donates its state
     state, (metrics,) = take_steps(config, change=lambda state: state.replace(params=copied))
     assert metrics["expert_max_load_by_loop"].shape == (2, 2)
     assert metrics["expert_max_load"] >= metrics["expert_max_load_by_loop"].max()
-    for name, shape in (("prelude", (1, 1)), ("layers", (2, 2)), ("coda", (1, 1))):
-        moved = np.asarray(state.params[name]["router_bias"] - params[name]["router_bias"])
-        assert moved.shape[:2] == shape
-        np.testing.assert_allclose(np.abs(moved[moved != 0]), 0.01, rtol=1e-4)
-        assert moved.any()
 
     batch = make_batch(model=model)
     states = Transformer(model).apply(
         {"params": params}, batch["tokens"], batch["segment_ids"], method="loop_states"
     )
+    outer_1JX, core_LJX = states.outer_router.load_X, states.router.load_X
+    loads = {"prelude": outer_1JX[:, :1], "layers": core_LJX, "coda": outer_1JX[:, 1:]}
+    for name, load_LJX in loads.items():
+        moved = state.params[name]["router_bias"] - params[name]["router_bias"]
+        expected = 0.01 * np.sign(0.25 - load_LJX).swapaxes(0, 1)
+        np.testing.assert_allclose(moved, expected, atol=1e-6)
+    assert (np.sign(0.25 - loads["prelude"]) != np.sign(0.25 - loads["coda"])).any()
+
     balance = np.concatenate(
         [
             4 * np.sum(one.load_X * one.probability_X, axis=-1).ravel()
