@@ -47,13 +47,15 @@ def small_config(scheme: str = "plt", count: int = 2, window: int = 5, **setting
 def random_params(config: ModelConfig, seed: int = 0):
     """Unboxed parameters, all of them random, so that norms and gates matter.
 
-    A parameter's values depend only on its name, its shape and the seed, so schemes share them.
+    A parameter's values depend only on its name, its shape and the seed, so schemes share them; but
+    layers that do not loop have others than those that do.
     """
     shapes = nn.unbox(abstract_params(config))
 
     def draw(path, leaf):
         name = path[-1].key
-        rng = np.random.default_rng([seed, *name.encode()])
+        part = next((part for part in ("prelude", "coda") if path[0].key.endswith(part)), "")
+        rng = np.random.default_rng([seed, *part.encode(), *name.encode()])
         return jnp.asarray(name.endswith("norm") + 0.2 * rng.normal(size=leaf.shape), jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

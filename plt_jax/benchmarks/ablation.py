@@ -114,8 +114,8 @@ def parse(words: list[str]) -> tuple[argparse.Namespace, RunConfig]:
 def run_config(config: RunConfig, variant: Variant, seed: int) -> RunConfig:
     """The configuration of a row's run with a seed."""
     directory = str(config.directory / variant.label / f"seed_{seed}")
-    model = variant.apply(config.model)
-    return config.model_copy(update={"model": model, "seed": seed, "run_dir": directory})
+    run = variant.apply_to_run(config)
+    return run.model_copy(update={"seed": seed, "run_dir": directory})
 
 
 def command_of(words: Sequence[str]) -> str:

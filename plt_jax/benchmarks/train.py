@@ -147,7 +147,7 @@ class CompiledStep(NamedTuple):
 
     @classmethod
     def compile(cls, variant: Variant, config: RunConfig, mesh: jax.sharding.Mesh) -> CompiledStep:
-        config = config.model_copy(update={"model": variant.apply(config.model)})
+        config = variant.apply_to_run(config)
         print(f"compiling {variant.label} ...", flush=True)
         program = TrainProgram.build(config, mesh)
         with use_mesh(mesh):

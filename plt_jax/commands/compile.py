@@ -113,8 +113,7 @@ def _compile_for_gpu(
     schemes = arguments.schemes.split(",") if arguments.schemes else [loop.scheme]
     loops = whole_numbers("loops", arguments.loops or str(loop.count))
     configs = {
-        variant.label: config.model_copy(update={"model": variant.apply(config.model)})
-        for variant in variants_of(schemes, loops)
+        variant.label: variant.apply_to_run(config) for variant in variants_of(schemes, loops)
     }
 
     from plt_jax.compile.estimate import package_version

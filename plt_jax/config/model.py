@@ -79,8 +79,8 @@ class LoopConfig(Section):
     """A linear unit on each loop's output, whose sigmoid is the probability that a token needs no
     further loop (Ouro). All loops run in any case; evaluation can end them by the gate."""
     exit_threshold: MayChange[Annotated[float, Field(gt=0.0, le=1.0)]] = 1.0
-    """The probability to have exited at which evaluation by the gate ends a token's loops; 1 runs
-    all of them."""
+    """The probability to have exited at which evaluation by the gate ends a token's loops; at 1 all
+    of them run, but where the gate is certain."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -221,7 +221,8 @@ class ModelConfig(Section):
     width: PositiveInt = 768
     """Model width D."""
     layers: PositiveInt = 12
-    """Number of decoder layers J; each loop runs all of them."""
+    """Number of decoder layers J; each loop runs all of them, or those that loop.first_layer and
+    loop.last_layer choose."""
     heads: PositiveInt = 12
     """Number of query heads N."""
     kv_heads: PositiveInt = 4

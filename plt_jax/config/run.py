@@ -85,6 +85,16 @@ class RunConfig(Section):
                 f"training.{given[0]} and training.{given[1]} are two ways to weigh the loops' "
                 "losses; choose one"
             )
+        if given and self.model.has_coda and self.model.moe.experts:
+            raise ValueError(
+                f"training.{given[0]} with experts behind the loops (model.loop.last_layer) is not "
+                "supported: their routers would be balanced by the last loop's states alone"
+            )
+        if training.loop_counts and self.guard.spike_deviations is not None:
+            raise ValueError(
+                "training.loop_counts makes steps' losses differ, so that guard.spike_deviations "
+                "would skip those of few loops; set it to null"
+            )
         if training.hidden_scale_warmup and not loop.shifted:
             raise ValueError(
                 f"training.hidden_scale_warmup grows hidden_scale, which the scheme {loop.scheme} "

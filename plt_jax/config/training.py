@@ -96,7 +96,8 @@ class TrainingConfig(Section):
     the last loop always. Every step runs all loops, so that one program serves all."""
     hidden_scale_warmup: Fraction = 0.0
     """Share of training.steps in which model.loop.hidden_scale grows linearly from 0 to its value,
-    so that a retrofitted model starts as its source."""
+    so that a retrofitted model starts as its source. Evaluations and samples have its full value,
+    within that share, too."""
     log_every: MayChange[PositiveInt] = 10
     """Steps between rows of training metrics."""
     evaluate_every: MayChange[PositiveInt] = 200

@@ -26,7 +26,7 @@ MayChange = Annotated[Value, MAY_CHANGE]
 in `steps: MayChange[PositiveInt] = 1000`.
 
 No step's result depends on such a field, but for rounding. The exceptions are `training.steps`,
-which moves the end of the learning-rate schedule (to train longer is a fair wish), and fields that
+which moves the end of the schedules (to train longer is a fair wish), and fields that
 name a file whose contents are compared instead (tokenizer.path, data.sources.path).
 """
 LONGEST_NAME = 255

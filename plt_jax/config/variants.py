@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pydantic
 
-from plt_jax.config import SCHEMES, ModelConfig
+from plt_jax.config import SCHEMES, ModelConfig, RunConfig
 from plt_jax.config.yaml_file import describe_errors
 from plt_jax.errors import InputError
 
@@ -39,12 +39,33 @@ class Variant(NamedTuple):
         loop = config.loop.model_dump() | {"scheme": self.scheme, "count": self.loops}
         if self.looped is not None:
             loop |= dict(zip(("first_layer", "last_layer"), self.looped, strict=True))
+        if not SCHEMES[self.scheme].shifted:  # pyright: ignore[reportArgumentType]
+            del loop["learned_hidden_scale"]
         if self.scheme == "no_loop":
             for name in ("first_layer", "last_layer", "exit_gate"):
                 del loop[name]
         changed = {"loop": loop, "layers": self.depth * config.layers}
         try:
             return ModelConfig(**config.model_dump() | changed)
+        except pydantic.ValidationError as error:
+            raise InputError(f"{self.label}: {describe_errors(error)}") from error
+
+    def apply_to_run(self, config: RunConfig) -> RunConfig:
+        """The run with the model of `apply`. Fields of training that its loops cannot have are left
+        out: weights of several loops' losses where it has one loop, and a warmup of hidden_scale
+        where it has none.
+
+        Raises:
+          InputError: the model or the training cannot have them.
+        """
+        model, training = self.apply(config.model), config.training.model_dump()
+        if model.loop.count == 1:
+            training |= {"loop_losses": (), "loop_counts": (), "exit_entropy": None}
+        if not model.loop.shifted:
+            training["hidden_scale_warmup"] = 0.0
+        values = config.model_dump() | {"model": model.model_dump(), "training": training}
+        try:
+            return RunConfig.model_validate(values)
         except pydantic.ValidationError as error:
             raise InputError(f"{self.label}: {describe_errors(error)}") from error
 

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import pydantic
 
 from plt_jax.config import LoopConfig, ModelConfig
+from plt_jax.config.yaml_file import describe_errors
 from plt_jax.errors import InputError
 from plt_jax.interop.options import CLOSED_GATE_BIAS
 from plt_jax.interop.tensors import Params
@@ -28,18 +30,18 @@ def retrofit(
     config: ModelConfig,
     params: Params,
     loop: LoopConfig,
-    gate_bias: float = 0.0,
+    gate_bias: float | None = None,
 ) -> tuple[ModelConfig, Params]:
-    """The same weights in a looped model. New are only the gates, of G-SWA and of exits, and the
-    norm between loops that layers follow.
+    """The same weights in a looped model. New are only gates, a learned hidden_scale, and the norm
+    between loops that layers follow.
 
     Args:
       config: the configuration of a model of scheme no_loop.
       params: its parameters as `Transformer.init` gives them.
       loop: the new model's looping.
-      gate_bias: the gates' bias at the start. 0 blends loop 1's attention and the window's evenly,
-        as in a new PLT. 4 gives the window a weight of 2 %, which training can still change.
-        CLOSED_GATE_BIAS gives it none.
+      gate_bias: the gates' bias at the start, instead of the loop's. 0 blends loop 1's attention
+        and the window's evenly, as in a new PLT. 4 gives the window a weight of 2 %, which training
+        can still change. CLOSED_GATE_BIAS gives it none.
 
     Returns:
       The looped model's configuration and parameters.
@@ -52,13 +54,15 @@ def retrofit(
             f"the model already loops ({config.loop.scheme}, {config.loop.count} loops); only a "
             "model of scheme no_loop can be retrofitted"
         )
+    if gate_bias is None:
+        gate_bias = loop.gate_bias
     if not math.isfinite(gate_bias):
         raise InputError(
             f"gate_bias is {gate_bias}; it must be finite; {CLOSED_GATE_BIAS} closes the gates"
         )
     if loop.scheme == "no_loop":
         raise InputError("the scheme no_loop does not loop; choose a looped scheme")
-    looped = _looped(config, loop)
+    looped = _looped(config, loop.model_copy(update={"gate_bias": gate_bias}))
     dtype = params["final_norm"].dtype
     sources = stacks_of(config)
     new = {name: params[name] for name in params if name not in sources}
@@ -76,8 +80,6 @@ def retrofit(
             if key not in layers:
                 shape = (stack.layers, *parameter.shape)
                 layers[key] = parameter.initializer(jax.random.key(0), shape, dtype)
-        if "gate_bias" in layers:
-            layers["gate_bias"] = jnp.full_like(layers["gate_bias"], gate_bias)
         if "router_bias" in layers and stack.part == "core":
             # Every loop starts with the source's biases.
             layers["router_bias"] = jnp.repeat(layers["router_bias"], loop.count, axis=1)
@@ -89,15 +91,12 @@ def _looped(config: ModelConfig, loop: LoopConfig) -> ModelConfig:
     """The configuration with another looping.
 
     Raises:
-      InputError: the layers that are to loop are not the model's.
+      InputError: the model cannot have it, such as layers that it does not have.
     """
-    last = loop.first_layer if loop.last_layer is None else loop.last_layer
-    if max(loop.first_layer, last) >= config.layers:
-        raise InputError(
-            f"layers {loop.first_layer} to {last} are to loop, but the model has layers 0 to "
-            f"{config.layers - 1}"
-        )
-    return config.model_copy(update={"loop": loop})
+    try:
+        return ModelConfig.model_validate(config.model_dump() | {"loop": loop.model_dump()})
+    except pydantic.ValidationError as error:
+        raise InputError(describe_errors(error)) from error
 
 
 class ModelDifference(NamedTuple):

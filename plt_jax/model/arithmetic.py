@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.model.block import stacks_of
-from plt_jax.model.costs import flops_by_loop, layers_of_loop, parts_of_loop
+from plt_jax.model.costs import (
+    LoopFlops,
+    flops_by_loop,
+    layers_of_loop,
+    parts_of_loop,
+    readout_flops,
+)
 from plt_jax.model.kernels import splash_blocks
 
 BACKWARD = 2
@@ -39,6 +45,10 @@ def train_flops(config: RunConfig) -> StepFlops:
     """FLOPs of a train step on TPUs, for sequences of one document."""
     model, T, B = config.model, config.sequence_length, config.training.batch_size
     loops = flops_by_loop(model, T)
+    if _reads_every_loop(config):
+        read = readout_flops(model, T)
+        earlier = [LoopFlops(*map(sum, zip(one, read, strict=True))) for one in loops[:-1]]
+        loops = [*earlier, loops[-1]]
     by_loop = tuple((1 + BACKWARD) * B * T * one.total for one in loops)
     keeps_dots = model.remat in ("dots", "dots_and_attention")
     executed = 0
@@ -50,6 +60,11 @@ def train_flops(config: RunConfig) -> StepFlops:
     forwards = (2 if model.remat in ("dots", "full") else 1) + SPLASH_BACKWARD
     attention = sum(B * _attention(config, index) for index in range(model.loop.count))
     return StepFlops(by_loop, round(executed + forwards * attention))
+
+
+def _reads_every_loop(config: RunConfig) -> bool:
+    """Whether the coda and the head read each loop, not the last alone."""
+    return bool(config.training.loop_losses) or config.training.exit_entropy is not None
 
 
 def _expert_flops(model: ModelConfig, loop: int) -> int:
@@ -64,7 +79,10 @@ def _attention(config: RunConfig, loop: int) -> int:
     """Forward FLOPs of a loop's attention over one sequence, in whole blocks."""
     model, T = config.model, config.sequence_length
     block, blocks = splash_blocks(T, None)
-    pairs = layers_of_loop(model, loop) * block * block * blocks * (blocks + 1) // 2
+    layers = layers_of_loop(model, loop)
+    if loop < model.loop.count - 1 and _reads_every_loop(config):
+        layers += len(model.layers_in("coda"))
+    pairs = layers * block * block * blocks * (blocks + 1) // 2
     if loop > 0 and model.loop.later_attention == "gated":
         block, blocks = splash_blocks(T, model.loop.window)
         behind = -(-(model.loop.window - 1) // block)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from plt_jax.config import ModelConfig
 from plt_jax.config.model import PARTS, Part
-from plt_jax.model.block import block_parameters, stacks_of
+from plt_jax.model.block import block_parameters, stacks_in, stacks_of
 from plt_jax.model.layers import Parameter
 from plt_jax.model.moe import EXPERTS
 from plt_jax.model.transformer import top_parameters
@@ -126,6 +126,21 @@ def flops_by_loop(config: ModelConfig, length: int) -> list[LoopFlops]:
             )
         )
     return costs
+
+
+def readout_flops(config: ModelConfig, length: int) -> LoopFlops:
+    """Forward FLOPs per token of reading a loop out that is not the last: the coda and the head."""
+    products = 0
+    for stack in stacks_in(config, "coda").values():
+        for name, parameter in block_parameters(config, stack).items():
+            if parameter.decays:
+                products += stack.layers * _active(config, name, parameter)
+    keys = len(config.layers_in("coda")) * (length + 1) / 2
+    return LoopFlops(
+        layers=2 * products,
+        attention=round(4 * config.heads * config.head_width * keys),
+        head=2 * config.width * config.vocab_size,
+    )
 
 
 class CacheBytes(NamedTuple):

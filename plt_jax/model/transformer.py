@@ -38,6 +38,7 @@ from plt_jax.model.layers import (
 )
 from plt_jax.model.looping import LoopStates, exit_probabilities, run_loops
 from plt_jax.model.loss import HeadLoss, head_loss
+from plt_jax.model.moe import float32_product
 
 
 def top_parameters(config: ModelConfig) -> dict[str, Parameter]:
@@ -223,9 +224,8 @@ class Transformer(nn.Module):
         Args:
           hidden_LBTD: the hidden states of all loops; see `LoopStates`.
         """
-        normed_LBTD = self.normalize_loop(hidden_LBTD).astype(jnp.float32)
-        score_LBT = (normed_LBTD @ self.top["exit_gate"])[..., 0] + self.top["exit_gate_bias"]
-        return exit_probabilities(jax.nn.sigmoid(score_LBT))
+        score_LBT1 = float32_product(self.normalize_loop(hidden_LBTD), self.top["exit_gate"])
+        return exit_probabilities(jax.nn.sigmoid(score_LBT1 + self.top["exit_gate_bias"])[..., 0])
 
     def logits(self, normed_BTD: jax.Array) -> jax.Array:
         """Normed states [B, T, D] to float32 logits [B, T, V]."""

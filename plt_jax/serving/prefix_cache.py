@@ -17,16 +17,8 @@ import numpy as np
 Block = TypeVar("Block")
 
 NO_TOKENS = b""
-"""The key of the empty beginning."""
+"""The key of the empty beginning, if there is one only."""
 DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-def beginning_of(loops: int | None) -> bytes:
-    """The key of the empty beginning of a request that runs so many loops; None for all.
-
-    What the layers behind the loops keep of a token depends on the number of loops.
-    """
-    return NO_TOKENS if loops is None else loops.to_bytes(2)
 
 
 def key_of(before: bytes, tokens: Sequence[int]) -> bytes:
@@ -66,7 +58,7 @@ class PrefixCache(Generic[Block]):
         At least one token is left, which a request needs for its first logits.
 
         Args:
-          key: that of the empty beginning; see `beginning_of`.
+          key: that of the empty beginning; see `Slots.beginning`.
         """
         found = []
         for start in range(0, len(prompt) - self.block_tokens, self.block_tokens):

@@ -22,7 +22,7 @@ import numpy as np
 from plt_jax.decoding.generation import NOT_FINITE
 from plt_jax.errors import InputError
 from plt_jax.serving.interfaces import DrawnTokens, Observer, Slots
-from plt_jax.serving.prefix_cache import NO_TOKENS, PrefixCache, beginning_of, key_of
+from plt_jax.serving.prefix_cache import NO_TOKENS, PrefixCache, key_of
 from plt_jax.serving.request import (
     Alternatives,
     Finish,
@@ -251,7 +251,7 @@ class Scheduler:
         request, run.has_begun = run.request, True
         self._slots.start(run.slot, request.sampling, request.prompt)
         # The scores of a prompt come from its prefill.
-        run.key = beginning_of(request.sampling.loops)
+        run.key = self._slots.beginning(request.sampling)
         if not request.score_prompt:
             run.blocks.extend(self._prefix_cache.find(request.prompt, run.key))
         if self._observer:

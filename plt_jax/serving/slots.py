@@ -20,6 +20,7 @@ from plt_jax.decoding.sampling import RowSampling
 from plt_jax.decoding.weights import DecodeWeights
 from plt_jax.distributed.mesh import use_mesh
 from plt_jax.serving import slot_programs
+from plt_jax.serving.prefix_cache import NO_TOKENS
 from plt_jax.serving.request import SlotSampling
 from plt_jax.serving.slot_programs import Block, Drawn, Scores
 
@@ -121,6 +122,14 @@ class SlotModel:
             self._state = slot_programs.start(
                 self._state, np.int32(slot), row, loops, seed, choice, prompt_S, biased, biases
             )
+
+    def beginning(self, sampling: SlotSampling) -> bytes:
+        """The prefix cache's key of the empty beginning, for requests whose blocks are alike.
+
+        What layers behind the loops keep of a token depends on the number of loops.
+        """
+        loops = sampling.loops or self.config.loop.count
+        return loops.to_bytes(2, "big") if self.config.has_coda else NO_TOKENS
 
     def prefill(
         self,

@@ -28,6 +28,9 @@ CASES = {
     ),
     "no loops": small_config("no_loop", 1, qk_norm=True),
     "a shared cache without windows": small_config("clp_kv_share", 2),
+    "the middle layers loop": small_config(
+        "plt", 2, window=8, layers=3, first_layer=1, last_layer=1
+    ),
     "heads of 128": small_config("plt", 2, head_width=128, kv_heads=1, window=1),
 }
 
@@ -48,12 +51,18 @@ def on_hopper(monkeypatch):
 
 def with_kernel(config: ModelConfig, kernel: str, **changes) -> ModelConfig:
     changes = {"head_width": max(config.head_width, 64), "dtype": "bfloat16"} | changes
-    return config.model_copy(update={"layers": 1, "decode_attention": kernel} | changes)
+    layers = config.layers if config.has_coda else 1
+    return config.model_copy(update={"layers": layers, "decode_attention": kernel} | changes)
 
 
 def room(config: ModelConfig, length: int) -> int:
     """The least number of positions from `length` on that fills slots to a multiple of 8."""
-    return next(n for n in range(length, length + 9) if slots_for(config, 1, n)[0].count % 8 == 0)
+
+    def aligned(positions: int) -> bool:
+        counts = [slots.count for slots in slots_for(config, 1, positions)]
+        return not any(count % 8 for count in (counts if config.has_coda else counts[:1]))
+
+    return next(n for n in range(length, length + 9) if aligned(n))
 
 
 def decoded(config: ModelConfig, params, tokens):

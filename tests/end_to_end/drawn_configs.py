@@ -189,7 +189,12 @@ def reconciled(values: Values, home: Path, devices: int) -> Values:
 def _reconcile_loop_losses(at: Callable[[str], Any], fix: Callable[[str, Any], None]) -> None:
     """At most one way to weigh the loops' losses, with a number for each loop."""
     ways = {"loop_losses": at("model.loop.count") - 1, "loop_counts": at("model.loop.count")}
-    taken = at("training.exit_entropy") is not None
+    last, experts = at("model.loop.last_layer"), at("model.moe.experts")
+    # Routers behind the loops would be balanced by the last loop's states alone.
+    taken = experts > 0 and last is not None and last < at("model.layers") - 1
+    if taken:
+        fix("training.exit_entropy", None)
+    taken = taken or at("training.exit_entropy") is not None
     for name, length in ways.items():
         numbers = list(at(f"training.{name}"))
         if taken or not numbers or not length:
@@ -197,6 +202,8 @@ def _reconcile_loop_losses(at: Callable[[str], Any], fix: Callable[[str, Any], N
             continue
         fix(f"training.{name}", [*numbers, *[1.0] * length][-length:])
         taken = True
+    if at("training.loop_counts"):
+        fix("guard.spike_deviations", None)
 
 
 def _multiple(number: int, of: int) -> int:

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -118,14 +117,18 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.mark.slow(reason="trains a run")
 def test_a_run_is_measured(run):
-    report = evaluate_exits(str(run), "kl:1e9,kl:1e-30,entropy:3")
+    report = evaluate_exits(str(run), "kl:1e9,kl:1e-30,entropy:3,entropy:1e9")
     scores = evaluate_trained(str(run)).numbers
     numbers = json.loads(report.path.read_text())
     assert numbers["tokens"] == scores["tokens"]
     for found, right in zip(numbers["by_loop"], scores["by_loop"], strict=True):
         assert found["loss"] == pytest.approx(right["loss"], rel=1e-5)
         assert found["bits_per_byte"] == pytest.approx(right["bits_per_byte"], rel=1e-5)
-    always, never, some = numbers["rules"]
+    always, never, some, first = numbers["rules"]
+    assert first["share_by_loop"] == [1.0, 0.0] and first["mean_loops"] == 1.0
+    assert first["loss"] == pytest.approx(scores["by_loop"][0]["loss"], rel=1e-5)
+    assert first["same_token"] < 1.0
+    assert scores["by_loop"][0]["loss"] != pytest.approx(scores["loss"], rel=1e-4)
     assert always["share_by_loop"] == never["share_by_loop"] == [0.0, 1.0]  # two loops
     assert never["loss"] == pytest.approx(scores["loss"], rel=1e-5)
     assert never["same_token"] == 1.0
@@ -137,6 +140,7 @@ def test_a_run_is_measured(run):
         "kl:1e+09",
         "kl:1e-30",
         "entropy:3",
+        "entropy:1e+09",
         "note:",
     ]
     assert f"{scores['loss']:.4f}" in lines[1] and "in one pass" in lines[-1]
@@ -148,4 +152,3 @@ def test_a_text_without_targets_is_refused(run, tmp_path):
         evaluate_exits(str(run), "kl:1", text=str(tmp_path / "empty.txt"))
     with pytest.raises(InputError, match="--batch_size is 0"):
         evaluate_exits(str(run), "kl:1", batch_size=0)
-    assert jax.devices()

@@ -51,7 +51,8 @@ def repeating(scheme, count, **settings) -> LoopConfig:
 def test_without_hidden_states_and_window_the_logits_are_the_sources(loop, gate_bias):
     params = random_params(DENSE)
     looped, looped_params = retrofit(DENSE, params, loop, gate_bias)
-    assert looped == DENSE.model_copy(update={"loop": loop})
+    assert looped.loop == loop.model_copy(update={"gate_bias": gate_bias})
+    assert looped == DENSE.model_copy(update={"loop": looped.loop})
     np.testing.assert_allclose(
         logits_of(looped, looped_params), logits_of(DENSE, params), rtol=0, atol=1e-6
     )
@@ -76,8 +77,19 @@ def test_layers_in_the_middle_of_a_mixture_are_given_loops():
 
 
 def test_layers_that_the_model_does_not_have_cannot_loop():
-    with pytest.raises(InputError, match="layers 0 to 7 are to loop, but the model has layers 0"):
+    with pytest.raises(InputError, match="last_layer 7 must be layers of the model, 0 to 1"):
         retrofit(DENSE, random_params(DENSE), repeating("plt", 2, last_layer=7))
+    loop = repeating("vanilla_loop", 2, learned_hidden_scale=True)
+    with pytest.raises(InputError, match="the scheme vanilla_loop has no hidden_scale"):
+        retrofit(DENSE, random_params(DENSE), loop)
+
+
+def test_gates_start_as_the_loop_says_unless_told_otherwise():
+    loop = repeating("plt", 2, gate_bias=3.0)
+    for told, right in ((None, 3.0), (1.0, 1.0)):
+        looped, params = retrofit(DENSE, random_params(DENSE), loop, told)
+        assert looped.loop.gate_bias == right
+        assert np.all(np.asarray(params["layers"]["gate_bias"]) == right)
 
 
 @pytest.mark.slow(reason="compiles several programs")

@@ -49,6 +49,9 @@ class FakeSlots:
     def padded(self, count: int) -> int:
         return count
 
+    def beginning(self, sampling: SlotSampling) -> bytes:
+        return b""
+
     def start(self, slot: int, sampling: SlotSampling, prompt: Sequence[int]) -> None:
         assert len(prompt) <= self.context
         self.held[slot], self.newest[slot], self.seeds[slot] = [], None, sampling.seed

@@ -7,7 +7,10 @@ import pydantic
 import pytest
 from flax.linen import unbox
 
-from plt_jax import Transformer
+from plt_jax import InputError, Transformer
+from plt_jax.config import RunConfig
+from plt_jax.config.variants import Variant
+from plt_jax.model.arithmetic import train_flops
 from plt_jax.model.looping import with_loops
 from plt_jax.model.loss import cross_entropy
 from plt_jax.training import objective
@@ -173,8 +176,46 @@ def test_gates_and_learned_scales_start_where_they_are_told():
             "two ways to weigh the loops' losses",
         ),
         ({"hidden_scale_warmup": 0.5}, small_config("vanilla_loop"), "does not have; leave it"),
+        (
+            {"loop_losses": [1.0]},
+            small_config("plt", layers=2, last_layer=0, moe={"experts": 2}),
+            "loop_losses with experts behind the loops .* is not supported",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused(training, model, message):
     with pytest.raises(pydantic.ValidationError, match=message):
         make_config(model, training=training)
+
+
+def test_drawn_loops_and_limits_of_the_loss_exclude_one_another():
+    config = make_config(MODELS["plt"], training={"loop_counts": [1.0, 1.0, 1.0]})
+    values = config.model_dump() | {"guard": {"spike_deviations": 6.0}}
+    with pytest.raises(pydantic.ValidationError, match="would skip those of few loops"):
+        RunConfig.model_validate(values)
+
+
+def test_variants_of_a_run_keep_what_their_loops_can_have():
+    training = {"loop_losses": [0.5], "hidden_scale_warmup": 0.5}
+    model = small_config("plt", 2, learned_hidden_scale=True, exit_gate=True)
+    config = make_config(model, training=training)
+    assert Variant("plt", 2).apply_to_run(config) == config
+    for scheme in ("vanilla_loop", "no_loop"):
+        run = Variant(scheme, 1 if scheme == "no_loop" else 2).apply_to_run(config)
+        assert not run.model.loop.learned_hidden_scale and not run.training.hidden_scale_warmup
+        assert run.training.loop_losses == (() if scheme == "no_loop" else (0.5,))
+    with pytest.raises(InputError, match=r"plt-3: training\.loop_losses has 1 numbers"):
+        Variant("plt", 3).apply_to_run(config)
+    gated = make_config(model, training={"exit_entropy": 0.1})
+    assert Variant("no_loop", 1).apply_to_run(gated).training.exit_entropy is None
+
+
+def test_losses_at_every_loop_cost_their_readouts():
+    model = small_config("clp", 3, layers=4, first_layer=1, last_layer=1)
+    one = train_flops(make_config(model)).by_loop
+    all_loops = train_flops(make_config(model, training={"loop_losses": [1.0, 1.0]})).by_loop
+    T = model.max_length
+    products = 2 * (2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 24) + 16 * 31)
+    attention = 4 * 16 * 2 * (T + 1) // 2
+    readout = 3 * 8 * T * (products + attention)
+    assert [more - less for more, less in zip(all_loops, one, strict=True)] == [readout, readout, 0]
