@@ -13,13 +13,11 @@ tokens is measured while a prompt of that length is admitted to a slot beside ru
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
-import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from plt_jax.benchmarks import serve_report
 from plt_jax.benchmarks.machine import machine
 from plt_jax.benchmarks.prepared import PreparedVariant, add_weights, prepare_all
 from plt_jax.benchmarks.rounds import interleave, positive_integers, ratios, spread
+from plt_jax.benchmarks.serve_clients import Client, Load
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
 from plt_jax.config.variants import NO_LOOP, variants_of
@@ -40,7 +39,7 @@ from plt_jax.model.costs import count_parameters
 from plt_jax.runs.configuration import load_config
 from plt_jax.serving.engine import Engine
 from plt_jax.serving.prefix_cache import PrefixCache
-from plt_jax.serving.request import Finish, NewToken, PromptScore, Request, SlotSampling
+from plt_jax.serving.request import SlotSampling
 from plt_jax.serving.scheduler import Scheduler
 from plt_jax.serving.slots import SlotModel
 
@@ -48,64 +47,6 @@ ONE_AT_A_TIME = "generate, one at a time"
 PERCENTS = (50, 95, 99)
 STEPS = 32
 """Decode steps of which the time without a scheduler is the mean."""
-
-
-@dataclasses.dataclass(eq=False)
-class Client:
-    """Sends one request, notes when its tokens come, and then does what comes next."""
-
-    prompt: list[int]
-    new_tokens: int
-    next: Callable[[], None] = lambda: None
-    """Is called when the request has ended."""
-    on_token: Callable[[int], None] = lambda count: None
-    """Is called with the number of tokens that have come."""
-    sent: float = 0.0
-    times: list[float] = dataclasses.field(default_factory=list)
-    failure: Finish | None = None
-
-    def send(self, engine: Engine) -> None:
-        self.sent = time.perf_counter()
-        engine.submit([Request(self.prompt, self.new_tokens, SlotSampling(), self)])
-
-    def take(self, new: NewToken) -> bool:
-        self.times.append(time.perf_counter())
-        self.on_token(len(self.times))
-        return True
-
-    def take_prompt(self, scores: Sequence[PromptScore]) -> None:
-        raise AssertionError("no scores were asked for")
-
-    def finish(self, why: Finish) -> None:
-        self.failure = None if why is Finish.LENGTH else why
-        self.next()
-
-
-class Load:
-    """The requests of a round: the same for every scheme."""
-
-    def __init__(self, arguments: argparse.Namespace, vocab_size: int):
-        drawn = random.Random(0)
-        self._requests = [
-            (
-                [drawn.randrange(vocab_size) for _ in range(drawn.randint(*arguments.prompt))],
-                drawn.randint(*arguments.output),
-            )
-            for _ in range(arguments.requests)
-        ]
-        self._gaps = [drawn.expovariate(1.0) for _ in self._requests]
-
-    def clients(self) -> list[Client]:
-        """A new client for each request."""
-        return [Client(prompt, new) for prompt, new in self._requests]
-
-    def arrivals(self, rate: float) -> list[float]:
-        """When each request arrives, in seconds, at a mean rate of requests per second."""
-        return np.cumsum(np.array(self._gaps) / rate).tolist()
-
-    @property
-    def new_tokens(self) -> int:
-        return sum(new for _, new in self._requests)
 
 
 class Served:

@@ -39,7 +39,7 @@ class Variant(NamedTuple):
         loop = config.loop.model_dump() | {"scheme": self.scheme, "count": self.loops}
         if self.looped is not None:
             loop |= dict(zip(("first_layer", "last_layer"), self.looped, strict=True))
-        if not SCHEMES[self.scheme].shifted:  # pyright: ignore[reportArgumentType]
+        if not SCHEMES[self.scheme].shifted:
             del loop["learned_hidden_scale"]
         if self.scheme == "no_loop":
             for name in ("first_layer", "last_layer", "exit_gate"):

@@ -12,6 +12,7 @@ from plt_jax.config import ModelConfig, MoEConfig
 from plt_jax.decoding.linear import linear
 from plt_jax.decoding.quantization import Quantized, dequantize_params
 from plt_jax.decoding.weights import EXPERT_AXES, DecodeWeights, Weights
+from plt_jax.model.attention import norm_heads
 from plt_jax.model.block import LayerOps, project_and_attend
 from plt_jax.model.expert_parallel import replicate_rows
 from plt_jax.model.grouped import grouped_product
@@ -74,29 +75,15 @@ def _qkv(
     H = config.head_width
     fused_BKxTH = joined_qkv(config, weights, x_BTD).transpose(0, 2, 3, 1, 4)
     qk_BKxTH, v_BKTH = fused_BKxTH[:, :, :-1], fused_BKxTH[:, :, -1]
-    if config.qk_norm and config.qk_norm_over == "head":
+    if config.qk_norm and config.qk_norm_over == "all_heads":
+        q_BNTH, k_BKTH = qk_BKxTH[:, :, :-1].reshape(B, -1, T, H), qk_BKxTH[:, :, -1]
+        q_BNTH = norm_heads(config, q_BNTH, weights["q_norm"])
+        k_BKTH = norm_heads(config, k_BKTH, weights["k_norm"])
+        return rotate(q_BNTH, rotation), rotate(k_BKTH, rotation), v_BKTH
+    if config.qk_norm:
         qk_BKxTH = rms_norm(qk_BKxTH, weights["qk_norm"], config.norm_epsilon)
-    elif config.qk_norm:
-        # [K, G, H] are all queries of a position, and [K, 1, H] all keys.
-        q_BKGTH, k_BK1TH = qk_BKxTH[:, :, :-1], qk_BKxTH[:, :, -1:]
-        qk_BKxTH = jnp.concatenate(
-            [
-                _norm_over_heads(q_BKGTH, weights["q_norm"], config.norm_epsilon),
-                _norm_over_heads(k_BK1TH, weights["k_norm"], config.norm_epsilon),
-            ],
-            axis=2,
-        )
     qk_BKxTH = rotate(qk_BKxTH, Rotation(rotation.cos[:, None], rotation.sin[:, None]))
     return qk_BKxTH[:, :, :-1].reshape(B, -1, T, H), qk_BKxTH[:, :, -1], v_BKTH
-
-
-def _norm_over_heads(x_BKGTH: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """The RMSNorm of all heads of a position together, with a scale [K·G, H]."""
-    _, K, G, _, H = x_BKGTH.shape
-    wide = x_BKGTH.astype(jnp.float32)
-    square = jnp.mean(jnp.square(wide), axis=(1, 2, 4), keepdims=True)
-    normed = wide * jax.lax.rsqrt(square + epsilon) * scale.reshape(K, G, 1, H)
-    return normed.astype(x_BKGTH.dtype)
 
 
 def _output(weights: Weights, out_BNTH: jax.Array) -> jax.Array:

@@ -240,11 +240,12 @@ def predict(config: ModelConfig, params: Any, batch: dict[str, jax.Array]) -> Lo
     """The predictions of all loops at all positions of a batch, M = B·T."""
 
     def forward(model: Transformer) -> LoopPredictions:
-        readouts_LBTD = model.readouts(batch["tokens"], batch["segment_ids"])
+        inputs = batch["tokens"], batch["segment_ids"]
+        states = model.loop_states(*inputs)
+        readouts_LBTD = model.readouts(states, model.context(*inputs))
         L, B, T, D = readouts_LBTD.shape
         exited_LBT = jnp.zeros((L, B, T))
         if config.loop.exit_gate:
-            states = model.loop_states(batch["tokens"], batch["segment_ids"])
             exited_LBT = jnp.cumsum(model.exit_probabilities(states.hidden_LBTD), axis=0)
 
         def of_position(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
@@ -260,8 +261,8 @@ def predict(config: ModelConfig, params: Any, batch: dict[str, jax.Array]) -> Lo
 
         read_MLD = jnp.moveaxis(readouts_LBTD, 0, 2).reshape(B * T, L, D)
         at_once = max(LOGITS // (L * config.vocab_size), 1)
-        inputs = read_MLD, batch["targets"].reshape(B * T)
-        nats, entropy, kl, best = jax.lax.map(of_position, inputs, batch_size=at_once)
+        positions = read_MLD, batch["targets"].reshape(B * T)
+        nats, entropy, kl, best = jax.lax.map(of_position, positions, batch_size=at_once)
         return LoopPredictions(nats, entropy, kl, best, exited_LBT.reshape(L, B * T).T)
 
     predictions: Any = Transformer(config).apply({"params": params}, method=forward)

@@ -165,7 +165,8 @@ def nll_by_loop(
             nll_BT, _ = score_in_chunks(model, read_BTD, targets_BT)
             return nll_BT
 
-        return jax.lax.map(of_loop, model.readouts(tokens_BT))
+        states, context = model.loop_states(tokens_BT), model.context(tokens_BT)
+        return jax.lax.map(of_loop, model.readouts(states, context))
 
     nll_LBT: Any = Transformer(config).apply({"params": params}, method=scores)
     return (jnp.moveaxis(nll_LBT, 0, 1),)

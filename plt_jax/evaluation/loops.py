@@ -182,7 +182,8 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
     longer = with_loops(config, params, passes + 1) if looped else (config, params)
     states_RTD, maps = run_loops(*longer, tokens_1T, documents_1T)
     model = Transformer(config).bind({"params": params})
-    readouts_R1TD = model.readouts(tokens_1T, example["segment_ids"][None])
+    inputs = tokens_1T, example["segment_ids"][None]
+    readouts_R1TD = model.readouts(model.loop_states(*inputs), model.context(*inputs))
     logs = [jax.nn.log_softmax(model.logits(read_1TD)[0]) for read_1TD in readouts_R1TD]
 
     def mean(value_T: jax.Array, where_T: jax.Array = counted_T) -> jax.Array:

@@ -122,7 +122,8 @@ def losses_by_loop(config: ModelConfig, params: Any, batch: dict[str, jax.Array]
         def summed(read_BTD: jax.Array) -> jax.Array:
             return model.loss(read_BTD, batch["targets"], batch["weights"]).nll
 
-        readouts_LBTD = model.readouts(batch["tokens"], segment_ids=batch["segment_ids"])
+        inputs = batch["tokens"], batch["segment_ids"]
+        readouts_LBTD = model.readouts(model.loop_states(*inputs), model.context(*inputs))
         # One loop at a time, because the logits of a block are large.
         return jax.lax.map(summed, readouts_LBTD)
 

@@ -79,10 +79,13 @@ def describe_loops(config: ModelConfig) -> str:
     """The looping in words, such as `plt, 2 loops through layers 4 to 7 of 12`."""
     loops = "one loop" if config.loop.count == 1 else f"{config.loop.count} loops"
     layers = config.looped_layers
+    first, last = layers[0], layers[-1]
     if len(layers) == config.layers:
-        return f"{config.loop.scheme}, {loops} through {config.layers} layers"
-    where = f"layers {layers.start} to {layers.stop - 1} of {config.layers}"
-    return f"{config.loop.scheme}, {loops} through {where} (from 0)"
+        where = "one layer" if config.layers == 1 else f"{config.layers} layers"
+    else:
+        some = f"layer {first}" if first == last else f"layers {first} to {last}"
+        where = f"{some} of {config.layers} (from 0)"
+    return f"{config.loop.scheme}, {loops} through {where}"
 
 
 def flops_by_loop(config: ModelConfig, length: int) -> list[LoopFlops]:

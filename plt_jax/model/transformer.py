@@ -203,18 +203,14 @@ class Transformer(nn.Module):
         output, normed."""
         return self.normalize(self.layers("coda", hidden_BTD, context)[0])
 
-    def readouts(
-        self,
-        tokens: jax.Array,
-        segment_ids: jax.Array | None = None,
-        positions: jax.Array | None = None,
-    ) -> jax.Array:
-        """What the head reads if each loop is the last, [L, B, T, D]; arguments as in
-        `__call__`."""
-        states = self.loop_states(tokens, segment_ids, positions)
+    def readouts(self, states: LoopStates, context: Context) -> jax.Array:
+        """What the head reads if each loop is the last, [L, B, T, D].
+
+        Args:
+          context: that of the states' tokens.
+        """
         if not self.config.has_coda:
             return self.normalize(states.hidden_LBTD)
-        context = self.context(tokens, segment_ids, positions)
         return jnp.stack([self.readout(hidden_BTD, context) for hidden_BTD in states.hidden_LBTD])
 
     def exit_probabilities(self, hidden_LBTD: jax.Array) -> jax.Array:
@@ -278,4 +274,6 @@ class Transformer(nn.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """The logits if each loop is the last, float32 [L, B, T, V]."""
-        return jax.vmap(self.logits)(self.readouts(tokens, segment_ids, positions))
+        states = self.loop_states(tokens, segment_ids, positions)
+        context = self.context(tokens, segment_ids, positions)
+        return jax.vmap(self.logits)(self.readouts(states, context))

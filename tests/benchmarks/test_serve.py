@@ -7,6 +7,7 @@ import pytest
 
 from plt_jax.benchmarks import serve, serve_report
 from plt_jax.benchmarks.prepared import prepare_all
+from plt_jax.benchmarks.serve_clients import Load
 from plt_jax.config.variants import variants_of
 from tests.models import small_config
 
@@ -24,7 +25,7 @@ def test_every_request_is_served_and_timed(rate, tmp_path):
         prefill_tokens=16,
         cache_dtype=None,
     )
-    load = serve.Load(arguments, base.vocab_size)
+    load = Load(arguments, base.vocab_size)
     rows = prepare_all(variants_of(["plt"], [2]), base)
     (row,) = serve.measure(rows, 2, load, arguments)
     assert row["tokens_per_second"] > 0
@@ -48,7 +49,7 @@ def test_every_request_is_served_and_timed(rate, tmp_path):
 
 def test_a_load_is_the_same_for_every_scheme():
     arguments = Namespace(requests=7, prompt=(3, 9), output=(2, 4))
-    load = serve.Load(arguments, 31)
+    load = Load(arguments, 31)
     one, other = load.clients(), load.clients()
     assert [client.prompt for client in one] == [client.prompt for client in other]
     assert all(3 <= len(client.prompt) <= 9 and 2 <= client.new_tokens <= 4 for client in one)

@@ -45,7 +45,7 @@ CASES = {
             scheme, count, window=3, layers=4, first_layer=1, last_layer=2
         )
         for scheme, count in LOOPED
-        if count > 1
+        if count > 1 or scheme == "plt"
     },
     "plt-3-behind-a-prelude": small_config("plt", 3, window=3, layers=3, first_layer=2),
     "plt-2-before-a-coda": small_config(

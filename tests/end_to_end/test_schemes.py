@@ -22,7 +22,7 @@ def test_every_scheme_trains_evaluates_and_generates(finished, tmp_path, scheme)
     result = command("train.py", write_config(tmp_path / "config.yaml", values))
     assert result.code == 0, result
     loops = "one loop" if count == 1 else f"{count} loops"
-    assert f"model: {scheme}, {loops} through 1 layers" in result.out
+    assert f"model: {scheme}, {loops} through one layer" in result.out
     rows = json_rows(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 2]
     assert rows[1]["loss"] < 7.0

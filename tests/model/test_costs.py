@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from plt_jax import Transformer, init_cache, load_config
-from plt_jax.model.costs import cache_bytes, count_parameters, flops_by_loop
+from plt_jax.model.costs import (
+    cache_bytes,
+    count_parameters,
+    describe_loops,
+    flops_by_loop,
+)
 from plt_jax.model.transformer import abstract_params
 from tests.models import ALL, small_config
 from tests.training.runs import command
@@ -123,6 +128,22 @@ def test_flops_of_a_hand_counted_model():
     assert first.attention == 4 * 2 * 16 * 5  # positions 1 to 9 see 5 keys on average
     assert last.attention == first.attention + round(4 * 2 * 16 * (1 + 2 + 3 + 4 + 5 * 5) / 9)
     assert (first.head, second.head, last.head) == (0, 0, 2 * 16 * 31)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (small_config("no_loop", 1), "no_loop, one loop through 2 layers"),
+        (small_config("plt", 3, layers=1), "plt, 3 loops through one layer"),
+        (small_config("clp", 2, last_layer=0), "clp, 2 loops through layer 0 of 2 (from 0)"),
+        (
+            small_config("plt", 2, layers=4, first_layer=1, last_layer=2),
+            "plt, 2 loops through layers 1 to 2 of 4 (from 0)",
+        ),
+    ],
+)
+def test_loops_in_words(config, words):
+    assert describe_loops(config) == words
 
 
 def test_the_description_names_the_figures():
