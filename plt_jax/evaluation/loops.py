@@ -82,6 +82,7 @@ MEASURES = (
     ("output_shift", "output shift", "{:.4f}"),
     ("entropy", "entropy", "{:.3f}"),
     ("true_rank", "rank of truth", "{:.1f}"),
+    ("exit", "exit probability", "{:.3f}"),
     ("gate", "gate", "{:.3f}"),
     ("attention_entropy", "attention entropy", "{:.3f}"),
     ("attention_change", "attention change", "{:.4f}"),
@@ -183,7 +184,8 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
     states_RTD, maps = run_loops(*longer, tokens_1T, documents_1T)
     model = Transformer(config).bind({"params": params})
     inputs = tokens_1T, example["segment_ids"][None]
-    readouts_R1TD = model.readouts(model.loop_states(*inputs), model.context(*inputs))
+    states = model.loop_states(*inputs)
+    readouts_R1TD = model.readouts(states, model.context(*inputs))
     logs = [jax.nn.log_softmax(model.logits(read_1TD)[0]) for read_1TD in readouts_R1TD]
 
     def mean(value_T: jax.Array, where_T: jax.Array = counted_T) -> jax.Array:
@@ -216,6 +218,9 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
         "entropy": by_loop(lambda r: mean(measures.entropy(logs[r - 1]))),
         "true_rank": by_loop(lambda r: mean(measures.rank_of_truth(logs[r - 1], targets_T))),
     }
+    if config.loop.exit_gate:
+        exits_R1T = model.exit_probabilities(states.hidden_LBTD)
+        values["exit"] = by_loop(lambda r: mean(exits_R1T[r - 1, 0]))
     for name, value_RJT in maps.items():
         values[name] = jax.vmap(jax.vmap(mean))(value_RJT[:passes])
     return values

@@ -84,6 +84,20 @@ def test_loops_over_part_of_the_stack(scheme):
 
 
 @pytest.mark.slow(reason="compiles several programs")
+def test_the_exit_gates_distribution():
+    config = small_config("vanilla_loop", 3, exit_gate=True)
+    params, example = random_params(config), example_of(config)
+    values = jax.device_get(measure(config, params, example))
+    hidden = np.asarray(model_states(config, params, example["tokens"][None]).hidden_LBTD[:, 0])
+    rms = np.sqrt(np.mean(hidden**2, axis=-1, keepdims=True) + config.norm_epsilon)
+    score = hidden / rms * params["final_norm"] @ params["exit_gate"] + params["exit_gate_bias"]
+    first, second, _ = 1 / (1 + np.exp(-np.asarray(score)[..., 0]))
+    exits = [first, (1 - first) * second, (1 - first) * (1 - second)]
+    counted = np.asarray(example["weights"]) > 0
+    np.testing.assert_allclose(values["exit"], [one[counted].mean() for one in exits], atol=1e-5)
+
+
+@pytest.mark.slow(reason="compiles several programs")
 def test_experts_and_leading_dense_layers():
     config = small_config(
         "plt",
@@ -117,6 +131,7 @@ def test_what_is_measured_of_a_model():
     behind = np.flatnonzero(counted[1:] & (np.diff(np.asarray(SEGMENTS[0])) == 0)) + 1
     offset = np.linalg.norm(first[behind] - first[behind - 1], axis=-1).mean()
     assert values["offset_cost"][1] == pytest.approx(offset, rel=1e-4)
+    assert "exit" not in values  # without a gate
     for name in ("cosine", "offset_cost", "output_shift"):
         assert np.isnan(values[name][0]) and np.isfinite(values[name][1])
     assert -1 <= values["cosine"][1] <= 1 and values["effective_rank"].min() >= 1
