@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import io
 import json
 import math
-import multiprocessing.reduction
 import numbers
 import os
 import shutil
@@ -15,8 +14,9 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
+from plt_jax.buckets.address import is_in_bucket, refuse_other_schemes
 from plt_jax.errors import InputError
 
 UNFINISHED = ".unfinished"
@@ -28,14 +28,43 @@ MOST_JSON_BYTES = 2**26
 has some millions."""
 
 
+def to_path(path: str | Path) -> Path:
+    """A path of a file system or in a bucket; both have the same methods.
+
+    Raises:
+      InputError: the path begins with another scheme than gs://, or the packages for buckets are
+        not installed.
+    """
+    refuse_other_schemes(str(path))
+    if not is_in_bucket(path):
+        return Path(path)
+    from plt_jax.buckets.path import bucket_path  # its packages are an extra
+
+    return bucket_path(str(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder, or a bucket has objects below this name; False also for a name
+    that no file system can have."""
+    return path.is_dir() if is_in_bucket(path) else os.path.isdir(path)
+
+
+def check_reachable(path: Path) -> None:
+    """Raises InputError if a path leads into a bucket that does not exist, or cannot be read."""
+    if is_in_bucket(path):
+        from plt_jax.buckets.service import check_bucket
+
+        check_bucket(path)
+
+
 def expand(path: str | Path) -> Path:
     """Replaces `~` or `~NAME` at the beginning of a path by that user's home folder.
 
     Raises:
-      InputError: there is no such user.
+      InputError: there is no such user; or see `to_path`.
     """
     try:
-        return Path(path).expanduser()
+        return to_path(path).expanduser()
     except RuntimeError as error:  # which pathlib raises for an unknown user
         raise InputError(
             f"{path} begins with the home folder of an unknown user; give an existing one"
@@ -129,6 +158,21 @@ def _finite(values: Any) -> Any:
     return values
 
 
+def write_synced(path: Path, text: str) -> None:
+    """Writes a new file, and waits until it is on the disk.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    if is_in_bucket(path):
+        path.write_text(text)
+        return
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces a file as a whole. If the process is killed, the old or the new file is there.
 
@@ -157,11 +201,17 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
     """Yields a new file, which takes the place of `path` if the block ends without an error.
 
     Readers, and other writers, see the old file or the new one. Until then the new one lies beside
-    it, under a name that nobody can foresee: a link that waits there would be followed.
+    it, under a name that nobody can foresee: a link that waits there would be followed. An object
+    in a bucket is written as a whole anyway.
 
     Raises:
       OSError: the file cannot be written.
     """
+    if is_in_bucket(path):
+        content = io.BytesIO()
+        yield content
+        path.write_bytes(content.getvalue())
+        return
     unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}{UNFINISHED}")
     try:
         with open(unfinished, "xb") as file:
@@ -176,8 +226,9 @@ def replaced_file(path: Path) -> Iterator[BinaryIO]:
 def check_new_folder(path: str | Path) -> None:
     """Raises InputError if `path` is a file, a link or a folder that is not empty, or cannot be
     made."""
-    path = Path(path).absolute()
-    if os.path.islink(path):  # False also for an impossible name
+    path = to_path(path).absolute()
+    check_reachable(path)
+    if not is_in_bucket(path) and os.path.islink(path):  # False also for an impossible name
         raise InputError(f"{path} is a link; give the folder itself")
     try:
         str(path).encode("utf-8")
@@ -193,6 +244,8 @@ def check_new_folder(path: str | Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
     if entries:
         raise InputError(f"{path} is not empty; choose another destination")
+    if is_in_bucket(path):
+        return
     above = next(parent for parent in path.parents if parent.exists())
     if not os.access(above, os.W_OK):
         raise InputError(f"cannot write {path}: {above} is not writable")
@@ -203,21 +256,26 @@ def new_folder(path: str | Path) -> Iterator[Path]:
     """Yields a new folder, which gets the name `path` if the block ends without an error.
 
     During the block it has a temporary name beside `path`. After an error it is removed, with the
-    parent folders that were made for it.
+    parent folders that were made for it. In a bucket, where nothing can be renamed, it has its own
+    name from the beginning: its last file must be the one that makes it complete.
 
     Raises:
       InputError: `path` is refused by `check_new_folder`, or cannot be written.
     """
     check_new_folder(path)
-    path = Path(path).absolute()
-    unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}")
-    made = [parent for parent in path.parents if not parent.exists()]
+    path = to_path(path).absolute()
+    in_bucket = is_in_bucket(path)
+    unfinished = path
+    if not in_bucket:
+        unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex[:8]}")
+    made = [] if in_bucket else [parent for parent in path.parents if not parent.exists()]
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        unfinished.rename(path)  # which replaces an empty folder
+        if not in_bucket:
+            unfinished.rename(path)  # which replaces an empty folder
     except BaseException as error:
-        _remove(unfinished)
+        remove_folder(unfinished)
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -225,58 +283,6 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             reason = error.strerror or error
             raise InputError(f"cannot write {path}: {reason}") from error
         raise
-
-
-class FolderLock:
-    """The right to write into a folder, which one process at a time has.
-
-    It ends with the process, however that ends. A process that is spawned with the lock among its
-    arguments shares it: then it ends with the last of them. The lock is the folder's own, so that
-    no file tells of it. On file systems without locks, everyone has the right.
-    """
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._descriptor: int | None = None
-
-    def __getstate__(self) -> tuple[Path, Any]:
-        descriptor = self._descriptor
-        shared = None if descriptor is None else multiprocessing.reduction.DupFd(descriptor)
-        return self._folder, shared
-
-    def __setstate__(self, state: tuple[Path, Any]) -> None:
-        self._folder, shared = state
-        self._descriptor = None if shared is None else shared.detach()
-
-    @property
-    def is_held(self) -> bool:
-        """Whether this process has taken the lock, or shares it."""
-        return self._descriptor is not None
-
-    def take(self) -> bool:
-        """Takes the lock of a folder that exists; returns whether nobody else has it.
-
-        Raises:
-          OSError: the folder cannot be opened.
-        """
-        if self.is_held or not self._folder.is_dir():
-            return True
-        descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(descriptor)
-            return False
-        except OSError:
-            pass  # this file system has no locks
-        self._descriptor = descriptor
-        return True
-
-    def release(self) -> None:
-        """Gives the lock back, if it was taken."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -293,15 +299,37 @@ def copy_file(source: Path, target: Path) -> None:
     target.write_bytes(contents)
 
 
-def _remove(folder: Path) -> None:
+def remove_folder(folder: Path) -> None:
     """Removes a folder, into which threads of a failed writer may still be writing.
 
-    It must stay away for a while: a thread may make the folder again after it was removed.
+    It must stay away for a while: a thread may make the folder again after it was removed. What
+    cannot be removed stays.
     """
     absent = 0
     for _ in range(50):
         absent = 0 if folder.exists() else absent + 1
         if absent == 5:
             return
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            remove_tree(folder)
         time.sleep(0.1)
+
+
+def remove_tree(folder: Path) -> None:
+    """Removes a folder with all that is in it, or a file.
+
+    Raises:
+      OSError: something in it cannot be removed.
+    """
+    if is_in_bucket(folder):
+        cast(Any, folder).rmtree()
+    elif folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink()
+
+
+def files_in(folder: Path) -> list[str]:
+    """The files in a folder and its subfolders: their paths in it, with slashes, in order."""
+    paths = (path for path in folder.rglob("*") if is_in_bucket(path) or path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in paths)

@@ -125,3 +125,20 @@ def finished(tmp_path_factory):
     from tests.training.runs import finished_run  # imports half of the package
 
     return finished_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """An emulator of a bucket, which this process and those that it starts use from now on."""
+    from benchmarks.faults.bucket_server import BucketServer
+
+    with BucketServer() as server:
+        os.environ.update(server.environment)
+        yield server
+
+
+@pytest.fixture
+def bucket(bucket_server, request):
+    """The path of an empty folder in the emulator's bucket, `gs://runs/NAME`, for one test."""
+    yield f"gs://runs/{abs(hash(request.node.nodeid)):x}"
+    bucket_server.disturb = lambda _: None

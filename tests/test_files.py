@@ -10,7 +10,6 @@ import pytest
 from plt_jax import files
 from plt_jax.errors import InputError, one_line
 from plt_jax.files import (
-    FolderLock,
     file_below,
     read_bounded,
     read_json,
@@ -122,16 +121,6 @@ def test_json_holds_null_for_what_is_no_number():
     assert json.loads(to_json(values)) == {"a": [1, 0.5, None, [None]], "b": {"c": None, "d": True}}
     assert "NaN" not in to_json(values, indent=2)
     assert to_json([np.int64(3), True, 2]) == "[3, true, 2]"
-
-
-def test_a_folder_has_one_writer_at_a_time(tmp_path):
-    one, other = FolderLock(tmp_path), FolderLock(tmp_path)
-    assert one.take() and one.take()
-    assert not other.take()
-    one.release()
-    assert other.take()
-    assert not list(tmp_path.iterdir())
-    assert FolderLock(tmp_path / "missing").take()
 
 
 def test_a_message_shows_no_escape_sequences_and_has_bounds():

@@ -9,7 +9,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "plt_jax"
 
 ORDER = (
     "errors",
+    "buckets",
     "files",
+    "locks",
     "config",
     "distributed",
     "model",

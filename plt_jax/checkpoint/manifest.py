@@ -1,9 +1,9 @@
 """The manifest of a checkpoint: its files with their sizes and checksums, and how they are checked.
 
-The manifest is the last file that is written before a checkpoint gets its name. Every checkpoint
-has one, but for those of earlier versions. CRC-32 detects every damage of up to 32 bits in a row,
-and misses one in four billion of all others; it is the fastest checksum of the standard library. It
-does not protect against changes on purpose.
+The manifest is the last file that is written, on a disk before the checkpoint gets its name. Every
+checkpoint has one, but for those of earlier versions. CRC-32 detects every damage of up to 32 bits
+in a row, and misses one in four billion of all others; it is the fastest checksum of the standard
+library. It does not protect against changes on purpose.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plt_jax.errors import InputError
-from plt_jax.files import MOST_JSON_BYTES, file_below, read_bounded
+from plt_jax.files import MOST_JSON_BYTES, file_below, files_in, read_bounded, write_synced
 
 MANIFEST = "manifest.json"
 MARK: dict[str, Any] = {"manifest": MANIFEST}
@@ -65,7 +65,7 @@ def own_files(checkpoint: Path, index: int) -> list[str]:
 
     Orbax names files by the process that writes them; process 0 writes all that have no such name.
     """
-    return [name for name in _list_files(checkpoint) if _writer(name) == index]
+    return [name for name in files_in(checkpoint) if _writer(name) == index]
 
 
 def take_checksums(checkpoint: Path, names: Iterable[str]) -> dict[str, File]:
@@ -88,10 +88,7 @@ def write_manifest(
       OSError: it cannot be written.
     """
     manifest = CheckpointManifest(time.time(), validation_loss, files)
-    with (checkpoint / MANIFEST).open("w", encoding="utf-8") as file:
-        file.write(_dump(manifest._asdict()))
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(checkpoint / MANIFEST, _dump(manifest._asdict()))
 
 
 def read_manifest(checkpoint: Path) -> CheckpointManifest | None:
@@ -217,11 +214,6 @@ def _read(path: Path) -> File:
         while count := file.readinto(buffer):
             size, crc = size + count, zlib.crc32(buffer[:count], crc)
     return File(size, crc)
-
-
-def _list_files(checkpoint: Path) -> list[str]:
-    paths = (path for path in checkpoint.rglob("*") if path.is_file())
-    return sorted(path.relative_to(checkpoint).as_posix() for path in paths)
 
 
 def _writer(name: str) -> int:

@@ -2,8 +2,9 @@
 
 A checkpoint is a folder named by its step. It holds the parameters, the optimizer's state and the
 data iterator's state, so that evaluation can read the parameters alone and training can resume
-exactly. It is first written under another name, and gets its own name after its manifest (see
-manifest.py): a folder whose name is a number is complete.
+exactly. On a disk it is first written under another name, and gets its own name after its manifest
+(see manifest.py): a folder whose name is a number is complete. In a bucket, where nothing can be
+renamed, it has its name from the beginning, and is complete when it has its manifest.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from plt_jax.buckets.address import is_in_bucket
 from plt_jax.checkpoint.manifest import (
+    MANIFEST,
     MARK,
     File,
     find_damage,
@@ -36,10 +39,11 @@ from plt_jax.checkpoint.manifest import (
     write_manifest,
 )
 from plt_jax.checkpoint.retention import reasons_to_keep
-from plt_jax.checkpoint.steps import list_steps
+from plt_jax.checkpoint.steps import is_complete, is_step, list_steps
 from plt_jax.config import CheckpointConfig
 from plt_jax.distributed import processes
 from plt_jax.errors import FailedError, InputError
+from plt_jax.files import is_folder, remove_tree, to_path
 
 # Orbax logs every save and restore in several lines, and failures with their stack traces. What
 # users need to know is printed here.
@@ -65,22 +69,31 @@ class Checkpoints:
     It is a context manager, which waits for the last save at its end.
     """
 
-    def __init__(self, directory: str | Path, config: CheckpointConfig, patience: int = 300):
+    def __init__(
+        self,
+        directory: str | Path,
+        config: CheckpointConfig,
+        patience: int = 300,
+        claim: Callable[[], None] = lambda: None,
+    ):
         """Removes what an interrupted save or removal has left in the directory.
 
         Args:
           directory: the folder of the checkpoints.
           config: which checkpoints are kept.
           patience: seconds that a save waits for the checksums of other processes.
+          claim: raises FailedError where another process has taken over the directory; process 0
+            calls it before it completes or removes a checkpoint.
         """
-        self._directory, self._config = Path(directory).absolute(), config
-        self._patience = patience
+        self._directory, self._config = to_path(directory).absolute(), config
+        self._patience, self._claim = patience, claim
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: tuple[Path, Future] | None = None
-        if processes.is_first() and self._directory.is_dir():
+        if processes.is_first() and is_folder(self._directory):
             for entry in self._directory.iterdir():
-                if _LEFTOVER.fullmatch(entry.name):
-                    shutil.rmtree(entry, ignore_errors=True)
+                if _is_leftover(entry):
+                    with suppress(OSError):
+                        remove_tree(entry)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -116,10 +129,12 @@ class Checkpoints:
         """
         self.wait()
         final = self._directory / str(step)
-        unfinished = final.with_name(final.name + UNFINISHED)
+        unfinished = final
+        if not is_in_bucket(final):
+            unfinished = final.with_name(final.name + UNFINISHED)
         trees = {"params": params, "optimizer": optimizer, "data": data}
         try:
-            with _CONTEXT:
+            with _CONTEXT, _bucket_errors(final):
                 path = str(unfinished)
                 response = ocp.save_checkpointables_async(path, trees, custom_metadata=MARK)
         except FAILURES as error:
@@ -163,7 +178,8 @@ class Checkpoints:
         if earlier.exists():
             del wanted["data"]
         try:
-            restored = ocp.load_checkpointables(str(path), wanted)
+            with _bucket_errors(path):
+                restored = ocp.load_checkpointables(str(path), wanted)
             data = restored.get("data") or json.loads(earlier.read_text(encoding="utf-8"))
         except UNREADABLE as error:
             raise _unreadable(path, error) from error
@@ -179,15 +195,18 @@ class Checkpoints:
     ) -> None:
         """Waits until all files are written, adds the manifest, gives the checkpoint its name, and
         removes the checkpoints that are no longer kept."""
-        response.result()
+        with _bucket_errors(final):
+            response.result()
         _wait_for(unfinished, self._patience)
         own = take_checksums(unfinished, own_files(unfinished, jax.process_index()))
         gathered = processes.gather(f"checksums/{number}", json.dumps(own), self._patience)
         if not processes.is_first():
             return
         files = {name: File(*file) for text in gathered for name, file in json.loads(text).items()}
+        self._claim()
         write_manifest(unfinished, files, loss)
-        unfinished.rename(final)
+        if unfinished != final:
+            unfinished.rename(final)
         losses = {
             step: validation_loss(self._directory / str(step))
             for step in list_steps(self._directory)
@@ -234,7 +253,7 @@ def refuse_damaged(
     Raises:
       InputError: a file in this process's part is damaged.
     """
-    path = (Path(directory) / str(step)).absolute()
+    path = (to_path(directory) / str(step)).absolute()
     damage = find_shared_damage(path, inside)
     if not damage:
         return
@@ -265,10 +284,11 @@ def save_params(directory: str | Path, step: int, params: Any) -> None:
     Raises:
       OSError: the checkpoint cannot be written.
     """
-    path = (Path(directory) / str(step)).absolute()
+    path = (to_path(directory) / str(step)).absolute()
     try:
         path.parent.mkdir(exist_ok=True)
-        ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=MARK)
+        with _bucket_errors(path):
+            ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=MARK)
         write_manifest(path, take_checksums(path, own_files(path, 0)))
     except FAILURES as error:
         raise OSError(_reason(error)) from error
@@ -276,7 +296,7 @@ def save_params(directory: str | Path, step: int, params: Any) -> None:
 
 def can_resume(directory: str | Path, step: int) -> bool:
     """Whether a checkpoint holds an optimizer's state, which resuming needs."""
-    return (Path(directory) / str(step) / "optimizer").exists()
+    return (to_path(directory) / str(step) / "optimizer").exists()
 
 
 def stored_params(directory: str | Path, step: int) -> Any:
@@ -285,9 +305,10 @@ def stored_params(directory: str | Path, step: int) -> Any:
     Raises:
       InputError: the checkpoint cannot be read.
     """
-    path = (Path(directory) / str(step)).absolute()
+    path = (to_path(directory) / str(step)).absolute()
     try:
-        return ocp.metadata(str(path), "params").metadata
+        with _bucket_errors(path):
+            return ocp.metadata(str(path), "params").metadata
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
@@ -311,7 +332,7 @@ def load_params(
     Raises:
       InputError: the checkpoint cannot be read, or its arrays have other shapes.
     """
-    path = (Path(directory) / str(step)).absolute()
+    path = (to_path(directory) / str(step)).absolute()
     stored = stored_params(directory, step)
     try:
         differing = differing_shapes(stored, abstract)
@@ -320,7 +341,8 @@ def load_params(
         elif as_stored and not differing:
             abstract = jax.tree.map(lambda to, of: to.update(dtype=of.dtype), abstract, stored)
         if not differing:
-            return ocp.load_checkpointables(str(path), {"params": abstract})["params"]
+            with _bucket_errors(path):
+                return ocp.load_checkpointables(str(path), {"params": abstract})["params"]
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
     raise InputError(
@@ -345,6 +367,22 @@ def differing_shapes(stored: Any, wanted: Any) -> str:
     return ""
 
 
+def _bucket_errors(path: Path) -> AbstractContextManager[None]:
+    """Raises what orbax lets through of a bucket's errors as an OSError."""
+    if not is_in_bucket(path):
+        return nullcontext()
+    from plt_jax.buckets.service import as_os_errors  # its packages are an extra
+
+    return as_os_errors(path)
+
+
+def _is_leftover(entry: Path) -> bool:
+    """Whether an entry of the folder of checkpoints is what an interrupted save or removal left."""
+    if is_step(entry.name):
+        return not is_complete(entry)
+    return _LEFTOVER.fullmatch(entry.name) is not None
+
+
 def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"cannot read the checkpoint {path}: {_reason(error)}")
 
@@ -366,7 +404,7 @@ def _wait_for(folder: Path, patience: int) -> None:
       TimeoutError: the folder does not appear within `patience` seconds.
     """
     deadline = time.monotonic() + patience
-    while not folder.is_dir():
+    while not is_folder(folder):
         if time.monotonic() > deadline:
             raise TimeoutError(f"{folder} does not appear on this machine")
         time.sleep(0.1)
@@ -378,9 +416,13 @@ def _remove(checkpoint: Path) -> None:
     Raises:
       FailedError: the checkpoint cannot be removed.
     """
-    doomed = checkpoint.with_name(checkpoint.name + DELETED)
+    doomed = checkpoint
     try:
-        checkpoint.rename(doomed)
-        shutil.rmtree(doomed)
+        if is_in_bucket(checkpoint):
+            (checkpoint / MANIFEST).unlink(missing_ok=True)
+        else:
+            doomed = checkpoint.with_name(checkpoint.name + DELETED)
+            checkpoint.rename(doomed)
+        remove_tree(doomed)
     except OSError as error:
         raise FailedError(f"cannot remove the checkpoint {checkpoint}: {_reason(error)}") from error

@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from plt_jax.config.types import (
+    BucketOrPathText,
     MayChange,
     NonNegativeInt,
     PathText,
@@ -172,7 +173,7 @@ class DataConfig(Section):
 class TokenizerConfig(Section):
     """The byte-level BPE tokenizer."""
 
-    path: MayChange[PathText | None] = None
+    path: MayChange[BucketOrPathText | None] = None
     """An existing tokenizer.json (Hugging Face tokenizers); default: train one on the training text
     and cache it."""
     min_frequency: PositiveInt = 2

@@ -19,15 +19,17 @@ from plt_jax.config.training import (
     ProcessesConfig,
     TrainingConfig,
 )
-from plt_jax.config.types import MayChange, PathText, Section
+from plt_jax.config.types import BucketOrPathText, MayChange, Section
+from plt_jax.files import to_path
 
 
 class RunConfig(Section):
     """Everything that determines a training run."""
 
-    run_dir: MayChange[PathText | None] = None
-    """Where the run is written; default runs/NAME for configs/NAME.yaml."""
-    start_from: MayChange[PathText | None] = None
+    run_dir: MayChange[BucketOrPathText | None] = None
+    """Where the run is written, a folder or gs://BUCKET/PATH; default runs/NAME for
+    configs/NAME.yaml."""
+    start_from: MayChange[BucketOrPathText | None] = None
     """A run directory, or one of its checkpoints, whose parameters this run starts from. Its model,
     tokenizer and sequence length then become the defaults."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
@@ -110,7 +112,7 @@ class RunConfig(Section):
         """
         if self.run_dir is None:
             raise ValueError("run_dir is not set; give the folder that the run is written to")
-        return Path(self.run_dir)
+        return to_path(self.run_dir)
 
     @property
     def sequence_length(self) -> int:

@@ -9,6 +9,8 @@ from typing import Annotated, TypeVar
 import pydantic
 from pydantic import AfterValidator, Field
 
+from plt_jax.buckets.address import refuse_other_schemes
+
 # Devices compute with numbers of 32 bits. Other numbers are refused; they would become 0, infinity,
 # or an error in the middle of a run.
 LARGE, SMALL, LARGE_INT = 3.4e38, 1.2e-38, 2**31
@@ -46,10 +48,6 @@ def _is_text(text: str) -> str:
 def _is_path(path: str) -> str:
     if "\0" in path:
         raise ValueError(f"{path!r} holds a NUL character, which no path may hold; correct it")
-    if "://" in path:
-        raise ValueError(
-            f"{path} is not a path of a file system; mount what it names, and give the mounted path"
-        )
     for name in path.split("/"):
         if len(os.fsencode(name)) > LONGEST_NAME:
             raise ValueError(
@@ -58,8 +56,23 @@ def _is_path(path: str) -> str:
     return path
 
 
+def _is_on_a_disk(path: str) -> str:
+    if "://" in path:
+        raise ValueError(
+            f"{path} is not a path of a file system; mount what it names, and give the mounted path"
+        )
+    return path
+
+
+def _is_on_a_disk_or_in_a_bucket(path: str) -> str:
+    refuse_other_schemes(path)
+    return path
+
+
 Text = Annotated[str, AfterValidator(_is_text)]
-PathText = Annotated[Text, AfterValidator(_is_path)]
+_AnyPathText = Annotated[Text, AfterValidator(_is_path)]
+PathText = Annotated[_AnyPathText, AfterValidator(_is_on_a_disk)]
+BucketOrPathText = Annotated[_AnyPathText, AfterValidator(_is_on_a_disk_or_in_a_bucket)]
 
 
 class Section(pydantic.BaseModel):

@@ -39,7 +39,8 @@ from plt_jax.data.tokenized_corpus import check_size as check_shard_size
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.data.tokens import encode_documents, token_dtype
 from plt_jax.errors import InputError
-from plt_jax.files import UNFINISHED, FolderLock, read_json, write_text
+from plt_jax.files import UNFINISHED, read_json, write_text
+from plt_jax.locks import FolderLock
 
 PARTS, PLAN = "parts", "plan.json"
 OLD_LOCK = ".lock"

@@ -19,6 +19,7 @@ from plt_jax.checkpoint.retention import reasons_to_keep
 from plt_jax.checkpoint.steps import is_step, list_steps
 from plt_jax.config.yaml_file import load_resolved
 from plt_jax.errors import InputError
+from plt_jax.files import files_in
 from plt_jax.reports.tables import aligned
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
 
@@ -131,7 +132,7 @@ def saved_at(checkpoint: Path) -> float:
 
 def folder_size(folder: Path) -> int:
     """Size of all files in a folder and its subfolders, in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    return sum((folder / name).stat().st_size for name in files_in(folder))
 
 
 def describe_size(size: int) -> str:

@@ -7,7 +7,6 @@ on the CPU from the files of the run directory, and the run may still be trainin
 from __future__ import annotations
 
 import html
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from plt_jax.checkpoint.steps import list_steps
 from plt_jax.config import RunConfig
 from plt_jax.config.yaml_file import dump_config
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files import is_folder, to_path, write_text
 from plt_jax.model.costs import count_parameters, describe_loops
 from plt_jax.reports.checkpoints import tabulate
 from plt_jax.reports.html import compose_page, section_html, table_html
@@ -38,8 +37,8 @@ def write_report(path: str | Path, out: str | Path | None = None) -> Path:
       InputError: there is no run at the path, the run has no metrics, or `out` cannot be written.
     """
     directory = locate(path).directory
-    target = directory / REPORT if out is None else Path(out)
-    if os.path.isdir(target):
+    target = directory / REPORT if out is None else to_path(out)
+    if is_folder(target):
         raise InputError(f"--out {target} is a folder; give a file in it")
     page = compose(
         directory.name,

@@ -11,6 +11,7 @@ from plt_jax.config import RunConfig
 from plt_jax.config.yaml_file import load_resolved, merge, read_yaml, validate
 from plt_jax.data.tokenizer import TOKENIZER
 from plt_jax.errors import InputError, naming
+from plt_jax.files import to_path
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
 
 
@@ -34,7 +35,7 @@ def load_config(path: str | Path, overrides: Mapping[str, Any] | None = None) ->
         values["run_dir"] = str(Path("runs") / path.stem)
     if not isinstance(values.get("start_from"), str):
         return validate(path, values)
-    inherited = _inherited(values["start_from"], Path(str(values["run_dir"])))
+    inherited = _inherited(values["start_from"], to_path(str(values["run_dir"])))
     config = validate(path, merge(inherited, values))
     if inherited["model"]["loop"]["scheme"] == "no_loop" != config.model.loop.scheme:
         raise InputError(

@@ -18,9 +18,10 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from plt_jax.buckets.address import is_in_bucket
 from plt_jax.checkpoint.steps import is_step
 from plt_jax.errors import InputError
-from plt_jax.files import expand
+from plt_jax.files import check_reachable, expand
 
 CONFIG, TEXT, CHECKPOINTS, METRICS = "config.yaml", "text.json", "checkpoints", "metrics.jsonl"
 
@@ -45,7 +46,8 @@ def locate(path: str | Path) -> Location:
         path = expand(path).resolve()  # a path such as . has no name before
     except ValueError as error:  # the name is impossible
         raise error if isinstance(error, InputError) else InputError(missing) from error
-    if not os.path.exists(path):  # False also for impossible names
+    check_reachable(path)
+    if not is_in_bucket(path) and not os.path.exists(path):  # False also for impossible names
         raise InputError(missing)
     directory, step = path, None
     if is_step(path.name) and path.parent.name == CHECKPOINTS:

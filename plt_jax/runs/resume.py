@@ -7,7 +7,6 @@ with, but for the fields that `MayChange` (config/types.py) marks.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +19,8 @@ from plt_jax.config.types import MAY_CHANGE, Section
 from plt_jax.config.yaml_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
-from plt_jax.files import UNFINISHED, FolderLock, write_text
+from plt_jax.files import UNFINISHED, check_reachable, copy_file, files_in, write_text
+from plt_jax.locks import LOCK, Lock
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, TEXT, locate
 
 
@@ -87,11 +87,12 @@ def check_directory(config: RunConfig) -> list[str]:
         field that may not change.
     """
     directory = config.directory
+    check_reachable(directory)
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--run_dir {directory} is a file; choose another")
     if not (directory / CONFIG).exists():
         names = [path.name for path in directory.iterdir()] if directory.exists() else []
-        if any(not name.endswith(UNFINISHED) for name in names):
+        if any(not name.endswith(UNFINISHED) and name != LOCK for name in names):
             raise InputError(
                 f"--run_dir {directory} is not empty and holds no {CONFIG}, so it is not a run to "
                 "resume; choose another"
@@ -136,24 +137,25 @@ def check_text(config: RunConfig, tokenizer: TextTokenizer, fingerprint: str) ->
             )
 
 
-def take_lock(lock: FolderLock, directory: Path) -> None:
+def take_lock(lock: Lock, directory: Path) -> None:
     """Takes the lock of a run directory, if that exists.
 
     Raises:
-      InputError: another process trains there.
+      InputError: another process trains there, or the directory cannot be opened.
     """
+    check_reachable(directory)
     try:
         taken = lock.take()
     except OSError as error:
         raise InputError(f"cannot open --run_dir {directory}: {error.strerror}") from error
     if not taken:
         raise InputError(
-            f"another process trains in --run_dir {directory}; wait until it has ended, or choose "
+            f"{lock.holder()} trains in --run_dir {directory}; wait until it has ended, or choose "
             "another"
         )
 
 
-def make_directory(directory: Path, lock: FolderLock) -> None:
+def make_directory(directory: Path, lock: Lock) -> None:
     """Makes the run directory, unless its lock is taken already, and takes the lock.
 
     Raises:
@@ -191,8 +193,10 @@ def write_directory(config: RunConfig, tokenizer: TextTokenizer, fingerprint: st
     write_text(directory / TEXT, _text_file(fingerprint))
     if config.start_from is not None and not list_steps(directory / CHECKPOINTS):
         imported = locate(config.start_from).directory / HUGGINGFACE
-        if imported.is_dir():
-            shutil.copytree(imported, directory / HUGGINGFACE, dirs_exist_ok=True)
+        for name in files_in(imported):
+            kept = directory / HUGGINGFACE / name
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            copy_file(imported / name, kept)
     return directory
 
 

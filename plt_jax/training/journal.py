@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -13,8 +14,10 @@ from plt_jax.config import RunConfig
 from plt_jax.distributed import processes
 from plt_jax.distributed.chips import peak_flops
 from plt_jax.evaluation.perplexity import Evaluation
+from plt_jax.locks import Lock, lock_of
 from plt_jax.model.arithmetic import train_flops
 from plt_jax.training.guard import Guard
+from plt_jax.training.logs import Logs
 from plt_jax.training.metrics import MetricsWriter, NoMetrics
 from plt_jax.training.objective import Metrics
 from plt_jax.training.phases import PROFILING, STEPS, Phases
@@ -28,28 +31,39 @@ class Journal:
     """Reports the steps of one start of a run. It is a context manager."""
 
     def __init__(
-        self, config: RunConfig, mesh: Mesh, bytes_per_target: float, step: int, phases: Phases
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        bytes_per_target: float,
+        step: int,
+        phases: Phases,
+        lock: Lock | None = None,
     ):
         """
         Args:
           bytes_per_target: bytes of the training text per target; see `Data`.
           step: the step that this start goes on from.
           phases: the clock of the run's phases.
+          lock: the run directory's, if this process has taken it.
         """
-        training, directory = config.training, config.directory
+        training = config.training
         self.phases = phases
         self.speed = Speedometer(training.batch_size * config.sequence_length)
         self._config, self._mesh, self._step = config, mesh, step
         self._bytes_per_target = bytes_per_target
         self._progress = ProgressReport(step, training.steps)
         first = training.profile_from if processes.is_first() else None
-        self.profile = ProfileWindow(directory / EVENTS, first, training.profile_steps, self.say)
+        self._logs = Logs(config.directory, lock or lock_of(config.directory))
+        events = self._logs.path / EVENTS
+        self.profile = ProfileWindow(events, first, training.profile_steps, self.say)
         self._metrics: MetricsWriter | NoMetrics = NoMetrics()
         self._open = ExitStack()
 
     def __enter__(self) -> Journal:
         with ExitStack() as opened:
-            self._metrics = opened.enter_context(open_metrics(self._config, self._step))
+            opened.enter_context(self._logs)
+            folder = self._logs.path
+            self._metrics = opened.enter_context(open_metrics(self._config, folder, self._step))
             opened.enter_context(self._progress)
             opened.enter_context(self.profile)
             self._open = opened.pop_all()
@@ -115,6 +129,7 @@ class Journal:
         )
         bits_per_byte = loss / math.log(2) / self._bytes_per_target
         self._progress.advance(step, loss, bits_per_byte, tokens_per_second)
+        self._logs.send()
 
     def log_evaluation(self, step: int, evaluation: Evaluation) -> None:
         """Writes and prints an evaluation."""
@@ -129,6 +144,7 @@ class Journal:
             f"step {step}: held-out loss {score.loss:.4f}, {score.bits_per_byte:.4f} bits per byte "
             f"({evaluation.tokens:,} tokens)"
         )
+        self._logs.send()
 
 
 def arithmetic(config: RunConfig, mesh: Mesh, tokens_per_second: float) -> dict[str, float]:
@@ -146,11 +162,12 @@ def arithmetic(config: RunConfig, mesh: Mesh, tokens_per_second: float) -> dict[
     return made
 
 
-def open_metrics(config: RunConfig, step: int) -> MetricsWriter | NoMetrics:
-    """The metrics writer of process 0; the other processes write nothing."""
+def open_metrics(config: RunConfig, directory: Path, step: int) -> MetricsWriter | NoMetrics:
+    """The metrics writer of process 0, in the folder of the run's logs; the other processes write
+    nothing."""
     if not processes.is_first():
         return NoMetrics()
-    directory, project = config.directory, config.training.wandb_project
+    project = config.training.wandb_project
     trackers: list[Tracker] = [TensorBoard(directory, step)]
     if project is not None:
         trackers.append(WeightsAndBiases(directory, project, config.model_dump(mode="json")))

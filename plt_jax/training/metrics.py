@@ -33,7 +33,7 @@ class MetricsWriter:
         """Opens the file, and drops the rows that an earlier start wrote after `resumed_step`.
 
         Args:
-          directory: the run directory.
+          directory: the folder of the run's logs.
           resumed_step: the step that this start goes on from.
           trackers: where numbers are drawn; they are closed with this writer.
           firsts: the numbers of the first loop and the first layer of values by loop and layer, by

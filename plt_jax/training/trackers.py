@@ -15,6 +15,8 @@ from plt_jax.errors import FailedError, InputError
 
 EVENTS, WANDB = "tensorboard", "wandb"
 """The trackers' folders in a run directory."""
+WANDB_RUN = f"{WANDB}/run_id"
+"""The file that names the run of Weights & Biases."""
 
 
 class Tracker(Protocol):
@@ -84,6 +86,7 @@ class TensorBoard:
         self._writer = SummaryWriter(
             str(self._directory),
             max_queue=10_000,  # more than one row's values, so that no row waits for the disk
+            flush_secs=10,
             purge_step=step + 1 if step else None,
             filename_suffix=f".{next(self._files)}",  # two files of a second have one name
         )
@@ -106,7 +109,7 @@ class WeightsAndBiases:
         """
         import wandb  # pyright: ignore[reportMissingImports] - an optional package
 
-        identity = directory / WANDB / "run_id"
+        identity = directory / WANDB_RUN
         known = identity.read_text(encoding="utf-8").strip() if identity.exists() else None
         try:
             self._run = wandb.init(

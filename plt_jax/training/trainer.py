@@ -18,7 +18,7 @@ from plt_jax.decoding.text import stream_text
 from plt_jax.distributed import processes, rendezvous
 from plt_jax.distributed.mesh import use_mesh
 from plt_jax.errors import FailedError
-from plt_jax.files import FolderLock
+from plt_jax.locks import Lock, lock_of
 from plt_jax.reports.loss_plot import plot_losses
 from plt_jax.runs.names import CHECKPOINTS
 from plt_jax.runs.resume import make_directory, take_lock, write_directory
@@ -57,12 +57,15 @@ class Outcome(NamedTuple):
     """Whether a signal stopped it; its state is saved then."""
 
 
-def train(config: RunConfig) -> Outcome:
+def train(config: RunConfig, take_over: bool = False) -> Outcome:
     """Trains until `training.steps`, from the newest checkpoint of the run directory if there is
     one (see `choose_checkpoint`).
 
     SIGTERM and SIGINT (Ctrl-C) end the run after the steps under way, with its state saved; the
     same command resumes it, bit for bit. With several processes a signal to one is enough.
+
+    Args:
+      take_over: see `lock_of`.
 
     Raises:
       InputError: the configuration names no data; text, tokenizer, mesh or run directory do not
@@ -73,7 +76,7 @@ def train(config: RunConfig) -> Outcome:
     """
     check_named(config)
     rendezvous.initialize(config.processes)
-    lock = FolderLock(config.directory)
+    lock = lock_of(config.directory, take_over)
     with Phases(config.training.hang_after) as phases, explain_out_of_memory():
         try:
             return _train(config, phases, lock)
@@ -97,7 +100,7 @@ def explain_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def _train(config: RunConfig, phases: Phases, lock: FolderLock) -> Outcome:
+def _train(config: RunConfig, phases: Phases, lock: Lock) -> Outcome:
     patience = config.processes.timeout
     # Everything is checked before anything is written.
     with processes.fail_together("the configuration is checked", patience):
@@ -119,7 +122,9 @@ def _train(config: RunConfig, phases: Phases, lock: FolderLock) -> Outcome:
     with (
         StopRequest() as request,
         CoordinatedStop(lambda: request.requested, checkpoint or 0, patience) as stop,
-        Checkpoints(setup.directory / CHECKPOINTS, config.checkpoint, patience) as checkpoints,
+        Checkpoints(
+            setup.directory / CHECKPOINTS, config.checkpoint, patience, lock.renew
+        ) as checkpoints,
     ):
         batches = iter(setup.data.training)
         start = start_or_resume(setup.program, checkpoints, checkpoint, batches, params)
@@ -129,7 +134,8 @@ def _train(config: RunConfig, phases: Phases, lock: FolderLock) -> Outcome:
             print(f"finished: {setup.directory} is at step {first} of {config.training.steps}")
             return Outcome(first, stopped=False)
         bytes_per_target = setup.data.bytes_per_target
-        with Journal(config, setup.mesh, bytes_per_target, first, phases) as journal:
+        opened = Journal(config, setup.mesh, bytes_per_target, first, phases, lock)
+        with opened as journal:
             state = Trainer(setup, start, batches, checkpoints, journal, stop).run()
     step = int(state.step)
     if processes.is_first():

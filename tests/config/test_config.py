@@ -175,7 +175,9 @@ REFUSED = {
     "model: {heads: .inf}": "model.heads = inf: input should be a finite number",
     "data: {sources: [{path: a, wieght: 1}]}": "unknown field data.sources.0.wieght; did you mean "
     "weight?",
-    "run_dir: gs://bucket/run": "run_dir: gs://bucket/run is not a path of a file system; mount",
+    "run_dir: s3://bucket/run": "run_dir: s3://bucket/run: s3:// is not supported; give a path of",
+    "data: {cache_dir: gs://bucket/c}": "data.cache_dir: gs://bucket/c is not a path of a file "
+    "system; mount",
     r'run_dir: "a\0b"': "run_dir: 'a\\x00b' holds a NUL character, which no path may hold",
     f"data: {{cache_dir: a/{'x' * 256}}}": "data.cache_dir: the name xxxxxxxxxxxxxxxxxxxx... in it "
     "has more than 255 bytes; shorten it",

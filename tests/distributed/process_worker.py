@@ -22,7 +22,7 @@ from tests.training.test_rollback import bad_data
 
 def main(spec: dict) -> None:
     _keep_stdout_for_python()
-    config = tiny_config(Path(spec["home"]), Path(spec["run_dir"]), **spec["sections"])
+    config = tiny_config(Path(spec["home"]), spec["run_dir"], **spec["sections"])
     signalled = contextlib.nullcontext()
     if spec.get("stopped") == (config.processes.index or 0):
         signalled = call_at(spec["stop_at"], lambda: stop(config.processes.count or 1))

@@ -79,7 +79,7 @@ def tiny_values(home: Path, **sections: Any) -> dict[str, Any]:
     return merge(values, sections)
 
 
-def tiny_config(home: Path, run_dir: Path, **sections: Any) -> RunConfig:
+def tiny_config(home: Path, run_dir: Path | str, **sections: Any) -> RunConfig:
     """A validated config of a tiny run that writes to `run_dir`."""
     return RunConfig.model_validate(tiny_values(home, run_dir=str(run_dir), **sections))
 
@@ -127,7 +127,7 @@ class Saved(NamedTuple):
 def saved_state(config: RunConfig) -> Saved:
     """Reads the newest checkpoint of a run back."""
     abstract = TrainProgram.build(config, make_mesh(config.mesh)).abstract_state
-    directory = Path(config.run_dir) / CHECKPOINTS
+    directory = config.directory / CHECKPOINTS
     with Checkpoints(directory, config.checkpoint) as saved:
         optimizer = {"step": abstract.step, "opt_state": abstract.opt_state}
         step = list_steps(directory)[-1]
@@ -153,7 +153,7 @@ def assert_same_run(one: RunConfig, other: RunConfig) -> None:
 
 def numbers(config: RunConfig) -> list[dict[str, float]]:
     """The rows of metrics.jsonl without times and speeds, which no two runs share."""
-    return [without_times(row) for row in read_metrics(Path(config.run_dir))]
+    return [without_times(row) for row in read_metrics(config.directory)]
 
 
 def flat(row: dict[str, Any]) -> dict[str, float]:

@@ -1,0 +1,145 @@
+"""Paths of objects in buckets."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from etils.epath.gpath import PosixGPath
+
+from plt_jax.buckets.address import SCHEME
+from plt_jax.buckets.service import file_system, patiently
+from plt_jax.errors import InputError
+
+Result = TypeVar("Result")
+
+
+def bucket_path(path: str) -> Path:
+    """A path in a bucket, with the methods of `pathlib.Path` that files and folders of a run need.
+
+    Raises:
+      InputError: the packages for buckets are not installed, or the path names no bucket.
+    """
+    name, _, inside = path.removeprefix(SCHEME).partition("/")
+    parts = [part for part in inside.split("/") if part]
+    if not name or {".", ".."} & {name, *parts}:
+        raise InputError(f"{path} is not {SCHEME}BUCKET/PATH")
+    # It is no pathlib.Path, but has its methods, for type checkers as for readers.
+    return cast(Path, BucketPath("/".join([SCHEME + name, *parts])))
+
+
+class BucketPath(PosixGPath):
+    """epath's path, completed by methods of pathlib; failures are OSErrors, and calls that the
+    bucket does not answer are repeated."""
+
+    def _try(self, call: Callable[[], Result]) -> Result:
+        return patiently(self, call)
+
+    def exists(self) -> bool:
+        return self._try(super().exists)
+
+    def is_dir(self) -> bool:
+        return self._try(super().is_dir)
+
+    def is_file(self) -> bool:
+        return self._try(lambda: file_system().isfile(str(self)))
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def absolute(self) -> BucketPath:
+        return self
+
+    def resolve(self, strict: bool = False) -> BucketPath:
+        return self
+
+    def expanduser(self) -> BucketPath:
+        return self
+
+    def iterdir(self) -> Iterator[BucketPath]:
+        # The object of the folder's own name, which some programs make, is none in it.
+        names = self._try(lambda: self._backend.listdir(str(self)))
+        return (self / name for name in names if name)
+
+    def glob(self, pattern: str) -> Iterator[BucketPath]:
+        return iter(self._try(lambda: list(super(BucketPath, self).glob(pattern))))
+
+    def rglob(self, pattern: str) -> Iterator[BucketPath]:
+        """All objects below this name; `pattern` must be `*`."""
+        if pattern != "*":
+            raise NotImplementedError(pattern)
+        found = self._try(lambda: file_system().find(str(self)))
+        return (type(self)(SCHEME + name) for name in found)
+
+    def stat(self) -> os.stat_result:  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = self._try(super().stat)
+        kind = stat.S_IFDIR if found.is_directory else stat.S_IFREG
+        times = (found.mtime or 0,) * 3
+        return os.stat_result((kind | 0o644, 0, 0, 1, 0, 0, found.length or 0, *times))
+
+    def mkdir(self, *_, **__) -> None:
+        """Does nothing: a bucket has no folders."""
+
+    def open(self, mode: str = "r", **_) -> Any:
+        """Opens an object to read its bytes; `write_bytes` writes one."""
+        if mode != "rb":
+            raise io.UnsupportedOperation(f"an object in a bucket is not opened by {mode!r}")
+        return io.BufferedReader(_Reader(self), 2**22)
+
+    def read_bytes(self) -> bytes:
+        return self._try(lambda: file_system().cat_file(str(self)))
+
+    def read_text(self, encoding: str | None = None) -> str:
+        return self.read_bytes().decode(encoding or "utf-8")
+
+    def write_bytes(self, data: bytes) -> int:
+        self._try(lambda: file_system().pipe_file(str(self), data))
+        return len(data)
+
+    def write_text(self, data: str, encoding: str | None = None, *_, **__) -> int:
+        return self.write_bytes(data.encode(encoding or "utf-8"))
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with contextlib.suppress(*[FileNotFoundError] * missing_ok):
+            self._try(lambda: file_system().rm_file(str(self)))
+
+    def rmtree(self, missing_ok: bool = False) -> None:
+        for path in self.rglob("*"):  # one by one: an interrupted removal can be repeated
+            path.unlink(missing_ok=True)
+
+    def rename(self, target: Any) -> BucketPath:
+        """Copies an object, or all below this name, and removes the old ones."""
+        target = type(self)(target)
+        for path in list(self.rglob("*")):
+            inside = str(path).removeprefix(str(self))
+            copy = functools.partial(file_system().cp_file, str(path), str(target) + inside)
+            self._try(copy)
+        self.rmtree()
+        return target
+
+
+class _Reader(io.RawIOBase):
+    """An object as a stream of bytes."""
+
+    def __init__(self, path: Any):
+        self._path, self._position = path, 0
+        self._size = path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        first, end = self._position, min(self._position + len(buffer), self._size)
+        if first >= end:
+            return 0
+        fetch = functools.partial(file_system().cat_file, str(self._path), start=first, end=end)
+        content = patiently(self._path, fetch)
+        buffer[: len(content)] = content
+        self._position += len(content)
+        return len(content)
