@@ -119,6 +119,16 @@ def shared_programs():
         yield
 
 
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A Hub on this machine, which huggingface_hub asks in this process; nobody is logged in."""
+    from tests.hub.server import serving, using
+
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with serving() as hub, using(hub.url, tmp_path_factory.mktemp("hub")):
+        yield hub
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The run that all tests of a session share; see tests/training/runs.py."""

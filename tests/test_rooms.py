@@ -1,6 +1,7 @@
 """The house: which room may import which. docs/design.md draws it."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ ORDER = (
     "buckets",
     "files",
     "locks",
+    "hub",
     "config",
     "distributed",
     "model",
@@ -75,6 +77,16 @@ def test_no_arrow_runs_back_up(path):
     public = {name for name in rooms if name not in ORDER}
     assert not public or path.parts[0] in ("commands", "benchmarks")
     assert {name for name in rooms - public if ORDER.index(name) > room} == set()
+
+
+def test_one_room_asks_the_hub():
+    """Others say what they need by names; without the package they work with what is here."""
+    asking = {
+        path.parts[0]
+        for path in modules()
+        if re.search(r"(import|from) huggingface_hub", (PACKAGE / path).read_text(encoding="utf-8"))
+    }
+    assert asking == {"hub"}
 
 
 @pytest.mark.parametrize("name", sorted(ENTRANCES))
