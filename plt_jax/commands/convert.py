@@ -45,10 +45,17 @@ def add_import(commands: Any) -> None:
         "directory with an orbax checkpoint, which eval.py, plt_jax.generate and train.py's "
         "start_from take.",
     )
-    command.add_argument("source", help="folder of the Hugging Face checkpoint")
+    command.add_argument(
+        "source",
+        help="folder of the Hugging Face checkpoint, or its name on the Hub: ORG/NAME or "
+        "ORG/NAME@REVISION",
+    )
     command.add_argument("destination", help="run directory to make")
     add_dtype(command, "parameters", "the source's")
-    command.add_argument("--tokenizer", help="tokenizer.json to use instead of the source's")
+    command.add_argument(
+        "--tokenizer",
+        help="tokenizer.json, or ORG/NAME[@REVISION] on the Hub, to use instead of the source's",
+    )
     command.set_defaults(run=run_import)
 
 
@@ -64,6 +71,11 @@ def add_export(commands: Any) -> None:
     add_dtype(command, "tensors", "the parameters'")
     command.add_argument(
         "--shard_gb", type=float, default=SHARD_BYTES / 1e9, help="size limit of one file, in GB"
+    )
+    command.add_argument(
+        "--push",
+        metavar="ORG/NAME[@BRANCH]",
+        help="push the folder to this repository on the Hub, too; one that is made is private",
     )
     command.set_defaults(run=run_export)
 
@@ -174,7 +186,12 @@ def run_export(arguments: argparse.Namespace) -> None:
         raise InputError(f"--shard_gb is {arguments.shard_gb}; it must be above 0, and finite")
     shard_bytes = int(arguments.shard_gb * 1e9)
     export_run(
-        arguments.source, arguments.destination, arguments.dtype, shard_bytes, report=print_line
+        arguments.source,
+        arguments.destination,
+        arguments.dtype,
+        shard_bytes,
+        arguments.push,
+        report=print_line,
     )
 
 

@@ -43,7 +43,7 @@ from plt_jax.data.documents import (
     split_files,
 )
 from plt_jax.data.tokenized_corpus import SPLITS, CorpusManifest
-from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
+from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, find_tokenizer, load_tokenizer
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import EXIT_STOPPED, InputError
 from plt_jax.files import expand
@@ -91,7 +91,10 @@ def parse_arguments() -> argparse.Namespace:
     defaults = CorpusOptions()
     parser.add_argument("inputs", nargs="+", help="files and folders of text")
     parser.add_argument("--out", required=True, help="the corpus's folder, made if need be")
-    parser.add_argument("--tokenizer", help="a tokenizer.json (Hugging Face tokenizers)")
+    parser.add_argument(
+        "--tokenizer",
+        help="a tokenizer.json (Hugging Face tokenizers), or ORG/NAME[@REVISION] on the Hub",
+    )
     parser.add_argument(
         "--vocab_size", type=int, help="train a byte-level BPE tokenizer of this size instead"
     )
@@ -137,7 +140,7 @@ def choose_tokenizer(
     if (arguments.tokenizer is None) == (arguments.vocab_size is None):
         raise InputError("give one of --tokenizer FILE and --vocab_size V")
     if arguments.tokenizer is not None:
-        return load_tokenizer(arguments.tokenizer)
+        return load_tokenizer(find_tokenizer(arguments.tokenizer))
     if (out / TOKENIZER).exists():
         return load_tokenizer(out / TOKENIZER)
     print(f"training a tokenizer of {arguments.vocab_size} tokens ...", flush=True)

@@ -22,7 +22,7 @@ from plt_jax.data.tokenized_corpus import (
     TokenizedCorpus,
     open_tokenized_corpus,
 )
-from plt_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from plt_jax.data.tokenizer import TextTokenizer, find_tokenizer, load_tokenizer
 from plt_jax.data.tokenizer_training import tokenizer_for
 from plt_jax.data.tokens import TokenizedDocuments, tokenize
 from plt_jax.errors import InputError, naming
@@ -209,7 +209,7 @@ def _load_corpora(config: RunConfig) -> _Text:
     tokenizer = corpora[0].tokenizer
     if config.tokenizer.path is not None:
         with naming("tokenizer.path"):
-            named = load_tokenizer(config.tokenizer.path)
+            named = load_tokenizer(find_tokenizer(config.tokenizer.path))
         check_same_tokenizer(config, corpora, named)
     with naming("data.sources"):
         tokenizer.check_size(config.model.vocab_size)

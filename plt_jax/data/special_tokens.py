@@ -26,6 +26,14 @@ in this order is used."""
 SPECIAL_TOKENS = "special_tokens.json"
 """Our own file beside a tokenizer.json, which takes precedence over those of transformers."""
 
+DESCRIPTIONS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+)
+"""The files of transformers that describe a tokenizer, in the order in which their words count."""
+
 _CLASSES_THAT_ADD_BOS = ("Llama", "CodeLlama", "Gemma")
 """How the names of transformers' tokenizer classes begin that add a begin token by default."""
 
@@ -103,12 +111,7 @@ def find_special_tokens(tokenizer: Tokenizer, folder: Path | None) -> SpecialTok
 
 def _described(folder: Path) -> Iterator[tuple[str, _Keys]]:
     """The files that describe a tokenizer, in the order in which their words count."""
-    for name in (
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "generation_config.json",
-        "config.json",
-    ):
+    for name in DESCRIPTIONS:
         if (folder / name).is_file():
             yield name, _read(folder / name)
 

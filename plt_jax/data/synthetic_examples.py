@@ -12,7 +12,7 @@ from plt_jax.config import RunConfig
 from plt_jax.config.data import SyntheticConfig
 from plt_jax.data.packing import Example
 from plt_jax.data.synthetic_tasks import TASKS, Problem, draw_problems, make_test_set
-from plt_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from plt_jax.data.tokenizer import TextTokenizer, find_tokenizer, load_tokenizer
 from plt_jax.data.tokenizer_training import SMALLEST_VOCABULARY, train_tokenizer
 from plt_jax.errors import InputError, naming
 
@@ -108,7 +108,8 @@ def byte_tokenizer(config: RunConfig) -> TextTokenizer:
     tokenizer = train_tokenizer([], config.model.vocab_size, min_frequency=1)
     if config.tokenizer.path is not None:
         with naming("tokenizer.path"):
-            if load_tokenizer(config.tokenizer.path).identity != tokenizer.identity:
+            named = load_tokenizer(find_tokenizer(config.tokenizer.path))
+            if named.identity != tokenizer.identity:
                 raise InputError(
                     f"{config.tokenizer.path} is not the tokenizer of synthetic tasks, which has "
                     f"{SMALLEST_VOCABULARY} tokens, one for each byte and two special ones; drop "

@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from plt_jax.data.special_tokens import (
+    DESCRIPTIONS,
     SPECIAL_TOKENS,
     SpecialTokens,
     find_special_tokens,
@@ -25,6 +26,8 @@ from plt_jax.data.special_tokens import (
 )
 from plt_jax.errors import InputError
 from plt_jax.files import expand, read_bounded, write_text
+from plt_jax.hub.download import Report, open_snapshot
+from plt_jax.hub.names import name_unless_path
 
 TOKENIZER = "tokenizer.json"
 _BEFORE = (".", "1", "a")
@@ -187,6 +190,26 @@ class TextTokenizer:
         """
         write_text(folder / TOKENIZER, self.library.to_str())
         write_text(folder / SPECIAL_TOKENS, self.special.to_json())
+
+
+_print_line = functools.partial(print, flush=True)
+
+
+def find_tokenizer(given: str, report: Report = _print_line) -> Path:
+    """The tokenizer.json that a user means: the path of one, or the name of a repository on the
+    Hugging Face Hub, from which it is fetched with the files that describe it.
+
+    Args:
+      given: a path, ORG/NAME or ORG/NAME@REVISION.
+      report: receives a line for people about what is fetched.
+
+    Raises:
+      InputError: it is a name, and the Hub gives no tokenizer by it, see `open_snapshot`.
+    """
+    name = name_unless_path(given)
+    if name is None:
+        return Path(given)
+    return open_snapshot(name, TOKENIZER, DESCRIPTIONS, report=report).folder / TOKENIZER
 
 
 def load_tokenizer(path: str | Path, described_in: Path | None = None) -> TextTokenizer:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from plt_jax.config import RunConfig
 from plt_jax.data.cache import cache_folder, fingerprint, write_atomically
 from plt_jax.data.special_tokens import BOS_NAMES, EOS_NAMES, SpecialTokens
-from plt_jax.data.tokenizer import TextTokenizer, load_tokenizer
+from plt_jax.data.tokenizer import TextTokenizer, find_tokenizer, load_tokenizer
 from plt_jax.errors import InputError, naming
 
 SMALLEST_VOCABULARY = 258
@@ -17,7 +17,7 @@ SMALLEST_VOCABULARY = 258
 
 
 def tokenizer_for(config: RunConfig, documents: Sequence[str]) -> TextTokenizer:
-    """The tokenizer of a run: the one at `tokenizer.path`, or one trained on the documents.
+    """The tokenizer of a run: the one that `tokenizer.path` names, or one trained on the documents.
 
     A trained tokenizer is kept in `data.cache_dir`, and reused for the same documents and settings.
 
@@ -33,7 +33,7 @@ def tokenizer_for(config: RunConfig, documents: Sequence[str]) -> TextTokenizer:
     """
     if config.tokenizer.path is not None:
         with naming("tokenizer.path"):
-            tokenizer = load_tokenizer(config.tokenizer.path)
+            tokenizer = load_tokenizer(find_tokenizer(config.tokenizer.path))
             tokenizer.check_size(config.model.vocab_size)
         return tokenizer
     settings = (config.model.vocab_size, config.tokenizer.min_frequency)

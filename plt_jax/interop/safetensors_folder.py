@@ -145,22 +145,33 @@ def _read_index(folder: Path) -> dict[str, Path] | None:
             f"{folder} has neither {SINGLE} nor {INDEX}{held}; only safetensors checkpoints are "
             "read"
         )
+    index = read_index(path)
+    for name, file in index.items():
+        if not os.path.exists(file):  # False also for an impossible name
+            raise InputError(
+                f"{file} is missing, but {path} says that it holds {name}; download it"
+            )
+    return index
+
+
+def read_index(path: Path) -> dict[str, Path]:
+    """The file of each tensor, by name, as an index says; the files need not exist.
+
+    Raises:
+      InputError: it is no index, or names what is no safetensors file in its folder.
+    """
     try:
         files = read_json(path)["weight_map"]
-        index = {name: folder / file for name, file in files.items()}
+        index = {name: path.parent / file for name, file in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path} is not an index of safetensors files ({_line(error)}); download it again"
         ) from error
     for name, file in index.items():
-        if file.parent != folder or file.suffix != ".safetensors":
+        if file.parent != path.parent or file.suffix != ".safetensors":
             raise InputError(
                 f"{path} says that {name} is in {files[name]!r}, which is not a safetensors file "
                 "in its folder"
-            )
-        if not os.path.exists(file):  # False also for an impossible name
-            raise InputError(
-                f"{file} is missing, but {path} says that it holds {name}; download it"
             )
     return index
 

@@ -12,13 +12,24 @@ import jax
 
 from plt_jax.config import EvaluationConfig, LoopConfig, ModelConfig, RunConfig
 from plt_jax.config.data import DataConfig
-from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
+from plt_jax.data.tokenizer import (
+    HUGGINGFACE,
+    TOKENIZER,
+    TextTokenizer,
+    find_tokenizer,
+    load_tokenizer,
+)
 from plt_jax.decoding.quantization import quantize_params
 from plt_jax.errors import InputError
-from plt_jax.files import check_new_folder, new_folder
+from plt_jax.files import check_new_folder, new_folder, write_text
+from plt_jax.hub.download import Snapshot, fetch
+from plt_jax.hub.names import HubName, name_unless_path, read_name
+from plt_jax.hub.upload import MODEL_CARD, check_push, push
 from plt_jax.interop.checkpoint_reader import load_params, open_huggingface
 from plt_jax.interop.checkpoint_writer import check_exportable, write_huggingface
 from plt_jax.interop.config_writer import write_config
+from plt_jax.interop.hub_checkpoint import open_hub_checkpoint
+from plt_jax.interop.model_card import make_model_card
 from plt_jax.interop.model_types import choose_model_type
 from plt_jax.interop.options import SHARD_BYTES
 from plt_jax.interop.retrofit import compare_models, retrofit
@@ -46,26 +57,33 @@ def import_run(
     report: Report,
     track: Callable[[Sequence[UnstackedParameter]], Iterable[UnstackedParameter]] = iter,
 ) -> None:
-    """Makes a run directory from a Hugging Face checkpoint folder.
+    """Makes a run directory from a Hugging Face checkpoint.
 
     Args:
+      source: its folder, or its name on the Hugging Face Hub, ORG/NAME or ORG/NAME@REVISION. What
+        exists is a folder.
       dtype: dtype of the parameters; default: the checkpoint's.
-      tokenizer: path of a tokenizer.json to use instead of the checkpoint's.
+      tokenizer: a tokenizer to use instead of the checkpoint's, see `find_tokenizer`.
       track: sees every parameter of every layer as it is read, for a progress bar.
 
     Raises:
-      InputError: the source is refused by `load_huggingface`, its tokenizer has more tokens than
-        the model's vocabulary, or the destination is taken; nothing is left then.
+      InputError: the source is refused by `open_hub_checkpoint` or `load_huggingface`, its
+        tokenizer has more tokens than the model's vocabulary, or the destination is taken; nothing
+        is left then.
     """
     check_new_folder(destination)
-    checkpoint = open_huggingface(source, dtype)
+    given = None if tokenizer is None else find_tokenizer(tokenizer, report)
+    name = name_unless_path(source)
+    snapshot = None if name is None else _fetch(name, given, report)
+    checkpoint = open_huggingface(source if snapshot is None else snapshot.folder, dtype)
     config = checkpoint.config
-    chosen, companions = _choose_tokenizer(checkpoint.folder, tokenizer)
+    chosen, companions = _choose_tokenizer(checkpoint.folder, given)
     if chosen is not None:
         chosen.check_size(config.vocab_size)
     else:
         report(
-            f"{checkpoint.folder} has no tokenizer.json: evaluation and generation need --tokenizer"
+            f"{snapshot or checkpoint.folder} has no tokenizer.json: evaluation and generation "
+            "need --tokenizer"
         )
     params = load_params(checkpoint, track=track)
     run = RunConfig(
@@ -74,9 +92,10 @@ def import_run(
         data=DataConfig(sequence_length=min(config.max_length, IMPORTED_SEQUENCE_LENGTH)),
         evaluation=EvaluationConfig(batch_size=IMPORTED_BATCH_SIZE),
     )
-    create_run(run, params, chosen, companions)
+    origin = None if snapshot is None else snapshot.name._asdict() | {"commit": snapshot.commit}
+    create_run(run, params, chosen, companions, origin)
     report(
-        f"imported {checkpoint.model_type} from {checkpoint.folder}: "
+        f"imported {checkpoint.model_type} from {snapshot or checkpoint.folder}: "
         f"{describe_model(config, params)}"
     )
     report(f"written to {destination}")
@@ -87,6 +106,7 @@ def export_run(
     destination: str,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    repository: str | None = None,
     *,
     report: Report,
 ) -> None:
@@ -96,15 +116,21 @@ def export_run(
       source: a run directory (its newest checkpoint) or one of its checkpoints/STEP folders.
       dtype: dtype of the tensors; default: the parameters'.
       shard_bytes: size limit of one safetensors file, in bytes.
+      repository: the repository on the Hugging Face Hub to push the folder to, ORG/NAME or
+        ORG/NAME@BRANCH, which is made if need be; default: none. If it has no model card, the
+        folder gets one.
 
     Raises:
-      InputError: there is no sound checkpoint, no Hugging Face model type can express the model, or
-        the destination is taken; nothing is left then.
+      InputError: there is no sound checkpoint, no Hugging Face model type can express the model,
+        the destination is taken, or the user may not push to the repository; nothing is left then.
+        Or the push fails; the folder is whole then.
     """
     check_new_folder(destination)
+    target = None if repository is None else check_push(_repository(repository))
     found = find_checkpoint(source)
     config, params = found.config.model, read_params(found)
     check_exportable(config, params)
+    model_type, description = choose_model_type(config), describe_model(config, params)
     with new_folder(destination) as folder:
         token_ids = write_tokenizer_files(
             folder,
@@ -113,11 +139,14 @@ def export_run(
             config.max_length,
         )
         write_huggingface(folder, config, params, dtype, shard_bytes, token_ids)
-    report(
-        f"exported {found.directory}, step {found.step}, as {choose_model_type(config)}: "
-        f"{describe_model(config, params)}"
-    )
+        if target is not None and not target.has_card:
+            loops, size = describe_loops(config), count_parameters(params)
+            card = make_model_card(str(target.name), model_type, loops, size, config.max_length)
+            write_text(folder / MODEL_CARD, card)
+    report(f"exported {found.directory}, step {found.step}, as {model_type}: {description}")
     report(f"written to {destination}")
+    if target is not None:
+        push(Path(destination), target, f"{model_type}, step {found.step}", report=report)
 
 
 def retrofit_run(
@@ -191,8 +220,26 @@ def quantize_run(source: str, destination: str, *, report: Report) -> None:
     report(f"written to {destination}")
 
 
+def _fetch(name: HubName, given: Path | None, report: Report) -> Snapshot:
+    """Fetches a checkpoint from the Hub; its weights only if its tokenizer, or the given one, can
+    be used with it."""
+    published = open_hub_checkpoint(name, report=report)
+    chosen, _ = _choose_tokenizer(published.snapshot.folder, given)
+    if chosen is not None:
+        chosen.check_size(published.config.vocab_size)
+    fetch(published.snapshot, published.weights, report=report)
+    return published.snapshot
+
+
+def _repository(text: str) -> HubName:
+    name = read_name(text)
+    if name is None:
+        raise InputError(f"--push {text} is not ORG/NAME or ORG/NAME@BRANCH; give such a name")
+    return name
+
+
 def _choose_tokenizer(
-    folder: Path, given: str | None
+    folder: Path, given: Path | None
 ) -> tuple[TextTokenizer | None, Mapping[str, Path]]:
     """The tokenizer of an imported run, and the files that are kept beside it, by name."""
     companions = companion_files(folder)
@@ -202,7 +249,7 @@ def _choose_tokenizer(
     # The other files describe the checkpoint's own tokenizer, so another one does not keep them.
     kept = {} if own else companions
     chosen = load_tokenizer(given, described_in=folder if companions and not own else None)
-    return chosen, {**kept, TOKENIZER: Path(given)}
+    return chosen, {**kept, TOKENIZER: given}
 
 
 def _advice(config: ModelConfig, destination: str) -> list[str]:
@@ -245,6 +292,10 @@ def _compare(
 def describe_model(config: ModelConfig, params: Any) -> str:
     """A model in one line: its looping scheme and its size."""
     leaves = jax.tree.leaves(params)
-    count, size = sum(math.prod(leaf.shape) for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+    count, size = count_parameters(params), sum(leaf.nbytes for leaf in leaves)
     dtypes = ", ".join(sorted({leaf.dtype.name for leaf in leaves}))
     return f"{describe_loops(config)}, {count:,} parameters, {dtypes}, {size / 1e9:.2f} GB"
+
+
+def count_parameters(params: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

@@ -20,11 +20,11 @@ from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_t
 from plt_jax.decoding.quantization import dequantize_params
 from plt_jax.distributed.mesh import abstract_arrays, make_mesh
 from plt_jax.errors import InputError
-from plt_jax.files import copy_file, new_folder, write_text
+from plt_jax.files import copy_file, new_folder, to_json, write_text
 from plt_jax.model.kernels import is_hopper
 from plt_jax.model.looping import with_loops
 from plt_jax.model.transformer import abstract_params
-from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
+from plt_jax.runs.names import CHECKPOINTS, CONFIG, ORIGIN, locate
 from plt_jax.runs.quantized import is_quantized_checkpoint, load_quantized, to_parts
 
 
@@ -145,7 +145,11 @@ def read_params(
 
 
 def create_run(
-    config: RunConfig, params: Any, tokenizer: TextTokenizer | None, files: Mapping[str, Path]
+    config: RunConfig,
+    params: Any,
+    tokenizer: TextTokenizer | None,
+    files: Mapping[str, Path],
+    origin: Mapping[str, str | None] | None = None,
 ) -> None:
     """Makes a run directory with one checkpoint, of step 0, that holds only parameters.
 
@@ -153,6 +157,7 @@ def create_run(
       params: as `Transformer.init` gives them, unboxed, or as `quantize_params` does.
       tokenizer: the run's tokenizer, if there is one.
       files: files to copy to its huggingface/ folder, by name.
+      origin: where on the Hugging Face Hub they are from, for the folder's ORIGIN.
 
     Raises:
       InputError: the directory holds something, or cannot be written to; nothing is left then.
@@ -164,4 +169,6 @@ def create_run(
         (directory / HUGGINGFACE).mkdir()
         for name, file in files.items():
             copy_file(file, directory / HUGGINGFACE / name)
+        if origin is not None:
+            write_text(directory / HUGGINGFACE / ORIGIN, to_json(origin, indent=2) + "\n")
         save_params(directory / CHECKPOINTS, 0, to_parts(params))

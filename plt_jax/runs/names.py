@@ -9,7 +9,8 @@ metrics.jsonl    one JSON object per line; tensorboard/ has the same; loss.png d
 eval.json        the newest results of eval.py; depending on its options, documents.json,
                  loops.json, tasks.json and exact_match.json too
 report.html      the newest page of plt_jax.training.report
-huggingface/     an imported model's config.json and tokenizer files, unchanged
+huggingface/     an imported model's config.json and tokenizer files, unchanged; hub.json says from
+                 which repository and commit of the Hugging Face Hub they are
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from plt_jax.errors import InputError
 from plt_jax.files import check_reachable, expand
 
 CONFIG, TEXT, CHECKPOINTS, METRICS = "config.yaml", "text.json", "checkpoints", "metrics.jsonl"
+ORIGIN = "hub.json"
+"""The file in huggingface/ that says from where on the Hugging Face Hub the others are."""
 
 
 class Location(NamedTuple):
