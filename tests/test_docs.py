@@ -43,6 +43,7 @@ FOREIGN = {
     "pytest": {"--dist"},
     "ruff": {"--check"},
     "Slurm": {"--signal"},
+    "hf": {"--local-dir"},
     "XLA": {
         "--xla_force_host_platform_device_count",
         "--xla_cpu_enable_concurrency_optimized_scheduler",

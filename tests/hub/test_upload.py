@@ -1,6 +1,7 @@
 """Folders that become repositories, on a server on this machine."""
 
 import pytest
+from huggingface_hub import constants
 
 from plt_jax.errors import InputError
 from plt_jax.hub.names import HubName
@@ -43,6 +44,16 @@ def test_a_new_repository_is_private_and_has_the_folders_bytes(hub, writer, fold
         f"pushing {folder} to lab/new, 7.0 kB",
         f"pushed to {hub.url}/lab/new",
     ]
+
+
+def test_a_push_by_xets_way_of_committing(hub, writer, folder, monkeypatch):
+    """With hf_xet, huggingface_hub uploads and commits in batches. The server has no storage of
+    Xet, so that all files are small ones here."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    hub.add("lab/old", {"model.safetensors.index.json": b"old"})
+    push(folder, check_push(HubName("lab/old", None)), "a model", report=lambda line: None)
+    assert files_of(hub, "lab/old") == {"config.json": b"{}", "model.safetensors": b"weights"}
 
 
 def test_other_files_of_a_repository_stay(hub, writer, folder):
