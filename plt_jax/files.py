@@ -10,9 +10,10 @@ import numbers
 import os
 import shutil
 import stat
+import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -293,10 +294,55 @@ def copy_file(source: Path, target: Path) -> None:
       OSError: the target cannot be written.
     """
     try:
-        contents = source.read_bytes()
+        file = source.open("rb")
     except OSError as error:
         raise InputError(f"cannot read {source}: {error.strerror}") from error
-    target.write_bytes(contents)
+    with file:
+        if not is_in_bucket(target):
+            with target.open("wb") as copy:
+                shutil.copyfileobj(file, copy, 2**24)
+        elif is_in_bucket(source):
+            target.write_bytes(file.read())
+        else:
+            cast(Any, target).upload(source)
+
+
+@contextlib.contextmanager
+def local_file(path: Path) -> Iterator[Path]:
+    """Yields where a library may write a file that knows no buckets: the path itself, or for an
+    object in a bucket a temporary file, which is sent up if the block ends without an error.
+
+    Raises:
+      OSError: the file cannot be sent up.
+    """
+    if not is_in_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="plt_jax-") as folder:
+        yield Path(folder) / path.name
+        copy_file(Path(folder) / path.name, path)
+
+
+@contextlib.contextmanager
+def local_folder(folder: Path, wanted: Callable[[str], bool]) -> Iterator[Path]:
+    """Yields where a library may read a folder that knows no buckets: the folder itself, or a
+    temporary copy of one in a bucket.
+
+    Args:
+      wanted: whether a file that lies directly in it, by its name, is copied.
+
+    Raises:
+      InputError: there is no such bucket, or a file cannot be read.
+    """
+    if not is_in_bucket(folder):
+        yield folder
+        return
+    check_reachable(folder)
+    with tempfile.TemporaryDirectory(prefix="plt_jax-") as copy:
+        for name in files_in(folder):
+            if "/" not in name and wanted(name):
+                copy_file(folder / name, Path(copy) / name)
+        yield Path(copy)
 
 
 def remove_folder(folder: Path) -> None:

@@ -102,6 +102,10 @@ class BucketPath(PosixGPath):
         self._try(lambda: file_system().pipe_file(str(self), data))
         return len(data)
 
+    def upload(self, file: Path) -> None:
+        """Writes a file of a disk, of any size."""
+        self._try(lambda: file_system().put_file(str(file), str(self)))
+
     def write_text(self, data: str, encoding: str | None = None, *_, **__) -> int:
         return self.write_bytes(data.encode(encoding or "utf-8"))
 

@@ -404,7 +404,7 @@ def _wait_for(folder: Path, patience: int) -> None:
       TimeoutError: the folder does not appear within `patience` seconds.
     """
     deadline = time.monotonic() + patience
-    while not is_folder(folder):
+    while not folder.is_dir():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{folder} does not appear on this machine")
         time.sleep(0.1)

@@ -174,9 +174,6 @@ class TokenizerConfig(Section):
     """The byte-level BPE tokenizer."""
 
     path: MayChange[BucketOrPathText | None] = None
-    """An existing tokenizer.json (Hugging Face tokenizers); default: train one on the training text
-    and cache it."""
-    path: MayChange[PathText | None] = None
     """An existing tokenizer.json (Hugging Face tokenizers), or ORG/NAME or ORG/NAME@REVISION on the
     Hugging Face Hub; default: train one on the training text and cache it."""
     min_frequency: PositiveInt = 2

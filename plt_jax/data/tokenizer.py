@@ -25,7 +25,7 @@ from plt_jax.data.special_tokens import (
     special_tokens_by_name,
 )
 from plt_jax.errors import InputError
-from plt_jax.files import expand, read_bounded, write_text
+from plt_jax.files import expand, read_bounded, to_path, write_text
 from plt_jax.hub.download import Report, open_snapshot
 from plt_jax.hub.names import name_unless_path
 
@@ -208,7 +208,7 @@ def find_tokenizer(given: str, report: Report = _print_line) -> Path:
     """
     name = name_unless_path(given)
     if name is None:
-        return Path(given)
+        return to_path(given)
     return open_snapshot(name, TOKENIZER, DESCRIPTIONS, report=report).folder / TOKENIZER
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from plt_jax.errors import InputError
-from plt_jax.files import check_regular, read_json
+from plt_jax.files import check_regular, local_file, read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -206,11 +206,12 @@ def write_safetensors(
         if len(shards) > 1:
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         arrays = {name: make_tensor(name) for name in names}
-        try:
-            save_file(arrays, folder / file, metadata={"format": "pt"})  # transformers needs it
-        except SafetensorError as error:
-            raise OSError(_line(error)) from error
-        (folder / file).chmod(0o644)  # safetensors makes files that only their owner can read
+        with local_file(folder / file) as path:
+            try:
+                save_file(arrays, path, metadata={"format": "pt"})  # transformers needs it
+            except SafetensorError as error:
+                raise OSError(_line(error)) from error
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}

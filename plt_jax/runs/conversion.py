@@ -3,10 +3,12 @@ into looped ones."""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -21,7 +23,7 @@ from plt_jax.data.tokenizer import (
 )
 from plt_jax.decoding.quantization import quantize_params
 from plt_jax.errors import InputError
-from plt_jax.files import check_new_folder, new_folder, write_text
+from plt_jax.files import check_new_folder, expand, local_folder, new_folder, to_path, write_text
 from plt_jax.hub.download import Snapshot, fetch
 from plt_jax.hub.names import HubName, name_unless_path, read_name
 from plt_jax.hub.upload import MODEL_CARD, check_push, push
@@ -34,7 +36,7 @@ from plt_jax.interop.model_types import choose_model_type
 from plt_jax.interop.options import SHARD_BYTES
 from plt_jax.interop.retrofit import compare_models, retrofit
 from plt_jax.interop.tensors import UnstackedParameter
-from plt_jax.interop.tokenizer_files import companion_files, write_tokenizer_files
+from plt_jax.interop.tokenizer_files import COMPANIONS, companion_files, write_tokenizer_files
 from plt_jax.model.costs import describe_loops
 from plt_jax.runs.directory import Found, create_run, find_checkpoint, read_params, tokenizer_of
 
@@ -73,31 +75,25 @@ def import_run(
     """
     check_new_folder(destination)
     given = None if tokenizer is None else find_tokenizer(tokenizer, report)
-    name = name_unless_path(source)
-    snapshot = None if name is None else _fetch(name, given, report)
-    checkpoint = open_huggingface(source if snapshot is None else snapshot.folder, dtype)
-    config = checkpoint.config
-    chosen, companions = _choose_tokenizer(checkpoint.folder, given)
-    if chosen is not None:
-        chosen.check_size(config.vocab_size)
-    else:
-        report(
-            f"{snapshot or checkpoint.folder} has no tokenizer.json: evaluation and generation "
-            "need --tokenizer"
+    with _open_source(source, given, report) as found:
+        checkpoint = open_huggingface(found.folder, dtype)
+        config = checkpoint.config
+        chosen, companions = _choose_tokenizer(checkpoint.folder, given)
+        if chosen is not None:
+            chosen.check_size(config.vocab_size)
+        else:
+            report(
+                f"{found.shown} has no tokenizer.json: evaluation and generation need --tokenizer"
+            )
+        params = load_params(checkpoint, track=track)
+        run = RunConfig(
+            run_dir=destination,
+            model=config,
+            data=DataConfig(sequence_length=min(config.max_length, IMPORTED_SEQUENCE_LENGTH)),
+            evaluation=EvaluationConfig(batch_size=IMPORTED_BATCH_SIZE),
         )
-    params = load_params(checkpoint, track=track)
-    run = RunConfig(
-        run_dir=destination,
-        model=config,
-        data=DataConfig(sequence_length=min(config.max_length, IMPORTED_SEQUENCE_LENGTH)),
-        evaluation=EvaluationConfig(batch_size=IMPORTED_BATCH_SIZE),
-    )
-    origin = None if snapshot is None else snapshot.name._asdict() | {"commit": snapshot.commit}
-    create_run(run, params, chosen, companions, origin)
-    report(
-        f"imported {checkpoint.model_type} from {snapshot or checkpoint.folder}: "
-        f"{describe_model(config, params)}"
-    )
+        create_run(run, params, chosen, companions, found.origin)
+    report(f"imported {checkpoint.model_type} from {found.shown}: {describe_model(config, params)}")
     report(f"written to {destination}")
 
 
@@ -146,7 +142,8 @@ def export_run(
     report(f"exported {found.directory}, step {found.step}, as {model_type}: {description}")
     report(f"written to {destination}")
     if target is not None:
-        push(Path(destination), target, f"{model_type}, step {found.step}", report=report)
+        with local_folder(to_path(destination), lambda _: True) as folder:
+            push(folder, target, f"{model_type}, step {found.step}", report=report)
 
 
 def retrofit_run(
@@ -218,6 +215,40 @@ def quantize_run(source: str, destination: str, *, report: Report) -> None:
         f"quantized {found.directory}, step {found.step}: {describe_model(config.model, params)}"
     )
     report(f"written to {destination}")
+
+
+class _Source(NamedTuple):
+    """What is imported."""
+
+    folder: Path
+    """Its folder, on a disk."""
+    shown: str
+    """Its name, for people."""
+    origin: Mapping[str, str | None] | None = None
+    """See `create_run`."""
+
+
+@contextlib.contextmanager
+def _open_source(source: str, given: Path | None, report: Report) -> Iterator[_Source]:
+    """The folder of a checkpoint to import, fetched from a bucket or from the Hub if it is there.
+
+    Args:
+      given: a tokenizer to use instead of its own.
+    """
+    name = name_unless_path(source)
+    if name is not None:
+        snapshot = _fetch(name, given, report)
+        origin = snapshot.name._asdict() | {"commit": snapshot.commit}
+        yield _Source(snapshot.folder, str(snapshot), origin)
+        return
+    with local_folder(expand(source), _is_imported) as folder:
+        yield _Source(folder, source)
+
+
+def _is_imported(name: str) -> bool:
+    """Whether the import reads a file of a checkpoint's folder, by its name."""
+    patterns = (*COMPANIONS, "*.safetensors", "*.safetensors.index.json")
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def _fetch(name: HubName, given: Path | None, report: Report) -> Snapshot:
