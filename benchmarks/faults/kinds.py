@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from benchmarks.faults import buckets
 from benchmarks.faults.batches import bad_batches
+from benchmarks.faults.buckets import (
+    a_late_answer,
+    an_error_or_a_dropped_connection,
+    disturbed,
+    in_bucket,
+    object_vanishes,
+    outage,
+    rights_are_lost,
+)
 from benchmarks.faults.signals import (
     at_a_random_moment,
     change_process_count,
@@ -59,5 +69,16 @@ FAULTS: dict[str, tuple[Fault, int]] = {
     "links for temporary files": (linked_temporary_files, 2),
     "checkpoint: a hostile manifest": (hostile_manifest, 4),
     "corpus: a hostile manifest": (hostile_corpus, 4),
+    "bucket: errors, dropped calls": (disturbed(an_error_or_a_dropped_connection, 0.03, 20), 3),
+    "bucket: late answers": (disturbed(a_late_answer, 0.1, 40), 2),
+    "bucket: an outage": (in_bucket(outage), 2),
+    "bucket: rights are lost": (in_bucket(rights_are_lost), 2),
+    "bucket: an object vanishes": (in_bucket(object_vanishes), 3),
+    "bucket: a bit flipped": (in_bucket(damaged_checkpoint("flipped")), 2),
+    "bucket: SIGKILL": (in_bucket(kill_at(at_a_random_moment)), 3),
+    "bucket: SIGKILL during a save": (in_bucket(kill_at(buckets.during_a_save)), 4),
+    "bucket: SIGKILL four times": (in_bucket(kill_four_times), 1),
+    "bucket: SIGTERM or SIGINT": (in_bucket(terminate), 2),
+    "bucket: two trainers at once": (in_bucket(train_twice_at_once), 2),
 }
 """Each kind's fault, and how many times it is tried."""

@@ -19,9 +19,11 @@ import jax
 import numpy as np
 import yaml
 
-from plt_jax.checkpoint.steps import list_steps
+from plt_jax.buckets.address import is_in_bucket
+from plt_jax.checkpoint.steps import is_complete, list_steps
 from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
+from plt_jax.files import is_folder, to_path
 from plt_jax.runs.directory import open_trained
 from plt_jax.runs.metrics_file import read_metrics, without_times
 from plt_jax.runs.names import CHECKPOINTS
@@ -76,6 +78,8 @@ class Sandbox:
     def __init__(self, home: Path):
         """Prepares the corpus in the folder `home`."""
         self.home = home
+        self.runs: str | None = None
+        """The folder of run directories, if it is another than `home`."""
         self.texts = home / "texts.jsonl"
         self.corpus = home / "corpus"
         home.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ class Sandbox:
     def config(self, name: str, corpus: Path | None = None, **sections: Any) -> Path:
         """Writes the configuration of a run called `name`, and returns its path."""
         values = {
-            "run_dir": str(self.home / name / "run"),
+            "run_dir": f"{self.runs}/{name}" if self.runs else str(self.home / name / "run"),
             "model": MODEL,
             "data": {"sources": [{"path": str(corpus or self.corpus)}]},
             "optimizer": {"learning_rate": 1e-2},
@@ -112,11 +116,11 @@ class Sandbox:
                 "-c",
                 f"{script}\nimport runpy\nrunpy.run_path({command[1]!r}, run_name='__main__')",
             ]
-        return TrainingProcess(command, config.parent / "run", config.parent / "stderr")
+        return TrainingProcess(command, run_of(config), config.parent / "stderr")
 
     def result(self, config: Path) -> RunResult:
         """Reads a finished run."""
-        directory = config.parent / "run"
+        directory = run_of(config)
         rows = [without_times(row) for row in read_metrics(directory)]
         leaves, _ = jax.tree.flatten(open_trained(directory).params)
         digest = hashlib.sha256()
@@ -153,7 +157,7 @@ class TrainingProcess:
             if time.monotonic() > deadline:
                 self.kill()
                 raise TimeoutError(f"the condition did not hold within {TIMEOUT} s in {self.run}")
-            time.sleep(0.001)
+            time.sleep(0.2 if is_in_bucket(self.run) else 0.001)
         return True
 
     def wait_for_step(self, step: int) -> bool:
@@ -162,7 +166,7 @@ class TrainingProcess:
 
     def wait_for_save(self) -> bool:
         """Waits until a checkpoint is being written."""
-        return self.wait_for(lambda: bool(list((self.run / CHECKPOINTS).glob("*.unfinished*"))))
+        return self.wait_for(lambda: is_being_saved(self.run / CHECKPOINTS))
 
     def signal(self, number: signal.Signals) -> None:
         """Sends a signal, unless the process has ended."""
@@ -190,6 +194,18 @@ class TrainingProcess:
     def read_errors(self) -> str:
         """Standard error so far."""
         return self._errors.read_text(encoding="utf-8", errors="replace")
+
+
+def run_of(config: Path) -> Path:
+    """The run directory that a configuration names."""
+    return to_path(yaml.safe_load(config.read_text(encoding="utf-8"))["run_dir"])
+
+
+def is_being_saved(folder: Path) -> bool:
+    """Whether the folder of a run's checkpoints has one that is not complete."""
+    if is_in_bucket(folder):
+        return is_folder(folder) and not all(map(is_complete, folder.iterdir()))
+    return bool(list(folder.glob("*.unfinished*")))
 
 
 def last_step(run: Path) -> int:

@@ -154,7 +154,7 @@ def train_twice_at_once(trial: Trial) -> str:
     ended = [trial.sandbox.start(other).wait(), first.wait()]
     refused = [one for one in ended if one.code]
     for one in refused:
-        require_error_line(one, 2, "another process trains in")
+        require_error_line(one, 2, "process", "trains in --run_dir")
     require(len(refused) < 2, "both were refused")
     trial.compare(config)
     how = "one refused" if refused else "one came when the other had ended"

@@ -14,34 +14,40 @@ from benchmarks.faults.trial import Fault, Trial, require, require_error_line
 from plt_jax.checkpoint.manifest import File, find_damage, read_manifest, write_manifest
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.data.tokenized_corpus import MANIFEST, open_tokenized_corpus
+from plt_jax.files import files_in
 from plt_jax.runs.names import CHECKPOINTS
 
 
-def stop_behind_two_checkpoints(trial: Trial) -> tuple[Path, Path]:
-    """Kills a run that has two checkpoints; returns its configuration and the newest one."""
-    config = trial.sandbox.config(trial.name, checkpoint={"keep": 3})
+def stop_behind_two_checkpoints(trial: Trial, config: Path) -> Path:
+    """Kills a run that has two checkpoints; returns the newest one."""
     process = trial.sandbox.start(config)
     process.wait_for_step(trial.draw.randint(12, STEPS - 3))
     process.wait_for(lambda: len(list_steps(process.run / CHECKPOINTS)) > 1)
     process.kill()
     newest = newest_checkpoint(process.run)
     assert newest is not None
-    return config, newest
+    return newest
 
 
 def damaged_checkpoint(kind: str) -> Fault:
     """A fault: the newest checkpoint is damaged. It must be refused, and skipped if so chosen."""
 
     def fault(trial: Trial) -> str:
-        config, newest = stop_behind_two_checkpoints(trial)
-        files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
-        done = damage(trial.draw.choice(files), kind, trial.draw)
+        config = trial.sandbox.config(trial.name, checkpoint={"keep": 3})
+        newest = stop_behind_two_checkpoints(trial, config)
+        done = damage(draw_file(trial, newest), kind, trial.draw)
         ended = trial.sandbox.start(config).wait()
         require_error_line(ended, 2, str(newest), "damaged", "--checkpoint.skip_damaged")
         trial.finish(config, "--checkpoint.skip_damaged", "true")
         return f"{done}: named, refused; skipped by choice, bit for bit"
 
     return fault
+
+
+def draw_file(trial: Trial, checkpoint: Path) -> Path:
+    """A file of a checkpoint that is not empty."""
+    files = [checkpoint / name for name in files_in(checkpoint)]
+    return trial.draw.choice([file for file in files if file.stat().st_size])
 
 
 def damaged_shard(kind: str) -> Fault:
@@ -158,7 +164,8 @@ HOSTILE = ("../../../../etc/passwd", "/etc/passwd", "/dev/zero", "params/../../.
 
 def hostile_manifest(trial: Trial) -> str:
     """The newest checkpoint's manifest names a file elsewhere, with a right checksum of its own."""
-    config, newest = stop_behind_two_checkpoints(trial)
+    config = trial.sandbox.config(trial.name, checkpoint={"keep": 3})
+    newest = stop_behind_two_checkpoints(trial, config)
     manifest = read_manifest(newest)
     assert manifest is not None
     name = trial.draw.choice(HOSTILE)

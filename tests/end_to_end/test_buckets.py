@@ -21,7 +21,7 @@ from plt_jax.runs.metrics_file import read_metrics
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, METRICS
 from plt_jax.training import trainer
 from tests.checkpoint.damage import data_file, flip_bit
-from tests.distributed.test_processes import run_together
+from tests.distributed.test_processes import TRAINING, run_together
 from tests.training.runs import (
     REPOSITORY,
     STEPS,
@@ -237,18 +237,18 @@ def test_a_crash_loses_one_interval_of_logs_at_most(config):
 
 def test_several_processes_train_in_a_bucket(finished, bucket_server, bucket, tmp_path):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    run_together(1, finished.home, tmp_path / "alone", {"data": 4})
     run_together(2, finished.home, bucket, mesh)
-    disk = tiny_config(finished.home, tmp_path / "alone")
+    disk = tiny_config(finished.home, tmp_path / "alone", training=TRAINING)
+    trainer.train(disk)
     run = tiny_config(finished.home, bucket)
     assert list_steps(run.directory / CHECKPOINTS) == list_steps(disk.directory / CHECKPOINTS)
     one, other = numbers(disk), numbers(run)
     assert [row["step"] for row in one] == [row["step"] for row in other]
     for left, right in zip(one, other, strict=True):
-        for name in ("loss", "validation_loss"):
-            assert left.get(name) == pytest.approx(right.get(name), rel=1e-4)
+        for name in {"loss", "validation_loss"} & left.keys():
+            assert left[name] == pytest.approx(right[name], rel=1e-4)
     result = command("plt_jax.checkpoint", "verify", bucket)
-    assert result.code == 0 and result.out.count(": sound, ") == 3, result
+    assert result.code == 0 and result.out.count(": sound, ") == 2, result
 
 
 def test_all_commands_read_and_write_buckets(finished, trained, bucket, tmp_path):
@@ -273,19 +273,20 @@ def test_all_commands_read_and_write_buckets(finished, trained, bucket, tmp_path
     assert {"eval.json", "loops.json", "loops.html", "report.html"} <= written
     for name in written - {"report.html", "loops.html"}:
         assert (disk / name).read_bytes() == (trained.directory / name).read_bytes(), name
-    new = f"{bucket}-new"
+    new, corpus = f"{bucket}-new", finished.home / "corpus"
     for words in (
         ("plt_jax.checkpoint", "export", bucket, f"{new}/params"),
         ("plt_jax.convert", "export", f"{new}/params", f"{new}/hf"),
         ("plt_jax.convert", "import", f"{new}/hf", f"{new}/back"),
         ("plt_jax.convert", "quantize", f"{new}/back", f"{new}/int8"),
-        ("eval.py", f"{new}/int8"),
-        ("eval.py", f"{new}/back"),
+        ("eval.py", f"{new}/int8", "--text", corpus),
+        ("eval.py", bucket, "--text", corpus),
+        ("eval.py", f"{new}/back", "--text", corpus),
     ):
         result = command(*words)
         assert result.code == 0, (words, result)
     scores = [json.loads((to_path(run) / "eval.json").read_text()) for run in (bucket, words[1])]
-    assert scores[0]["loss"] == scores[1]["loss"]
+    assert scores[0]["loss"] == pytest.approx(scores[1]["loss"], rel=1e-6)  # other batches
     taken = command("plt_jax.convert", "import", f"{new}/hf", f"{new}/back")
     assert taken.code == 2 and f"{new}/back is not empty" in taken.err
 
