@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 from etils.epath.gpath import PosixGPath
 
 from plt_jax.buckets.address import SCHEME
-from plt_jax.buckets.service import file_system, patiently
+from plt_jax.buckets.service import file_system, patiently, prepare_packages
 from plt_jax.errors import InputError
 
 Result = TypeVar("Result")
@@ -30,6 +30,7 @@ def bucket_path(path: str) -> Path:
     parts = [part for part in inside.split("/") if part]
     if not name or {".", ".."} & {name, *parts}:
         raise InputError(f"{path} is not {SCHEME}BUCKET/PATH")
+    prepare_packages()
     # It is no pathlib.Path, but has its methods, for type checkers as for readers.
     return cast(Path, BucketPath("/".join([SCHEME + name, *parts])))
 

@@ -119,8 +119,12 @@ def _split(path: Path) -> tuple[str, str]:
 
 
 @functools.cache
-def _packages() -> None:
-    """Imports what buckets need, and sets it up."""
+def prepare_packages() -> None:
+    """Imports what buckets need, and sets it up; every path in a bucket does so first.
+
+    Raises:
+      InputError: a package is not installed.
+    """
     try:
         import fsspec.config
         import gcsfs  # noqa: F401 - epath finds it by the scheme
@@ -137,7 +141,7 @@ def _packages() -> None:
 
 
 def file_system() -> Any:
-    _packages()
+    prepare_packages()
     from etils.epath.backend import fsspec_backend
 
     return fsspec_backend.fs(SCHEME)
@@ -145,7 +149,7 @@ def file_system() -> Any:
 
 @functools.cache
 def _client() -> Any:
-    _packages()
+    prepare_packages()
     from google.cloud import storage
 
     return storage.Client()

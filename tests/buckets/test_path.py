@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -76,13 +78,30 @@ def test_files_of_any_size_come_and_go_whole(folder, tmp_path):
     assert (tmp_path / "back").read_bytes() == content
 
 
-def test_what_another_process_writes_is_seen(folder, bucket_server):
-    assert not (folder / "new").exists() and not folder.exists()
-    name = f"{folder.name}/new"
-    target = f"/upload/storage/v1/b/runs/o?uploadType=media&name={name}"
-    assert bucket_server.call("POST", target, b"hello")[0] == 200
-    assert (folder / "new").read_bytes() == b"hello"
-    assert [path.name for path in folder.iterdir()] == ["new"]
+def test_what_another_process_writes_is_seen(bucket, bucket_server):
+    """From the first look at a bucket on, in a process that has not listed one before."""
+    code = (
+        "import sys; from plt_jax.files import to_path; path = to_path(sys.argv[1])\n"
+        "for _ in sys.stdin: print(path.exists() and [one.name for one in path.iterdir()])\n"
+    )
+    seen = []
+    with subprocess.Popen(
+        [sys.executable, "-u", "-c", code, bucket],
+        env={**os.environ, **bucket_server.environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as reader:
+        for name in ("one", "two", None):
+            reader.stdin.write("look\n")
+            reader.stdin.flush()
+            seen.append(reader.stdout.readline().strip())
+            if name is not None:
+                target = "/upload/storage/v1/b/runs/o?uploadType=media&name="
+                inside = f"{bucket.removeprefix('gs://runs/')}/{name}"
+                assert bucket_server.call("POST", target + inside, b"hello")[0] == 200
+        reader.stdin.close()
+    assert seen == ["False", "['one']", "['one', 'two']"]
 
 
 def test_a_writer_that_fails_leaves_the_old_object(folder):
