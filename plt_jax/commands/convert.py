@@ -13,11 +13,12 @@ from typing import Any
 
 import pydantic
 
+from plt_jax.commands.device_options import add_dtype
 from plt_jax.commands.parser import CommandParser
 from plt_jax.config import SCHEMES, LoopConfig
 from plt_jax.config.yaml_file import describe_errors
 from plt_jax.errors import InputError
-from plt_jax.interop.options import CLOSED_GATE_BIAS, DTYPES, SHARD_BYTES
+from plt_jax.interop.options import CLOSED_GATE_BIAS, SHARD_BYTES
 
 
 def main() -> None:
@@ -143,10 +144,6 @@ def add_quantize(commands: Any) -> None:
     command.add_argument("source", help="a run directory, or one of its checkpoints/STEP folders")
     command.add_argument("destination", help="run directory to make")
     command.set_defaults(run=run_quantize)
-
-
-def add_dtype(command: argparse.ArgumentParser, what: str, default: str) -> None:
-    command.add_argument("--dtype", choices=DTYPES, help=f"dtype of the {what}; default: {default}")
 
 
 def run_import(arguments: argparse.Namespace) -> None:
