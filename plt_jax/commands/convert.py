@@ -13,7 +13,7 @@ from typing import Any
 
 import pydantic
 
-from plt_jax.commands.device_options import add_dtype
+from plt_jax.commands.device_options import DeviceOptions, add_dtype
 from plt_jax.commands.parser import CommandParser
 from plt_jax.config import SCHEMES, LoopConfig
 from plt_jax.config.yaml_file import describe_errors
@@ -58,7 +58,8 @@ def add_export(commands: Any) -> None:
         "export",
         help="a run's checkpoint to a Hugging Face one",
         description="Write a run's parameters as a Hugging Face checkpoint: config.json, "
-        "safetensors and the tokenizer's files.",
+        "safetensors and the tokenizer's files. Several processes, each on a host of its own, "
+        "export a model that is larger than a host's memory.",
     )
     command.add_argument("source", help="a run directory, or one of its checkpoints/STEP folders")
     command.add_argument("destination", help="folder to make")
@@ -66,7 +67,8 @@ def add_export(commands: Any) -> None:
     command.add_argument(
         "--shard_gb", type=float, default=SHARD_BYTES / 1e9, help="size limit of one file, in GB"
     )
-    command.set_defaults(run=run_export)
+    devices = DeviceOptions(command)
+    command.set_defaults(run=lambda arguments: run_export(arguments, devices))
 
 
 def add_retrofit(commands: Any) -> None:
@@ -164,15 +166,21 @@ def run_import(arguments: argparse.Namespace) -> None:
     )
 
 
-def run_export(arguments: argparse.Namespace) -> None:
+def run_export(arguments: argparse.Namespace, devices: DeviceOptions) -> None:
     from plt_jax.runs.conversion import export_run
 
     if not 0 < arguments.shard_gb < math.inf:
         raise InputError(f"--shard_gb is {arguments.shard_gb}; it must be above 0, and finite")
     shard_bytes = int(arguments.shard_gb * 1e9)
     export_run(
-        arguments.source, arguments.destination, arguments.dtype, shard_bytes, report=print_line
+        arguments.source,
+        arguments.destination,
+        arguments.dtype,
+        shard_bytes,
+        devices.connect(arguments),
+        report=print_line,
     )
+    devices.finish("the checkpoint is written")
 
 
 def run_retrofit(arguments: argparse.Namespace) -> None:

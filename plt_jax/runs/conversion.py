@@ -5,15 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from plt_jax.config import EvaluationConfig, LoopConfig, ModelConfig, RunConfig
 from plt_jax.config.data import DataConfig
 from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.decoding.quantization import quantize_params
+from plt_jax.distributed import processes
 from plt_jax.errors import InputError
 from plt_jax.files import check_new_folder, new_folder
 from plt_jax.interop.checkpoint_reader import load_params, open_huggingface
@@ -87,15 +90,20 @@ def export_run(
     destination: str,
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    mesh: Mesh | None = None,
     *,
     report: Report,
 ) -> None:
     """Writes a run's checkpoint as a Hugging Face checkpoint folder, with the run's tokenizer.
 
+    With several processes all must call it, and process 0 writes.
+
     Args:
       source: a run directory (its newest checkpoint) or one of its checkpoints/STEP folders.
       dtype: dtype of the tensors; default: the parameters'.
-      shard_bytes: size limit of one safetensors file, in bytes.
+      shard_bytes: size limit of one safetensors file, in bytes; process 0 holds the tensors of one
+        file at a time.
+      mesh: the devices that hold the parameters; default one device.
 
     Raises:
       InputError: there is no sound checkpoint, no Hugging Face model type can express the model, or
@@ -103,16 +111,20 @@ def export_run(
     """
     check_new_folder(destination)
     found = find_checkpoint(source)
-    config, params = found.config.model, read_params(found)
+    config, params = found.config.model, read_params(found, mesh)
     check_exportable(config, params)
-    with new_folder(destination) as folder:
-        token_ids = write_tokenizer_files(
-            folder,
-            found.directory / TOKENIZER,
-            found.directory / HUGGINGFACE,
-            config.max_length,
-        )
-        write_huggingface(folder, config, params, dtype, shard_bytes, token_ids)
+    write = partial(write_huggingface, config=config, params=params, dtype=dtype)
+    if processes.is_first():
+        with new_folder(destination) as folder:
+            token_ids = write_tokenizer_files(
+                folder,
+                found.directory / TOKENIZER,
+                found.directory / HUGGINGFACE,
+                config.max_length,
+            )
+            write(folder, shard_bytes=shard_bytes, token_ids=token_ids)
+    else:
+        write(Path(destination))
     report(
         f"exported {found.directory}, step {found.step}, as {choose_model_type(config)}: "
         f"{describe_model(config, params)}"

@@ -1,4 +1,5 @@
-"""Two processes of four devices evaluate and generate what one device does, and refuse together."""
+"""Two processes of four devices evaluate, generate and export what one device does, and refuse
+together."""
 
 import json
 import shutil
@@ -11,7 +12,7 @@ from plt_jax.training.trainer import train
 from tests.distributed.commands import run_together
 from tests.evaluation.local_tasks import CHOICES, write_task
 from tests.models import random_params
-from tests.training.runs import command, flat_numbers, make_home, tiny_config
+from tests.training.runs import command, flat_numbers, make_home, snapshot, tiny_config
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'plt_jax[lm_eval]')")
 
@@ -49,7 +50,8 @@ def home(tmp_path_factory):
     }
     train(tiny_config(home, home / "run", **sections))
     experts = {"experts": 4, "expert_width": 8}
-    mixture = tiny_config(home, home / "mixture", model={"moe": experts}, data={"synthetic": TASK})
+    model = {"moe": experts, "qk_norm": True}
+    mixture = tiny_config(home, home / "mixture", model=model, data={"synthetic": TASK})
     create_run(mixture, random_params(mixture.model), byte_tokenizer(mixture), {})
     return home
 
@@ -82,8 +84,12 @@ def uses(home):
     }
 
 
+EXPORT = ["plt_jax.convert", "export", "RUN/../mixture", "RUN/exported", "--shard_gb", 1e-5]
+BY_EXPERT = [*EXPORT[:3], "RUN/by_expert", *EXPORT[4:], "--mesh.expert", 4, "--mesh.tensor", 2]
+
+
 def in_run(run, words) -> list[object]:
-    return [run if word == "RUN" else word for word in words]
+    return [str(word).replace("RUN", str(run)) for word in words]
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +102,7 @@ def alone(home, uses):
         for words in uses.values():
             result = command(*in_run(run, words))
             assert result.code == 0, result
+    assert command(*in_run(run, EXPORT)).code == 0
     return run, command(*in_run(run, GENERATE)).out
 
 
@@ -113,7 +120,8 @@ def together(home, uses):
     """The run that two processes have evaluated, and how their commands ended."""
     run = home / "together"
     shutil.copytree(home / "run", run)
-    commands = [[*in_run(run, words), *MESH] for words in [*uses.values(), GENERATE]]
+    commands = [[*in_run(run, words), *MESH] for words in [*uses.values(), GENERATE, EXPORT]]
+    commands += [in_run(run, BY_EXPERT)]
     commands += [["eval.py", home / name, *words] for (name, *words), _ in REFUSED]
     return run, run_together(commands)
 
@@ -162,6 +170,19 @@ def test_two_processes_write_the_text_of_one_device(alone, together, uses):
     _, (first, second) = together
     assert first[len(uses)].out == alone[1]
     assert (first[len(uses)].code, second[len(uses)].code) == (0, 0)
+
+
+def test_two_processes_export_the_files_of_one_device(alone, together):
+    _, ended = together
+    for (*_, result), out in zip(
+        (results[: -len(REFUSED)] for results in ended), ("written to ", ""), strict=True
+    ):
+        assert result.code == 0, result
+        assert out in result.out
+    right = snapshot(alone[0] / "exported")
+    assert len(right) > 5
+    for name in ("exported", "by_expert"):
+        assert snapshot(together[0] / name) == right
 
 
 def test_what_both_refuse_is_one_line_of_each(together):
