@@ -5,6 +5,7 @@ They are the fields of a run's configuration, with the same names and help.
 
 from __future__ import annotations
 
+import sys
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,6 @@ class DeviceOptions:
             config = RunConfig.model_validate(values)
         except pydantic.ValidationError as error:
             raise InputError(describe_errors(error)) from error
-        import sys
-
         from plt_jax.distributed import processes, rendezvous
         from plt_jax.distributed.mesh import describe_devices, make_mesh
 
