@@ -8,9 +8,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from plt_jax.commands.device_options import add_dtype
 from plt_jax.commands.parser import CommandParser
 from plt_jax.errors import EXIT_DONE, EXIT_FAILED
-from plt_jax.interop.options import DTYPES
 
 
 def main() -> int:
@@ -43,11 +43,7 @@ def main() -> int:
         "which eval.py, plt_jax.generate, plt_jax.convert and train.py's start_from take.",
     )
     export.add_argument("destination", help="run directory to make")
-    export.add_argument(
-        "--dtype",
-        choices=DTYPES,
-        help="dtype of the parameters; default: as they are stored",
-    )
+    add_dtype(export, "parameters", "as they are stored")
     arguments = parser.parse_args()
     import jax  # after parsing, so that --help and refusals are quick
 

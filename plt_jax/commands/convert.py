@@ -13,11 +13,12 @@ from typing import Any
 
 import pydantic
 
+from plt_jax.commands.device_options import DeviceOptions, add_dtype
 from plt_jax.commands.parser import CommandParser
 from plt_jax.config import SCHEMES, LoopConfig
 from plt_jax.config.yaml_file import describe_errors
 from plt_jax.errors import InputError
-from plt_jax.interop.options import CLOSED_GATE_BIAS, DTYPES, SHARD_BYTES
+from plt_jax.interop.options import CLOSED_GATE_BIAS, SHARD_BYTES
 
 
 def main() -> None:
@@ -64,7 +65,8 @@ def add_export(commands: Any) -> None:
         "export",
         help="a run's checkpoint to a Hugging Face one",
         description="Write a run's parameters as a Hugging Face checkpoint: config.json, "
-        "safetensors and the tokenizer's files.",
+        "safetensors and the tokenizer's files. Several processes, each on a host of its own, "
+        "export a model that is larger than a host's memory.",
     )
     command.add_argument("source", help="a run directory, or one of its checkpoints/STEP folders")
     command.add_argument("destination", help="folder to make")
@@ -77,7 +79,8 @@ def add_export(commands: Any) -> None:
         metavar="ORG/NAME[@BRANCH]",
         help="push the folder to this repository on the Hub, too; one that is made is private",
     )
-    command.set_defaults(run=run_export)
+    devices = DeviceOptions(command)
+    command.set_defaults(run=lambda arguments: run_export(arguments, devices))
 
 
 def add_retrofit(commands: Any) -> None:
@@ -157,10 +160,6 @@ def add_quantize(commands: Any) -> None:
     command.set_defaults(run=run_quantize)
 
 
-def add_dtype(command: argparse.ArgumentParser, what: str, default: str) -> None:
-    command.add_argument("--dtype", choices=DTYPES, help=f"dtype of the {what}; default: {default}")
-
-
 def run_import(arguments: argparse.Namespace) -> None:
     from rich.progress import track
 
@@ -179,7 +178,7 @@ def run_import(arguments: argparse.Namespace) -> None:
     )
 
 
-def run_export(arguments: argparse.Namespace) -> None:
+def run_export(arguments: argparse.Namespace, devices: DeviceOptions) -> None:
     from plt_jax.runs.conversion import export_run
 
     if not 0 < arguments.shard_gb < math.inf:
@@ -191,8 +190,10 @@ def run_export(arguments: argparse.Namespace) -> None:
         arguments.dtype,
         shard_bytes,
         arguments.push,
+        devices.connect(arguments),
         report=print_line,
     )
+    devices.finish("the checkpoint is written")
 
 
 def run_retrofit(arguments: argparse.Namespace) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from plt_jax.commands.device_options import DeviceOptions, add_dtype
 from plt_jax.commands.parser import CommandParser, integers
 from plt_jax.data.corpus import left_out_of
 from plt_jax.errors import InputError
 from plt_jax.files import to_json
+
+if TYPE_CHECKING:  # it imports JAX
+    from jax.sharding import Mesh
 
 SCORES = "scores"
 EXACT_MATCH = "--exact_match"
@@ -45,7 +49,8 @@ class Mode(NamedTuple):
     """Heading of its options in --help."""
     description: str
     """Text below that heading."""
-    run: Callable[[Namespace], Report]
+    run: Callable[[Namespace, Mesh | None], Report]
+    """Evaluates as the arguments say, on a mesh, or on the mode's own choice of devices."""
 
 
 class Option(NamedTuple):
@@ -163,11 +168,14 @@ OPTIONS = (
 
 
 def main() -> None:
-    arguments = make_parser().parse_args()
+    parser = make_parser()
+    devices = DeviceOptions(parser)
+    arguments = parser.parse_args()
     mode = MODES[choose_mode(arguments)]
     if arguments.text is not None and (others := left_out_of(arguments.text)):
         print(f"note: not all files of {arguments.text} are read{others}")
-    report = mode.run(arguments)
+    report = mode.run(arguments, devices.connect(arguments))
+    devices.finish("the results are written")
     print(report.table())
     print(f"written to {report.path}")
 
@@ -181,6 +189,7 @@ def make_parser() -> CommandParser:
         "another evaluation."
     )
     parser.add_argument("path", help="a run directory, or one of its checkpoints/STEP folders")
+    add_dtype(parser, "parameters", "as they are stored")
     sections = {
         mode: parser.add_argument_group(about.title, about.description)
         for mode, about in MODES.items()
@@ -214,17 +223,22 @@ def choose_mode(arguments: Namespace) -> str:
     return mode
 
 
-def run_scores(arguments: Namespace) -> Report:
+def run_scores(arguments: Namespace, mesh: Mesh | None) -> Report:
     from plt_jax.evaluation.scores import evaluate_trained
 
     report = evaluate_trained(
-        arguments.path, arguments.text, arguments.batch_size, arguments.at_loops or []
+        arguments.path,
+        arguments.text,
+        arguments.batch_size,
+        arguments.at_loops or [],
+        mesh,
+        arguments.dtype,
     )
     print(to_json(report.numbers, indent=2))
     return report
 
 
-def run_exact_match(arguments: Namespace) -> Report:
+def run_exact_match(arguments: Namespace, mesh: Mesh | None) -> Report:
     from plt_jax.evaluation.exact_match import evaluate_exact_match
 
     return evaluate_exact_match(
@@ -233,10 +247,12 @@ def run_exact_match(arguments: Namespace) -> Report:
         limit=arguments.limit,
         batch_size=arguments.batch_size,
         at_loops=arguments.at_loops or [],
+        mesh=mesh,
+        dtype=arguments.dtype,
     )
 
 
-def run_documents(arguments: Namespace) -> Report:
+def run_documents(arguments: Namespace, mesh: Mesh | None) -> Report:
     from plt_jax.evaluation.documents import evaluate_documents
 
     return evaluate_documents(
@@ -246,23 +262,27 @@ def run_documents(arguments: Namespace) -> Report:
         stride=arguments.stride,
         limit=arguments.limit,
         batch_size=arguments.batch_size,
+        mesh=mesh,
+        dtype=arguments.dtype,
     )
 
 
-def run_loops(arguments: Namespace) -> Report:
+def run_loops(arguments: Namespace, mesh: Mesh | None) -> Report:
     from plt_jax.evaluation.loops import SEQUENCES, evaluate_loops
 
     sequences = SEQUENCES if arguments.sequences is None else arguments.sequences
-    return evaluate_loops(arguments.path, arguments.text, sequences)
+    return evaluate_loops(arguments.path, arguments.text, sequences, mesh, arguments.dtype)
 
 
-def run_exits(arguments: Namespace) -> Report:
+def run_exits(arguments: Namespace, mesh: Mesh | None) -> Report:
     from plt_jax.evaluation.exits import evaluate_exits
 
-    return evaluate_exits(arguments.path, arguments.exit, arguments.text, arguments.batch_size)
+    return evaluate_exits(
+        arguments.path, arguments.exit, arguments.text, arguments.batch_size, mesh, arguments.dtype
+    )
 
 
-def run_tasks(arguments: Namespace) -> Report:
+def run_tasks(arguments: Namespace, mesh: Mesh | None) -> Report:
     from plt_jax.evaluation.tasks import SUITES, evaluate_tasks
 
     tasks = arguments.tasks.split(",") if arguments.tasks is not None else []
@@ -278,6 +298,8 @@ def run_tasks(arguments: Namespace) -> Report:
         include_path=arguments.include_path,
         batch_size=arguments.batch_size,
         run_code=arguments.run_code,
+        mesh=mesh,
+        dtype=arguments.dtype,
         apply_chat_template=arguments.apply_chat_template,
         fewshot_as_multiturn=arguments.fewshot_as_multiturn,
         system_instruction=arguments.system_instruction,

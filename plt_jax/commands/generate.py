@@ -10,6 +10,7 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 from plt_jax.commands.decoding_options import add_decoding_options
+from plt_jax.commands.device_options import DeviceOptions, add_dtype
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.tokenizer import HUGGINGFACE
 from plt_jax.errors import InputError
@@ -63,6 +64,8 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
     add_decoding_options(parser)
+    add_dtype(parser, "parameters", "as they are stored")
+    devices = DeviceOptions(parser)
     arguments = parser.parse_args()
     if arguments.system is not None and not arguments.chat:
         raise InputError("--system is the system's message of a chat; give --chat with it")
@@ -71,30 +74,33 @@ def main() -> None:
     from plt_jax.decoding.sampling import Sampling
     from plt_jax.decoding.text import stream_text
     from plt_jax.decoding.weights import prepare_for_decode
+    from plt_jax.distributed.mesh import use_mesh
     from plt_jax.runs.directory import open_trained
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     sampling.check()
-    trained = open_trained(arguments.path, loops=arguments.loops, quantized=True)
+    mesh = devices.connect(arguments)
+    trained = open_trained(arguments.path, mesh, arguments.loops, True, arguments.dtype)
     config = trained.config.model
-    weights = prepare_for_decode(config, trained.params, arguments.weights)
-    trained = trained._replace(params=None)  # so that the device holds the weights once
-    pieces = stream_text(
-        config,
-        weights,
-        trained.tokenizer,
-        encode(arguments, trained),
-        arguments.max_new_tokens,
-        sampling,
-        jax.random.key(arguments.seed),
-        arguments.cache_dtype,
-        arguments.stop,
-    )
-    if not arguments.chat:
-        sys.stdout.write(arguments.prompt)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+    with use_mesh(mesh):
+        weights = prepare_for_decode(config, trained.params, arguments.weights)
+        trained = trained._replace(params=None)  # so that the devices hold the weights once
+        pieces = stream_text(
+            config,
+            weights,
+            trained.tokenizer,
+            encode(arguments, trained),
+            arguments.max_new_tokens,
+            sampling,
+            jax.random.key(arguments.seed),
+            arguments.cache_dtype,
+            arguments.stop,
+        )
+        if not arguments.chat:
+            sys.stdout.write(arguments.prompt)
+        for piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     print()
 
 

@@ -112,7 +112,7 @@ def _output_is_closed() -> bool:
 
 
 def _is_one_of_several() -> bool:
-    """Whether other processes train together with this one."""
+    """Whether other processes work together with this one."""
     if "jax" not in sys.modules:
         return False
     import jax
@@ -125,11 +125,14 @@ def _end(code: int, reason: str | None = None) -> NoReturn:
     """Ends the command.
 
     Args:
-      reason: why it fails, if other processes cannot know by themselves; they end, too.
+      reason: why it fails, if other processes may not know by themselves; they end, too.
     """
     if reason is not None and _is_one_of_several():
-        from plt_jax.distributed import lifeline
+        from plt_jax.distributed import lifeline, processes
 
+        # What all are given alike, such as an option, each refuses in a line of its own.
+        if code == EXIT_BAD_INPUT and processes.all_refuse(lifeline.GRACE_SECONDS):
+            sys.exit(code)
         lifeline.leave(reason)
         # At an ordinary exit JAX would wait for the other processes.
         os._exit(code)

@@ -49,7 +49,7 @@ class RunConfig(Section):
     mesh: MayChange[MeshConfig] = MeshConfig()
     """Device mesh."""
     processes: MayChange[ProcessesConfig] = ProcessesConfig()
-    """The processes that train one model."""
+    """The processes that run one model."""
     checkpoint: MayChange[CheckpointConfig] = CheckpointConfig()
     """Checkpoints: which are kept, and how they are checked."""
     evaluation: MayChange[EvaluationConfig] = EvaluationConfig()

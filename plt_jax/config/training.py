@@ -188,7 +188,7 @@ class MeshConfig(Section):
 
 
 class ProcessesConfig(Section):
-    """The processes that train one model. On TPU pods and under Slurm they find one another without
+    """The processes that run one model. On TPU pods and under Slurm they find one another without
     these fields."""
 
     coordinator: Text | None = None

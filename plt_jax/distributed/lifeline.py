@@ -132,7 +132,7 @@ def _listen(lines: TextIO, index: int, host: str) -> None:
     leave(what)
     print(
         f"error: {what}; this process cannot go on alone and ends, too; start all of them again "
-        "as before, and the run goes on from its newest checkpoint",
+        "as before; a run goes on from its newest checkpoint",
         file=sys.stderr,
         flush=True,
     )

@@ -19,6 +19,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import MeshConfig
+from plt_jax.distributed import processes
 from plt_jax.distributed.axes import unboxed
 from plt_jax.errors import InputError
 
@@ -130,6 +131,13 @@ def divide_slices(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
     return between
 
 
+def describe_devices(mesh: Mesh) -> str:
+    """The devices of a mesh and its axes, for people."""
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    several = "" if processes.is_single() else f" in {jax.process_count()} processes"
+    return f"{mesh.devices.size} {mesh.devices.flat[0].platform}{several} ({axes})"
+
+
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
     """Makes a mesh and the rules current, for code with logical axes traced in the block; without a
@@ -226,6 +234,10 @@ class BatchLayout(NamedTuple):
             return jax.make_array_from_callback(shape, self.sharding, shard)
 
         return jax.tree.map(global_array, batch)
+
+    def place_whole(self, batch: Any) -> Any:
+        """As `place`, of host arrays [B, T] that have the rows of all processes."""
+        return self.place(jax.tree.map(lambda array_BT: array_BT[self.rows], batch))
 
 
 def whole_batch(batch_size: int, mesh: Mesh) -> int:

@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they exchange text, agree, and wait for one another.
+"""Several processes that run one model: how they exchange text, agree, and wait for one another.
 
 With a single process nothing here does anything. rendezvous.py connects the processes first.
 """
@@ -10,6 +10,7 @@ import itertools
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -212,6 +213,20 @@ def broadcast(text: str, timeout: int) -> str:
         return _client().blocking_key_value_get(key, timeout * 1000)
     except jax.errors.JaxRuntimeError as error:
         raise _first_lost(error) from error
+
+
+def all_refuse(seconds: float) -> bool:
+    """Whether all processes call this within so many seconds: each has refused its input."""
+    until = time.monotonic() + seconds
+    try:
+        put(f"refused/{jax.process_index()}", "")
+        while len(get_all("refused")) < jax.process_count():
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.05)
+    except MissingProcessError:
+        return False
+    return True
 
 
 def any_process(flag: bool) -> bool:

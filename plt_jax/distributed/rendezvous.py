@@ -1,4 +1,4 @@
-"""How the processes that train one model find one another, before JAX connects them.
+"""How the processes that run one model find one another, before JAX connects them.
 
 On TPU pods and under Slurm JAX finds the other processes by itself. Elsewhere
 `processes.coordinator`, `processes.count` and `processes.index` say which they are.

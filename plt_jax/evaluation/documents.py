@@ -27,7 +27,8 @@ from plt_jax.distributed.mesh import make_mesh, whole_batch
 from plt_jax.errors import InputError, naming
 from plt_jax.evaluation.likelihood import Scored, in_batches, nll_by_loop
 from plt_jax.evaluation.perplexity import score
-from plt_jax.files import to_json, write_pieces, write_text
+from plt_jax.evaluation.results import write_results
+from plt_jax.files import to_json
 from plt_jax.reports.tables import table_of
 from plt_jax.runs.directory import Trained, open_trained
 
@@ -70,6 +71,8 @@ def evaluate_documents(
     stride: int | None = None,
     limit: int | None = None,
     batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
 ) -> DocumentReport:
     """Evaluates a run or checkpoint document by document; writes documents.json, and a line for
     each document in documents.jsonl.
@@ -82,6 +85,9 @@ def evaluate_documents(
       limit: the number of documents to evaluate, from the first one on.
       batch_size: windows on all devices together, raised to divide over them; default the run's
         evaluation.batch_size.
+      mesh: the devices, which share batches and parameters; default all of them, along the data
+        axis.
+      dtype: dtype of the parameters; see `read_params`.
 
     Raises:
       InputError: no such checkpoint, text or corpus, the corpus has another tokenizer, or an
@@ -92,8 +98,8 @@ def evaluate_documents(
     for name, value in (("--stride", stride), ("--limit", limit), ("--batch_size", batch_size)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
-    mesh = make_mesh(MeshConfig())
-    trained = open_trained(path, mesh)
+    mesh = mesh or make_mesh(MeshConfig())
+    trained = open_trained(path, mesh, dtype=dtype)
     config = trained.config.model
     stride = stride or max(config.max_length // 2, 1)
     if stride > config.max_length:
@@ -107,7 +113,7 @@ def evaluate_documents(
     bytes_V = token_bytes(trained.tokenizer, config.vocab_size)
     size = whole_batch(batch_size or trained.config.evaluation.batch_size, mesh)
     rows = measure(trained, mesh, documents, stride, size, bytes_V, sums)
-    write_pieces(trained.directory / EACH, (to_json(row) + "\n" for row in rows))
+    write_results(trained.directory / EACH, (to_json(row) + "\n" for row in rows))
     if not sums.tokens:
         raise InputError("the text holds no token to predict; give a longer one (--text)")
     numbers = {
@@ -117,7 +123,7 @@ def evaluate_documents(
         "stride": stride,
         **sums.to_json(),
     }
-    write_text(target, to_json(numbers, indent=2) + "\n")
+    write_results(target, [to_json(numbers, indent=2), "\n"])
     return DocumentReport(numbers, target)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pydantic
+from jax.sharding import Mesh
 
 from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.config.data import SyntheticConfig
@@ -19,7 +20,8 @@ from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
-from plt_jax.files import to_json, write_text
+from plt_jax.evaluation.results import write_results
+from plt_jax.files import to_json
 from plt_jax.model.looping import with_loops
 from plt_jax.reports.tables import table_of
 from plt_jax.runs.directory import Trained, open_trained
@@ -66,6 +68,8 @@ def evaluate_exact_match(
     limit: int | None = None,
     batch_size: int | None = None,
     at_loops: Sequence[int] = (),
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
 ) -> ExactMatchReport:
     """Tests a run or checkpoint on its synthetic task; writes exact_match.json.
 
@@ -78,6 +82,9 @@ def evaluate_exact_match(
       batch_size: problems on all devices together, rounded up to divide over them; default the
         run's evaluation.batch_size.
       at_loops: further numbers of loops to test the model with.
+      mesh: the devices, which share batches and parameters; default all of them, along the data
+        axis.
+      dtype: dtype of the parameters; see `read_params`.
 
     Raises:
       InputError: there is no such checkpoint, it was trained on text, a difficulty has no held-out
@@ -86,8 +93,8 @@ def evaluate_exact_match(
     for name, value in (("--limit", limit), ("--batch_size", batch_size)):
         if value is not None and value < 1:
             raise InputError(f"{name} is {value}; it must be at least 1")
-    mesh = make_mesh(MeshConfig())
-    trained = open_trained(path, mesh)
+    mesh = mesh or make_mesh(MeshConfig())
+    trained = open_trained(path, mesh, dtype=dtype)
     size = whole_batch(batch_size or trained.config.evaluation.batch_size, mesh)
     others = {count: with_loops(trained.config.model, trained.params, count) for count in at_loops}
     task = task_to_test(trained, difficulties)
@@ -119,7 +126,7 @@ def evaluate_exact_match(
             for count, other in others.items()
         ]
     target = trained.directory / EXACT_MATCH
-    write_text(target, to_json(numbers, indent=2) + "\n")
+    write_results(target, [to_json(numbers, indent=2), "\n"])
     return ExactMatchReport(numbers, target)
 
 

@@ -19,15 +19,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from plt_jax.config import ModelConfig
+from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.data.load import examples_for
 from plt_jax.data.pipeline import evaluation_batches
 from plt_jax.data.token_bytes import token_bytes
+from plt_jax.distributed.axes import shard
+from plt_jax.distributed.mesh import batch_layout, make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
 from plt_jax.evaluation.perplexity import score
-from plt_jax.files import to_json, write_text
+from plt_jax.evaluation.results import write_results
+from plt_jax.files import to_json
 from plt_jax.model.transformer import Transformer
 from plt_jax.reports.tables import aligned
 from plt_jax.runs.directory import open_trained
@@ -141,12 +145,21 @@ def loops_needed(rule: ExitRule, predictions: LoopPredictions) -> np.ndarray:
 
 
 def evaluate_exits(
-    path: str, rules: str, text: str | None = None, batch_size: int | None = None
+    path: str,
+    rules: str,
+    text: str | None = None,
+    batch_size: int | None = None,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
 ) -> ExitReport:
     """Measures exit rules on a run's held-out text, or on other text; writes exits.json.
 
     Args:
       rules: see `parse_rules`.
+      batch_size: sequences on all devices together, raised to divide over them; default the run's
+        evaluation.batch_size.
+      mesh: the devices, which share batches and parameters; default one device.
+      dtype: dtype of the parameters; see `read_params`.
 
     Raises:
       InputError: no such checkpoint or text, a batch size that is not positive, or see
@@ -154,7 +167,7 @@ def evaluate_exits(
     """
     if batch_size is not None and batch_size < 1:
         raise InputError(f"--batch_size is {batch_size}; it must be at least 1")
-    trained = open_trained(path)
+    trained = open_trained(path, mesh, dtype=dtype)
     config = trained.config
     parsed = parse_rules(rules, config.model)
     examples = examples_for(config, trained.tokenizer, text)
@@ -163,9 +176,15 @@ def evaluate_exits(
     tokens = text_bytes = 0
     by_loop = np.zeros(count)
     totals = [_Total(np.zeros(count), 0.0, 0) for _ in parsed]
-    for batch in evaluation_batches(examples, batch_size or config.evaluation.batch_size):
+    here = mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
+    size = whole_batch(batch_size or config.evaluation.batch_size, here)
+    length = ("data.sequence_length", config.sequence_length)
+    layout = batch_layout(here, ("--batch_size", size), length)
+    for batch in evaluation_batches(examples, size):
         counted_M = batch["weights"].reshape(-1) > 0
-        arrays = jax.device_get(predict(config.model, trained.params, batch))
+        with use_mesh(mesh):
+            placed = layout.place_whole(batch)
+            arrays = jax.device_get(predict(config.model, trained.params, placed))
         predictions = LoopPredictions(*(np.asarray(array)[counted_M] for array in arrays))
         tokens += int(counted_M.sum())
         text_bytes += int(bytes_V[batch["targets"].reshape(-1)[counted_M]].sum())
@@ -191,7 +210,7 @@ def evaluate_exits(
         "note": note_on(config.model),
     }
     target = trained.directory / EXITS
-    write_text(target, to_json(numbers, indent=2) + "\n")
+    write_results(target, [to_json(numbers, indent=2), "\n"])
     return ExitReport(numbers, target)
 
 
@@ -263,7 +282,8 @@ def predict(config: ModelConfig, params: Any, batch: dict[str, jax.Array]) -> Lo
         at_once = max(LOGITS // (L * config.vocab_size), 1)
         positions = read_MLD, batch["targets"].reshape(B * T)
         nats, entropy, kl, best = jax.lax.map(of_position, positions, batch_size=at_once)
-        return LoopPredictions(nats, entropy, kl, best, exited_LBT.reshape(L, B * T).T)
+        found = nats, entropy, kl, best, exited_LBT.reshape(L, B * T).T
+        return LoopPredictions(*map(shard, found))  # every process reads them
 
     predictions: Any = Transformer(config).apply({"params": params}, method=forward)
     return predictions

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -29,6 +30,7 @@ from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.evaluation.answers import Answer, read_settings
 from plt_jax.evaluation.likelihood import Scored, likelihoods
+from plt_jax.interop.options import DTYPES
 from plt_jax.runs.directory import open_trained
 
 CHECK_EVERY = 8
@@ -47,6 +49,8 @@ class HarnessModel(LM):
         batch_size: int | str | None = None,
         loops: int | str | None = None,
         seed: int | str = 0,
+        mesh: Mesh | None = None,
+        dtype: str | None = None,
         max_batch_size: None = None,
         device: str | None = None,
         **unknown: Any,
@@ -58,6 +62,9 @@ class HarnessModel(LM):
             default the run's evaluation.batch_size.
           loops: the number of loops; default the number that it was trained with.
           seed: seed of the sampling, for tasks that sample.
+          mesh: the devices, which share batches and parameters; default all of them, along the data
+            axis. With several processes all must make the same requests.
+          dtype: dtype of the parameters, "float32" or "bfloat16"; default: as they are stored.
           max_batch_size, device: arguments of the harness for other models; they are ignored.
 
         Raises:
@@ -68,13 +75,15 @@ class HarnessModel(LM):
         if unknown:
             raise InputError(
                 f"plt_jax has no model argument {next(iter(unknown))}; it has path, batch_size, "
-                "loops and seed"
+                "loops, seed and dtype"
             )
         size = None if batch_size is None else _number("batch_size", batch_size, least=1)
+        if dtype not in (None, *DTYPES):
+            raise InputError(f"dtype is {dtype}; it must be one of {', '.join(DTYPES)}")
         self._seed = _number("seed", seed, least=0)
-        self._mesh = make_mesh(MeshConfig())
+        self._mesh = mesh or make_mesh(MeshConfig())
         count = None if loops is None else _number("loops", loops, least=1)
-        self._trained = open_trained(path, self._mesh, count)
+        self._trained = open_trained(path, self._mesh, count, dtype=dtype)
         self._config = self._trained.config.model
         # As with transformers, names of special tokens in a task's texts are these tokens.
         self.tokenizer = self._trained.tokenizer.reading_special

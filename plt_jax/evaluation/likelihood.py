@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from plt_jax.config import ModelConfig
-from plt_jax.distributed.mesh import batch_layout, use_mesh
+from plt_jax.distributed.axes import shard
+from plt_jax.distributed.mesh import batch_layout, mesh_axes, use_mesh
 from plt_jax.errors import InputError
 from plt_jax.model.loss import cross_entropy
 from plt_jax.model.transformer import Transformer
@@ -97,11 +99,12 @@ def in_batches(
             )
         if not 0 < first <= len(tokens):
             raise InputError(f"cannot score from token {first} of {len(tokens)}: 1 is the earliest")
+    parts = math.prod(mesh.shape[axis] for axis in mesh_axes("length"))
     with use_mesh(mesh):
-        for length, indices in _batches(config, sequences, batch_size):
+        for length, indices in _batches(config, sequences, batch_size, parts):
             rows = [sequences[index] for index in indices]
             layout = batch_layout(mesh, ("batch_size", batch_size), ("tokens", length))
-            batch = layout.place(_padded(rows, batch_size, length))
+            batch = layout.place_whole(_padded(rows, batch_size, length))
             arrays = jax.device_get(compute(**batch))
             for row, (index, (tokens, first)) in enumerate(zip(indices, rows, strict=True)):
                 scored = slice(first - 1, len(tokens) - 1)
@@ -110,14 +113,16 @@ def in_batches(
 
 
 def _batches(
-    config: ModelConfig, sequences: Sequence[Scored], batch_size: int
+    config: ModelConfig, sequences: Sequence[Scored], batch_size: int, parts: int
 ) -> Iterator[tuple[int, list[int]]]:
-    """The padded length of each batch, and the indices of its sequences."""
+    """The padded length of each batch, a multiple of `parts` if that of the context is, and the
+    indices of its sequences."""
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].tokens))
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         longest = len(sequences[indices[0]].tokens) - 1
-        yield padded_length(longest, config.max_length), indices
+        whole = -(-padded_length(longest, config.max_length) // parts) * parts
+        yield min(whole, config.max_length), indices
 
 
 def padded_length(length: int, most: int) -> int:
@@ -148,7 +153,8 @@ def _score(
 
     def scores(model: Transformer) -> tuple[jax.Array, jax.Array]:
         states = model.loop_states(tokens_BT)
-        return score_in_chunks(model, states.output_LBTD[-1], targets_BT)
+        nll_BT, greedy_BT = score_in_chunks(model, states.output_LBTD[-1], targets_BT)
+        return shard(nll_BT), shard(greedy_BT)  # every process reads them
 
     nll_and_greedy: Any = Transformer(config).apply({"params": params}, method=scores)
     return nll_and_greedy
@@ -169,7 +175,7 @@ def nll_by_loop(
         return jax.lax.map(of_loop, model.readouts(states, context))
 
     nll_LBT: Any = Transformer(config).apply({"params": params}, method=scores)
-    return (jnp.moveaxis(nll_LBT, 0, 1),)
+    return (shard(jnp.moveaxis(nll_LBT, 0, 1)),)  # every process reads them
 
 
 def score_in_chunks(

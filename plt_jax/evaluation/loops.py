@@ -15,14 +15,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from plt_jax.config import ModelConfig
 from plt_jax.config.model import Part
 from plt_jax.data.load import examples_for
 from plt_jax.data.packing import Examples
+from plt_jax.distributed.axes import shard
+from plt_jax.distributed.mesh import mesh_axes, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
-from plt_jax.files import to_json, write_text
+from plt_jax.evaluation.results import write_results
+from plt_jax.files import to_json
 from plt_jax.model.attention import blend
 from plt_jax.model.block import KeysValues, apply_block, stacks_in
 from plt_jax.model.layers import Rotation, embed, rms_norm, rope_rotation
@@ -92,22 +96,38 @@ MEASURES = (
 BY_LAYER = ("gate", "attention_entropy", "attention_change", "head_rank", "head_cosine")
 
 
-def evaluate_loops(path: str, text: str | None = None, sequences: int = SEQUENCES) -> LoopReport:
+def evaluate_loops(
+    path: str,
+    text: str | None = None,
+    sequences: int = SEQUENCES,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+) -> LoopReport:
     """Measures the loops of a run or checkpoint on held-out or other text; writes loops.json, and
     a page that draws it, loops.html.
 
     Args:
       sequences: the number of sequences, evenly spaced over the text.
+      mesh: the devices, which share the parameters; default one device.
+      dtype: dtype of the parameters; see `read_params`.
 
     Raises:
-      InputError: no such checkpoint or text, or `sequences` is below 1.
+      InputError: no such checkpoint or text, `sequences` is below 1, or the mesh would split the
+        sequences of a model with experts.
     """
     if sequences < 1:
         raise InputError(f"--sequences is {sequences}; it must be at least 1")
-    trained = open_trained(path)
+    trained = open_trained(path, mesh, dtype=dtype)
     config = trained.config
+    if config.model.moe.experts and mesh is not None and whole_batch(1, mesh) > 1:
+        raise InputError(
+            "--loops measures one sequence at a time, which experts cannot share over mesh axes "
+            f"{' x '.join(mesh_axes('batch'))}; give --mesh.data 1, and --mesh.tensor or "
+            "--mesh.context alone"
+        )
     examples = examples_for(config, trained.tokenizer, text)
-    found = measure_examples(config.model, trained.params, examples, sequences)
+    with use_mesh(mesh):
+        found = measure_examples(config.model, trained.params, examples, sequences)
     numbers = {
         "step": trained.step,
         "text": text or f"held out from {config.data.text}",
@@ -117,8 +137,8 @@ def evaluate_loops(path: str, text: str | None = None, sequences: int = SEQUENCE
         **found,
     }
     report = LoopReport(numbers, trained.directory / PAGE)
-    write_text(trained.directory / LOOPS, to_json(numbers, indent=2) + "\n")
-    write_text(report.path, loops_page(trained.directory.name, numbers, report.cells()))
+    write_results(trained.directory / LOOPS, [to_json(numbers, indent=2), "\n"])
+    write_results(report.path, [loops_page(trained.directory.name, numbers, report.cells())])
     return report
 
 
@@ -223,7 +243,7 @@ def measure(config: ModelConfig, params: Any, example: Values) -> Values:
         values["exit"] = by_loop(lambda r: mean(exits_R1T[r - 1, 0]))
     for name, value_RJT in maps.items():
         values[name] = jax.vmap(jax.vmap(mean))(value_RJT[:passes])
-    return values
+    return jax.tree.map(shard, values)  # every process reads them
 
 
 def chosen(log_p_TV: jax.Array, targets_T: jax.Array) -> jax.Array:

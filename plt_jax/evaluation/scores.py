@@ -6,13 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jax.sharding import Mesh
+
 from plt_jax.config import MeshConfig
 from plt_jax.data.load import examples_for
 from plt_jax.data.token_bytes import token_bytes
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import make_evaluate
-from plt_jax.files import to_json, write_text
+from plt_jax.evaluation.results import write_results
+from plt_jax.files import to_json
 from plt_jax.model.looping import with_loops
 from plt_jax.runs.directory import open_trained
 
@@ -49,20 +52,25 @@ def evaluate_trained(
     text: str | None = None,
     batch_size: int | None = None,
     at_loops: Sequence[int] = (),
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
 ) -> ScoreReport:
     """Evaluates a run or checkpoint on its held-out documents, or on other text; writes eval.json.
 
     Args:
       at_loops: further numbers of loops to evaluate the model with; they may differ from the number
         that it was trained with.
+      mesh: the devices, which share batches and parameters; default all of them, along the data
+        axis.
+      dtype: dtype of the parameters; see `read_params`.
 
     Raises:
       InputError: no such checkpoint or text, a batch size that is not positive, or a number of
         loops that the scheme cannot run.
     """
-    # All devices of this machine share the batch, independently of the mesh of the training.
-    mesh = make_mesh(MeshConfig())
-    trained = open_trained(path, mesh)
+    # The mesh of the training does not matter.
+    mesh = mesh or make_mesh(MeshConfig())
+    trained = open_trained(path, mesh, dtype=dtype)
     config = trained.config
     if batch_size is not None:
         if batch_size < 1:
@@ -83,5 +91,5 @@ def evaluate_trained(
         score = evaluate(params, examples, None).score
         numbers.setdefault("at_loops", []).append({"loops": count, **score._asdict()})
     target = trained.directory / EVALUATION
-    write_text(target, to_json(numbers, indent=2) + "\n")
+    write_results(target, [to_json(numbers, indent=2), "\n"])
     return ScoreReport(numbers, target)

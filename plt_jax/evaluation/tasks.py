@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plt_jax.errors import InputError
-from plt_jax.files import to_json, write_text
+from plt_jax.files import to_json
 
-if TYPE_CHECKING:  # an extra
+if TYPE_CHECKING:  # JAX is imported late, and lm_eval is an extra
+    from jax.sharding import Mesh
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
@@ -73,6 +74,8 @@ def evaluate_tasks(
     include_path: str | None = None,
     batch_size: int | None = None,
     run_code: bool = False,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
     **prompting: Any,
 ) -> TaskReport:
     """Runs tasks on a run or checkpoint; writes tasks.json in the run directory.
@@ -83,7 +86,7 @@ def evaluate_tasks(
       limit: the number of examples of each task; None for all.
       shots: the number of examples in the prompt; None for each task's own number.
       include_path: a folder of further tasks.
-      batch_size: see `HarnessModel`.
+      batch_size, mesh, dtype: see `HarnessModel`.
       run_code: whether tasks that run what the model writes (humaneval, mbpp) may.
       prompting: how the harness makes prompts: its apply_chat_template, fewshot_as_multiturn and
         system_instruction.
@@ -110,12 +113,13 @@ def evaluate_tasks(
     from lm_eval.tasks import TaskManager
 
     from plt_jax.evaluation.harness import HarnessModel
+    from plt_jax.evaluation.results import write_results
 
     if run_code:
         os.environ["HF_ALLOW_CODE_EVAL"] = "1"
     manager = TaskManager(include_path=include_path)
     names = check_names(manager, tasks, run_code)
-    model = HarnessModel(path, batch_size)
+    model = HarnessModel(path, batch_size, mesh=mesh, dtype=dtype)
     model.chat_template(prompting.get("apply_chat_template", False))  # refuses before tasks load
     loaded = load_tasks(manager, names, run_code)
     simple_evaluate: Any = lm_eval.simple_evaluate  # a decorator hides its signature
@@ -131,7 +135,7 @@ def evaluate_tasks(
     )
     results = {"step": model.step, **results}
     target = model.directory / TASKS
-    write_text(target, to_json(results, indent=2) + "\n")
+    write_results(target, [to_json(results, indent=2), "\n"])
     return TaskReport(results, target)
 
 

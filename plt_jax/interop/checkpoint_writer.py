@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from plt_jax.config import ModelConfig
+from plt_jax.distributed import processes
+from plt_jax.distributed.gathering import gather_part
 from plt_jax.errors import InputError
 from plt_jax.interop.config_json import CONFIG
 from plt_jax.interop.config_writer import write_config
@@ -38,8 +39,6 @@ def check_exportable(config: ModelConfig, params: Params, dtype: str | None = No
                 f"parameter {'.'.join(path)} has shape {found}, and {wanted.get(path)} in the "
                 "configuration"
             )
-        if isinstance(leaves[path], jax.Array) and not leaves[path].is_fully_addressable:
-            raise InputError("parameters spread over several processes cannot be exported")
 
 
 def write_huggingface(
@@ -51,6 +50,9 @@ def write_huggingface(
     token_ids: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json and safetensors into an existing folder.
+
+    With several processes all must call it, since each may hold a part of the parameters; process 0
+    writes, and the folder need not exist for the others.
 
     Args:
       config, params, dtype, shard_bytes: as in `save_huggingface`; `check_exportable` accepts them.
@@ -74,13 +76,19 @@ def write_huggingface(
         parameter, expert = sources[name]
         index = () if parameter.layer is None else (parameter.layer,)
         index += (expert,) if parameter.by_expert else ()
-        part = np.asarray(leaves[parameter.path][index])
+        part = gather_part(leaves[parameter.path], index)
+        if not processes.is_first():
+            return part  # which is not whole
         return to_tensor(part.astype(dtype_of(parameter), copy=False), parameter)
 
     sizes = {
         name: math.prod(parameter.tensor_shape) * dtype_of(parameter).itemsize
         for name, (parameter, _) in sources.items()
     }
+    if not processes.is_first():
+        for name in sizes:  # in the order in which process 0 writes them
+            make_tensor(name)
+        return
     write_safetensors(folder, sizes, make_tensor, shard_bytes)
     stored = dtype_of(next(iter(sources.values()))[0]).name
     text = json.dumps(write_config(config, stored, token_ids or {}), indent=2)

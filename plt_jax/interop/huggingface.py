@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from plt_jax.config import ModelConfig
+from plt_jax.distributed import processes
 from plt_jax.files import new_folder
 from plt_jax.interop.checkpoint_reader import load_params, open_huggingface
 from plt_jax.interop.checkpoint_writer import check_exportable, write_huggingface
@@ -45,6 +47,8 @@ def save_huggingface(
 ) -> None:
     """Writes a checkpoint folder, whole or not at all.
 
+    With several processes all must call it, and process 0 writes.
+
     Args:
       path: a folder that does not exist, or is empty.
       params: parameters as `Transformer.init` gives them.
@@ -56,5 +60,5 @@ def save_huggingface(
         express the configuration, or the parameters do not have its shapes.
     """
     check_exportable(config, params, dtype)
-    with new_folder(path) as folder:
+    with new_folder(path) if processes.is_first() else nullcontext(Path(path)) as folder:
         write_huggingface(folder, config, params, dtype, shard_bytes)

@@ -7,10 +7,12 @@ import contextlib
 import fnmatch
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from plt_jax.config import EvaluationConfig, LoopConfig, ModelConfig, RunConfig
 from plt_jax.config.data import DataConfig
@@ -22,6 +24,7 @@ from plt_jax.data.tokenizer import (
     load_tokenizer,
 )
 from plt_jax.decoding.quantization import quantize_params
+from plt_jax.distributed import processes
 from plt_jax.errors import InputError
 from plt_jax.files import check_new_folder, expand, local_folder, new_folder, to_path, write_text
 from plt_jax.hub.download import Snapshot, fetch
@@ -48,6 +51,8 @@ IMPORTED_SEQUENCE_LENGTH = 1024
 context can be longer than memory allows."""
 IMPORTED_BATCH_SIZE = 8
 """Sequences per evaluation batch of an imported run."""
+WAIT_SECONDS = 300
+"""How long the processes of an export wait for one another before they write."""
 
 
 def import_run(
@@ -103,18 +108,23 @@ def export_run(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     repository: str | None = None,
+    mesh: Mesh | None = None,
     *,
     report: Report,
 ) -> None:
     """Writes a run's checkpoint as a Hugging Face checkpoint folder, with the run's tokenizer.
 
+    With several processes all must call it, and process 0 writes.
+
     Args:
       source: a run directory (its newest checkpoint) or one of its checkpoints/STEP folders.
       dtype: dtype of the tensors; default: the parameters'.
-      shard_bytes: size limit of one safetensors file, in bytes.
+      shard_bytes: size limit of one safetensors file, in bytes; process 0 holds the tensors of one
+        file at a time.
       repository: the repository on the Hugging Face Hub to push the folder to, ORG/NAME or
         ORG/NAME@BRANCH, which is made if need be; default: none. If it has no model card, the
         folder gets one.
+      mesh: the devices that hold the parameters; default one device.
 
     Raises:
       InputError: there is no sound checkpoint, no Hugging Face model type can express the model,
@@ -124,9 +134,14 @@ def export_run(
     check_new_folder(destination)
     target = None if repository is None else check_push(_repository(repository))
     found = find_checkpoint(source)
-    config, params = found.config.model, read_params(found)
+    config, params = found.config.model, read_params(found, mesh)
     check_exportable(config, params)
-    model_type, description = choose_model_type(config), describe_model(config, params)
+    processes.barrier("the destination is checked", WAIT_SECONDS)
+    write = partial(write_huggingface, config=config, params=params, dtype=dtype)
+    if not processes.is_first():
+        write(Path(destination))
+        return
+    model_type = choose_model_type(config)
     with new_folder(destination) as folder:
         token_ids = write_tokenizer_files(
             folder,
@@ -134,12 +149,15 @@ def export_run(
             found.directory / HUGGINGFACE,
             config.max_length,
         )
-        write_huggingface(folder, config, params, dtype, shard_bytes, token_ids)
+        write(folder, shard_bytes=shard_bytes, token_ids=token_ids)
         if target is not None and not target.has_card:
             loops, size = describe_loops(config), count_parameters(params)
             card = make_model_card(str(target.name), model_type, loops, size, config.max_length)
             write_text(folder / MODEL_CARD, card)
-    report(f"exported {found.directory}, step {found.step}, as {model_type}: {description}")
+    report(
+        f"exported {found.directory}, step {found.step}, as {model_type}: "
+        f"{describe_model(config, params)}"
+    )
     report(f"written to {destination}")
     if target is not None:
         with local_folder(to_path(destination), lambda _: True) as folder:

@@ -54,6 +54,7 @@ def open_trained(
     mesh: Mesh | None = None,
     loops: int | None = None,
     quantized: bool = False,
+    dtype: str | None = None,
 ) -> Trained:
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
 
@@ -61,7 +62,7 @@ def open_trained(
       mesh: the mesh of the parameters, by the rules of distributed/mesh.py; default one device. It
         need not be the one that they were trained on.
       loops: number of loops to run; default as many as the model was trained with.
-      quantized: see `read_params`.
+      quantized, dtype: see `read_params`.
 
     Raises:
       InputError: the path is neither, holds no checkpoint, or has no tokenizer; or the scheme
@@ -76,7 +77,7 @@ def open_trained(
             f"{directory} was imported without a tokenizer; import it again with --tokenizer FILE"
         )
     tokenizer.check_size(config.model.vocab_size)
-    params = read_params(found, mesh, quantized=quantized)
+    params = read_params(found, mesh, dtype, quantized)
     # This machine need not have the kernels that the model was trained with.
     moe = config.model.moe.model_copy(update={"grouped_product": "auto"})
     kernels = {"attention": "auto", "moe": moe}

@@ -13,8 +13,7 @@ from plt_jax.config import ProcessesConfig, RunConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.load import Data, load_data
 from plt_jax.data.tokenizer import TextTokenizer
-from plt_jax.distributed import processes
-from plt_jax.distributed.mesh import make_mesh, use_mesh
+from plt_jax.distributed.mesh import describe_devices, make_mesh, use_mesh
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import Evaluation, make_evaluate
 from plt_jax.model.attention import choose_backend, fastest_backend
@@ -133,15 +132,13 @@ def check_sample_prompt(config: RunConfig, tokenizer: TextTokenizer) -> None:
 
 def print_setup(setup: RunSetup) -> None:
     """Prints what is about to be trained, and on which devices."""
-    config, mesh = setup.config, setup.mesh
+    config = setup.config
     parameters = sum(leaf.size for leaf in jax.tree.leaves(setup.program.abstract_state.params))
-    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
     print(f"run directory {config.run_dir}")
     for change in setup.changes:
         print(f"changed since its last start: {change}")
     print(f"model: {describe_loops(config.model)}, {parameters:,} parameters, {config.model.dtype}")
     for line in setup.data.about:
         print(line)
-    several = "" if processes.is_single() else f" in {jax.process_count()} processes"
-    print(f"devices: {mesh.devices.size} {jax.devices()[0].platform}{several} ({axes})")
+    print(f"devices: {describe_devices(setup.mesh)}")
     print(setup.kernels, flush=True)

@@ -27,6 +27,7 @@ COMMANDS = (
     "benchmarks.scaling",
     "benchmarks.serve_http",
     "benchmarks.serve_load",
+    "benchmarks.shares",
     "benchmarks.speeches_and_code",
     "plt_jax.benchmarks.ablation",
     "plt_jax.benchmarks.decode",

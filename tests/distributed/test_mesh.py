@@ -66,7 +66,8 @@ def test_one_process_has_all_rows_and_places_them():
     layout = batch_layout(mesh, ("training.batch_size", 6), ("data.sequence_length", 4))
     assert layout.rows.tolist() == list(range(6))
     tokens = np.arange(24, dtype=np.int32).reshape(6, 4)
-    np.testing.assert_array_equal(layout.place({"tokens": tokens})["tokens"], tokens)
+    for place in (layout.place, layout.place_whole):
+        np.testing.assert_array_equal(place({"tokens": tokens})["tokens"], tokens)
 
 
 def test_slices_are_refused_by_name_before_devices_are_laid_out():

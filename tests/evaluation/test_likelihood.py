@@ -102,8 +102,9 @@ jax.config.update("jax_default_matmul_precision", "highest")
 sequences, params = draw_sequences(3, 11), random_params(CONFIG)
 alone = make_mesh(MeshConfig(), jax.devices()[:1])
 one = likelihoods(CONFIG, params, alone, sequences, 3)
-all_of_them = likelihoods(CONFIG, params, make_mesh(MeshConfig()), sequences, 8)
-print(max(abs(a.log_probability - b.log_probability) for a, b in zip(one, all_of_them)))
+for sizes in (dict(), dict(data=1, context=8), dict(data=2, context=4)):
+    several = likelihoods(CONFIG, params, make_mesh(MeshConfig(**sizes)), sequences, 8)
+    print(max(abs(a.log_probability - b.log_probability) for a, b in zip(one, several)))
 """
 
 
@@ -114,7 +115,7 @@ def test_the_number_of_devices_changes_nothing():
         [sys.executable, "-c", DEVICES], env=variables, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-4
+    assert max(map(float, done.stdout.split())) < 1e-4
 
 
 @pytest.mark.slow(reason="compiles several programs")

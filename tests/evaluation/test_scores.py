@@ -177,8 +177,8 @@ def test_scores_that_are_not_numbers_are_null(copy, monkeypatch):
     """JSON has no NaN: other readers would refuse the whole file."""
     opened = scores.open_trained
 
-    def damaged(*arguments):
-        trained = opened(*arguments)
+    def damaged(*arguments, **options):
+        trained = opened(*arguments, **options)
         return trained._replace(params=jax.tree.map(lambda x: x * jnp.nan, trained.params))
 
     monkeypatch.setattr(scores, "open_trained", damaged)

@@ -166,6 +166,19 @@ def flat(row: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def flat_numbers(values: Any, where: str = "") -> dict[str, float]:
+    """All numbers in nested mappings and lists, by their places, as by_loop/0/loss."""
+    if isinstance(values, int | float):
+        return {where: float(values)}
+    parts: dict[Any, Any] = values if isinstance(values, dict) else {}
+    if isinstance(values, list):
+        parts = dict(enumerate(values))
+    found: dict[str, float] = {}
+    for name, value in parts.items():
+        found |= flat_numbers(value, f"{where}/{name}" if where else str(name))
+    return found
+
+
 def losses(config: RunConfig) -> dict[int, float]:
     """Training losses by step."""
     return {row["step"]: row["loss"] for row in numbers(config) if "loss" in row}
