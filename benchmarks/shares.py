@@ -176,7 +176,7 @@ def measure(child: dict[str, Any]) -> None:
 
     def export() -> None:
         target = f"{run}/exported"
-        export_run(run, target, None, 16 * MEBIBYTE, mesh, report=lambda line: None)
+        export_run(run, target, None, 16 * MEBIBYTE, mesh=mesh, report=lambda line: None)
 
     uses: dict[str, Callable[[], None]] = {
         "read": read,
