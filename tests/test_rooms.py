@@ -79,14 +79,18 @@ def test_no_arrow_runs_back_up(path):
     assert {name for name in rooms - public if ORDER.index(name) > room} == set()
 
 
-def test_one_room_asks_the_hub():
-    """Others say what they need by names; without the package they work with what is here."""
-    asking = {
+@pytest.mark.parametrize(
+    ("packages", "room"), [("huggingface_hub", "hub"), ("etils|gcsfs|google|fsspec", "buckets")]
+)
+def test_one_room_knows_a_service(packages, room):
+    """Others say what they need by names; without the packages they work with what is here."""
+    pattern = rf"(import|from) ({packages})\b"
+    knowing = {
         path.parts[0]
         for path in modules()
-        if re.search(r"(import|from) huggingface_hub", (PACKAGE / path).read_text(encoding="utf-8"))
+        if re.search(pattern, (PACKAGE / path).read_text(encoding="utf-8"))
     }
-    assert asking == {"hub"}
+    assert knowing == {room}
 
 
 @pytest.mark.parametrize("name", sorted(ENTRANCES))

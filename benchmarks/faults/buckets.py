@@ -96,7 +96,7 @@ def rights_are_lost(trial: Trial) -> str:
     bucket_server().disturb = lambda request: (
         Disturbance(status=403) if request.method in ("POST", "PUT", "DELETE") else None
     )
-    line = require_error_line(process.wait(), 1, "cannot")
+    line = require_error_line(process.wait(), 1, "cannot", alone=False)
     bucket_server().disturb = lambda _: None
     trial.finish(config)
     return f"after step {step}: {line}; went on bit for bit"

@@ -207,3 +207,9 @@ def test_of_writers_at_once_one_succeeds(folder):
     assert len(winners) == 1 and generation_of(folder / "lock") == winners[0]
     assert write_generation(folder / "lock", "x", winners[0] + 1) is None
     assert write_generation(folder / "lock", "x", winners[0]) > winners[0]
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(InputError, match=r"pip install 'plt_jax\[gcs\]'"):
+        service.prepare_packages.__wrapped__()
