@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+import fnmatch
 import functools
 import io
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from etils.epath.gpath import PosixGPath
 
 from plt_jax.buckets.address import SCHEME
 from plt_jax.buckets.service import file_system, patiently, prepare_packages
 from plt_jax.errors import InputError
-
-Result = TypeVar("Result")
 
 
 def bucket_path(path: str) -> Path:
@@ -39,17 +37,14 @@ class BucketPath(PosixGPath):
     """epath's path, completed by methods of pathlib; failures are OSErrors, and calls that the
     bucket does not answer are repeated."""
 
-    def _try(self, call: Callable[[], Result]) -> Result:
-        return patiently(self, call)
-
     def exists(self) -> bool:
-        return self._try(super().exists)
+        return patiently(self, super().exists)
 
     def is_dir(self) -> bool:
-        return self._try(super().is_dir)
+        return patiently(self, super().is_dir)
 
     def is_file(self) -> bool:
-        return self._try(lambda: file_system().isfile(str(self)))
+        return patiently(self, lambda: file_system().isfile(str(self)))
 
     def is_symlink(self) -> bool:
         return False
@@ -65,21 +60,20 @@ class BucketPath(PosixGPath):
 
     def iterdir(self) -> Iterator[BucketPath]:
         # The object of the folder's own name, which some programs make, is none in it.
-        names = self._try(lambda: self._backend.listdir(str(self)))
+        names = patiently(self, lambda: self._backend.listdir(str(self)))
         return (self / name for name in names if name)
 
     def glob(self, pattern: str) -> Iterator[BucketPath]:
-        return iter(self._try(lambda: list(super(BucketPath, self).glob(pattern))))
+        return iter(patiently(self, lambda: list(super(BucketPath, self).glob(pattern))))
 
     def rglob(self, pattern: str) -> Iterator[BucketPath]:
-        """All objects below this name; `pattern` must be `*`."""
-        if pattern != "*":
-            raise NotImplementedError(pattern)
-        found = self._try(lambda: file_system().find(str(self)))
-        return (type(self)(SCHEME + name) for name in found)
+        """The objects below this name whose last part matches a pattern."""
+        found = patiently(self, lambda: file_system().find(str(self)))
+        paths = (type(self)(SCHEME + name) for name in found)
+        return (path for path in paths if fnmatch.fnmatchcase(path.name, pattern))
 
     def stat(self) -> os.stat_result:  # pyright: ignore[reportIncompatibleMethodOverride]
-        found = self._try(super().stat)
+        found = patiently(self, super().stat)
         kind = stat.S_IFDIR if found.is_directory else stat.S_IFREG
         times = (found.mtime or 0,) * 3
         return os.stat_result((kind | 0o644, 0, 0, 1, 0, 0, found.length or 0, *times))
@@ -94,25 +88,28 @@ class BucketPath(PosixGPath):
         return io.BufferedReader(_Reader(self), 2**22)
 
     def read_bytes(self) -> bytes:
-        return self._try(lambda: file_system().cat_file(str(self)))
+        return patiently(self, lambda: file_system().cat_file(str(self)))
 
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8")
 
     def write_bytes(self, data: bytes) -> int:
-        self._try(lambda: file_system().pipe_file(str(self), data))
+        patiently(self, lambda: file_system().pipe_file(str(self), data))
         return len(data)
 
     def upload(self, file: Path) -> None:
         """Writes a file of a disk, of any size."""
-        self._try(lambda: file_system().put_file(str(file), str(self)))
+        patiently(self, lambda: file_system().put_file(str(file), str(self)))
 
     def write_text(self, data: str, encoding: str | None = None, *_, **__) -> int:
         return self.write_bytes(data.encode(encoding or "utf-8"))
 
     def unlink(self, missing_ok: bool = False) -> None:
-        with contextlib.suppress(*[FileNotFoundError] * missing_ok):
-            self._try(lambda: file_system().rm_file(str(self)))
+        try:
+            patiently(self, lambda: file_system().rm_file(str(self)))
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
 
     def rmtree(self, missing_ok: bool = False) -> None:
         for path in self.rglob("*"):  # one by one: an interrupted removal can be repeated
@@ -124,7 +121,7 @@ class BucketPath(PosixGPath):
         for path in list(self.rglob("*")):
             inside = str(path).removeprefix(str(self))
             copy = functools.partial(file_system().cp_file, str(path), str(target) + inside)
-            self._try(copy)
+            patiently(self, copy)
         self.rmtree()
         return target
 

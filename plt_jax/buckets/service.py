@@ -175,12 +175,6 @@ def patiently(path: Any, call: Callable[[], Result]) -> Result:
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def _credential_errors() -> type[Exception]:
-    from google.auth.exceptions import GoogleAuthError
-
-    return GoogleAuthError
-
-
 def _is_transient(error: Exception) -> bool:
     """Whether the same call may succeed a moment later."""
     import aiohttp
@@ -207,23 +201,25 @@ def as_os_errors(path: Any) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
-    except (InputError, FailedError, NotImplementedError):
+    except (InputError, FailedError):
         raise
     except Exception as error:
-        code = int(getattr(error, "code", None) or 0)
+        from google.auth.exceptions import GoogleAuthError
+
+        code = str(getattr(error, "code", ""))  # of several libraries, a number or none
         text = " ".join(str(error).split())[:300] or type(error).__name__
-        if code in (404, 412):
+        if code in ("404", "412"):
             raise
         if _is_transient(error):
             clause = f"the bucket does not answer ({text})"
             raise OSError(errno.EAGAIN, clause, str(path)) from error
-        if code == 401 or isinstance(error, _credential_errors()):
+        if code == "401" or isinstance(error, GoogleAuthError):
             clause = (
                 "no credentials of Google Cloud are found, or they are refused; run gcloud auth "
                 f"application-default login, or set GOOGLE_APPLICATION_CREDENTIALS ({text})"
             )
             raise PermissionError(errno.EACCES, clause, str(path)) from error
-        if code == 403 or text.startswith("Forbidden"):
+        if code == "403" or text.startswith("Forbidden"):
             clause = (
                 "the account has no right to do this in the bucket; give it the role "
                 f"roles/storage.objectUser ({text})"

@@ -14,22 +14,16 @@ from plt_jax.hub.names import HubName
 from plt_jax.interop.config_json import CONFIG
 from plt_jax.interop.config_reader import read_config
 from plt_jax.interop.safetensors_folder import INDEX, SINGLE, read_index
+from plt_jax.interop.tokenizer_files import COMPANIONS
 
 SMALL_FILES = (
     INDEX,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
+    *(name for name in COMPANIONS if "*" not in name and name != CONFIG),
     "chat_template.jinja",
     "chat_template.json",
 )
-"""The files that are fetched besides config.json and the weights: those of
-`tokenizer_files.COMPANIONS`, without code."""
+"""The files that are fetched besides config.json and the weights: of COMPANIONS those with whole
+names, and the chat templates that are read; no code."""
 
 
 class HubCheckpoint(NamedTuple):

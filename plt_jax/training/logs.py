@@ -11,7 +11,7 @@ from pathlib import Path
 
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.distributed import processes
-from plt_jax.errors import FailedError
+from plt_jax.errors import FailedError, InputError
 from plt_jax.files import copy_file, files_in, remove_folder
 from plt_jax.locks import Lock
 from plt_jax.runs.names import METRICS
@@ -95,10 +95,11 @@ class Logs:
                     copy_file(file, self._directory / name)
                     self._sent[name] = version
             self._failed = False
-        except OSError as error:
+        except (OSError, InputError) as error:
             if not self._failed:
+                reason = error.strerror if isinstance(error, OSError) else error
                 print(
-                    f"note: the logs are not sent to {self._directory} for now: {error.strerror}",
+                    f"note: the logs are not sent to {self._directory} for now: {reason}",
                     file=sys.stderr,
                     flush=True,
                 )
