@@ -16,7 +16,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -31,8 +31,6 @@ from plt_jax.checkpoint.manifest import (
     MANIFEST,
     MARK,
     File,
-    find_damage,
-    has_checksums,
     own_files,
     take_checksums,
     validation_loss,
@@ -49,7 +47,7 @@ from plt_jax.files import is_folder, remove_tree, to_path
 # users need to know is printed here.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
-UNFINISHED, DELETED, DAMAGED = ".unfinished", ".deleted", ".damaged"
+UNFINISHED, DELETED = ".unfinished", ".deleted"
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|\.orbax-checkpoint-tmp).*")
 # With this option a folder that cannot be made fails at once, with its reason.
 _CONTEXT = ocp.Context(
@@ -219,63 +217,6 @@ class Checkpoints:
         steps = list_steps(self._directory)
         last = f"the last complete one is of step {steps[-1]}" if steps else "there is none yet"
         return FailedError(f"cannot save the checkpoint {final}: {_reason(error)}; {last}")
-
-
-def find_shared_damage(path: Path, inside: Collection[str] | None = None) -> list[str]:
-    """What `find_damage` finds in this process's part of a checkpoint's files.
-
-    Process 0 prints a line if the checkpoint has no checksums.
-    """
-    if processes.is_first() and not has_checksums(path):
-        print(
-            f"the checkpoint {path} has no checksums (an earlier version saved it), so it is read "
-            "unverified",
-            file=sys.stderr,
-            flush=True,
-        )
-    return find_damage(path, inside, index=jax.process_index(), count=jax.process_count())
-
-
-def refuse_damaged(
-    directory: str | Path,
-    step: int,
-    inside: Collection[str] | None = None,
-    advice: str | None = None,
-) -> None:
-    """Checks a checkpoint's files against its manifest; several processes share the reading.
-
-    Args:
-      directory: the folder of the checkpoints.
-      step: the checkpoint's step.
-      inside: the folders of it that are about to be read; default all.
-      advice: what the user can do if it is damaged; default: to give the checkpoint before it.
-
-    Raises:
-      InputError: a file in this process's part is damaged.
-    """
-    path = (to_path(directory) / str(step)).absolute()
-    damage = find_shared_damage(path, inside)
-    if not damage:
-        return
-    before = [other for other in list_steps(directory) if other < step]
-    if advice is None and before:
-        advice = f"give the one before it, {path.with_name(str(before[-1]))}"
-    raise InputError("; ".join(filter(None, [describe_damage(path, damage), advice])))
-
-
-def describe_damage(path: Path, damage: list[str]) -> str:
-    """The damage of a checkpoint, in one line."""
-    more = f" ({len(damage) - 1} more such)" if len(damage) > 1 else ""
-    return f"the checkpoint {path} is damaged: {damage[0]}{more}"
-
-
-def set_aside(path: Path) -> Path:
-    """Renames a damaged checkpoint, so that it is not found again, and returns its new path."""
-    names = itertools.chain([DAMAGED], (f"{DAMAGED}-{number}" for number in itertools.count(2)))
-    free = (path.with_name(path.name + name) for name in names)
-    moved = next(other for other in free if not other.exists())
-    path.rename(moved)
-    return moved
 
 
 def save_params(directory: str | Path, step: int, params: Any) -> None:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from plt_jax.checkpoint.damage import refuse_damaged
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import load_params, refuse_damaged, save_params
+from plt_jax.checkpoint.store import load_params, save_params
 from plt_jax.config import MeshConfig, RunConfig
 from plt_jax.config.yaml_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer

@@ -6,8 +6,9 @@ import json
 
 import jax
 
+from plt_jax.checkpoint.damage import refuse_damaged
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import Checkpoints, refuse_damaged
+from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.distributed import processes
 from plt_jax.errors import FailedError
 from plt_jax.runs.names import CHECKPOINTS

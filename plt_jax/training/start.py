@@ -8,15 +8,14 @@ from typing import Any, NamedTuple
 
 import grain
 
-from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import (
-    Checkpoints,
+from plt_jax.checkpoint.damage import (
     describe_damage,
     find_shared_damage,
-    load_params,
     refuse_damaged,
     set_aside,
 )
+from plt_jax.checkpoint.steps import list_steps
+from plt_jax.checkpoint.store import Checkpoints, load_params
 from plt_jax.config import RunConfig
 from plt_jax.distributed import processes
 from plt_jax.errors import InputError, naming

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plt_jax.checkpoint import manifest as manifest_module
+from plt_jax.checkpoint.damage import refuse_damaged
 from plt_jax.checkpoint.manifest import (
     MANIFEST,
     OWN,
@@ -23,7 +24,6 @@ from plt_jax.checkpoint.manifest import (
     validation_loss,
     write_manifest,
 )
-from plt_jax.checkpoint.store import refuse_damaged
 from plt_jax.errors import InputError
 from tests.checkpoint.damage import data_file, files_of, flip_bit, forget_checksums, save_steps
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
+from plt_jax.checkpoint.damage import refuse_damaged
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import Checkpoints, load_params, refuse_damaged
+from plt_jax.checkpoint.store import Checkpoints, load_params
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError, InputError
 from tests.checkpoint.damage import files_of, flip_bit, save_steps
