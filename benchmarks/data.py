@@ -27,7 +27,7 @@ from plt_jax.config import RunConfig
 from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
 from plt_jax.data.pipeline import Source, training_dataset
 from plt_jax.data.streams import DocumentStream, TokenStream
-from plt_jax.data.tokenized_corpus import TokenizedCorpus, open_tokenized_corpus
+from plt_jax.data.tokenized_corpus import CorpusManifest, TokenizedCorpus, open_tokenized_corpus
 from plt_jax.data.tokens import TokenizedDocuments
 from plt_jax.distributed.chips import CHIPS
 from plt_jax.errors import InputError
@@ -149,6 +149,7 @@ def preparer(inputs: list[str], text_field: str, corpus: TokenizedCorpus) -> Cal
                 lambda *_: lambda *_: None,
             )
             seconds = time.process_time() - start
+        assert isinstance(manifest, CorpusManifest)
         return seconds / sum(shard.tokens for shard in manifest.shards)
 
     return seconds_per_token

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 from plt_jax.buckets.address import is_in_bucket, refuse_other_schemes
 from plt_jax.errors import InputError
@@ -56,6 +56,47 @@ def check_reachable(path: Path) -> None:
         from plt_jax.buckets.service import check_bucket
 
         check_bucket(path)
+
+
+class FileState(NamedTuple):
+    """What tells whether a file has changed."""
+
+    size: int
+    """Bytes."""
+    version: int
+    """Changes with every write: on a disk the time of change in nanoseconds, in a bucket the
+    object's generation."""
+
+
+def file_state(path: Path) -> FileState:
+    """The state of a file.
+
+    Raises:
+      OSError: it does not exist, or the bucket does not answer.
+    """
+    if is_in_bucket(path):
+        from plt_jax.buckets.service import generation_of
+
+        return FileState(path.stat().st_size, generation_of(path))
+    found = path.stat()
+    return FileState(found.st_size, found.st_mtime_ns)
+
+
+def states_below(folder: Path) -> dict[str, FileState]:
+    """The state of every file in a folder and its subfolders, by its path in it, with slashes.
+
+    In a bucket a single listing tells them, however many there are.
+
+    Raises:
+      OSError: the folder cannot be read.
+    """
+    if is_in_bucket(folder):
+        return {name: FileState(*state) for name, state in cast(Any, folder).states_below().items()}
+    found: dict[str, FileState] = {}
+    for name in files_in(folder):
+        with contextlib.suppress(FileNotFoundError):  # it has just been renamed or removed
+            found[name] = file_state(folder / name)
+    return found
 
 
 def expand(path: str | Path) -> Path:
@@ -127,6 +168,8 @@ def file_below(folder: Path, name: str) -> Path:
     is_plain = name.isprintable() and "\\" not in name and len(name.encode()) < LONGEST_NAME
     if not is_plain or any(part in ("", ".", "..") for part in parts):
         raise InputError(f"{name!r} is not the name of a file in {folder}")
+    if is_in_bucket(folder):
+        return folder / name  # an object is neither a link nor a device
     path = folder
     for part in parts:
         path /= part
@@ -193,6 +236,38 @@ def write_pieces(path: Path, pieces: Iterable[str]) -> None:
         with replaced_file(path) as file:
             for piece in pieces:
                 file.write(piece.encode("utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def write_new(path: Path, text: str) -> bool:
+    """Writes a file that does not exist yet; returns False, and writes nothing, if it does.
+
+    Of several processes that do so at once, on one machine or many, one succeeds.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    try:
+        if is_in_bucket(path):
+            from plt_jax.buckets.service import write_generation
+
+            return write_generation(path, text, before=0) is not None
+        unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}{UNFINISHED}")
+        write_synced(unfinished, text)
+        try:
+            os.link(unfinished, path)  # which, unlike renaming, replaces nothing
+        except FileExistsError:
+            return False
+        except OSError:  # this file system has no links
+            try:
+                with path.open("x", encoding="utf-8") as file:
+                    file.write(text)
+            except FileExistsError:
+                return False
+        finally:
+            unfinished.unlink()
+        return True
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error
 

@@ -72,6 +72,17 @@ class BucketPath(PosixGPath):
         paths = (type(self)(SCHEME + name) for name in found)
         return (path for path in paths if fnmatch.fnmatchcase(path.name, pattern))
 
+    def states_below(self) -> dict[str, tuple[int, int]]:
+        """The size in bytes and the generation of every object below this name, by its path from
+        here; one listing tells them all."""
+        found = patiently(self, lambda: file_system().find(str(self), detail=True))
+        prefix = str(self).removeprefix(SCHEME) + "/"
+        return {
+            name.removeprefix(prefix): (int(about["size"]), int(about["generation"]))
+            for name, about in found.items()
+            if name.startswith(prefix)
+        }
+
     def stat(self) -> os.stat_result:  # pyright: ignore[reportIncompatibleMethodOverride]
         found = patiently(self, super().stat)
         kind = stat.S_IFDIR if found.is_directory else stat.S_IFREG
@@ -89,6 +100,12 @@ class BucketPath(PosixGPath):
 
     def read_bytes(self) -> bytes:
         return patiently(self, lambda: file_system().cat_file(str(self)))
+
+    def read_range(self, begin: int, end: int) -> bytes:
+        """The bytes from `begin` to before `end`, or to the object's end."""
+        if begin >= end:
+            return b""
+        return patiently(self, lambda: file_system().cat_file(str(self), start=begin, end=end))
 
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8")
@@ -127,7 +144,7 @@ class BucketPath(PosixGPath):
 
 
 class _Reader(io.RawIOBase):
-    """An object as a stream of bytes."""
+    """An object as a stream of bytes, of which any range can be read."""
 
     def __init__(self, path: Any):
         self._path, self._position = path, 0
@@ -136,12 +153,20 @@ class _Reader(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        self._position = max(origin + offset, 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
     def readinto(self, buffer: Any) -> int:
-        first, end = self._position, min(self._position + len(buffer), self._size)
-        if first >= end:
-            return 0
-        fetch = functools.partial(file_system().cat_file, str(self._path), start=first, end=end)
-        content = patiently(self._path, fetch)
+        end = min(self._position + len(buffer), self._size)
+        content = self._path.read_range(self._position, end)
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)

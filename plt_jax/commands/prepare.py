@@ -3,9 +3,10 @@
 python -m plt_jax.data.prepare INPUT [INPUT ...] --out FOLDER (--tokenizer FILE | --vocab_size V)
 
 Inputs are files or folders: .txt (a document each), .jsonl, .ndjson or .json (a document per line)
-and .parquet (a document per row); the first two kinds may be compressed as .gz or .zst. If it is
-stopped or killed, the same command goes on. `python -m plt_jax.data.verify FOLDER` checks the
-shards that it wrote.
+and .parquet (a document per row); the first two kinds may be compressed as .gz or .zst. Inputs and
+FOLDER may be gs://BUCKET/PATH. If it is stopped or killed, the same command goes on. Several
+machines write parts of one corpus with --part K --of N. `python -m plt_jax.data.verify FOLDER`
+checks the shards that it wrote.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from rich.progress import (
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.corpus_writer import (
     CorpusOptions,
+    Part,
     UnitCallback,
     UnitResult,
     WorkUnit,
+    is_begun,
     split_of,
     write_corpus,
 )
@@ -42,16 +45,19 @@ from plt_jax.data.documents import (
     read_piece,
     split_files,
 )
-from plt_jax.data.tokenized_corpus import SPLITS, CorpusManifest
+from plt_jax.data.shards import SPLITS
+from plt_jax.data.tokenized_corpus import CorpusManifest
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, find_tokenizer, load_tokenizer
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import EXIT_STOPPED, InputError
-from plt_jax.files import expand
+from plt_jax.files import check_reachable, expand
 
 SAMPLE_LENGTH = 64 * 2**20
 """Characters of text, from all files together, that a tokenizer is trained on, about."""
 PIECE_SAMPLE_LENGTH = 2**20
 """Fewest characters to sample from a piece of a file, if it has as many."""
+WAIT_SECONDS, WAIT_LINE_SECONDS = 2, 60
+"""Time between two looks for the tokenizer of part 1, and between the lines that say so."""
 MIN_FREQUENCY = 2
 """Occurrences that a pair of tokens needs to be merged, when training a tokenizer."""
 
@@ -66,23 +72,31 @@ def main() -> int | None:
         arguments.skip_broken,
         arguments.vocab_size,
     )
+    part = Part(arguments.part, arguments.of)
     left_out = [
         path
         for path in find_files(arguments.inputs).left_out
-        if out.absolute() not in path.absolute().parents
+        if not path.absolute().is_relative_to(out.absolute())
     ]
     if left_out:
         print(f"note: not all files are read{describe_left_out(left_out)}", flush=True)
-    tokenizer = choose_tokenizer(arguments, out, options)
     try:
+        tokenizer = choose_tokenizer(arguments, out, options, part)
         with ProgressReport() as progress:
-            manifest = write_corpus(
-                arguments.inputs, out, tokenizer, options, arguments.workers, progress.start
+            written = write_corpus(
+                arguments.inputs, out, tokenizer, options, arguments.workers, progress.start, part
             )
     except KeyboardInterrupt:
         print("stopped; run the same command to go on", flush=True)
         return EXIT_STOPPED
-    print_summary(out, manifest)
+    if isinstance(written, int):
+        print(
+            f"{part} is written; {counted(written, 'unit')} of other parts "
+            f"{'is' if written == 1 else 'are'} missing. The part that ends last completes the "
+            "corpus; if the others have ended, run them again."
+        )
+    else:
+        print_summary(out, written)
     return None
 
 
@@ -113,6 +127,10 @@ def parse_arguments() -> argparse.Namespace:
         default=defaults.shard_bytes // 2**20,
         help="MiB of input files that become one shard, about; compressed files are not split",
     )
+    parser.add_argument(
+        "--part", type=int, default=1, help="which part to write, of --of; each machine another"
+    )
+    parser.add_argument("--of", type=int, default=1, help="number of parts")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument(
         "--skip_broken",
@@ -125,13 +143,19 @@ def parse_arguments() -> argparse.Namespace:
     for name in ("shard_mib", "workers"):
         if getattr(arguments, name) < 1:
             raise InputError(f"--{name} must be at least 1")
+    if not 1 <= arguments.part <= arguments.of:
+        raise InputError(
+            f"--part {arguments.part} --of {arguments.of}: the parts are 1 to {arguments.of}"
+        )
     return arguments
 
 
 def choose_tokenizer(
-    arguments: argparse.Namespace, out: Path, options: CorpusOptions
+    arguments: argparse.Namespace, out: Path, options: CorpusOptions, part: Part
 ) -> TextTokenizer:
     """The tokenizer of --tokenizer, the one that an earlier call trained, or a newly trained one.
+
+    The first part trains it; the others wait for it.
 
     Raises:
       InputError: not exactly one of --tokenizer and --vocab_size is given, the file is not a
@@ -141,11 +165,25 @@ def choose_tokenizer(
         raise InputError("give one of --tokenizer FILE and --vocab_size V")
     if arguments.tokenizer is not None:
         return load_tokenizer(find_tokenizer(arguments.tokenizer))
+    check_reachable(out)
+    if part.number > 1:
+        wait_for_tokenizer(out, part)
     if (out / TOKENIZER).exists():
         return load_tokenizer(out / TOKENIZER)
     print(f"training a tokenizer of {arguments.vocab_size} tokens ...", flush=True)
-    documents = sample_documents(arguments.inputs, options)
-    return train_tokenizer(documents, arguments.vocab_size, MIN_FREQUENCY)
+    return train_tokenizer(
+        sample_documents(arguments.inputs, options), arguments.vocab_size, MIN_FREQUENCY
+    )
+
+
+def wait_for_tokenizer(out: Path, part: Part) -> None:
+    """Waits until part 1 has trained the tokenizer of the corpus `out`."""
+    said = float("-inf")
+    while not is_begun(out):
+        if time.monotonic() - said >= WAIT_LINE_SECONDS:
+            said = time.monotonic()
+            print(f"{part} waits for the tokenizer, which part 1 trains ...", flush=True)
+        time.sleep(WAIT_SECONDS)
 
 
 def sample_documents(inputs: Sequence[str], options: CorpusOptions) -> Iterator[str]:

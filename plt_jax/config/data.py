@@ -22,8 +22,8 @@ from plt_jax.config.types import (
 class SourceConfig(Section):
     """One of the tokenized corpora to train on."""
 
-    path: MayChange[PathText]
-    """Folder that `python -m plt_jax.data.prepare` made."""
+    path: MayChange[BucketOrPathText]
+    """Folder that `python -m plt_jax.data.prepare` made, on a disk or in a bucket."""
     weight: PositiveFloat | None = None
     """Share of the training examples, relative to the other sources' weights (all sources or none
     have one); default: the source's number of examples, times its epochs if given."""
@@ -118,7 +118,10 @@ class DataConfig(Section):
     sequence_length: PositiveInt | None = None
     """Tokens per training example T; default model.max_length."""
     cache_dir: MayChange[PathText] = "~/.cache/plt_jax"
-    """Folder for trained tokenizers and tokenized corpora."""
+    """Folder for trained tokenizers, tokenized text, and shards of corpora in buckets."""
+    cache_gb: MayChange[PositiveFloat] = 50.0
+    """Most GB (10^9 bytes) in cache_dir of shards that are fetched from buckets; those that have
+    been unused for longest make room for others. All processes of a machine share them."""
     prefetch: MayChange[NonNegativeInt] = 4
     """Batches read ahead by a background thread; 0 for none."""
 

@@ -2,7 +2,8 @@
 
 Besides what `tokenized_corpus.py` lists, the folder holds `parts/`: plan.json, which says what the
 corpus is made from, and a JSON file for each finished unit. A call writes the units whose shards
-are missing.
+are missing. Several machines may each write a part of the units; the call that finds all units
+finished writes the manifest.
 """
 
 from __future__ import annotations
@@ -14,35 +15,48 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import NonNegativeInt
 
+from plt_jax.buckets.address import is_in_bucket
 from plt_jax.config.types import Section
-from plt_jax.data.documents import FilePiece, counted, find_files, read_piece, split_files
-from plt_jax.data.shards import ShardWriter
-from plt_jax.data.special_tokens import SPECIAL_TOKENS
-from plt_jax.data.tokenized_corpus import (
-    MANIFEST,
-    SPLITS,
-    CorpusManifest,
-    Shard,
-    Split,
-    file_sha256,
+from plt_jax.data.documents import (
+    FilePiece,
+    InputFile,
+    counted,
+    find_files,
+    read_piece,
+    split_files,
 )
-from plt_jax.data.tokenized_corpus import check_size as check_shard_size
+from plt_jax.data.shards import SPLITS, Shard, ShardWriter, Split
+from plt_jax.data.special_tokens import SPECIAL_TOKENS
+from plt_jax.data.tokenized_corpus import MANIFEST, CorpusManifest, file_sha256
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.data.tokens import encode_documents, token_dtype
 from plt_jax.errors import InputError
-from plt_jax.files import UNFINISHED, read_json, write_text
-from plt_jax.locks import FolderLock
+from plt_jax.files import (
+    UNFINISHED,
+    check_reachable,
+    copy_file,
+    is_folder,
+    read_json,
+    states_below,
+    to_path,
+    write_new,
+    write_text,
+)
+from plt_jax.locks import FolderLock, Lock, lock_of
 
 PARTS, PLAN = "parts", "plan.json"
+READS = 16
+"""Small files that are read at once."""
 OLD_LOCK = ".lock"
 """A file that earlier versions left in every corpus."""
 
@@ -61,6 +75,18 @@ class CorpusOptions(NamedTuple):
     """Whether to count and leave out documents that cannot be read, instead of stopping."""
     vocab_size: int | None = None
     """Size that a tokenizer was trained to, if one was trained for this corpus."""
+
+
+class Part(NamedTuple):
+    """The share of the units that a call writes; others may write the others at the same time."""
+
+    number: int = 1
+    """Number of the part, from 1."""
+    of: int = 1
+    """Number of parts."""
+
+    def __str__(self) -> str:
+        return f"part {self.number} of {self.of}"
 
 
 class WorkUnit(NamedTuple):
@@ -93,41 +119,59 @@ def write_corpus(
     options: CorpusOptions,
     workers: int,
     start_progress: Callable[[int, int], UnitCallback],
-) -> CorpusManifest:
-    """Writes the corpus `out`, or what an earlier call has left to write.
+    part: Part = Part(),
+) -> CorpusManifest | int:
+    """Writes the corpus `out`, or a part of it, or what an earlier call has left to write.
 
     Args:
-      inputs: files and folders, see `documents.find_files`.
-      out: the corpus's folder, made if need be.
+      inputs: files and folders, see `documents.find_files`; files within `out` are left out.
+      out: the corpus's folder, made if need be, or its path in a bucket.
       workers: number of processes; with 1, this process does the work.
       start_progress: is called once with the number of units and their bytes; returns a function to
         call with each finished unit, those of an earlier call first.
+      part: the units that this call writes.
+
+    Returns:
+      The manifest, or the number of units that other parts have not written yet.
 
     Raises:
       InputError: a file cannot be read or written, `out` holds something else, or a document is
         broken. Finished units are kept, and the same call goes on from them.
+      FailedError: another process has taken over a corpus in a bucket.
     """
-    inside = out.absolute()
-    files = [path for path in find_files(inputs).files if inside not in path.absolute().parents]
+    files = [
+        file
+        for file in find_files(inputs).files
+        if not file.path.absolute().is_relative_to(out.absolute())
+    ]
     units = group_pieces(split_files(files, options.shard_bytes), options.shard_bytes)
+    own = units[part.number - 1 :: part.of]
     made_from = _made_from(files, options)
-    with _locked(out) as lock, _writable(out):
-        _check_same(out, made_from, tokenizer)
-        (out / PARTS).mkdir(exist_ok=True)
-        _remove_unfinished(out)
-        tokenizer.save(out)
-        write_text(out / PARTS / PLAN, json.dumps(made_from))
-        report_unit = start_progress(len(units), sum(unit.size for unit in units))
-        results: dict[int, UnitResult] = {}
-        for unit in units:
-            if (result := _find_result(out, unit)) is not None:
-                results[unit.index] = result
-                report_unit(unit, result)
-        left = [unit for unit in units if unit.index not in results]
+    plan = {**made_from, "parts": part.of}
+    check_reachable(out)
+    _check_same(out, plan, tokenizer)
+    with _locked(out, part) as lock, _writable(out):
+        _claim(out, plan, tokenizer)
+        _remove_unfinished(out, own, part)
+        report_unit = start_progress(len(own), sum(unit.size for unit in own))
+        results = _find_results(out, own)
+        for unit in own:
+            if unit.index in results:
+                report_unit(unit, results[unit.index])
+        left = [unit for unit in own if unit.index not in results]
         for unit, result in _write_units(left, out, lock, tokenizer, options, workers):
             results[unit.index] = result
             report_unit(unit, result)
+        results |= _find_results(out, [unit for unit in units if unit.index not in results])
+        if len(results) < len(units):
+            return len(units) - len(results)
+        lock.renew()
         return _write_manifest(out, [results[unit.index] for unit in units], made_from, tokenizer)
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a call has begun to write the corpus `out`, so that its tokenizer is there."""
+    return (out / PARTS / PLAN).exists()
 
 
 def group_pieces(pieces: Sequence[FilePiece], unit_bytes: int) -> list[WorkUnit]:
@@ -173,15 +217,16 @@ def make_shards(
                 yield split, text
 
     dtype = token_dtype(tokenizer)
-    for split, tokens in _encode(documents(), tokenizer):
-        if split not in writers:
-            writers[split] = ShardWriter(out / f".{split}-{unit.index:05}{UNFINISHED}")
-        writers[split].add(tokens.astype(dtype, copy=False))
-    shards = tuple(
-        _finish_shard(writers[split], out, unit, split, text_bytes[split])
-        for split in SPLITS
-        if split in writers
-    )
+    with _unfinished_folder(out) as folder:
+        for split, tokens in _encode(documents(), tokenizer):
+            if split not in writers:
+                writers[split] = ShardWriter(folder / _unfinished_name(split, unit))
+            writers[split].add(tokens.astype(dtype, copy=False))
+        shards = tuple(
+            _finish_shard(writers[split], out, unit, split, text_bytes[split])
+            for split in SPLITS
+            if split in writers
+        )
     result = UnitResult(shards=shards, empty_documents=empty, broken_documents=broken)
     write_text(_result_path(out, unit), result.model_dump_json())
     return result
@@ -223,14 +268,32 @@ def _finish_shard(
         size=writer.path.stat().st_size,
         sha256=file_sha256(writer.path),
     )
-    writer.path.replace(out / name)
+    if is_in_bucket(out):
+        copy_file(writer.path, out / name)
+    else:
+        writer.path.replace(out / name)
     return shard
+
+
+@contextlib.contextmanager
+def _unfinished_folder(out: Path) -> Iterator[Path]:
+    """Where shards are written before they have their names: in `out`, or for a corpus in a bucket
+    in a temporary folder."""
+    if not is_in_bucket(out):
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="plt_jax-") as folder:
+        yield Path(folder)
+
+
+def _unfinished_name(split: Split, unit: WorkUnit) -> str:
+    return f".{split}-{unit.index:05}{UNFINISHED}"
 
 
 def _write_units(
     units: Sequence[WorkUnit],
     out: Path,
-    lock: FolderLock,
+    lock: Lock,
     tokenizer: TextTokenizer,
     options: CorpusOptions,
     workers: int,
@@ -242,7 +305,7 @@ def _write_units(
         return
     # A forked process would inherit locks that the parent's threads hold, and never get them.
     context = multiprocessing.get_context("spawn")
-    arguments = (out, lock, options)
+    arguments = (str(out), lock if isinstance(lock, FolderLock) else None, options)
     with ProcessPoolExecutor(workers, context, _start_worker, arguments) as pool:
         waiting = {pool.submit(_work, unit): unit for unit in units}
         try:
@@ -260,9 +323,9 @@ def _write_units(
 class _Worker(NamedTuple):
     tokenizer: TextTokenizer
     out: Path
-    lock: FolderLock
-    """Of `out`: while this process may write there, no other call does, though the parent be
-    killed."""
+    lock: FolderLock | None
+    """Of a folder on a disk: while this process may write there, no other call does, though the
+    parent be killed. A lock in a bucket outlives its process long enough."""
     options: CorpusOptions
 
 
@@ -270,7 +333,8 @@ _worker: list[_Worker] = []
 """What this worker process was started with; empty in the parent."""
 
 
-def _start_worker(out: Path, lock: FolderLock, options: CorpusOptions) -> None:
+def _start_worker(folder: str, lock: FolderLock | None, options: CorpusOptions) -> None:
+    out = to_path(folder)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C must not print a stack trace per worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes already use all cores
     _worker.append(_Worker(load_tokenizer(out / TOKENIZER), out, lock, options))
@@ -292,26 +356,37 @@ def _work(unit: WorkUnit) -> UnitResult:
         return make_shards(unit, worker.out, worker.tokenizer, worker.options)
 
 
-def _made_from(files: Sequence[Path], options: CorpusOptions) -> dict[str, Any]:
-    listed = []
-    for path in files:
-        found = path.stat()
-        listed.append([str(path), found.st_size, found.st_mtime_ns])
-    return {"files": listed, **options._asdict()}
+def _made_from(files: Sequence[InputFile], options: CorpusOptions) -> dict[str, Any]:
+    return {"files": [[str(path), *state] for path, state in files], **options._asdict()}
 
 
-def _check_same(out: Path, made_from: dict[str, Any], tokenizer: TextTokenizer) -> None:
+def _claim(out: Path, plan: dict[str, Any], tokenizer: TextTokenizer) -> None:
+    """Makes `out` a folder of this corpus, unless it is one already.
+
+    Of calls that begin at the same time with different plans or tokenizers, one goes on.
+
+    Raises:
+      InputError: it is a folder of another corpus.
+    """
+    if not is_begun(out):
+        (out / PARTS).mkdir(exist_ok=True)
+        tokenizer.save(out)
+        write_new(out / PARTS / PLAN, json.dumps(plan))
+    _check_same(out, plan, tokenizer)
+
+
+def _check_same(out: Path, plan: dict[str, Any], tokenizer: TextTokenizer) -> None:
     """Raises InputError where `out` holds anything but this corpus, finished or not."""
-    plan = out / PARTS / PLAN
-    if not plan.exists():
-        names = [name for name in os.listdir(out) if not name.endswith(UNFINISHED)]
+    if not is_begun(out):
+        names = [path.name for path in out.iterdir()] if is_folder(out) else []
+        names = [name for name in names if not name.endswith(UNFINISHED)]
         if set(names) - {OLD_LOCK, PARTS, TOKENIZER, SPECIAL_TOKENS}:
             raise InputError(
                 f"--out {out} is not empty, and holds no tokenized corpus; choose another folder"
             )
         return
-    earlier = read_json(plan)
-    for name, value in made_from.items():
+    earlier = {"parts": 1} | read_json(out / PARTS / PLAN)
+    for name, value in plan.items():
         if earlier.get(name) != value:
             shown = "" if name == "files" else f" ({earlier.get(name)} there, {value} here)"
             raise InputError(
@@ -325,18 +400,28 @@ def _check_same(out: Path, made_from: dict[str, Any], tokenizer: TextTokenizer) 
         )
 
 
-def _find_result(out: Path, unit: WorkUnit) -> UnitResult | None:
-    """The result of a unit that an earlier call finished; None if any of its files is missing."""
-    path = _result_path(out, unit)
-    if not path.exists():
-        return None
-    try:
-        result = UnitResult.model_validate_json(path.read_text(encoding="utf-8"))
-        for shard in result.shards:
-            check_shard_size(out, shard)
-    except ValueError:  # an InputError, or the JSON file itself is damaged
-        return None
-    return result
+def _find_results(out: Path, units: Sequence[WorkUnit]) -> dict[int, UnitResult]:
+    """The results of the units that are finished, and all of whose files are there."""
+    there = states_below(out) if units else {}
+
+    def find(unit: WorkUnit) -> UnitResult | None:
+        path = _result_path(out, unit)
+        if path.relative_to(out).as_posix() not in there:
+            return None
+        try:
+            result = UnitResult.model_validate_json(path.read_text(encoding="utf-8"))
+        except ValueError:  # the JSON file is damaged
+            return None
+        sizes = [there[shard.name].size for shard in result.shards if shard.name in there]
+        return result if sizes == [shard.size for shard in result.shards] else None
+
+    with ThreadPoolExecutor(READS) as threads:  # each waits for a bucket, if they are in one
+        found = threads.map(find, units)
+        return {
+            unit.index: result
+            for unit, result in zip(units, found, strict=True)
+            if result is not None
+        }
 
 
 def _result_path(out: Path, unit: WorkUnit) -> Path:
@@ -369,19 +454,29 @@ def _write_manifest(
     return manifest
 
 
-def _remove_unfinished(out: Path) -> None:
+def _remove_unfinished(out: Path, units: Sequence[WorkUnit], part: Part) -> None:
+    """Removes what an earlier call has left of these units' files."""
+    if is_in_bucket(out):
+        return
+    own = {_unfinished_name(split, unit) for split in SPLITS for unit in units}
     for path in out.glob(f".*{UNFINISHED}"):
-        path.unlink()
+        if part.of == 1 or path.name in own:
+            path.unlink()
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[FolderLock]:
-    """Makes the folder if need be, and locks it against other calls; yields the lock."""
-    lock = FolderLock(out)
+def _locked(out: Path, part: Part) -> Iterator[Lock]:
+    """Makes the folder if need be, and keeps other calls from writing the part; yields the lock."""
+    folder, what = out, f"--out {out}"
+    if part.of > 1:
+        folder, what = out / PARTS / str(part).replace(" ", "-"), f"{part} of --out {out}"
+    elif is_in_bucket(out):
+        folder = out / PARTS
+    lock = lock_of(folder)
     with _writable(out):
-        out.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if not lock.take():
-            raise InputError(f"another process is writing --out {out}; wait until it has ended")
+            raise InputError(f"another process is writing {what}; wait until it has ended")
     try:
         yield lock
     finally:

@@ -15,8 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from plt_jax.buckets.address import is_in_bucket
 from plt_jax.errors import InputError
-from plt_jax.files import check_regular, expand
+from plt_jax.files import (
+    FileState,
+    check_reachable,
+    check_regular,
+    expand,
+    file_state,
+    is_folder,
+    states_below,
+    to_path,
+)
 
 TEXT, JSON_LINES, PARQUET = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet",)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -43,10 +53,17 @@ class FilePiece(NamedTuple):
     """Bytes on disk, about."""
 
 
+class InputFile(NamedTuple):
+    """A file to read documents from, on a disk or in a bucket."""
+
+    path: Path
+    state: FileState
+
+
 class FoundFiles(NamedTuple):
     """The files of some inputs."""
 
-    files: list[Path]
+    files: list[InputFile]
     """Those of known kinds, in the order of the inputs; those of a folder sorted by path."""
     left_out: list[Path]
     """Those of other kinds in the folders."""
@@ -56,7 +73,7 @@ def find_files(inputs: Sequence[str]) -> FoundFiles:
     """Lists the input files, and for each input folder all files below it, linked folders included.
 
     Args:
-      inputs: paths of files and folders.
+      inputs: paths of files and folders, on a disk or in a bucket.
 
     Raises:
       InputError: an input does not exist, is a file of an unknown kind, or is a folder without a
@@ -65,31 +82,46 @@ def find_files(inputs: Sequence[str]) -> FoundFiles:
     found = FoundFiles([], [])
     for name in inputs:
         path = expand(name)
-        if not os.path.exists(path):
-            raise InputError(f"there is no file or folder {path}")
-        if path.is_dir():
-            inside = sorted(walk(path))
-            known = [entry for entry in inside if _kind(entry)]
-            if not known:
-                raise InputError(
-                    f"the folder {path} has no files of text{describe_left_out(inside)}; "
-                    f"{_known_kinds()}"
-                )
-            found.files.extend(known)
-            found.left_out.extend(entry for entry in inside if not _kind(entry))
-        elif _kind(path):
-            found.files.append(path)
-        else:
-            raise InputError(f"{path} is of no known kind; {_known_kinds()}")
-    for path in found.files:
-        check_regular(path)
+        check_reachable(path)
+        with _readable(path):
+            if is_folder(path):
+                inside = sorted(_files_below(path).items())
+                known = [InputFile(entry, state) for entry, state in inside if state is not None]
+                left_out = [entry for entry, state in inside if state is None]
+                if not known:
+                    raise InputError(
+                        f"the folder {path} has no files of text{describe_left_out(left_out)}; "
+                        f"{_known_kinds()}"
+                    )
+                found.files.extend(known)
+                found.left_out.extend(left_out)
+            elif not (path.exists() if is_in_bucket(path) else os.path.exists(path)):
+                raise InputError(f"there is no file or folder {path}")
+            elif _kind(path):
+                found.files.append(InputFile(path, _state_of(path)))
+            else:
+                raise InputError(f"{path} is of no known kind; {_known_kinds()}")
+    for file in found.files:
         try:
-            str(path).encode("utf-8")
+            str(file.path).encode("utf-8")
         except UnicodeEncodeError as error:
             raise InputError(
-                f"the name {path} is not UTF-8, so the corpus cannot list it; rename it"
+                f"the name {file.path} is not UTF-8, so the corpus cannot list it; rename it"
             ) from error
     return found
+
+
+def _files_below(folder: Path) -> dict[Path, FileState | None]:
+    """All files below a folder: the states of those of known kinds, None for others."""
+    if is_in_bucket(folder):
+        found = {folder / name: state for name, state in states_below(folder).items()}
+        return {path: state if _kind(path) else None for path, state in found.items()}
+    return {path: _state_of(path) if _kind(path) else None for path in walk(folder)}
+
+
+def _state_of(path: Path) -> FileState:
+    check_regular(path)
+    return file_state(path)
 
 
 def describe_left_out(files: Sequence[Path]) -> str:
@@ -107,7 +139,7 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
-def split_files(files: Sequence[Path], piece_bytes: int) -> list[FilePiece]:
+def split_files(files: Sequence[InputFile], piece_bytes: int) -> list[FilePiece]:
     """Splits JSON lines and Parquet files into pieces of about `piece_bytes`; keeps others whole.
 
     Returns:
@@ -117,9 +149,8 @@ def split_files(files: Sequence[Path], piece_bytes: int) -> list[FilePiece]:
       InputError: a file cannot be read.
     """
     pieces: list[FilePiece] = []
-    for path in files:
+    for path, (size, _) in files:
         with _readable(path):
-            size = path.stat().st_size
             kind = _kind(path)
             if kind == PARQUET:
                 pieces += _row_groups(path, piece_bytes)
@@ -145,7 +176,7 @@ def read_piece(piece: FilePiece, text_field: str, report: ProblemCallback) -> It
     Raises:
       InputError: the file cannot be read, is damaged, or has no such column.
     """
-    path = Path(piece.path)
+    path = to_path(piece.path)
     kind = _kind(path)
     with _readable(path):
         if kind == PARQUET:
@@ -166,7 +197,7 @@ def read_piece(piece: FilePiece, text_field: str, report: ProblemCallback) -> It
 
 
 def _lines(piece: FilePiece, text_field: str, report: ProblemCallback) -> Iterator[str]:
-    with _open(Path(piece.path)) as file:
+    with _open(to_path(piece.path)) as file:
         place = piece.begin
         if piece.begin:
             # A line that began before this piece belongs to the piece before.
@@ -247,7 +278,7 @@ def _problem(error: Exception, line: bytes) -> str:
 
 
 def _row_groups(path: Path, piece_bytes: int) -> list[FilePiece]:
-    metadata = _parquet().ParquetFile(path).metadata
+    metadata = _parquet_file(path).metadata
     pieces, begin, size = [], 0, 0
     for index in range(metadata.num_row_groups):
         size += metadata.row_group(index).total_byte_size
@@ -258,7 +289,7 @@ def _row_groups(path: Path, piece_bytes: int) -> list[FilePiece]:
 
 
 def _rows(piece: FilePiece, text_field: str, report: ProblemCallback) -> Iterator[str]:
-    arrow, file = _arrow(), _parquet().ParquetFile(piece.path)
+    arrow, file = _arrow(), _parquet_file(to_path(piece.path))
     schema = file.schema_arrow
     path = [text_field] if text_field in schema.names else text_field.split(".")
     kind = arrow.struct(list(schema))
@@ -291,15 +322,15 @@ def _rows(piece: FilePiece, text_field: str, report: ProblemCallback) -> Iterato
             yield text or ""  # a null is an empty document
 
 
-def _open(path: Path) -> io.BufferedIOBase:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
     suffix = path.suffix.lower()
-    for ending, module in ((".gz", gzip), (".bz2", bz2), (".xz", lzma)):
-        if suffix == ending:
-            return module.open(path, "rb")
-    if suffix == ".zst":
-        arrow = _arrow()
-        return io.BufferedReader(arrow.CompressedInputStream(arrow.OSFile(str(path)), "zstd"))
-    return open(path, "rb")
+    with path.open("rb") as file:
+        if suffix == ".zst":
+            yield io.BufferedReader(_arrow().CompressedInputStream(file, "zstd"))
+            return
+        module = {".gz": gzip, ".bz2": bz2, ".xz": lzma}.get(suffix)
+        yield module.open(file, "rb") if module else file
 
 
 @contextlib.contextmanager
@@ -366,8 +397,8 @@ def _arrow():
     return pyarrow
 
 
-def _parquet():
+def _parquet_file(path: Path):
     _arrow()
     from pyarrow import parquet
 
-    return parquet
+    return parquet.ParquetFile(path.open("rb") if is_in_bucket(path) else path)

@@ -7,21 +7,17 @@ import grain
 import numpy as np
 
 from plt_jax.config import RunConfig
+from plt_jax.config.data import SourceConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.corpus import NO_DATA, left_out_of, load_corpus, read_documents
 from plt_jax.data.documents import counted
 from plt_jax.data.packing import Examples, PackedExamples
 from plt_jax.data.pipeline import Source, batches_of, epochs_read, training_dataset
+from plt_jax.data.shards import SPLITS, Split
 from plt_jax.data.streams import DocumentStream, JoinedStream, TokenStream
 from plt_jax.data.synthetic_examples import SyntheticExamples, byte_tokenizer, check_test_set
 from plt_jax.data.token_bytes import token_bytes
-from plt_jax.data.tokenized_corpus import (
-    SPLITS,
-    Count,
-    Split,
-    TokenizedCorpus,
-    open_tokenized_corpus,
-)
+from plt_jax.data.tokenized_corpus import Count, TokenizedCorpus, open_tokenized_corpus
 from plt_jax.data.tokenizer import TextTokenizer, find_tokenizer, load_tokenizer
 from plt_jax.data.tokenizer_training import tokenizer_for
 from plt_jax.data.tokens import TokenizedDocuments, tokenize
@@ -56,6 +52,8 @@ class _Text(NamedTuple):
     """Sizes of the text, with the keys {training,validation}_{documents,tokens,bytes}; tokens
     include bos and eos."""
     fingerprint: str
+    about: tuple[str, ...] = ()
+    """What else is to be said of it, in lines to print."""
 
 
 def check_named(config: RunConfig) -> None:
@@ -96,7 +94,12 @@ def load_data(config: RunConfig, rows: np.ndarray | None = None) -> Data:
         PackedExamples(text.validation, config.sequence_length),
         token_bytes(text.tokenizer, config.model.vocab_size),
         counts["training_bytes"] / targets,
-        [*_count_lines(counts), *_left_out_lines(config), *_epoch_lines(config, text.training)],
+        [
+            *_count_lines(counts),
+            *_left_out_lines(config),
+            *text.about,
+            *_epoch_lines(config, text.training),
+        ],
         text.fingerprint,
     )
 
@@ -152,7 +155,9 @@ def open_sources(config: RunConfig) -> list[TokenizedCorpus]:
       InputError: a corpus cannot be used, or the corpora have different tokenizers.
     """
     with naming("data.sources"):
-        corpora = [open_tokenized_corpus(source.path) for source in config.data.sources]
+        corpora = [
+            open_tokenized_corpus(source.path, config.data) for source in config.data.sources
+        ]
     check_same_tokenizer(config, corpora, corpora[0].tokenizer)
     return corpora
 
@@ -214,10 +219,7 @@ def _load_corpora(config: RunConfig) -> _Text:
     with naming("data.sources"):
         tokenizer.check_size(config.model.vocab_size)
     sources = [
-        Source(
-            f"data.sources {source.path}", corpus.stream("training"), source.weight, source.epochs
-        )
-        for source, corpus in zip(config.data.sources, corpora, strict=True)
+        _source(source, corpus) for source, corpus in zip(config.data.sources, corpora, strict=True)
     ]
     fields: dict[str, Count] = {
         "documents": "documents",
@@ -230,7 +232,39 @@ def _load_corpora(config: RunConfig) -> _Text:
         for name, field in fields.items()
     }
     identity = fingerprint([corpus.fingerprint for corpus in corpora])
-    return _Text(tokenizer, sources, validation_stream(corpora), counts, identity)
+    about = tuple(_cache_lines(corpora))
+    return _Text(tokenizer, sources, validation_stream(corpora), counts, identity, about)
+
+
+def _source(config: SourceConfig, corpus: TokenizedCorpus) -> Source:
+    """A corpus's training documents, which are requested before they are read if it is in a
+    bucket."""
+    source = Source(
+        f"data.sources {config.path}", corpus.stream("training"), config.weight, config.epochs
+    )
+    shards = corpus.shards("training")
+    if corpus.cache is None or not shards:
+        return source
+    return source._replace(
+        ahead=corpus.cache.examples_ahead(shards), request=corpus.request("training")
+    )
+
+
+def _cache_lines(corpora: Sequence[TokenizedCorpus]) -> list[str]:
+    """What becomes of the shards of corpora in buckets."""
+    far = [(corpus.cache, corpus.manifest.shards) for corpus in corpora if corpus.cache]
+    if not far:
+        return []
+    cache, total = far[0][0], sum(shard.size for _, shards in far for shard in shards)
+    line = f"shards in buckets: {total / 1e9:.3g} GB, which {cache.folder} keeps"
+    if total > cache.most_bytes:
+        count = sum(len(shards) for _, shards in far)
+        line += (
+            f" up to {cache.most_bytes / 1e9:.3g} GB of (data.cache_gb): of 100 examples about "
+            f"{100 * (1 - cache.most_bytes / total):.0f} need a shard fetched again, "
+            f"{total / count / 1e6:.3g} MB each"
+        )
+    return [line]
 
 
 def _load_synthetic(config: RunConfig, rows: np.ndarray | None) -> Data:

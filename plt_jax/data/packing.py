@@ -62,11 +62,15 @@ class PackedExamples:
     def __repr__(self) -> str:
         return f"PackedExamples({self._count} examples of {self._length} tokens)"
 
+    def span(self, index: int) -> tuple[int, int]:
+        """The first token of the stream that an example is made from, and the number of tokens."""
+        return index * self._length, self._length + 1
+
     def __getitem__(self, index: SupportsIndex) -> Example:
         index = operator.index(index)
         if not 0 <= index < self._count:
             raise IndexError(f"example {index} of {self._count}")
-        tokens, documents = self._stream.read(index * self._length, self._length + 1)
+        tokens, documents = self._stream.read(*self.span(index))
         targets = tokens[1:]
         same_document = documents[1:] == documents[:-1]
         example = {

@@ -1,9 +1,10 @@
 """Batches of examples, for training and for evaluation."""
 
+import functools
 import operator
 import sys
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, SupportsIndex, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, SupportsIndex
 
 import grain
 import numpy as np
@@ -24,6 +25,44 @@ class Source(NamedTuple):
     """`SourceConfig.weight`."""
     epochs: float | None = None
     """`SourceConfig.epochs`."""
+    ahead: int = 0
+    """Number of examples to request before they are read, where the tokens are far away."""
+    request: Callable[[int, int], None] | None = None
+    """Begins to bring them near; its arguments are the first token and their number."""
+
+
+class _Shuffled:
+    """Endless examples of several sources, in the order of training."""
+
+    def __init__(self, sources: Sequence[Source], packed: Sequence[PackedExamples], order: Any):
+        """
+        Args:
+          packed: the examples of each source.
+          order: a sequence of pairs, the number of a source and that of an example of it.
+        """
+        self._sources, self._packed, self._order = sources, packed, order
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: SupportsIndex) -> Example:
+        source, example = self._order[operator.index(index)]
+        return self._packed[source][example]
+
+    def request(self, index: int) -> None:
+        """Begins to bring near what an example is made from."""
+        source, example = self._order[index]
+        if (request := self._sources[source].request) is not None:
+            request(*self._packed[source].span(example))
+
+
+class ReadAhead(NamedTuple):
+    """How examples are requested before they are read."""
+
+    examples: int
+    """How many examples, of those that a process reads, lie between a request and its reading."""
+    request: Callable[[int], None]
+    """Begins to bring near what the example of an index is made from."""
 
 
 class _Rows:
@@ -32,15 +71,34 @@ class _Rows:
     Batch i holds the examples i·B to (i+1)·B - 1.
     """
 
-    def __init__(self, examples: Examples, rows: np.ndarray, batch_size: int):
+    def __init__(
+        self, examples: Examples, rows: np.ndarray, batch_size: int, ahead: ReadAhead | None
+    ):
         self._examples, self._rows, self._batch_size = examples, rows, batch_size
+        self._ahead, self._requested = ahead, 0
 
     def __len__(self) -> int:
         return len(self._examples) // self._batch_size * len(self._rows)
 
     def __getitem__(self, index: SupportsIndex) -> Example:
-        batch, row = divmod(operator.index(index), len(self._rows))
-        return self._examples[batch * self._batch_size + int(self._rows[row])]
+        index = operator.index(index)
+        if self._ahead is not None:
+            self._request_from(index, self._ahead)
+        return self._examples[self._place(index)]
+
+    def _place(self, index: int) -> int:
+        """The example of an index among those of these rows."""
+        batch, row = divmod(index, len(self._rows))
+        return batch * self._batch_size + int(self._rows[row])
+
+    def _request_from(self, index: int, ahead: ReadAhead) -> None:
+        """Requests what has not been requested of an example and those that follow it."""
+        end = index + ahead.examples + 1
+        # A reader that resumed, or went back, is elsewhere.
+        begin = self._requested if index <= self._requested <= end else index
+        for later in range(begin, end):
+            ahead.request(self._place(later))
+        self._requested = end
 
 
 class Mixture(grain.transforms.DatasetSelectionMap):
@@ -89,17 +147,30 @@ def training_dataset(
     """
     packed = _pack(config, sources)
     mixture = _mix(config, sources, [len(examples) for examples in packed])
-    shuffled = [
-        grain.MapDataset.source(examples).seed(config.seed + number).shuffle().repeat()
+    orders = [
+        grain.MapDataset.range(len(examples))
+        .seed(config.seed + number)
+        .shuffle()
+        .repeat()
+        .map(functools.partial(_of_source, number))
         for number, examples in enumerate(packed)
     ]
-    mixed = grain.MapDataset.select_from_datasets(shuffled, mixture)
-    # grain's type allows for filtered elements, which would be None; nothing is filtered here.
-    return batches_of(config, cast(Examples, mixed), rows)
+    order = grain.MapDataset.select_from_datasets(orders, mixture)
+    shuffled = _Shuffled(sources, packed, order)
+    ahead = max(source.ahead for source in sources)
+    read_ahead = ReadAhead(ahead, shuffled.request) if ahead else None
+    return batches_of(config, shuffled, rows, read_ahead)
+
+
+def _of_source(source: int, example: int) -> tuple[int, int]:
+    return source, example
 
 
 def batches_of(
-    config: RunConfig, examples: Examples, rows: np.ndarray | None = None
+    config: RunConfig,
+    examples: Examples,
+    rows: np.ndarray | None = None,
+    ahead: ReadAhead | None = None,
 ) -> grain.IterDataset:
     """Batches of endless examples, in the order of the examples.
 
@@ -111,6 +182,7 @@ def batches_of(
       examples: endless examples, those of batch i being i·B to (i+1)·B - 1.
       rows: indices of the rows that this process reads of each batch of B = `training.batch_size`
         examples, those that its devices hold (`BatchLayout.rows`); default all.
+      ahead: how examples are requested before they are read; default not at all.
 
     Returns:
       A dataset whose elements are the examples' dicts with a leading axis of len(rows).
@@ -118,7 +190,7 @@ def batches_of(
     batch_size = config.training.batch_size
     rows = np.arange(batch_size) if rows is None else rows
     # grain's count of batches with a remainder would overflow for batches of one endless example.
-    own = grain.MapDataset.source(_Rows(examples, rows, batch_size))
+    own = grain.MapDataset.source(_Rows(examples, rows, batch_size, ahead))
     batches = own.batch(len(rows), drop_remainder=True)
     prefetch = config.data.prefetch
     # Reading is mostly Python code, so several threads would wait for one another and be slower.

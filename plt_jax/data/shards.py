@@ -9,12 +9,15 @@ its own checksum, so any record can be read alone, and damage is found when it i
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from array_record.python import (
     array_record_module,  # pyright: ignore[reportAttributeAccessIssue]  (compiled, without types)
 )
+from pydantic import Field, NonNegativeInt, PositiveInt
 
+from plt_jax.config.types import Section
 from plt_jax.data.streams import TokenSpan
 from plt_jax.errors import InputError
 
@@ -23,6 +26,27 @@ _FLUSH_TOKENS = 64 * RECORD_TOKENS
 _WRITER_OPTIONS = "group_size:1,zstd:1"  # groups of one record allow random access
 _READER_OPTIONS = "readahead_buffer_size:0"
 _COUNT = np.dtype("<u4")
+
+
+Split = Literal["training", "validation"]
+SPLITS: tuple[Split, ...] = ("training", "validation")
+
+
+class Shard(Section):
+    """A file of tokens, as the manifest lists it."""
+
+    name: str
+    """Name of the file in the corpus's folder."""
+    split: Split
+    tokens: PositiveInt
+    """Tokens in the shard, bos and eos included."""
+    documents: PositiveInt
+    text_bytes: NonNegativeInt
+    """Bytes of the documents' text in UTF-8."""
+    size: PositiveInt
+    """Bytes of the file."""
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """SHA-256 of the file, in hexadecimal."""
 
 
 class ShardWriter:

@@ -81,6 +81,12 @@ class JoinedStream:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def streams_in(self, begin: int, length: int) -> range:
+        """The indices of the streams that `length` tokens from `begin` on lie in."""
+        last = min(begin + length, len(self)) - 1
+        first_stream, last_stream = np.searchsorted(self._ends, [begin, last], side="right")
+        return range(int(first_stream), int(last_stream) + 1)
+
     def read(self, begin: int, length: int) -> TokenSpan:
         """See TokenStream."""
         tokens, documents, number = [], [], 0

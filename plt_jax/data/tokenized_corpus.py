@@ -11,46 +11,41 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pydantic
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt
 
+from plt_jax.buckets.address import is_in_bucket
+from plt_jax.config.data import DataConfig
 from plt_jax.config.types import Section
-from plt_jax.data.shards import ShardReader
+from plt_jax.data.shard_cache import ShardCache, shard_cache
+from plt_jax.data.shards import Shard, ShardReader, Split
 from plt_jax.data.special_tokens import SPECIAL_TOKENS
-from plt_jax.data.streams import JoinedStream
+from plt_jax.data.streams import JoinedStream, TokenStream
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
-from plt_jax.files import MOST_JSON_BYTES, check_regular, expand, file_below, read_bounded
+from plt_jax.files import (
+    MOST_JSON_BYTES,
+    check_reachable,
+    check_regular,
+    copy_file,
+    expand,
+    file_below,
+    read_bounded,
+    states_below,
+)
 
 MANIFEST = "manifest.json"
 OPEN_SHARDS = 64
 """Most shards of a split that are open at once; an open shard holds an index of its records."""
 
-Split = Literal["training", "validation"]
-SPLITS: tuple[Split, ...] = ("training", "validation")
 Count = Literal["tokens", "documents", "text_bytes"]
-
-
-class Shard(Section):
-    """A file of tokens, as the manifest lists it."""
-
-    name: str
-    """Name of the file in the corpus's folder."""
-    split: Split
-    tokens: PositiveInt
-    """Tokens in the shard, bos and eos included."""
-    documents: PositiveInt
-    text_bytes: NonNegativeInt
-    """Bytes of the documents' text in UTF-8."""
-    size: PositiveInt
-    """Bytes of the file."""
-    sha256: str
-    """SHA-256 of the file, in hexadecimal."""
 
 
 class CorpusManifest(Section):
@@ -84,42 +79,75 @@ class TokenizedCorpus(NamedTuple):
     fingerprint: str
     """Equal for corpora with the same shards and tokenizer, in whatever folders they are."""
     tokenizer: TextTokenizer
+    cache: ShardCache | None
+    """Where shards are kept that are fetched from a bucket; None for a corpus on a disk."""
+
+    def shards(self, split: Split) -> list[Shard]:
+        """The shards of a split, in their order."""
+        return [shard for shard in self.manifest.shards if shard.split == split]
 
     def stream(self, split: Split) -> JoinedStream:
         """Returns the documents of a split, in the order of its shards, without opening a shard.
 
         The stream's memory grows with the number of shards, not of documents or tokens. Reading
-        from it raises InputError where a shard is missing or damaged.
+        from it raises InputError where a shard is missing or damaged, and FailedError where it
+        cannot be fetched from its bucket.
         """
-        shards = [shard for shard in self.manifest.shards if shard.split == split]
+        shards, cache = self.shards(split), self.cache
         dtype = np.dtype(f"<u{self.manifest.token_bytes}")
 
         @functools.lru_cache(OPEN_SHARDS)
-        def open_shard(index: int) -> ShardReader:
+        def open_shard(index: int) -> TokenStream:
             shard = shards[index]
-            return ShardReader(file_below(self.folder, shard.name), shard.tokens, dtype)
+            if cache is None:
+                return ShardReader(file_below(self.folder, shard.name), shard.tokens, dtype)
+            if split == "validation":  # which is read in its order
+                for following in shards[index + 1 : index + 2]:
+                    cache.request(self.folder / following.name, following)
+            return cache.open(self.folder / shard.name, shard, dtype)
 
         return JoinedStream([shard.tokens for shard in shards], open_shard)
 
+    def request(self, split: Split) -> Callable[[int, int], None]:
+        """Returns a function that begins to fetch the shards of a span of `stream(split)`; its
+        arguments are the span's first token and its length."""
+        shards, stream, cache = self.shards(split), self.stream(split), self.cache
+        assert cache is not None, "a corpus on a disk has nothing to fetch"
 
-def open_tokenized_corpus(folder: str | Path) -> TokenizedCorpus:
+        def request(begin: int, length: int) -> None:
+            for index in stream.streams_in(begin, length):
+                cache.request(self.folder / shards[index].name, shards[index])
+
+        return request
+
+
+def open_tokenized_corpus(folder: str | Path, config: DataConfig = DataConfig()) -> TokenizedCorpus:
     """Opens a tokenized corpus.
+
+    Args:
+      folder: a folder, or a path in a bucket.
+      config: says where the shards of a corpus in a bucket are kept; `cache_dir` and `cache_gb` are
+        read.
 
     Raises:
       InputError: the folder is not a tokenized corpus, it is not finished, or one of its files is
-        missing or has another size.
+        missing or has another size; or its shards cannot be kept in the cache.
     """
     folder = expand(folder)
+    check_reachable(folder)
     manifest = read_corpus_manifest(folder)
-    for shard in manifest.shards:
-        check_size(folder, shard)
+    check_sizes(folder, manifest.shards)
+    cache = None
+    if is_in_bucket(folder):
+        cache = shard_cache(expand(config.cache_dir) / "shards", round(config.cache_gb * 1e9))
+        cache.check_room(manifest.shards)
     _check_tokenizer(folder, manifest)
     tokenizer = load_tokenizer(folder / TOKENIZER)
     parts = [manifest.tokenizer_sha256, *(shard.sha256 for shard in manifest.shards)]
     if not tokenizer.says_all:
         parts.append(tokenizer.special.to_json())
     fingerprint = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    return TokenizedCorpus(folder, manifest, fingerprint, tokenizer)
+    return TokenizedCorpus(folder, manifest, fingerprint, tokenizer, cache)
 
 
 def read_corpus_manifest(folder: Path) -> CorpusManifest:
@@ -148,18 +176,22 @@ def find_problems(folder: Path) -> list[str]:
     """Checks all files of a corpus; returns a line for each that is missing or damaged.
 
     Raises:
-      InputError: the folder is not a tokenized corpus.
+      InputError: the folder is not a tokenized corpus, or cannot be read.
     """
+    check_reachable(folder)
     manifest = read_corpus_manifest(folder)
-
+    sizes = _sizes_in_bucket(folder)
     dtype = np.dtype(f"<u{manifest.token_bytes}")
 
     def check(shard: Shard) -> str | None:
         try:
-            check_size(folder, shard)
             path = file_below(folder, shard.name)
-            check_sha256(path, shard.sha256)
-            ShardReader(path, shard.tokens, dtype).check_documents(shard.documents)
+            _check_size(path, shard, sizes)
+            with tempfile.TemporaryDirectory(prefix="plt_jax-") as temporary:
+                if is_in_bucket(path):
+                    copy_file(path, path := Path(temporary, path.name))
+                check_sha256(path, shard.sha256)
+                ShardReader(path, shard.tokens, dtype).check_documents(shard.documents)
         except InputError as error:
             return str(error)
         return None
@@ -181,16 +213,38 @@ def _check_tokenizer(folder: Path, manifest: CorpusManifest) -> None:
         check_sha256(folder / SPECIAL_TOKENS, manifest.special_tokens_sha256)
 
 
-def check_size(folder: Path, shard: Shard) -> None:
+def check_sizes(folder: Path, shards: Sequence[Shard]) -> None:
     """Raises InputError where a shard is missing, or its size is not the manifest's."""
-    path = file_below(folder, shard.name)
+    sizes = _sizes_in_bucket(folder)
+    for shard in shards:
+        _check_size(file_below(folder, shard.name), shard, sizes)
+
+
+def _sizes_in_bucket(folder: Path) -> dict[str, int] | None:
+    """Bytes of a corpus's objects by their names, from one listing; None for one on a disk.
+
+    Raises:
+      InputError: the bucket cannot be read.
+    """
+    if not is_in_bucket(folder):
+        return None
     try:
-        size = path.stat().st_size
+        return {name: state.size for name, state in states_below(folder).items()}
     except OSError as error:
+        raise InputError(f"cannot read {folder} ({error.strerror})") from error
+
+
+def _check_size(path: Path, shard: Shard, in_bucket: Mapping[str, int] | None) -> None:
+    reason = "there is no such object"
+    try:
+        size = path.stat().st_size if in_bucket is None else in_bucket.get(shard.name)
+    except OSError as error:
+        size, reason = None, error.strerror
+    if size is None:
         raise InputError(
-            f"the shard {path} cannot be read ({error.strerror}); bring it back, or run "
+            f"the shard {path} cannot be read ({reason}); bring it back, or run "
             "plt_jax.data.prepare again as before, which writes missing shards"
-        ) from error
+        )
     if size != shard.size:
         raise _differs(path, f"it has {size:,} bytes instead of {shard.size:,}")
 
@@ -208,7 +262,7 @@ def check_sha256(path: Path, expected: str) -> None:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's contents, in hexadecimal."""
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

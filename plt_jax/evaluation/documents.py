@@ -137,7 +137,7 @@ def stream_of(trained: Trained, text: str | None, corpus: str | None) -> TokenSt
     config, tokenizer = trained.config, trained.tokenizer
     if corpus is not None:
         with naming("--corpus"):
-            opened = open_tokenized_corpus(corpus)
+            opened = open_tokenized_corpus(corpus, config.data)
             if opened.tokenizer.identity != tokenizer.identity:
                 raise InputError(
                     f"{corpus} was prepared with another tokenizer than the run's; prepare it "

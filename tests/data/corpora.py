@@ -2,15 +2,19 @@
 
 from pathlib import Path
 
-from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.corpus_writer import CorpusOptions, Part, write_corpus
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
+from plt_jax.files import to_path
 
 OPTIONS = CorpusOptions(validation_fraction=0.3, shard_bytes=3000)
 """About six shards of each split for the documents below."""
 
 
-def make(source, out, tokenizer, options=OPTIONS, workers=1, advance=lambda unit, done: None):
-    return write_corpus([str(source)], Path(out), tokenizer, options, workers, lambda *_: advance)
+def make(
+    source, out, tokenizer, options=OPTIONS, workers=1, advance=lambda unit, done: None, part=Part()
+):
+    out = to_path(str(out))
+    return write_corpus([str(source)], out, tokenizer, options, workers, lambda *_: advance, part)
 
 
 def same_corpus(one: Path, other: Path) -> bool:

@@ -97,7 +97,7 @@ def test_files_come_in_the_order_given_and_of_their_paths(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     found = find_files([str(tmp_path / "b"), str(tmp_path / "a.txt")])
-    assert [path.name for path in found.files] == ["10.jsonl", "2.txt", "a.txt"]
+    assert [file.path.name for file in found.files] == ["10.jsonl", "2.txt", "a.txt"]
     assert [path.name for path in found.left_out] == ["notes.md"]
     assert describe_left_out(found.left_out) == " (left out: 1 file: .md 1)"
 
@@ -108,7 +108,7 @@ def test_suffixes_may_be_capital_and_folders_may_be_links(tmp_path):
         (tmp_path / name).write_text("x")
     (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
     found = find_files([str(tmp_path / "in")])
-    assert [path.name for path in found.files] == ["A.JSONL", "B.TXT", "d.jsonl.GZ"]
+    assert [file.path.name for file in found.files] == ["A.JSONL", "B.TXT", "d.jsonl.GZ"]
     assert [path.name for path in found.left_out] == ["c.csv"]
     (tmp_path / "in" / "loop").symlink_to(tmp_path)
     with pytest.raises(InputError, match="loop leads to a folder around it"):
