@@ -125,9 +125,9 @@ class ShardCache:
         with self._changing:
             del self._fetching[shard.sha256]
             opened = list(self._open)
-        result.set_result(path)
         for other in opened:
             other.close_if_removed()
+        result.set_result(path)
 
     def remove_damaged(self, shard: Shard) -> bool:
         """Removes a shard whose file is not as it was fetched; returns whether it was so."""
@@ -159,7 +159,7 @@ class ShardCache:
                         self._make_room(shard.size, unfinished)
                         file.truncate(shard.size)  # others count it from now on
                     try:
-                        _download(source, shard, unfinished)
+                        fetch_shard(source, shard, unfinished)
                     except BaseException:
                         unfinished.unlink()
                         raise
@@ -176,7 +176,7 @@ class ShardCache:
                 return False
             with contextlib.suppress(PermissionError):  # another user has fetched it
                 os.utime(path)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
@@ -258,7 +258,7 @@ class CachedShard:
                 break
             path = self._cache.request(self._source, self._shard).result()
             try:
-                reader = ShardReader(path, self._shard.tokens, self._dtype)
+                reader = ShardReader(path, self._shard.tokens, self._dtype, self._source)
             except InputError:
                 if path.exists():
                     raise
@@ -271,8 +271,8 @@ class CachedShard:
         return reader
 
 
-def _download(source: Path, shard: Shard, target: Path) -> None:
-    """Writes an object over a file of the same size.
+def fetch_shard(source: Path, shard: Shard, target: Path) -> None:
+    """Copies a shard from a bucket into a file that exists.
 
     Raises:
       InputError: there is no such object, or its contents are not the manifest's.

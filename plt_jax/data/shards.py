@@ -113,20 +113,23 @@ class ShardWriter:
 class ShardReader:
     """An open shard, of which any span can be read."""
 
-    def __init__(self, path: Path, tokens: int, dtype: np.dtype):
+    def __init__(self, path: Path, tokens: int, dtype: np.dtype, source: Path | None = None):
         """Opens a shard.
 
         Args:
           path: the shard's file.
           tokens: number of tokens that the shard holds.
           dtype: dtype of the tokens.
+          source: where the file was copied from, which messages name; default: it is no copy.
 
         Raises:
           InputError: the file is missing, or does not hold as many records as the tokens fill.
         """
-        self._path, self._tokens, self._dtype = path, tokens, dtype
+        self._name, self._tokens, self._dtype = source or path, tokens, dtype
         if not path.is_file():  # array_record would fail only at the first read
-            raise InputError(f"the shard {path} is missing; bring it back, or prepare it again")
+            raise InputError(
+                f"the shard {self._name} is missing; bring it back, or prepare it again"
+            )
         records = -(-tokens // RECORD_TOKENS)
         try:
             self._reader = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
@@ -193,7 +196,7 @@ class ShardReader:
 
     def _damaged(self, reason: object) -> InputError:
         return InputError(
-            f"the shard {self._path} is damaged ({_first_line(reason)}); bring back a good copy, "
+            f"the shard {self._name} is damaged ({_first_line(reason)}); bring back a good copy, "
             "or delete it and run plt_jax.data.prepare again as before, which writes missing shards"
         )
 

@@ -24,7 +24,7 @@ from pydantic import NonNegativeInt
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.config.data import DataConfig
 from plt_jax.config.types import Section
-from plt_jax.data.shard_cache import ShardCache, shard_cache
+from plt_jax.data.shard_cache import ShardCache, fetch_shard, shard_cache
 from plt_jax.data.shards import Shard, ShardReader, Split
 from plt_jax.data.special_tokens import SPECIAL_TOKENS
 from plt_jax.data.streams import JoinedStream, TokenStream
@@ -34,7 +34,6 @@ from plt_jax.files import (
     MOST_JSON_BYTES,
     check_reachable,
     check_regular,
-    copy_file,
     expand,
     file_below,
     read_bounded,
@@ -177,6 +176,7 @@ def find_problems(folder: Path) -> list[str]:
 
     Raises:
       InputError: the folder is not a tokenized corpus, or cannot be read.
+      FailedError: its bucket does not answer.
     """
     check_reachable(folder)
     manifest = read_corpus_manifest(folder)
@@ -187,11 +187,14 @@ def find_problems(folder: Path) -> list[str]:
         try:
             path = file_below(folder, shard.name)
             _check_size(path, shard, sizes)
-            with tempfile.TemporaryDirectory(prefix="plt_jax-") as temporary:
-                if is_in_bucket(path):
-                    copy_file(path, path := Path(temporary, path.name))
+            if is_in_bucket(path):
+                with tempfile.NamedTemporaryFile(prefix="plt_jax-") as copy:
+                    fetch_shard(path, shard, Path(copy.name))
+                    reader = ShardReader(Path(copy.name), shard.tokens, dtype, path)
+            else:
                 check_sha256(path, shard.sha256)
-                ShardReader(path, shard.tokens, dtype).check_documents(shard.documents)
+                reader = ShardReader(path, shard.tokens, dtype)
+            reader.check_documents(shard.documents)
         except InputError as error:
             return str(error)
         return None

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from plt_jax.data.corpus_writer import CorpusOptions, Part, write_corpus
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
-from plt_jax.files import to_path
+from plt_jax.files import copy_file, files_in, to_path
 
 OPTIONS = CorpusOptions(validation_fraction=0.3, shard_bytes=3000)
 """About six shards of each split for the documents below."""
@@ -17,7 +17,13 @@ def make(
     return write_corpus([str(source)], out, tokenizer, options, workers, lambda *_: advance, part)
 
 
-def same_corpus(one: Path, other: Path) -> bool:
+def upload(corpus: Path, to: Path) -> None:
+    """Copies a corpus into a bucket."""
+    for name in files_in(corpus):
+        copy_file(corpus / name, to / name)
+
+
+def same_corpus(one: Path | str, other: Path | str) -> bool:
     return open_tokenized_corpus(one).fingerprint == open_tokenized_corpus(other).fingerprint
 
 

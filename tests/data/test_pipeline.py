@@ -253,3 +253,39 @@ def test_no_order_is_laid_out_in_memory(make_config):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2**22  # an order of its examples alone would take terabytes
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [1, 3]])
+def test_examples_are_requested_in_the_order_in_which_they_are_read(make_config, tokenized, rows):
+    """Also after the reader has gone elsewhere."""
+    ahead, events = 5, []
+
+    class Watched(DocumentStream):
+        def read(self, begin, length):
+            events.append(("read", self, begin, length))
+            return super().read(begin, length)
+
+    def source(seed: int) -> Source:
+        stream = Watched(tokenized, shuffle_seed=seed)
+
+        def request(begin: int, length: int) -> None:
+            events.append(("request", stream, begin, length))
+
+        return Source(f"source {seed}", stream, ahead=ahead, request=request)
+
+    dataset = training_dataset(
+        make_config(data={"prefetch": 0}), [source(0), source(1)], np.array(rows)
+    )
+    batches = iter(dataset)
+    beginning = batches.get_state()
+    for _ in range(2):
+        take(batches, 3)
+        reads = [what for kind, *what in events if kind == "read"]
+        requests = [what for kind, *what in events if kind == "request"]
+        assert len(reads) == 3 * len(rows)
+        assert len(requests) == len(reads) + ahead
+        assert requests[: len(reads)] == reads
+        first_read = [kind for kind, *_ in events].index("read")
+        assert first_read == ahead + 1
+        events.clear()
+        batches.set_state(beginning)

@@ -7,10 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from benchmarks.faults.bucket_server import Disturbance
 from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.shard_cache import LEAST_SHARDS
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
+from plt_jax.files import to_path
 from plt_jax.training import trainer
+from tests.data.corpora import upload
 from tests.training.runs import (
     STEPS,
     assert_refused,
@@ -45,7 +49,7 @@ def corpora(tmp_path_factory, finished):
     return home
 
 
-def sources(*paths: Path, **settings) -> dict:
+def sources(*paths: Path | str, **settings) -> dict:
     return {"data": {"sources": [{"path": str(path), **settings} for path in paths]}}
 
 
@@ -79,13 +83,10 @@ def test_the_command_trains_and_evaluates(finished, corpora, tmp_path):
 def test_a_stopped_run_goes_on_bit_for_bit_where_the_corpora_have_moved(
     finished, corpora, trained, tmp_path, capsys
 ):
-    def fail():
-        raise RuntimeError("power cut")
-
     config = tiny_config(
         finished.home, tmp_path / "run", **sources(corpora / "one", corpora / "two")
     )
-    with call_at(6, fail), pytest.raises(RuntimeError, match="power cut"):
+    with call_at(6, _fail), pytest.raises(RuntimeError, match="power cut"):
         trainer.train(config)
     for name in ("one", "two"):
         shutil.copytree(corpora / name, tmp_path / "moved" / name)
@@ -96,6 +97,47 @@ def test_a_stopped_run_goes_on_bit_for_bit_where_the_corpora_have_moved(
         capsys.readouterr().out
     )
     assert_same_run(config, trained)
+
+
+def test_corpora_in_a_bucket_are_read_bit_for_bit_as_on_a_disk(
+    finished, corpora, trained, bucket_server, bucket, tmp_path, capsys
+):
+    """A run on disks goes on with the corpora in a bucket, and with a cache for a part of them."""
+    copy = sources(corpora / "one", corpora / "two")
+    with call_at(6, _fail), pytest.raises(RuntimeError, match="power cut"):
+        trainer.train(tiny_config(finished.home, tmp_path / "run", **copy))
+    for name in ("one", "two"):
+        upload(corpora / name, to_path(f"{bucket}/{name}"))
+    shards = [
+        shard
+        for name in ("one", "two")
+        for shard in open_tokenized_corpus(corpora / name).manifest.shards
+    ]
+    most = LEAST_SHARDS * max(shard.size for shard in shards)
+    assert most < sum(shard.size for shard in shards)
+    values = sources(f"{bucket}/one", f"{bucket}/two")
+    values["data"] |= {"cache_dir": str(tmp_path / "cache"), "cache_gb": most / 1e9}
+    config = tiny_config(finished.home, tmp_path / "run", **values)
+    assert trainer.train(config).step == STEPS
+    assert "need a shard fetched again" in capsys.readouterr().out
+    assert_same_run(config, trained)
+    kept = [path.stat().st_size for path in (tmp_path / "cache" / "shards").iterdir()]
+    assert 0 < sum(kept) <= most
+    evaluated = command("eval.py", tmp_path / "run")
+    assert evaluated.code == 0, evaluated.err
+    # What cannot be fetched ends the run in a line, as a disk that fails.
+    bucket_server.disturb = lambda request: (
+        Disturbance(status=404) if request.name.endswith(".array_record") else None
+    )
+    path = write_config(
+        tmp_path / "other.yaml",
+        config.model_copy(update={"run_dir": str(tmp_path / "other")}).model_dump(mode="json"),
+    )
+    assert_refused(command("train.py", path), f"the shard {bucket}/", "is missing; bring it back")
+
+
+def _fail():
+    raise RuntimeError("power cut")
 
 
 def test_another_seed_reads_in_another_order(finished, corpora, trained, tmp_path):

@@ -1,0 +1,221 @@
+"""Tokenized corpora in buckets: written, checked and read there as on a disk."""
+
+import bz2
+import gzip
+import json
+import threading
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from benchmarks.faults.bucket_server import Disturbance
+from plt_jax.commands import prepare
+from plt_jax.config.data import DataConfig
+from plt_jax.data.corpus_writer import Part
+from plt_jax.data.tokenized_corpus import MANIFEST, find_problems, open_tokenized_corpus
+from plt_jax.errors import InputError
+from plt_jax.files import files_in, to_path
+from tests.data.corpora import OPTIONS, damage, make, same_corpus, upload
+from tests.training.runs import assert_refused, command
+
+
+def test_it_is_the_corpus_of_a_disk(bucket, corpus, lines, tokenizer, tmp_path):
+    make(lines, bucket, tokenizer)
+    assert files_in(to_path(bucket)) == [
+        name for name in files_in(corpus) if not name.endswith(".lock")
+    ]
+    assert find_problems(to_path(bucket)) == []
+    far = open_tokenized_corpus(bucket, DataConfig(cache_dir=str(tmp_path)))
+    near = open_tokenized_corpus(corpus)
+    assert far.fingerprint == near.fingerprint
+    assert far.tokenizer.identity == tokenizer.identity
+    for split in ("training", "validation"):
+        read, expected = far.stream(split).read(0, 10**6), near.stream(split).read(0, 10**6)
+        assert all(map(np.array_equal, read, expected))
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
+def test_damage_is_found_named_and_mended(bucket, corpus, lines, tokenizer, kind):
+    make(lines, bucket, tokenizer)
+    path = to_path(bucket) / "training-00001.array_record"
+    damage(path, kind)
+    (problem,) = find_problems(to_path(bucket))
+    assert str(path) in problem
+    if kind != "flipped":  # shards are too large to hash at every start
+        with pytest.raises(InputError, match=path.name):
+            open_tokenized_corpus(bucket)
+    path.unlink(missing_ok=True)
+    make(lines, bucket, tokenizer)
+    assert find_problems(to_path(bucket)) == []
+    assert same_corpus(bucket, corpus)
+
+
+def test_what_is_finished_is_not_made_again(bucket_server, bucket, corpus, lines, tokenizer):
+    seen = []
+
+    def stop_at_third(unit, done):
+        seen.append(unit.index)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(lines, bucket, tokenizer, advance=stop_at_third)
+    with pytest.raises(InputError, match="is not a tokenized corpus, or is not finished"):
+        open_tokenized_corpus(bucket)
+    shards = [name for name in files_in(to_path(bucket)) if name.endswith(".array_record")]
+    before = len(bucket_server.requests)
+    make(lines, bucket, tokenizer)
+    assert same_corpus(bucket, corpus)
+    again = bucket_server.requests[before:]
+    written = {request.name.split("/")[-1] for request in again if request.method != "GET"}
+    assert written.isdisjoint(shards)
+
+
+def test_several_processes_make_the_same(bucket, corpus, lines, tokenizer):
+    make(lines, bucket, tokenizer, workers=2)
+    assert same_corpus(bucket, corpus)
+
+
+def test_errors_that_pass_are_not_noticed(bucket_server, bucket, corpus, lines, tokenizer):
+    count = iter(range(10**6))
+    kinds = (Disturbance(status=503), Disturbance(status=429), Disturbance(lost=True))
+
+    def disturb(request):
+        number = next(count)
+        return kinds[number // 30 % 3] if number % 30 == 0 else None
+
+    bucket_server.disturb = disturb
+    make(lines, bucket, tokenizer)
+    bucket_server.disturb = lambda _: None
+    assert find_problems(to_path(bucket)) == []
+    assert same_corpus(bucket, corpus)
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def out(request, tmp_path):
+    """Where a corpus may be written: on a disk, or in a bucket."""
+    return str(tmp_path / "made") if request.param == "disk" else request.getfixturevalue("bucket")
+
+
+def test_parts_in_any_order_make_the_corpus(out, corpus, lines, tokenizer):
+    for number in (3, 1):
+        left = make(lines, out, tokenizer, part=Part(number, 3))
+        assert isinstance(left, int)
+        assert left > 0
+        assert MANIFEST not in files_in(to_path(out))
+    assert not isinstance(make(lines, out, tokenizer, part=Part(2, 3)), int)
+    assert same_corpus(out, corpus)
+    assert find_problems(to_path(out)) == []
+
+
+def test_parts_at_the_same_time_make_the_corpus(out, corpus, lines, tokenizer):
+    results = {}
+
+    def write(number: int) -> None:
+        results[number] = make(lines, out, tokenizer, part=Part(number, 3))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in (1, 2, 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 3
+    assert any(not isinstance(result, int) for result in results.values())
+    assert same_corpus(out, corpus)
+
+
+def test_parts_that_do_not_fit_together_are_refused(out, lines, tokenizer, monkeypatch):
+    monkeypatch.setattr("plt_jax.locks.BEAT_SECONDS", 0.2)
+
+    def start_the_same(unit, done):
+        if unit.index:
+            return
+        with pytest.raises(InputError, match="another process is writing part 1 of 3 of --out"):
+            make(lines, out, tokenizer, part=Part(1, 3))
+
+    make(lines, out, tokenizer, part=Part(1, 3), advance=start_the_same)
+    with pytest.raises(InputError, match=r"was made with other parts \(3 there, 2 here\)"):
+        make(lines, out, tokenizer, part=Part(2, 2))
+    with pytest.raises(InputError, match=r"was made with other parts \(3 there, 1 here\)"):
+        make(lines, out, tokenizer)
+    with pytest.raises(InputError, match="other shard_bytes"):
+        make(lines, out, tokenizer, OPTIONS._replace(shard_bytes=10), part=Part(2, 3))
+
+
+def test_a_part_waits_for_the_tokenizer_of_the_first(out, lines, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "WAIT_SECONDS", 0.05)
+    words = [lines, "--out", out, "--vocab_size", 300, "--validation_fraction", 0.3, "--of", 2]
+    second = threading.Thread(target=lambda: found.append(run(*words, "--part", 2)))
+    found = []
+    second.start()
+    second.join(0.5)
+    assert second.is_alive()
+    assert run(*words, "--part", 1).code == 0
+    second.join()
+    (result,) = found
+    assert result.code == 0
+    assert open_tokenized_corpus(out).tokenizer.library.get_vocab_size() <= 300
+
+
+def run(*words):
+    return command("plt_jax.data.prepare", *words, "--workers", "1")
+
+
+@pytest.mark.parametrize(("part", "of"), [(0, 2), (3, 2), (2, 1), (1, 0)])
+def test_an_impossible_part_is_refused(lines, tmp_path, part, of):
+    words = [lines, "--out", tmp_path / "made", "--vocab_size", 300]
+    assert_refused(run(*words, "--part", part, "--of", of), f"--part {part} --of {of}: ")
+
+
+def test_inputs_in_a_bucket_are_those_of_a_disk(bucket, texts, tokenizer, tmp_path):
+    rows = [json.dumps({"text": text}) + "\n" for text in texts]
+    source = tmp_path / "texts"
+    source.mkdir()
+    (source / "a.jsonl").write_text("".join(rows[:20]))
+    (source / "b.jsonl.gz").write_bytes(gzip.compress("".join(rows[20:24]).encode()))
+    (source / "c.txt.bz2").write_bytes(bz2.compress(texts[24].encode()))
+    (source / "d.txt").write_text(texts[25])
+    (source / "notes.md").write_text("none")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[26:30]}), source / "e.parquet")
+    with pyarrow.CompressedOutputStream(str(source / "f.jsonl.zst"), "zstd") as file:
+        file.write("".join(rows[30:]).encode())
+    upload(source, to_path(bucket) / "texts")
+    make(source, tmp_path / "near", tokenizer)
+    make(f"{bucket}/texts", f"{bucket}/far", tokenizer)
+    assert same_corpus(tmp_path / "near", f"{bucket}/far")
+    make(f"{bucket}/texts/e.parquet", tmp_path / "one", tokenizer)
+    (to_path(bucket) / "texts" / "d.txt").write_text(texts[25])  # a new generation of the object
+    with pytest.raises(InputError, match="was made with other files"):
+        make(f"{bucket}/texts", f"{bucket}/far", tokenizer)
+    with pytest.raises(InputError, match="there is no file or folder gs://"):
+        make(f"{bucket}/nothing", f"{bucket}/far", tokenizer)
+
+
+def test_the_commands_prepare_and_verify(bucket, lines):
+    upload(lines, to_path(bucket) / "lines")
+    words = [f"{bucket}/lines", "--out", f"{bucket}/made", "--vocab_size", 300]
+    result = run(*words, "--validation_fraction", 0.3)
+    assert result.code == 0, result.err
+    assert f"the corpus is in {bucket}/made" in result.out
+    verified = command("plt_jax.data.verify", f"{bucket}/made")
+    assert (verified.code, verified.err) == (0, "")
+    damage(to_path(bucket) / "made" / "training-00000.array_record", "flipped")
+    verified = command("plt_jax.data.verify", f"{bucket}/made")
+    assert verified.code == 1
+    assert verified.err.startswith(f"{bucket}/made/training-00000.array_record is damaged")
+
+
+def test_what_cannot_work_is_refused_in_a_line(bucket_server, bucket, lines, tmp_path):
+    nowhere = "gs://nowhere/made"
+    words = ["--vocab_size", 300]
+    assert_refused(run(lines, "--out", nowhere, *words), "there is no bucket gs://nowhere")
+    assert_refused(run(nowhere, "--out", tmp_path / "made", *words), "there is no bucket")
+    assert_refused(command("plt_jax.data.verify", nowhere), "there is no bucket gs://nowhere")
+    assert_refused(command("plt_jax.data.verify", bucket), "is not a tokenized corpus")
+    bucket_server.disturb = lambda request: (
+        Disturbance(status=403) if request.method == "POST" else None
+    )
+    refused = f"cannot write --out {bucket} (the account has no right"
+    assert_refused(run(lines, "--out", bucket, *words), refused)
