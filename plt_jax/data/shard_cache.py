@@ -50,6 +50,8 @@ class ShardCache:
           most_bytes: bytes that the shards may have together.
         """
         self.folder, self.most_bytes = folder, most_bytes
+        self.fetched = 0
+        """Shards that this process has fetched."""
         self._fetching: dict[str, Future[Path]] = {}
         self._changing = threading.Lock()
         self._open: weakref.WeakSet[CachedShard] = weakref.WeakSet()
@@ -164,6 +166,8 @@ class ShardCache:
                         unfinished.unlink()
                         raise
                     unfinished.replace(path)
+                    with self._changing:
+                        self.fetched += 1
             return path
         except OSError as error:
             raise self._unusable(error) from error

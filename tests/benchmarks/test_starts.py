@@ -16,6 +16,7 @@ COMMANDS = (
     "benchmarks.against_commit",
     "benchmarks.decode_dtypes",
     "benchmarks.data",
+    "benchmarks.data_in_bucket",
     "benchmarks.decode_targets",
     "benchmarks.decode_trace",
     "benchmarks.faults",
