@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import math
@@ -56,6 +57,23 @@ def check_reachable(path: Path) -> None:
         from plt_jax.buckets.service import check_bucket
 
         check_bucket(path)
+
+
+def check_writable(folder: Path) -> None:
+    """Checks that files can be written into a folder that exists; in a bucket, by writing one.
+
+    Raises:
+      InputError: they cannot.
+    """
+    try:
+        if is_in_bucket(folder):
+            probe = folder / f".{uuid.uuid4().hex}{UNFINISHED}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        elif not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 class FileState(NamedTuple):

@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults.bucket_server import BUCKET, BucketServer, Disturbance, Request
-from benchmarks.faults.sandbox import STEPS, TrainingProcess
+from benchmarks.faults.sandbox import STEPS, TrainingProcess, damage
 from benchmarks.faults.storage import draw_file, stop_behind_two_checkpoints
 from benchmarks.faults.trial import Fault, Trial, require_error_line
 from plt_jax.checkpoint.manifest import MANIFEST
+from plt_jax.data.tokenized_corpus import open_tokenized_corpus
+from plt_jax.files import copy_file, files_in, to_path
 
 
 @functools.cache
@@ -116,6 +120,74 @@ def object_vanishes(trial: Trial) -> str:
     require_error_line(ended, 2, str(newest), "damaged", "--checkpoint.skip_damaged")
     trial.finish(config, "--checkpoint.skip_damaged", "true")
     return f"{file.name} removed: named, refused; skipped by choice, bit for bit"
+
+
+def corpus_in_bucket(trial: Trial, **sections: Any) -> Path:
+    """Copies the corpus into the bucket; returns the configuration of a run that reads it there,
+    with an empty cache."""
+    corpus = f"{trial.sandbox.runs}/{trial.name}-corpus"
+    for name in files_in(trial.sandbox.corpus):
+        copy_file(trial.sandbox.corpus / name, to_path(corpus) / name)
+    data = {
+        "sources": [{"path": corpus}],
+        "cache_dir": str(trial.sandbox.home / trial.name / "cache"),
+    }
+    return trial.sandbox.config(trial.name, corpus, data=data, **sections)
+
+
+def is_shard(request: Request) -> bool:
+    return request.method == "GET" and request.name.endswith(".array_record")
+
+
+def shards_err(trial: Trial) -> str:
+    """Half of the calls for shards fail, are lost or late, at a cold start. The run must go on."""
+    config, count = corpus_in_bucket(trial), [0]
+
+    def disturb(request: Request) -> Disturbance | None:
+        if not is_shard(request) or trial.draw.random() < 0.5:
+            return None
+        count[0] += 1
+        return trial.draw.choice([an_error_or_a_dropped_connection, a_late_answer])(trial)
+
+    bucket_server().disturb = disturb
+    trial.finish(config)
+    return f"{count[0]} calls for shards disturbed; bit for bit"
+
+
+def shard_vanishes(trial: Trial) -> str:
+    """A shard that no copy is left of is gone or damaged: it must be named."""
+    config = corpus_in_bucket(trial)
+    process = trial.sandbox.start(config)
+    process.wait_for_step(trial.draw.randint(1, STEPS - 6))
+    process.kill()
+    shutil.rmtree(config.parent / "cache")
+    folder = to_path(f"{trial.sandbox.runs}/{trial.name}-corpus")
+    shards = open_tokenized_corpus(trial.sandbox.corpus).shards("training")
+    path = folder / trial.draw.choice(shards).name
+    whole = path.read_bytes()
+    kind = trial.draw.choice(["missing", "flipped"])
+    done = damage(path, kind, trial.draw) if kind != "missing" else f"{path.name} removed"
+    if kind == "missing":
+        path.unlink()
+    require_error_line(trial.sandbox.start(config).wait(), 2, str(path))
+    path.write_bytes(whole)
+    trial.finish(config)
+    return f"{done}: named; brought back, bit for bit"
+
+
+def copies_are_damaged(trial: Trial) -> str:
+    """Copies of shards on the disk are damaged or gone: they must be fetched again."""
+    config = corpus_in_bucket(trial)
+    process = trial.sandbox.start(config)
+    process.wait_for_step(trial.draw.randint(1, STEPS - 6))
+    process.kill()
+    copies = list((config.parent / "cache" / "shards").glob("*.array_record"))
+    chosen = trial.draw.sample(copies, min(3, len(copies)))
+    for path in chosen:
+        kind = trial.draw.choice(["missing", "truncated", "flipped"])
+        path.unlink() if kind == "missing" else damage(path, kind, trial.draw)
+    trial.finish(config)
+    return f"{len(chosen)} of {len(copies)} copies damaged; bit for bit"
 
 
 def during_a_save(trial: Trial, process: TrainingProcess) -> str:

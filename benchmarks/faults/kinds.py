@@ -80,5 +80,9 @@ FAULTS: dict[str, tuple[Fault, int]] = {
     "bucket: SIGKILL four times": (in_bucket(kill_four_times), 1),
     "bucket: SIGTERM or SIGINT": (in_bucket(terminate), 2),
     "bucket: two trainers at once": (in_bucket(train_twice_at_once), 2),
+    "bucket: SIGKILL of one of two processes": (in_bucket(kill_a_peer), 2),
+    "bucket: shards: errors": (in_bucket(buckets.shards_err), 3),
+    "bucket: shards: missing, damaged": (in_bucket(buckets.shard_vanishes), 3),
+    "bucket: shards: damaged copies": (in_bucket(buckets.copies_are_damaged), 3),
 }
 """Each kind's fault, and how many times it is tried."""

@@ -92,7 +92,7 @@ class Sandbox:
         self.options = CorpusOptions(validation_fraction=0.1, shard_bytes=2**14)
         write_corpus([str(self.texts)], self.corpus, self.tokenizer, self.options, 1, _no_progress)
 
-    def config(self, name: str, corpus: Path | None = None, **sections: Any) -> Path:
+    def config(self, name: str, corpus: Path | str | None = None, **sections: Any) -> Path:
         """Writes the configuration of a run called `name`, and returns its path."""
         values = {
             "run_dir": f"{self.runs}/{name}" if self.runs else str(self.home / name / "run"),

@@ -15,7 +15,7 @@ from plt_jax.commands.device_options import DeviceOptions, add_dtype
 from plt_jax.commands.parser import CommandParser, integers
 from plt_jax.data.corpus import left_out_of
 from plt_jax.errors import InputError
-from plt_jax.files import to_json
+from plt_jax.files import check_writable, to_json
 
 if TYPE_CHECKING:  # it imports JAX
     from jax.sharding import Mesh
@@ -174,7 +174,13 @@ def main() -> None:
     mode = MODES[choose_mode(arguments)]
     if arguments.text is not None and (others := left_out_of(arguments.text)):
         print(f"note: not all files of {arguments.text} are read{others}")
-    report = mode.run(arguments, devices.connect(arguments))
+    from plt_jax.distributed import processes  # after parsing: they import JAX
+    from plt_jax.runs.names import locate
+
+    mesh = devices.connect(arguments)
+    if processes.is_first():
+        check_writable(locate(arguments.path).directory)  # where the results will be
+    report = mode.run(arguments, mesh)
     devices.finish("the results are written")
     print(report.table())
     print(f"written to {report.path}")

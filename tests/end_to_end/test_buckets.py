@@ -21,7 +21,9 @@ from plt_jax.runs.metrics_file import read_metrics
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, METRICS
 from plt_jax.training import trainer
 from tests.checkpoint.damage import data_file, flip_bit
+from tests.distributed import commands
 from tests.distributed.test_processes import TRAINING, run_together
+from tests.distributed.test_rendezvous import free_port
 from tests.training.runs import (
     REPOSITORY,
     STEPS,
@@ -30,6 +32,7 @@ from tests.training.runs import (
     command,
     environment,
     numbers,
+    simulated,
     tiny_config,
     write_config,
 )
@@ -58,12 +61,12 @@ def objects(directory):
     return {name: (directory / name).read_bytes() for name in names}
 
 
-def start(config, bucket_server, folder, *options):
+def start(config, bucket_server, folder, *options, **flags):
     """Starts train.py as its user would."""
     path = write_config(folder / "config.yaml", config.model_dump(mode="json"))
     return subprocess.Popen(
         [sys.executable, "train.py", str(path), *options],
-        **{"cwd": REPOSITORY, "env": environment(**bucket_server.environment)},
+        **{"cwd": REPOSITORY, "env": environment(**bucket_server.environment, **flags)},
         **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True},
     )
 
@@ -236,7 +239,26 @@ def test_a_crash_loses_one_interval_of_logs_at_most(config):
 
 
 def test_several_processes_train_in_a_bucket(finished, bucket_server, bucket, tmp_path):
+    """One of them is killed during a save, and the run goes on; they evaluate and generate."""
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    often = TRAINING | {"checkpoint_every": 4}
+    config = tiny_config(finished.home, bucket, training=often, mesh=mesh)
+    port, workers = free_port(), []
+
+    def disturb(request):
+        if f"{CHECKPOINTS}/8/" in request.name and workers[1].poll() is None:
+            workers[1].kill()
+
+    bucket_server.disturb = disturb
+    for index in range(2):
+        at = {"coordinator": f"localhost:{port}", "count": 2, "index": index}
+        options = [f"--processes.{name}={value}" for name, value in at.items()]
+        workers.append(start(config, bucket_server, tmp_path, *options, **simulated(4)))
+    out, _ = workers[0].communicate(timeout=300)
+    bucket_server.disturb = lambda _: None
+    assert (workers[0].returncode, workers[1].wait()) == (1, -signal.SIGKILL)
+    assert "process 1 of 2 (host " in out and "it was killed" in out
+    assert list_steps(config.directory / CHECKPOINTS) == [4]
     run_together(2, finished.home, bucket, mesh)
     disk = tiny_config(finished.home, tmp_path / "alone", training=TRAINING)
     trainer.train(disk)
@@ -249,6 +271,27 @@ def test_several_processes_train_in_a_bucket(finished, bucket_server, bucket, tm
             assert left[name] == pytest.approx(right[name], rel=1e-4)
     result = command("plt_jax.checkpoint", "verify", bucket)
     assert result.code == 0 and result.out.count(": sound, ") == 2, result
+    words = ["--mesh.fsdp", 4, "--mesh.tensor", 2]
+    generate = ["plt_jax.generate", bucket, "--prompt", "the", "--max_new_tokens", 5]
+    together = commands.run_together([["eval.py", bucket, *words], [*generate, *words]])
+    assert all(result.code == 0 for process in together for result in process), together
+    found = json.loads((run.directory / "eval.json").read_text())
+    assert together[0][1].out == command(*generate).out
+    assert command("eval.py", bucket).code == 0
+    alone = json.loads((run.directory / "eval.json").read_text())
+    assert found["loss"] == pytest.approx(alone["loss"], rel=1e-5)
+
+
+def test_what_may_not_be_written_is_refused_before_any_work(trained, bucket, bucket_server):
+    bucket_server.disturb = lambda request: (
+        Disturbance(status=403) if request.method in ("POST", "PUT", "DELETE") else None
+    )
+    before = len(bucket_server.requests)
+    result = command("eval.py", bucket)
+    assert result.code == 2, result
+    assert result.err.startswith(f"error: cannot write to {bucket}: the account has no right")
+    names = {request.name for request in bucket_server.requests[before:]}
+    assert not any("/ocdbt" in name or "/d/" in name for name in names)  # no parameters were read
 
 
 def test_all_commands_read_and_write_buckets(finished, trained, bucket, tmp_path):
