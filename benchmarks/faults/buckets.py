@@ -165,10 +165,7 @@ def shard_vanishes(trial: Trial) -> str:
     shards = open_tokenized_corpus(trial.sandbox.corpus).shards("training")
     path = folder / trial.draw.choice(shards).name
     whole = path.read_bytes()
-    kind = trial.draw.choice(["missing", "flipped"])
-    done = damage(path, kind, trial.draw) if kind != "missing" else f"{path.name} removed"
-    if kind == "missing":
-        path.unlink()
+    done = damage(path, trial.draw.choice(["missing", "truncated", "flipped"]), trial.draw)
     require_error_line(trial.sandbox.start(config).wait(), 2, str(path))
     path.write_bytes(whole)
     trial.finish(config)
@@ -184,8 +181,7 @@ def copies_are_damaged(trial: Trial) -> str:
     copies = list((config.parent / "cache" / "shards").glob("*.array_record"))
     chosen = trial.draw.sample(copies, min(3, len(copies)))
     for path in chosen:
-        kind = trial.draw.choice(["missing", "truncated", "flipped"])
-        path.unlink() if kind == "missing" else damage(path, kind, trial.draw)
+        damage(path, trial.draw.choice(["missing", "truncated", "flipped"]), trial.draw)
     trial.finish(config)
     return f"{len(chosen)} of {len(copies)} copies damaged; bit for bit"
 

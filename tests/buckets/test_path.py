@@ -1,5 +1,6 @@
 """Paths in buckets do what paths of a disk do, in one service and under its failures."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,13 +15,17 @@ from plt_jax.buckets.service import check_bucket, generation_of, write_generatio
 from plt_jax.errors import InputError
 from plt_jax.files import (
     check_new_folder,
+    check_writable,
     copy_file,
+    file_state,
     files_in,
     new_folder,
     read_json,
     remove_tree,
     replaced_file,
+    states_below,
     to_path,
+    write_new,
     write_pieces,
     write_synced,
     write_text,
@@ -56,6 +61,23 @@ def test_a_folder_of_a_bucket_is_like_one_of_a_disk(folder, tmp_path):
         assert files_in(root) == ["a/b/deep", "a/rows", "config.json"]
         with (root / "a" / "rows").open("rb") as file:
             assert file.readline(100) == "é\n".encode() and file.read() == b"2\n"
+        with (root / "a" / "rows").open("rb") as file:
+            assert file.seek(3) == 3 and file.read() == b"2\n"
+            assert (
+                file.seek(-5, os.SEEK_END) == 0 and file.tell() == 0 and file.read(2) == b"\xc3\xa9"
+            )
+        states = states_below(root)
+        assert {name: size for name, (size, _) in states.items()} == {
+            "a/b/deep": 1,
+            "a/rows": 5,
+            "config.json": 8,
+        }
+        assert states["a/rows"] == file_state(root / "a" / "rows")
+        write_text(root / "a" / "rows", "é\n3\n")
+        assert states_below(root)["a/rows"].version != states["a/rows"].version
+        assert not write_new(root / "config.json", "{}")
+        assert read_json(root / "config.json") == {"x": 1}
+        check_writable(root)
         (root / "a").rename(root / "c")
         assert files_in(root) == ["c/b/deep", "c/rows", "config.json"]
         (root / "config.json").unlink()
@@ -213,3 +235,29 @@ def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(InputError, match=r"pip install 'plt_jax\[gcs\]'"):
         service.prepare_packages.__wrapped__()
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("where", ["disk", "bucket"])
+def test_of_several_that_write_a_new_file_one_succeeds(folder, tmp_path, monkeypatch, where, links):
+    """Also on file systems without links."""
+    path = (folder if where == "bucket" else tmp_path) / "plan.json"
+    if not links:
+        monkeypatch.setattr(os, "link", _no_links)
+    results = {}
+
+    def write(number: int) -> None:
+        results[number] = write_new(path, str(number))
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(results.values()) == [False, False, False, True]
+    assert results[int(path.read_text())]
+    assert files_in(path.parent) == ["plan.json"]
+
+
+def _no_links(*_):
+    raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
