@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import threading
+import time
 
 import numpy as np
 import pyarrow
@@ -34,6 +35,19 @@ def test_it_is_the_corpus_of_a_disk(bucket, corpus, lines, tokenizer, tmp_path):
     for split in ("training", "validation"):
         read, expected = far.stream(split).read(0, 10**6), near.stream(split).read(0, 10**6)
         assert all(map(np.array_equal, read, expected))
+
+
+def test_validation_shards_are_requested_one_ahead(bucket, corpus, tmp_path):
+    """They are read in their order."""
+    upload(corpus, to_path(bucket))
+    far = open_tokenized_corpus(bucket, DataConfig(cache_dir=str(tmp_path)))
+    assert far.cache is not None
+    far.stream("validation").read(0, 5)
+    first, second, third = (far.cache.path_of(shard) for shard in far.shards("validation")[:3])
+    deadline = time.monotonic() + 60
+    while not second.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (first.exists(), second.exists(), third.exists()) == (True, True, False)
 
 
 @pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
@@ -142,6 +156,17 @@ def test_parts_that_do_not_fit_together_are_refused(out, lines, tokenizer, monke
         make(lines, out, tokenizer)
     with pytest.raises(InputError, match="other shard_bytes"):
         make(lines, out, tokenizer, OPTIONS._replace(shard_bytes=10), part=Part(2, 3))
+
+
+def test_a_corpus_of_an_earlier_version_is_of_one_part(out, lines, tokenizer):
+    make(lines, out, tokenizer)
+    plan = to_path(out) / "parts" / "plan.json"
+    values = json.loads(plan.read_text())
+    assert values.pop("parts") == 1
+    plan.write_text(json.dumps(values))
+    assert not isinstance(make(lines, out, tokenizer), int)
+    with pytest.raises(InputError, match=r"was made with other parts \(1 there, 2 here\)"):
+        make(lines, out, tokenizer, part=Part(1, 2))
 
 
 def test_a_part_waits_for_the_tokenizer_of_the_first(out, lines, monkeypatch, capsys):

@@ -161,6 +161,7 @@ def test_what_killed_processes_have_left_makes_room_but_not_what_is_on_its_way(f
     left, coming = (cache.folder / f".{name}{UNFINISHED}" for name in ("left", other.sha256))
     left.write_bytes(b"x" * 90)
     coming.write_bytes(b"x" * 90)
+    os.utime(coming, ns=(1, 1))  # its turn comes first
     with open(coming, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as a process that fetches it has
         cache.request(far.folder / shard.name, shard).result()
