@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -49,10 +50,11 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 UNFINISHED, DELETED = ".unfinished", ".deleted"
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|\.orbax-checkpoint-tmp).*")
-# With this option a folder that cannot be made fails at once, with its reason.
-_CONTEXT = ocp.Context(
-    async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
-)
+CHUNK_BYTES = 2**24
+"""The most bytes of a stored piece of an array. A piece is read as a whole by each process that
+needs some of it."""
+CONCURRENT_BYTES = 2**28
+"""The most bytes that a process reads or writes at a time, unless one device's shard has more."""
 FAILURES = (OSError, ValueError, RuntimeError)
 """What orbax, tensorstore (a ValueError for a full disk) and JAX raise where saving fails."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -132,7 +134,7 @@ class Checkpoints:
             unfinished = final.with_name(final.name + UNFINISHED)
         trees = {"params": params, "optimizer": optimizer, "data": data}
         try:
-            with _CONTEXT, _bucket_errors(final):
+            with _saving(trees), _bucket_errors(final):
                 path = str(unfinished)
                 response = ocp.save_checkpointables_async(path, trees, custom_metadata=MARK)
         except FAILURES as error:
@@ -177,7 +179,11 @@ class Checkpoints:
             del wanted["data"]
         try:
             with _bucket_errors(path):
-                restored = ocp.load_checkpointables(str(path), wanted)
+                stored = [
+                    ocp.metadata(str(path), name).metadata for name in ("params", "optimizer")
+                ]
+                with _loading(stored, [params, optimizer]):
+                    restored = ocp.load_checkpointables(str(path), wanted)
             data = restored.get("data") or json.loads(earlier.read_text(encoding="utf-8"))
         except UNREADABLE as error:
             raise _unreadable(path, error) from error
@@ -228,8 +234,9 @@ def save_params(directory: str | Path, step: int, params: Any) -> None:
     path = (to_path(directory) / str(step)).absolute()
     try:
         path.parent.mkdir(exist_ok=True)
-        with _bucket_errors(path):
-            ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=MARK)
+        trees = {"params": params}
+        with _saving(trees), _bucket_errors(path):
+            ocp.save_checkpointables(str(path), trees, custom_metadata=MARK)
         write_manifest(path, take_checksums(path, own_files(path, 0)))
     except FAILURES as error:
         raise OSError(_reason(error)) from error
@@ -282,7 +289,7 @@ def load_params(
         elif as_stored and not differing:
             abstract = jax.tree.map(lambda to, of: to.update(dtype=of.dtype), abstract, stored)
         if not differing:
-            with _bucket_errors(path):
+            with _loading(stored, abstract), _bucket_errors(path):
                 return ocp.load_checkpointables(str(path), {"params": abstract})["params"]
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
@@ -306,6 +313,60 @@ def differing_shapes(stored: Any, wanted: Any) -> str:
         if stored.get(name) != wanted.get(name):
             return f"{name} has shape {stored.get(name)} there, and {wanted.get(name)} in the model"
     return ""
+
+
+def _saving(trees: Any) -> ocp.Context:
+    """How arrays are written: in small pieces, so that processes of any other mesh read little more
+    than their parts, and as they are, since compressing them takes longer than writing them."""
+    context = ocp.Context()
+    # A folder that cannot be made fails at once, with its reason.
+    context.asynchronous.create_directories_asynchronously = False
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    arrays = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
+    sizes = [leaf.dtype.itemsize * math.prod(_shard_shape(leaf)) for leaf in arrays]
+    context.memory.write_concurrent_bytes = _limit(sizes)
+    return context
+
+
+def _loading(stored: Any, wanted: Any) -> ocp.Context:
+    """How arrays are read: a few shards at a time.
+
+    Args:
+      stored: what the checkpoint says of its arrays.
+      wanted: abstract arrays. Those of one shape may be stored in any order.
+    """
+    by_shape: dict[tuple[int, ...], list[Any]] = {}
+    for leaf in jax.tree.leaves(stored):
+        if getattr(leaf, "storage_metadata", None) is not None:
+            by_shape.setdefault(tuple(leaf.shape), []).append(leaf)
+    context = ocp.Context()
+    context.memory.read_concurrent_bytes = _limit(
+        _bytes_read(array, leaf)
+        for leaf in jax.tree.leaves(wanted)
+        for array in by_shape.get(tuple(leaf.shape), ())
+    )
+    return context
+
+
+def _shard_shape(leaf: Any) -> tuple[int, ...]:
+    sharding = leaf.sharding
+    return tuple(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+
+
+def _bytes_read(stored: Any, wanted: Any) -> int:
+    """The bytes, in the wanted dtype, of the stored pieces that a shard of an array may overlap."""
+    pieces = stored.storage_metadata.chunk_shape or stored.shape
+    count = 1
+    for size, part, piece in zip(stored.shape, _shard_shape(wanted), pieces, strict=True):
+        count *= min(math.ceil(size / piece), math.ceil((part - 1) / piece) + 1) * piece
+    return count * max(np.dtype(leaf.dtype).itemsize for leaf in (stored, wanted))
+
+
+def _limit(sizes: Iterable[int]) -> int:
+    """The bytes that may be read or written at a time, where the largest shards take `sizes`; orbax
+    refuses a shard that reaches the limit."""
+    return max([CONCURRENT_BYTES, *(size + 1 for size in sizes)])
 
 
 def _bucket_errors(path: Path) -> AbstractContextManager[None]:
