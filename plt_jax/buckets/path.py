@@ -17,6 +17,9 @@ from plt_jax.buckets.address import SCHEME
 from plt_jax.buckets.service import file_system, patiently, prepare_packages
 from plt_jax.errors import InputError
 
+PIECE_BYTES = 2**24
+"""The bytes of an object that are fetched by one request."""
+
 
 def bucket_path(path: str) -> Path:
     """A path in a bucket, with the methods of `pathlib.Path` that files and folders of a run need.
@@ -90,6 +93,16 @@ class BucketPath(PosixGPath):
     def read_bytes(self) -> bytes:
         return patiently(self, lambda: file_system().cat_file(str(self)))
 
+    def read_range(self, first: int, end: int) -> bytes:
+        """The bytes from position `first` to before `end`, in pieces that are fetched at once."""
+        if first >= end:
+            return b""
+        starts = list(range(first, end, PIECE_BYTES))
+        ends = [*starts[1:], end]
+        names = [str(self)] * len(starts)
+        fetch = functools.partial(file_system().cat_ranges, names, starts, ends, on_error="raise")
+        return b"".join(patiently(self, fetch))
+
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8")
 
@@ -140,8 +153,7 @@ class _Reader(io.RawIOBase):
         first, end = self._position, min(self._position + len(buffer), self._size)
         if first >= end:
             return 0
-        fetch = functools.partial(file_system().cat_file, str(self._path), start=first, end=end)
-        content = patiently(self._path, fetch)
+        content = self._path.read_range(first, end)
         buffer[: len(content)] = content
         self._position += len(content)
         return len(content)
