@@ -201,12 +201,9 @@ class Checkpoints:
         removes the checkpoints that are no longer kept."""
         with _bucket_errors(final):
             response.result()
-        _wait_for(unfinished, self._patience)
-        own = take_checksums(unfinished, own_files(unfinished, jax.process_index()))
-        gathered = processes.gather(f"checksums/{number}", json.dumps(own), self._patience)
-        if not processes.is_first():
+        files = _gather_checksums(unfinished, number, self._patience)
+        if files is None:
             return
-        files = {name: File(*file) for text in gathered for name, file in json.loads(text).items()}
         self._claim()
         write_manifest(unfinished, files, loss)
         if unfinished != final:
@@ -225,21 +222,46 @@ class Checkpoints:
         return FailedError(f"cannot save the checkpoint {final}: {_reason(error)}; {last}")
 
 
-def save_params(directory: str | Path, step: int, params: Any) -> None:
-    """Writes a checkpoint of parameters alone, and returns when it is complete.
+def save_params(directory: str | Path, step: int, params: Any, patience: int = 300) -> None:
+    """Writes a checkpoint of parameters alone.
+
+    With several processes all must call it, and each writes what its devices hold. It is complete
+    when the first process returns.
+
+    Args:
+      patience: seconds that processes wait for one another.
 
     Raises:
       OSError: the checkpoint cannot be written.
     """
     path = (to_path(directory) / str(step)).absolute()
     try:
-        path.parent.mkdir(exist_ok=True)
+        if processes.is_first():
+            path.parent.mkdir(exist_ok=True)
+        processes.barrier("the folder of the checkpoint is made", patience)
         trees = {"params": params}
         with _saving(trees), _bucket_errors(path):
             ocp.save_checkpointables(str(path), trees, custom_metadata=MARK)
-        write_manifest(path, take_checksums(path, own_files(path, 0)))
+        files = _gather_checksums(path, next(_numbers), patience)
+        if files is not None:
+            write_manifest(path, files)
     except FAILURES as error:
         raise OSError(_reason(error)) from error
+
+
+def _gather_checksums(checkpoint: Path, number: int, patience: int) -> dict[str, File] | None:
+    """The files of a checkpoint with their checksums, for which each process reads what it has
+    written; None in processes other than the first.
+
+    Args:
+      number: that of the save, the same in all processes.
+    """
+    _wait_for(checkpoint, patience)
+    own = take_checksums(checkpoint, own_files(checkpoint, jax.process_index()))
+    gathered = processes.gather(f"checksums/{number}", json.dumps(own), patience)
+    if not processes.is_first():
+        return None
+    return {name: File(*file) for text in gathered for name, file in json.loads(text).items()}
 
 
 def can_resume(directory: str | Path, step: int) -> bool:
