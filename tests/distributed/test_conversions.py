@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from plt_jax import save_huggingface
-from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.manifest import MANIFEST, find_damage, own_files, read_manifest
 from plt_jax.checkpoint.store import save_params
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.runs.directory import find_checkpoint, read_params
@@ -35,8 +35,7 @@ FSDP, EXPERT = ["--mesh.fsdp", 4, "--mesh.tensor", 2], ["--mesh.expert", 4, "--m
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with Hugging Face checkpoints, and an array of 32 MB that one
-    device has saved."""
+    """A folder with Hugging Face checkpoints, and an array of 32 MB that one device has saved."""
     home = tmp_path_factory.mktemp("conversions")
     models = {
         "plt": small_config("plt", **SIZES),
@@ -99,8 +98,9 @@ def test_two_processes_write_the_parameters_of_one_device(alone, together, name)
 def test_both_write_one_sound_checkpoint_and_the_first_all_else(alone, together, name):
     checkpoint = together[0] / name / "checkpoints" / "0"
     assert find_damage(checkpoint) == []
-    writers = {file.parent.name for file in checkpoint.rglob("d/*") if "process" in str(file)}
-    assert writers or len(list(checkpoint.rglob("ocdbt.process_*"))) == 2
+    listed = read_manifest(checkpoint).files.keys()
+    assert {*listed, MANIFEST} == {*own_files(checkpoint, 0), *own_files(checkpoint, 1)}
+    assert own_files(checkpoint, 1)
     files, right = (
         {k: v for k, v in snapshot(out / name).items() if "checkpoints/" not in k}
         for out in (together[0], alone)
