@@ -112,8 +112,7 @@ def load_params(
         for parameter in order
         for reading in _readings(parameter, _of_layer(shardings[parameter.path], parameter))
     )
-    # Where devices share the host's memory, layers are read straight into the stacked parameter.
-    in_place = mesh.devices.flat[0].platform == "cpu"
+    in_place = _share_the_hosts_memory(mesh)
     params: dict[tuple[str, ...], jax.Array] = {}
     stacks: dict[tuple[str, ...], HostShards] = {}
     for parameter in track(order):
@@ -138,6 +137,12 @@ def load_params(
             params[path] = _layer_writer(sharding)(params[path], part, parameter.layer)
     params |= {path: read.to_array() for path, read in stacks.items()}
     return jax.block_until_ready(unflatten_dict(params))
+
+
+def _share_the_hosts_memory(mesh: Mesh) -> bool:
+    """Whether layers can be read straight into the stacked parameters of the devices. Otherwise the
+    host holds one layer of a parameter at a time."""
+    return mesh.devices.flat[0].platform == "cpu"
 
 
 Place = tuple[tuple[int, int], ...]

@@ -10,6 +10,7 @@ from plt_jax import save_huggingface
 from plt_jax.checkpoint.manifest import MANIFEST, find_damage, own_files, read_manifest
 from plt_jax.checkpoint.store import save_params
 from plt_jax.data.tokenizer_training import train_tokenizer
+from plt_jax.files import to_path
 from plt_jax.runs.directory import find_checkpoint, read_params
 from tests.distributed.commands import run_together
 from tests.models import random_params, small_config
@@ -29,6 +30,8 @@ COMMANDS = {
     "half": ["plt_jax.checkpoint", "export", "OUT/rounded", "OUT/half", "--dtype", "bfloat16"],
 }
 EXPORT = [CONVERT, "export", "OUT/mixture", "OUT/mixture_hf"]
+BUCKET = "gs://runs/conversions"
+IN_BUCKET = [CONVERT, "import", f"{BUCKET}/plt_hf", f"{BUCKET}/plt"]
 TAKEN = [CONVERT, "import", "HOME/plt_hf", "OUT/plt"]
 FSDP, EXPERT = ["--mesh.fsdp", 4, "--mesh.tensor", 2], ["--mesh.expert", 4, "--mesh.tensor", 2]
 
@@ -66,14 +69,16 @@ def alone(home):
 
 
 @pytest.fixture(scope="module")
-def together(home):
+def together(home, bucket_server):
     """What two processes write, and how their commands ended."""
     out = home / "together"
     out.mkdir()
+    for file in (home / "plt_hf").iterdir():
+        to_path(f"{BUCKET}/plt_hf/{file.name}").write_bytes(file.read_bytes())
     meshes = {name: EXPERT if name == "mixture" else FSDP for name in COMMANDS}
     commands = [[*words, *meshes[name]] for name, words in COMMANDS.items()]
     commands += [[*EXPORT, *EXPERT], ["tests.distributed.reading", "HOME/large"]]
-    commands += [[*TAKEN, *FSDP]]
+    commands += [[*IN_BUCKET, *FSDP], [*TAKEN, *FSDP]]
     return out, run_together([within(home, out, words) for words in commands])
 
 
@@ -112,6 +117,14 @@ def test_both_write_one_sound_checkpoint_and_the_first_all_else(alone, together,
 
 def test_what_they_have_imported_is_exported_as_one_device_does(alone, together):
     assert snapshot(together[0] / "mixture_hf") == snapshot(alone / "mixture_hf")
+
+
+def test_two_processes_import_from_a_bucket_and_into_it(alone, together):
+    for results in together[1]:
+        assert results[-2].code == 0, results[-2]
+    assert find_damage(to_path(f"{BUCKET}/plt/checkpoints/0")) == []
+    right, found = (read_params(find_checkpoint(run)) for run in (alone / "plt", f"{BUCKET}/plt"))
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, right))
 
 
 def test_each_process_reads_its_part_of_what_one_device_has_saved(together):
