@@ -53,8 +53,9 @@ _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|\.orbax-checkpoint-tmp).*")
 CHUNK_BYTES = 2**24
 """The most bytes of a stored piece of an array. A piece is read as a whole by each process that
 needs some of it."""
-CONCURRENT_BYTES = 2**28
-"""The most bytes that a process reads or writes at a time, unless one device's shard has more."""
+CONCURRENT_BYTES = 2**26
+"""The most bytes that a process reads or writes at a time, unless that is less than a sixteenth of
+what it holds, or than one device's shard."""
 FAILURES = (OSError, ValueError, RuntimeError)
 """What orbax, tensorstore (a ValueError for a full disk) and JAX raise where saving fails."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -346,8 +347,7 @@ def _saving(trees: Any) -> ocp.Context:
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     arrays = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
-    sizes = [leaf.dtype.itemsize * math.prod(_shard_shape(leaf)) for leaf in arrays]
-    context.memory.write_concurrent_bytes = _limit(sizes)
+    context.memory.write_concurrent_bytes = _limit(arrays, map(_shard_bytes, arrays))
     return context
 
 
@@ -363,10 +363,10 @@ def _loading(stored: Any, wanted: Any) -> ocp.Context:
         if getattr(leaf, "storage_metadata", None) is not None:
             by_shape.setdefault(tuple(leaf.shape), []).append(leaf)
     context = ocp.Context()
+    arrays = jax.tree.leaves(wanted)
     context.memory.read_concurrent_bytes = _limit(
-        _bytes_read(array, leaf)
-        for leaf in jax.tree.leaves(wanted)
-        for array in by_shape.get(tuple(leaf.shape), ())
+        arrays,
+        (_bytes_read(array, leaf) for leaf in arrays for array in by_shape.get(leaf.shape, ())),
     )
     return context
 
@@ -385,10 +385,24 @@ def _bytes_read(stored: Any, wanted: Any) -> int:
     return count * max(np.dtype(leaf.dtype).itemsize for leaf in (stored, wanted))
 
 
-def _limit(sizes: Iterable[int]) -> int:
-    """The bytes that may be read or written at a time, where the largest shards take `sizes`; orbax
-    refuses a shard that reaches the limit."""
-    return max([CONCURRENT_BYTES, *(size + 1 for size in sizes)])
+def _shard_bytes(leaf: Any) -> int:
+    return np.dtype(leaf.dtype).itemsize * math.prod(_shard_shape(leaf))
+
+
+def _limit(arrays: Iterable[Any], sizes: Iterable[int]) -> int:
+    """The bytes that may be read or written at a time.
+
+    Args:
+      arrays: what this process reads or writes, with shardings or on one device.
+      sizes: the bytes that one shard of each takes meanwhile; orbax refuses a shard that reaches
+        the limit.
+    """
+    held = sum(
+        _shard_bytes(leaf)
+        * (1 if leaf.sharding is None else len(leaf.sharding.addressable_devices))
+        for leaf in arrays
+    )
+    return max(CONCURRENT_BYTES, held // 16, *(size + 1 for size in sizes))
 
 
 def _bucket_errors(path: Path) -> AbstractContextManager[None]:
