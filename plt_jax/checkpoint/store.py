@@ -50,12 +50,12 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 UNFINISHED, DELETED = ".unfinished", ".deleted"
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|\.orbax-checkpoint-tmp).*")
-CHUNK_BYTES = 2**24
+CHUNK_BYTES = 2**22
 """The most bytes of a stored piece of an array. A piece is read as a whole by each process that
 needs some of it."""
 CONCURRENT_BYTES = 2**26
 """The most bytes that a process reads or writes at a time, unless that is less than a sixteenth of
-what it holds, or than one device's shard."""
+what it holds, or than what it holds of one array."""
 FAILURES = (OSError, ValueError, RuntimeError)
 """What orbax, tensorstore (a ValueError for a full disk) and JAX raise where saving fails."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -377,12 +377,21 @@ def _shard_shape(leaf: Any) -> tuple[int, ...]:
 
 
 def _bytes_read(stored: Any, wanted: Any) -> int:
-    """The bytes, in the wanted dtype, of the stored pieces that a shard of an array may overlap."""
+    """The bytes, in the wanted dtype, of the stored pieces that this process's shards of an array
+    may overlap. They are read at once: a piece is read again for a shard that is read later."""
     pieces = stored.storage_metadata.chunk_shape or stored.shape
-    count = 1
+    count = _shards_held(wanted)
     for size, part, piece in zip(stored.shape, _shard_shape(wanted), pieces, strict=True):
         count *= min(math.ceil(size / piece), math.ceil((part - 1) / piece) + 1) * piece
     return count * max(np.dtype(leaf.dtype).itemsize for leaf in (stored, wanted))
+
+
+def _shards_held(leaf: Any) -> int:
+    """The number of different shards of an array on this process's devices."""
+    if leaf.sharding is None:
+        return 1
+    places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    return len({str(place) for place in places})
 
 
 def _shard_bytes(leaf: Any) -> int:
@@ -394,14 +403,9 @@ def _limit(arrays: Iterable[Any], sizes: Iterable[int]) -> int:
 
     Args:
       arrays: what this process reads or writes, with shardings or on one device.
-      sizes: the bytes that one shard of each takes meanwhile; orbax refuses a shard that reaches
-        the limit.
+      sizes: the bytes that must fit at once; orbax refuses a shard that reaches the limit.
     """
-    held = sum(
-        _shard_bytes(leaf)
-        * (1 if leaf.sharding is None else len(leaf.sharding.addressable_devices))
-        for leaf in arrays
-    )
+    held = sum(_shard_bytes(leaf) * _shards_held(leaf) for leaf in arrays)
     return max(CONCURRENT_BYTES, held // 16, *(size + 1 for size in sizes))
 
 
