@@ -55,7 +55,7 @@ CHUNK_BYTES = 2**22
 needs some of it."""
 CONCURRENT_BYTES = 2**26
 """The most bytes that a process reads or writes at a time, unless that is less than a sixteenth of
-what it holds, or than what it holds of one array."""
+what it holds, or than what has to be read at once."""
 FAILURES = (OSError, ValueError, RuntimeError)
 """What orbax, tensorstore (a ValueError for a full disk) and JAX raise where saving fails."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -377,13 +377,21 @@ def _shard_shape(leaf: Any) -> tuple[int, ...]:
 
 
 def _bytes_read(stored: Any, wanted: Any) -> int:
-    """The bytes, in the wanted dtype, of the stored pieces that this process's shards of an array
-    may overlap. They are read at once: a piece is read again for a shard that is read later."""
+    """The bytes, in the wanted dtype, of the stored pieces that a shard of an array may overlap.
+
+    Where it overlaps pieces that are not all its own, those of all shards on this process's devices
+    are read at once: a piece would be read again for a shard that is read later.
+    """
     pieces = stored.storage_metadata.chunk_shape or stored.shape
-    count = _shards_held(wanted)
-    for size, part, piece in zip(stored.shape, _shard_shape(wanted), pieces, strict=True):
-        count *= min(math.ceil(size / piece), math.ceil((part - 1) / piece) + 1) * piece
-    return count * max(np.dtype(leaf.dtype).itemsize for leaf in (stored, wanted))
+    shard, count = _shard_shape(wanted), 1
+    for size, part, piece in zip(stored.shape, shard, pieces, strict=True):
+        overlaps = [
+            math.ceil((start + part) / piece) - start // piece
+            for start in range(0, size, max(part, 1))
+        ]
+        count *= piece * max(overlaps, default=1)
+    itemsize = max(np.dtype(leaf.dtype).itemsize for leaf in (stored, wanted))
+    return itemsize * count * (_shards_held(wanted) if count > math.prod(shard) else 1)
 
 
 def _shards_held(leaf: Any) -> int:
