@@ -166,6 +166,15 @@ def read_bounded(path: Path, most: int) -> bytes:
     return content
 
 
+def read_range(path: Path, first: int, end: int) -> bytes:
+    """The bytes of an object in a bucket from position `first` to before `end`.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    return cast(Any, path).read_range(first, end)
+
+
 def check_regular(path: Path) -> None:
     """Raises InputError for a pipe or a device, which may have no end, or no beginning."""
     try:

@@ -17,6 +17,9 @@ from plt_jax.buckets.address import SCHEME
 from plt_jax.buckets.service import file_system, patiently, prepare_packages
 from plt_jax.errors import InputError
 
+PIECE_BYTES = 2**24
+"""The bytes of an object that are fetched by one request."""
+
 
 def bucket_path(path: str) -> Path:
     """A path in a bucket, with the methods of `pathlib.Path` that files and folders of a run need.
@@ -101,11 +104,15 @@ class BucketPath(PosixGPath):
     def read_bytes(self) -> bytes:
         return patiently(self, lambda: file_system().cat_file(str(self)))
 
-    def read_range(self, begin: int, end: int) -> bytes:
-        """The bytes from `begin` to before `end`, or to the object's end."""
-        if begin >= end:
+    def read_range(self, first: int, end: int) -> bytes:
+        """The bytes from position `first` to before `end`, in pieces that are fetched at once."""
+        if first >= end:
             return b""
-        return patiently(self, lambda: file_system().cat_file(str(self), start=begin, end=end))
+        starts = list(range(first, end, PIECE_BYTES))
+        ends = [*starts[1:], end]
+        names = [str(self)] * len(starts)
+        fetch = functools.partial(file_system().cat_ranges, names, starts, ends, on_error="raise")
+        return b"".join(patiently(self, fetch))
 
     def read_text(self, encoding: str | None = None) -> str:
         return self.read_bytes().decode(encoding or "utf-8")

@@ -12,11 +12,12 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -49,10 +50,12 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 UNFINISHED, DELETED = ".unfinished", ".deleted"
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|\.orbax-checkpoint-tmp).*")
-# With this option a folder that cannot be made fails at once, with its reason.
-_CONTEXT = ocp.Context(
-    async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False)
-)
+CHUNK_BYTES = 2**22
+"""The most bytes of a stored piece of an array. A piece is read as a whole by each process that
+needs some of it."""
+CONCURRENT_BYTES = 2**26
+"""The most bytes that a process reads or writes at a time, unless that is less than a sixteenth of
+what it holds, or than what has to be read at once."""
 FAILURES = (OSError, ValueError, RuntimeError)
 """What orbax, tensorstore (a ValueError for a full disk) and JAX raise where saving fails."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -132,7 +135,7 @@ class Checkpoints:
             unfinished = final.with_name(final.name + UNFINISHED)
         trees = {"params": params, "optimizer": optimizer, "data": data}
         try:
-            with _CONTEXT, _bucket_errors(final):
+            with _saving(trees), _bucket_errors(final):
                 path = str(unfinished)
                 response = ocp.save_checkpointables_async(path, trees, custom_metadata=MARK)
         except FAILURES as error:
@@ -177,7 +180,11 @@ class Checkpoints:
             del wanted["data"]
         try:
             with _bucket_errors(path):
-                restored = ocp.load_checkpointables(str(path), wanted)
+                stored = [
+                    ocp.metadata(str(path), name).metadata for name in ("params", "optimizer")
+                ]
+                with _loading(stored, [params, optimizer]):
+                    restored = ocp.load_checkpointables(str(path), wanted)
             data = restored.get("data") or json.loads(earlier.read_text(encoding="utf-8"))
         except UNREADABLE as error:
             raise _unreadable(path, error) from error
@@ -195,12 +202,9 @@ class Checkpoints:
         removes the checkpoints that are no longer kept."""
         with _bucket_errors(final):
             response.result()
-        _wait_for(unfinished, self._patience)
-        own = take_checksums(unfinished, own_files(unfinished, jax.process_index()))
-        gathered = processes.gather(f"checksums/{number}", json.dumps(own), self._patience)
-        if not processes.is_first():
+        files = _gather_checksums(unfinished, number, self._patience)
+        if files is None:
             return
-        files = {name: File(*file) for text in gathered for name, file in json.loads(text).items()}
         self._claim()
         write_manifest(unfinished, files, loss)
         if unfinished != final:
@@ -219,20 +223,46 @@ class Checkpoints:
         return FailedError(f"cannot save the checkpoint {final}: {_reason(error)}; {last}")
 
 
-def save_params(directory: str | Path, step: int, params: Any) -> None:
-    """Writes a checkpoint of parameters alone, and returns when it is complete.
+def save_params(directory: str | Path, step: int, params: Any, patience: int = 300) -> None:
+    """Writes a checkpoint of parameters alone.
+
+    With several processes all must call it, and each writes what its devices hold. It is complete
+    when the first process returns.
+
+    Args:
+      patience: seconds that processes wait for one another.
 
     Raises:
       OSError: the checkpoint cannot be written.
     """
     path = (to_path(directory) / str(step)).absolute()
     try:
-        path.parent.mkdir(exist_ok=True)
-        with _bucket_errors(path):
-            ocp.save_checkpointables(str(path), {"params": params}, custom_metadata=MARK)
-        write_manifest(path, take_checksums(path, own_files(path, 0)))
+        if processes.is_first():
+            path.parent.mkdir(exist_ok=True)
+        processes.barrier("the folder of the checkpoint is made", patience)
+        trees = {"params": params}
+        with _saving(trees), _bucket_errors(path):
+            ocp.save_checkpointables(str(path), trees, custom_metadata=MARK)
+        files = _gather_checksums(path, next(_numbers), patience)
+        if files is not None:
+            write_manifest(path, files)
     except FAILURES as error:
         raise OSError(_reason(error)) from error
+
+
+def _gather_checksums(checkpoint: Path, number: int, patience: int) -> dict[str, File] | None:
+    """The files of a checkpoint with their checksums, for which each process reads what it has
+    written; None in processes other than the first.
+
+    Args:
+      number: that of the save, the same in all processes.
+    """
+    _wait_for(checkpoint, patience)
+    own = take_checksums(checkpoint, own_files(checkpoint, jax.process_index()))
+    gathered = processes.gather(f"checksums/{number}", json.dumps(own), patience)
+    if not processes.is_first():
+        return None
+    return {name: File(*file) for text in gathered for name, file in json.loads(text).items()}
 
 
 def can_resume(directory: str | Path, step: int) -> bool:
@@ -282,7 +312,7 @@ def load_params(
         elif as_stored and not differing:
             abstract = jax.tree.map(lambda to, of: to.update(dtype=of.dtype), abstract, stored)
         if not differing:
-            with _bucket_errors(path):
+            with _loading(stored, abstract), _bucket_errors(path):
                 return ocp.load_checkpointables(str(path), {"params": abstract})["params"]
     except UNREADABLE as error:
         raise _unreadable(path, error) from error
@@ -306,6 +336,85 @@ def differing_shapes(stored: Any, wanted: Any) -> str:
         if stored.get(name) != wanted.get(name):
             return f"{name} has shape {stored.get(name)} there, and {wanted.get(name)} in the model"
     return ""
+
+
+def _saving(trees: Any) -> ocp.Context:
+    """How arrays are written: in small pieces, so that processes of any other mesh read little more
+    than their parts, and as they are, since compressing them takes longer than writing them."""
+    context = ocp.Context()
+    # A folder that cannot be made fails at once, with its reason.
+    context.asynchronous.create_directories_asynchronously = False
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
+    arrays = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
+    context.memory.write_concurrent_bytes = _limit(arrays, map(_shard_bytes, arrays))
+    return context
+
+
+def _loading(stored: Any, wanted: Any) -> ocp.Context:
+    """How arrays are read: a few shards at a time.
+
+    Args:
+      stored: what the checkpoint says of its arrays.
+      wanted: abstract arrays. Those of one shape may be stored in any order.
+    """
+    by_shape: dict[tuple[int, ...], list[Any]] = {}
+    for leaf in jax.tree.leaves(stored):
+        if getattr(leaf, "storage_metadata", None) is not None:
+            by_shape.setdefault(tuple(leaf.shape), []).append(leaf)
+    context = ocp.Context()
+    arrays = jax.tree.leaves(wanted)
+    context.memory.read_concurrent_bytes = _limit(
+        arrays,
+        (_bytes_read(array, leaf) for leaf in arrays for array in by_shape.get(leaf.shape, ())),
+    )
+    return context
+
+
+def _shard_shape(leaf: Any) -> tuple[int, ...]:
+    sharding = leaf.sharding
+    return tuple(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
+
+
+def _bytes_read(stored: Any, wanted: Any) -> int:
+    """The bytes, in the wanted dtype, of the stored pieces that a shard of an array may overlap.
+
+    Where it overlaps pieces that are not all its own, those of all shards on this process's devices
+    are read at once: a piece would be read again for a shard that is read later.
+    """
+    pieces = stored.storage_metadata.chunk_shape or stored.shape
+    shard, count = _shard_shape(wanted), 1
+    for size, part, piece in zip(stored.shape, shard, pieces, strict=True):
+        overlaps = [
+            math.ceil((start + part) / piece) - start // piece
+            for start in range(0, size, max(part, 1))
+        ]
+        count *= piece * max(overlaps, default=1)
+    itemsize = max(np.dtype(leaf.dtype).itemsize for leaf in (stored, wanted))
+    return itemsize * count * (_shards_held(wanted) if count > math.prod(shard) else 1)
+
+
+def _shards_held(leaf: Any) -> int:
+    """The number of different shards of an array on this process's devices."""
+    if leaf.sharding is None:
+        return 1
+    places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+    return len({str(place) for place in places})
+
+
+def _shard_bytes(leaf: Any) -> int:
+    return np.dtype(leaf.dtype).itemsize * math.prod(_shard_shape(leaf))
+
+
+def _limit(arrays: Iterable[Any], sizes: Iterable[int]) -> int:
+    """The bytes that may be read or written at a time.
+
+    Args:
+      arrays: what this process reads or writes, with shardings or on one device.
+      sizes: the bytes that must fit at once; orbax refuses a shard that reaches the limit.
+    """
+    held = sum(_shard_bytes(leaf) * _shards_held(leaf) for leaf in arrays)
+    return max(CONCURRENT_BYTES, held // 16, *(size + 1 for size in sizes))
 
 
 def _bucket_errors(path: Path) -> AbstractContextManager[None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from plt_jax.commands.device_options import add_dtype
+from plt_jax.commands.device_options import DeviceOptions, add_dtype
 from plt_jax.commands.parser import CommandParser
 from plt_jax.errors import EXIT_DONE, EXIT_FAILED
 
@@ -40,10 +40,13 @@ def main() -> int:
         run_export,
         "write a checkpoint's parameters as a new run directory",
         "Write a checkpoint's parameters, without the optimizer's state, into a new run directory, "
-        "which eval.py, plt_jax.generate, plt_jax.convert and train.py's start_from take.",
+        "which eval.py, plt_jax.generate, plt_jax.convert and train.py's start_from take. Several "
+        "processes export a model that is larger than a host's memory.",
     )
     export.add_argument("destination", help="run directory to make")
     add_dtype(export, "parameters", "as they are stored")
+    devices = DeviceOptions(export)
+    export.set_defaults(run=lambda arguments: run_export(arguments, devices))
     arguments = parser.parse_args()
     import jax  # after parsing, so that --help and refusals are quick
 
@@ -77,8 +80,13 @@ def run_verify(arguments: argparse.Namespace) -> int:
     return EXIT_DONE if sound else EXIT_FAILED
 
 
-def run_export(arguments: argparse.Namespace) -> int:
+def run_export(arguments: argparse.Namespace, devices: DeviceOptions) -> int:
+    from plt_jax.distributed import processes
     from plt_jax.runs.export import export_params
 
-    print(export_params(arguments.path, arguments.destination, arguments.dtype))
+    mesh = devices.connect(arguments)
+    written = export_params(arguments.path, arguments.destination, arguments.dtype, mesh)
+    if processes.is_first():
+        print(written)
+    devices.finish("the parameters are written")
     return EXIT_DONE

@@ -24,7 +24,9 @@ from plt_jax.interop.options import CLOSED_GATE_BIAS, SHARD_BYTES
 def main() -> None:
     parser = CommandParser(
         prog="python -m plt_jax.convert",
-        description="Convert checkpoints; a destination is written whole or not at all.",
+        description="Convert checkpoints; a destination is written whole or not at all. Several "
+        "processes, each on a host of its own, convert a model that is larger than a host's "
+        "memory.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add_import(commands)
@@ -57,7 +59,8 @@ def add_import(commands: Any) -> None:
         "--tokenizer",
         help="tokenizer.json, or ORG/NAME[@REVISION] on the Hub, to use instead of the source's",
     )
-    command.set_defaults(run=run_import)
+    devices = DeviceOptions(command)
+    command.set_defaults(run=lambda arguments: run_import(arguments, devices))
 
 
 def add_export(commands: Any) -> None:
@@ -65,8 +68,7 @@ def add_export(commands: Any) -> None:
         "export",
         help="a run's checkpoint to a Hugging Face one",
         description="Write a run's parameters as a Hugging Face checkpoint: config.json, "
-        "safetensors and the tokenizer's files. Several processes, each on a host of its own, "
-        "export a model that is larger than a host's memory.",
+        "safetensors and the tokenizer's files.",
     )
     command.add_argument("source", help="a run directory, or one of its checkpoints/STEP folders")
     command.add_argument("destination", help="folder to make")
@@ -143,7 +145,8 @@ def add_retrofit(commands: Any) -> None:
         help="number of random tokens on which it is compared with the source, 0 for none; "
         "default: 256, or four windows if that is more",
     )
-    command.set_defaults(run=run_retrofit)
+    devices = DeviceOptions(command)
+    command.set_defaults(run=lambda arguments: run_retrofit(arguments, devices))
 
 
 def add_quantize(commands: Any) -> None:
@@ -157,25 +160,29 @@ def add_quantize(commands: Any) -> None:
     )
     command.add_argument("source", help="a run directory, or one of its checkpoints/STEP folders")
     command.add_argument("destination", help="run directory to make")
-    command.set_defaults(run=run_quantize)
+    devices = DeviceOptions(command)
+    command.set_defaults(run=lambda arguments: run_quantize(arguments, devices))
 
 
-def run_import(arguments: argparse.Namespace) -> None:
+def run_import(arguments: argparse.Namespace, devices: DeviceOptions) -> None:
     from rich.progress import track
 
+    from plt_jax.distributed import processes
     from plt_jax.runs.conversion import import_run
 
-    progress_bar = functools.partial(
-        track, description="reading", transient=True, disable=not sys.stdout.isatty()
-    )
+    mesh = devices.connect(arguments)
+    hidden = not (sys.stdout.isatty() and processes.is_first())
+    progress_bar = functools.partial(track, description="reading", transient=True, disable=hidden)
     import_run(
         arguments.source,
         arguments.destination,
         arguments.dtype,
         arguments.tokenizer,
-        report=print_line,
+        mesh,
+        report=print_first,
         track=progress_bar,
     )
+    devices.finish("the run is written")
 
 
 def run_export(arguments: argparse.Namespace, devices: DeviceOptions) -> None:
@@ -191,28 +198,33 @@ def run_export(arguments: argparse.Namespace, devices: DeviceOptions) -> None:
         shard_bytes,
         arguments.push,
         devices.connect(arguments),
-        report=print_line,
+        report=print_first,
     )
     devices.finish("the checkpoint is written")
 
 
-def run_retrofit(arguments: argparse.Namespace) -> None:
+def run_retrofit(arguments: argparse.Namespace, devices: DeviceOptions) -> None:
     from plt_jax.runs.conversion import retrofit_run
 
+    loop = read_loop(arguments)
     retrofit_run(
         arguments.source,
         arguments.destination,
-        read_loop(arguments),
+        loop,
         arguments.gate_bias,
         arguments.compare_tokens,
-        report=print_line,
+        devices.connect(arguments),
+        report=print_first,
     )
+    devices.finish("the run is written")
 
 
-def run_quantize(arguments: argparse.Namespace) -> None:
+def run_quantize(arguments: argparse.Namespace, devices: DeviceOptions) -> None:
     from plt_jax.runs.conversion import quantize_run
 
-    quantize_run(arguments.source, arguments.destination, report=print_line)
+    mesh = devices.connect(arguments)
+    quantize_run(arguments.source, arguments.destination, mesh, report=print_first)
+    devices.finish("the run is written")
 
 
 def read_loop(arguments: argparse.Namespace) -> LoopConfig:
@@ -240,6 +252,9 @@ def read_loop(arguments: argparse.Namespace) -> LoopConfig:
         raise InputError(describe_errors(error)) from error
 
 
-def print_line(line: str) -> None:
-    """Prints a line at once, because the next one may take minutes."""
-    print(line, flush=True)
+def print_first(line: str) -> None:
+    """Prints a line in process 0, at once, because the next one may take minutes."""
+    from plt_jax.distributed import processes
+
+    if processes.is_first():
+        print(line, flush=True)

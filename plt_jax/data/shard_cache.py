@@ -18,14 +18,14 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
 from plt_jax.data.shards import Shard, ShardReader
 from plt_jax.data.streams import TokenSpan
 from plt_jax.errors import FailedError, InputError
-from plt_jax.files import UNFINISHED
+from plt_jax.files import UNFINISHED, read_range
 
 FETCHES = 16
 """Shards that a process fetches at once."""
@@ -288,7 +288,7 @@ def fetch_shard(source: Path, shard: Shard, target: Path) -> None:
         for begin in range(0, shard.size, _PART_BYTES):
             end = min(begin + _PART_BYTES, shard.size)
             try:
-                part = cast(Any, source).read_range(begin, end)
+                part = read_range(source, begin, end)
             except FileNotFoundError as error:
                 raise InputError(
                     f"the shard {source} is missing; bring it back, or run plt_jax.data.prepare "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -94,6 +95,34 @@ def prepare_for_decode(
 def _prepare(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWeights:
     if dtype == "int8":
         params = quantize_params(params)
+    layers = tuple(
+        _prepare_layer(config, jax.tree.map(operator.itemgetter(j), params[part]))
+        for part, stack in stacks_of(config).items()
+        for j in range(stack.layers)
+    )
+    return _prepare_top(config, _top_of(config, params), dtype).replace(layers=layers)
+
+
+def _prepare_on_mesh(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWeights:
+    """As `_prepare`, one layer after the other, since weights travel between devices in copies."""
+    layers = tuple(
+        jax.block_until_ready(_prepare_layer_of(config, params[part], j, dtype))
+        for part, stack in stacks_of(config).items()
+        for j in range(stack.layers)
+    )
+    top = jax.jit(_prepare_top, static_argnums=(0, 2))(config, _top_of(config, params), dtype)
+    return top.replace(layers=layers)
+
+
+def _top_of(config: ModelConfig, params: Params) -> Params:
+    """The parameters that no layer has."""
+    return {name: params[name] for name in params if name not in stacks_of(config)}
+
+
+def _prepare_top(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWeights:
+    """The weights that no layer has."""
+    if dtype == "int8":
+        params = quantize_params(params)
     embedding, head = (in_dtype(params.get(name), config.dtype) for name in ("embedding", "head"))
     head = jax.tree.map(jnp.transpose, head)
     return DecodeWeights(
@@ -102,15 +131,23 @@ def _prepare(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWe
         loop_norm=_shard_weight("loop_norm", params.get("loop_norm")),
         hidden_scale=_shard_weight("hidden_scale", params.get("hidden_scale")),
         head=_shard_weight("head", head),
-        layers=tuple(
-            _prepare_layer(config, jax.tree.map(operator.itemgetter(j), params[part]))
-            for part, stack in stacks_of(config).items()
-            for j in range(stack.layers)
-        ),
+        layers=(),
     )
 
 
-_prepare_on_mesh = jax.jit(_prepare, static_argnums=(0, 2))
+@partial(jax.jit, static_argnums=(0, 3))
+def _prepare_layer_of(
+    config: ModelConfig, stacked: Weights, layer: int, dtype: str | None
+) -> dict[str, Weight]:
+    """As `_prepare_layer`, of a layer of stacked ones."""
+
+    def of_layer(weights: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False)
+
+    declared = jax.tree.map(of_layer, stacked)
+    if dtype == "int8":
+        declared = quantize_params(declared)
+    return _prepare_layer(config, declared)
 
 
 def _prepare_layer(config: ModelConfig, declared: Weights) -> dict[str, Weight]:

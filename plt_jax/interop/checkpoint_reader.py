@@ -1,15 +1,15 @@
 """Hugging Face checkpoints to configurations and parameters.
 
 Parameters are read one layer at a time, from the files straight into the stacked and sharded
-arrays. The host holds one parameter of one layer and the files under way, and never the whole model
-twice.
+arrays. A process reads the rows of the tensors that its devices hold some of, and never holds its
+part of the model twice.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.distributed.mesh import make_mesh, shardings_of
 from plt_jax.errors import InputError
-from plt_jax.files import expand, read_json
+from plt_jax.files import expand, is_folder, read_json
 from plt_jax.interop.config_json import CONFIG
 from plt_jax.interop.config_reader import read_config
 from plt_jax.interop.options import DTYPES
-from plt_jax.interop.safetensors_folder import SafetensorsFolder
-from plt_jax.interop.tensor_layout import read_part
+from plt_jax.interop.safetensors_folder import Rows, SafetensorsFolder
+from plt_jax.interop.tensor_layout import Piece, copy_piece, pieces_of
 from plt_jax.interop.tensors import (
     IGNORED_SUFFIX,
     Params,
@@ -60,7 +60,7 @@ def open_huggingface(path: str | Path, dtype: str | None = None) -> OpenCheckpoi
     if dtype not in (None, *DTYPES):
         raise InputError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     folder = expand(path)
-    if not os.path.isdir(folder):  # False also for an impossible name
+    if not is_folder(folder):
         raise InputError(f"{folder} is not a folder; give one that holds {CONFIG} and safetensors")
     values = read_json(folder / CONFIG)
     files = SafetensorsFolder(folder, IGNORED_SUFFIX)
@@ -102,31 +102,148 @@ def load_params(
     boxed = abstract_params(checkpoint.config)
     shapes, shardings = leaves_by_path(boxed), leaves_by_path(shardings_of(boxed, mesh))
     files, dtypes = checkpoint.files, checkpoint.dtypes
-    # Parameters are read file by file, so that few files are open at a time.
+    # Parameters are read file by file, so that the files are read from their beginnings to their
+    # ends.
     order = sorted(
         checkpoint.parameters, key=lambda parameter: files.tensors[parameter.tensor_names[0]].file
     )
+    rows = files.read_rows(
+        reading.rows
+        for parameter in order
+        for reading in _readings(parameter, _of_layer(shardings[parameter.path], parameter))
+    )
+    in_place = _share_the_hosts_memory(mesh)
     params: dict[tuple[str, ...], jax.Array] = {}
-    for position, parameter in enumerate(track(order)):
+    stacks: dict[tuple[str, ...], HostShards] = {}
+    for parameter in track(order):
         path, sharding = parameter.path, shardings[parameter.path]
-        files.keep_open([later.tensor_names[0] for later in order[position:]])
-
-        def read(index: Any, parameter: UnstackedParameter = parameter) -> np.ndarray:
-            part = read_part(files.read, parameter, index)
-            part = part.astype(dtypes[parameter.path], copy=False)
-            if not np.isfinite(part).all():
-                raise InputError(_not_finite(files, parameter, part.dtype))
-            return part
-
+        of_layer = _of_layer(sharding, parameter)
+        if parameter.layer is not None and in_place:
+            if path not in stacks:
+                stacks[path] = HostShards(shapes[path].shape, dtypes[path], sharding)
+            read, parts = stacks[path], stacks[path].of_layer(parameter.layer)
+        else:
+            read = HostShards(parameter.shape, dtypes[path], of_layer)
+            parts = read.parts
+        for reading in _readings(parameter, of_layer):
+            if not _copy(next(rows), reading, parameter, parts):
+                raise InputError(_not_finite(files, parameter, dtypes[path]))
         if parameter.layer is None:
-            params[path] = jax.make_array_from_callback(parameter.shape, sharding, read)
-            continue
-        one_layer = NamedSharding(mesh, PartitionSpec(*sharding.spec[1:]))
-        part = jax.make_array_from_callback(parameter.shape, one_layer, read)
-        if path not in params:
-            params[path] = jnp.zeros(shapes[path].shape, part.dtype, device=sharding)
-        params[path] = _layer_writer(sharding)(params[path], part, parameter.layer)
+            params[path] = read.to_array()
+        elif not in_place:
+            part = read.to_array()
+            if path not in params:
+                params[path] = jnp.zeros(shapes[path].shape, part.dtype, device=sharding)
+            params[path] = _layer_writer(sharding)(params[path], part, parameter.layer)
+    params |= {path: read.to_array() for path, read in stacks.items()}
     return jax.block_until_ready(unflatten_dict(params))
+
+
+def _share_the_hosts_memory(mesh: Mesh) -> bool:
+    """Whether layers can be read straight into the stacked parameters of the devices. Otherwise the
+    host holds one layer of a parameter at a time."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+Place = tuple[tuple[int, int], ...]
+"""A box of an array: its first position along each axis, and the one behind its last."""
+
+
+class HostShards:
+    """The parts of an array that this process's devices hold, in the host's memory.
+
+    Attributes:
+      parts: their values, which are to be set, by their places in the array.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding):
+        self._shape, self._sharding = shape, sharding
+        self._devices = _devices_by_place(shape, sharding)
+        self.parts = {
+            place: _empty(tuple(stop - start for start, stop in place), dtype)
+            for place in self._devices
+        }
+
+    def of_layer(self, layer: int) -> dict[Place, np.ndarray]:
+        """The parts of one layer, of an array whose first axis has the layers."""
+        return {place[1:]: values[layer] for place, values in self.parts.items()}
+
+    def to_array(self) -> jax.Array:
+        """The array; the values must not change any more, since CPU devices share them."""
+        on_devices = [
+            jax.device_put(self.parts[place], device)
+            for place, devices in self._devices.items()
+            for device in devices
+        ]
+        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, on_devices)
+
+
+def _devices_by_place(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Place, list[Any]]:
+    """This process's devices, by the part of an array that they hold."""
+    devices: dict[Place, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        place = tuple(
+            along.indices(size)[:2] for along, size in zip(index or (), shape, strict=True)
+        )
+        devices.setdefault(place, []).append(device)
+    return devices
+
+
+ALIGNMENT = 64
+"""Bytes to whose multiples JAX's CPU devices align what they share with the host."""
+
+
+def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array that a CPU device takes over without copying it."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _of_layer(sharding: NamedSharding, parameter: UnstackedParameter) -> NamedSharding:
+    """The sharding of one layer of a parameter; layers are never divided over devices."""
+    if parameter.layer is None:
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+
+
+class _Reading(NamedTuple):
+    """What this process needs of one tensor."""
+
+    rows: Rows
+    pieces: list[tuple[Place, Piece]]
+    """The pieces of these rows, with the places of the parts that they belong to."""
+
+
+def _readings(parameter: UnstackedParameter, sharding: NamedSharding) -> Iterator[_Reading]:
+    """What this process needs of each of a parameter's tensors."""
+    by_place = {
+        place: pieces_of(parameter, tuple(slice(*along) for along in place))
+        for place in _devices_by_place(parameter.shape, sharding)
+    }
+    for name in parameter.tensor_names:
+        pieces = [(place, found[name]) for place, found in by_place.items() if name in found]
+        if pieces:
+            first = min(piece.within[0].start for _, piece in pieces)
+            end = max(piece.within[0].stop for _, piece in pieces)
+            yield _Reading(Rows(name, first, end), pieces)
+
+
+def _copy(
+    rows: np.ndarray,
+    reading: _Reading,
+    parameter: UnstackedParameter,
+    parts: Mapping[Place, np.ndarray],
+) -> bool:
+    """Copies what was read into the parts of a parameter. Returns whether it is finite."""
+    finite = True
+    for place, piece in reading.pieces:
+        first, *others = piece.within
+        start, stop = first.start - reading.rows.start, first.stop - reading.rows.start
+        box = rows[(slice(start, stop), *others)]
+        finite = copy_piece(box, piece, parameter, parts[place]) and finite
+    return finite
 
 
 def _check_tensors(

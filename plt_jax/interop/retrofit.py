@@ -11,19 +11,23 @@ measures how far.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pydantic
+from jax.sharding import Mesh
 
 from plt_jax.config import LoopConfig, ModelConfig
 from plt_jax.config.yaml_file import describe_errors
+from plt_jax.distributed.mesh import shardings_of, use_mesh
 from plt_jax.errors import InputError
 from plt_jax.interop.options import CLOSED_GATE_BIAS
-from plt_jax.interop.tensors import Params
+from plt_jax.interop.tensors import Params, leaves_by_path
 from plt_jax.model.block import block_parameters, stacks_of
-from plt_jax.model.transformer import Transformer, top_parameters
+from plt_jax.model.layers import Parameter
+from plt_jax.model.transformer import Transformer, abstract_params, top_parameters
 
 
 def retrofit(
@@ -31,6 +35,7 @@ def retrofit(
     params: Params,
     loop: LoopConfig,
     gate_bias: float | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[ModelConfig, Params]:
     """The same weights in a looped model. New are only gates, a learned hidden_scale, and the norm
     between loops that layers follow.
@@ -42,9 +47,11 @@ def retrofit(
       gate_bias: the gates' bias at the start, instead of the loop's. 0 blends loop 1's attention
         and the window's evenly, as in a new PLT. 4 gives the window a weight of 2 %, which training
         can still change. CLOSED_GATE_BIAS gives it none.
+      mesh: the devices that hold the parameters; default one device.
 
     Returns:
-      The looped model's configuration and parameters.
+      The looped model's configuration and parameters. Stacks of layers that are not cut are the
+      source's own arrays.
 
     Raises:
       InputError: the model loops already, `loop` has no loops, or `gate_bias` is not finite.
@@ -64,22 +71,30 @@ def retrofit(
         raise InputError("the scheme no_loop does not loop; choose a looped scheme")
     looped = _looped(config, loop.model_copy(update={"gate_bias": gate_bias}))
     dtype = params["final_norm"].dtype
+    shardings = {} if mesh is None else shardings_of(abstract_params(looped), mesh)
+    by_path = leaves_by_path(shardings)
+
+    def make(parameter: Parameter, shape: tuple[int, ...], *path: str) -> jax.Array:
+        init = partial(parameter.initializer, shape=shape, dtype=dtype)
+        return jax.jit(init, out_shardings=by_path.get(path))(jax.random.key(0))
+
     sources = stacks_of(config)
     new = {name: params[name] for name in params if name not in sources}
     for name, parameter in top_parameters(looped).items():
         if name not in new:
-            new[name] = parameter.initializer(jax.random.key(0), parameter.shape, dtype)
+            new[name] = make(parameter, parameter.shape, name)
     # The source's stacks, dense and with experts, are cut where the loops begin and end.
     cut = dict.fromkeys(sources, 0)
     for name, stack in stacks_of(looped).items():
         source = next(key for key, one in sources.items() if one.mixture == stack.mixture)
         start, stop = cut[source], cut[source] + stack.layers
         cut[source] = stop
-        layers = {key: values[start:stop] for key, values in params[source].items()}
+        layers = dict(params[source])
+        if stack.layers < sources[source].layers:
+            layers = {key: values[start:stop] for key, values in layers.items()}
         for key, parameter in block_parameters(looped, stack).items():
             if key not in layers:
-                shape = (stack.layers, *parameter.shape)
-                layers[key] = parameter.initializer(jax.random.key(0), shape, dtype)
+                layers[key] = make(parameter, (stack.layers, *parameter.shape), name, key)
         if "router_bias" in layers and stack.part == "core":
             # Every loop starts with the source's biases.
             layers["router_bias"] = jnp.repeat(layers["router_bias"], loop.count, axis=1)
@@ -114,9 +129,24 @@ def compare_models(
     looped: ModelConfig,
     looped_params: Params,
     tokens_BT: jax.Array,
+    mesh: Mesh | None = None,
 ) -> ModelDifference:
-    """Compares a model and the looped model that was made from it, on tokens int32 [B, T]."""
+    """Compares a model and the looped model that was made from it, on tokens int32 [B, T].
 
+    Args:
+      mesh: the devices that hold the parameters; B and T must divide over it.
+    """
+    with use_mesh(mesh):
+        return _compare(config, params, looped, looped_params, tokens_BT)
+
+
+def _compare(
+    config: ModelConfig,
+    params: Params,
+    looped: ModelConfig,
+    looped_params: Params,
+    tokens_BT: jax.Array,
+) -> ModelDifference:
     def logits(config: ModelConfig, params: Params) -> jax.Array:
         model = Transformer(config)
         return jax.jit(lambda params: model.apply({"params": params}, tokens_BT))(params)

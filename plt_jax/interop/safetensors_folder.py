@@ -1,25 +1,31 @@
 """A folder of safetensors files: one file, or several files with an index.
 
-All headers are read and checked first. Tensors are then read one at a time, or in part. Files that
-are no longer needed can be closed, so that memory holds only those that are being read.
+All headers are read and checked first. Rows of tensors are then read from the files, or from the
+objects of a bucket, a few ahead of those that are in use.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import mmap
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import EllipsisType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from plt_jax.buckets.address import is_in_bucket
 from plt_jax.errors import InputError
-from plt_jax.files import check_regular, local_file, read_json
+from plt_jax.files import check_regular, local_file, read_json, read_range
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -30,12 +36,32 @@ DTYPES = {
 }
 
 
+AHEAD_BYTES = 2**28
+"""The bytes of rows that are read ahead."""
+
+
 class Tensor(NamedTuple):
     """A tensor as its file's header describes it."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: np.dtype
+    offset: int
+    """The position of its first byte in the file."""
+
+    def bytes_of(self, start: int, stop: int) -> tuple[int, int]:
+        """The position in the file of the first byte of some rows, and that behind their last."""
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        return self.offset + start * row, self.offset + stop * row
+
+
+class Rows(NamedTuple):
+    """Rows of a tensor, counted along its first axis."""
+
+    name: str
+    """The tensor's."""
+    start: int
+    stop: int
 
 
 class SafetensorsFolder:
@@ -49,6 +75,7 @@ class SafetensorsFolder:
         """Reads all headers.
 
         Args:
+          folder: a folder, on a disk or in a bucket.
           ignored: tensors whose names end in this are left out.
 
         Raises:
@@ -58,8 +85,6 @@ class SafetensorsFolder:
         """
         self.folder = folder
         self._ignored = ignored
-        self._open: dict[Path, Any] = {}
-        self._read_ahead: set[Path] = set()
         self.tensors: dict[str, Tensor] = {}
         index = _read_index(folder)
         for file in [folder / SINGLE] if index is None else sorted(set(index.values())):
@@ -71,60 +96,128 @@ class SafetensorsFolder:
             if found is None or found.file != file:
                 raise InputError(f"{folder / INDEX} says that {name} is in {file.name}; it is not")
 
-    def read(self, name: str, index: tuple[slice | EllipsisType, ...] = (...,)) -> np.ndarray:
-        """A tensor, or a part of it, as a new array.
+    def read(self, name: str) -> np.ndarray:
+        """A whole tensor.
 
         Raises:
           InputError: the file cannot be read.
         """
-        file = self.tensors[name].file
-        try:
-            return self._handle(file).get_slice(name)[index]
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"cannot read {name} from {file}: {_line(error)}") from error
+        (values,) = self.read_rows([Rows(name, 0, (*self.tensors[name].shape, 1)[0])])
+        return values.copy()
 
-    def keep_open(self, names: Sequence[str]) -> None:
-        """Prepares to read these tensors, in this order, and no others.
+    def read_rows(self, wanted: Iterable[Rows]) -> Iterator[np.ndarray]:
+        """Yields rows of tensors, [stop - start, ...], in the order in which they are wanted.
 
-        Files that hold none of them are closed. The operating system is asked to read the next two
-        files ahead.
+        What was yielded may be used until the next rows are. Rows of a file are not copied into the
+        process's memory, which holds the pages of the rows in use alone; the operating system is
+        asked to read the next ones. Rows of an object in a bucket are read ahead.
+
+        Raises:
+          InputError: a file cannot be read.
         """
-        needed = list(dict.fromkeys(self.tensors[name].file for name in names))
-        for file in [file for file in self._open if file not in needed]:
-            del self._open[file]  # its memory map goes with it
-        for file in needed[:2]:
-            if file not in self._read_ahead and hasattr(os, "posix_fadvise"):
-                self._read_ahead.add(file)
-                with open(file, "rb") as opened:
-                    os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        left, ahead = deque(wanted), deque[tuple[Rows, int, Future[bytes | None]]]()
+        opened: dict[Path, mmap.mmap] = {}
+        with ThreadPoolExecutor(1, thread_name_prefix="read ahead") as pool:
+            try:
+                while left or ahead:
+                    while left and sum(size for _, size, _ in ahead) < AHEAD_BYTES:
+                        rows = left.popleft()
+                        tensor = self.tensors[rows.name]
+                        first, end = tensor.bytes_of(rows.start, rows.stop)
+                        future = pool.submit(_read_ahead, tensor.file, first, end)
+                        ahead.append((rows, end - first, future))
+                    rows, _, future = ahead.popleft()
+                    try:
+                        array = self._array(rows, future.result(), opened)
+                    except (OSError, ValueError) as error:  # ValueError: it has become shorter
+                        file = self.tensors[rows.name].file
+                        reason = _line(error)
+                        raise InputError(
+                            f"cannot read {rows.name} from {file}: {reason}"
+                        ) from error
+                    yield array
+            finally:
+                for _, _, future in ahead:
+                    future.cancel()
+
+    def _array(
+        self, rows: Rows, content: bytes | None, opened: dict[Path, mmap.mmap]
+    ) -> np.ndarray:
+        tensor = self.tensors[rows.name]
+        shape = (rows.stop - rows.start, *tensor.shape[1:]) if tensor.shape else ()
+        first, _ = tensor.bytes_of(rows.start, rows.stop)
+        if content is not None:
+            return np.frombuffer(content, tensor.dtype).reshape(shape)
+        if tensor.file not in opened:
+            opened.clear()  # the map of another file ends with its last array
+            with open(tensor.file, "rb") as file:
+                opened[tensor.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        mapped = opened[tensor.file]
+        if hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)  # they stay in the page cache
+        return np.frombuffer(mapped, tensor.dtype, math.prod(shape), first).reshape(shape)
 
     def _add_header(self, file: Path) -> None:
         try:
-            handle = self._handle(file)
-            names = handle.keys()
-            for name in names:
-                if name.endswith(self._ignored):
-                    continue
-                header = handle.get_slice(name)
-                dtype = DTYPES.get(header.get_dtype())
-                if dtype is None:
-                    raise InputError(
-                        f"{file}: {name} has dtype {header.get_dtype()}; only "
-                        f"{', '.join(DTYPES)} are read, so give a checkpoint that is not quantised"
-                    )
-                if name in self.tensors:
-                    raise InputError(f"{name} is in both {self.tensors[name].file} and {file}")
-                self.tensors[name] = Tensor(file, tuple(header.get_shape()), dtype)
+            with _open_header(file) as (handle, offsets):
+                names = handle.keys()
+                for name in names:
+                    if name.endswith(self._ignored):
+                        continue
+                    header = handle.get_slice(name)
+                    dtype = DTYPES.get(header.get_dtype())
+                    if dtype is None:
+                        raise InputError(
+                            f"{file}: {name} has dtype {header.get_dtype()}; only "
+                            f"{', '.join(DTYPES)} are read, so give a checkpoint that is not "
+                            "quantised"
+                        )
+                    if name in self.tensors:
+                        raise InputError(f"{name} is in both {self.tensors[name].file} and {file}")
+                    shape = tuple(header.get_shape())
+                    self.tensors[name] = Tensor(file, shape, dtype, offsets[name])
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"{file} is not a complete safetensors file ({_line(error)}); download it again"
             ) from error
 
-    def _handle(self, file: Path) -> Any:
-        if file not in self._open:
-            check_regular(file)
-            self._open[file] = safe_open(file, framework="numpy")
-        return self._open[file]
+
+@contextlib.contextmanager
+def _open_header(file: Path) -> Iterator[tuple[safe_open, dict[str, int]]]:
+    """A file whose header safetensors has checked, and the position of each tensor in the file.
+
+    Raises:
+      SafetensorError, OSError: it is damaged or cannot be read.
+    """
+    check_regular(file)
+    with contextlib.ExitStack() as stack:
+        checked = file
+        if is_in_bucket(file):
+            home = stack.enter_context(tempfile.TemporaryDirectory(prefix="plt_jax-"))
+            # A file with the same header, and with holes in the place of the tensors.
+            size = file.stat().st_size
+            header = read_range(file, 0, min(8, size))
+            header += read_range(file, 8, min(8 + int.from_bytes(header, "little"), size))
+            checked = Path(home) / SINGLE
+            checked.write_bytes(header)
+            os.truncate(checked, size)
+        handle = stack.enter_context(safe_open(checked, framework="numpy"))
+        with open(checked, "rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            tensors = json.loads(opened.read(length))
+        tensors.pop("__metadata__", None)
+        yield handle, {name: 8 + length + one["data_offsets"][0] for name, one in tensors.items()}
+
+
+def _read_ahead(file: Path, first: int, end: int) -> bytes | None:
+    """The bytes of an object in a bucket; None for a file, whose bytes the operating system is
+    asked to read."""
+    if is_in_bucket(file):
+        return read_range(file, first, end)
+    if hasattr(os, "posix_fadvise"):
+        with open(file, "rb") as opened:
+            os.posix_fadvise(opened.fileno(), first, end - first, os.POSIX_FADV_WILLNEED)
+    return None
 
 
 def _read_index(folder: Path) -> dict[str, Path] | None:
@@ -147,11 +240,16 @@ def _read_index(folder: Path) -> dict[str, Path] | None:
         )
     index = read_index(path)
     for name, file in index.items():
-        if not os.path.exists(file):  # False also for an impossible name
+        if not _exists(file):
             raise InputError(
                 f"{file} is missing, but {path} says that it holds {name}; download it"
             )
     return index
+
+
+def _exists(file: Path) -> bool:
+    """Whether there is a file; False also for an impossible name."""
+    return file.exists() if is_in_bucket(file) else os.path.exists(file)
 
 
 def read_index(path: Path) -> dict[str, Path]:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from plt_jax.config import EvaluationConfig, LoopConfig, ModelConfig, RunConfig
 from plt_jax.config.data import DataConfig
@@ -25,6 +26,7 @@ from plt_jax.data.tokenizer import (
 )
 from plt_jax.decoding.quantization import quantize_params
 from plt_jax.distributed import processes
+from plt_jax.distributed.mesh import whole_batch
 from plt_jax.errors import InputError
 from plt_jax.files import check_new_folder, expand, local_folder, new_folder, to_path, write_text
 from plt_jax.hub.download import Snapshot, fetch
@@ -41,7 +43,14 @@ from plt_jax.interop.retrofit import compare_models, retrofit
 from plt_jax.interop.tensors import UnstackedParameter
 from plt_jax.interop.tokenizer_files import COMPANIONS, companion_files, write_tokenizer_files
 from plt_jax.model.costs import describe_loops
-from plt_jax.runs.directory import Found, create_run, find_checkpoint, read_params, tokenizer_of
+from plt_jax.runs.directory import (
+    WAIT_SECONDS,
+    Found,
+    create_run,
+    find_checkpoint,
+    read_params,
+    tokenizer_of,
+)
 
 Report = Callable[[str], None]
 """Receives lines for people, without their line ends."""
@@ -51,8 +60,6 @@ IMPORTED_SEQUENCE_LENGTH = 1024
 context can be longer than memory allows."""
 IMPORTED_BATCH_SIZE = 8
 """Sequences per evaluation batch of an imported run."""
-WAIT_SECONDS = 300
-"""How long the processes of an export wait for one another before they write."""
 
 
 def import_run(
@@ -60,17 +67,21 @@ def import_run(
     destination: str,
     dtype: str | None = None,
     tokenizer: str | None = None,
+    mesh: Mesh | None = None,
     *,
     report: Report,
     track: Callable[[Sequence[UnstackedParameter]], Iterable[UnstackedParameter]] = iter,
 ) -> None:
     """Makes a run directory from a Hugging Face checkpoint.
 
+    With several processes all must call it. Each reads and writes what its devices hold.
+
     Args:
       source: its folder, or its name on the Hugging Face Hub, ORG/NAME or ORG/NAME@REVISION. What
         exists is a folder.
       dtype: dtype of the parameters; default: the checkpoint's.
       tokenizer: a tokenizer to use instead of the checkpoint's, see `find_tokenizer`.
+      mesh: the devices that hold the parameters; default one device.
       track: sees every parameter of every layer as it is read, for a progress bar.
 
     Raises:
@@ -81,16 +92,16 @@ def import_run(
     check_new_folder(destination)
     given = None if tokenizer is None else find_tokenizer(tokenizer, report)
     with _open_source(source, given, report) as found:
-        checkpoint = open_huggingface(found.folder, dtype)
+        checkpoint = open_huggingface(found.weights, dtype)
         config = checkpoint.config
-        chosen, companions = _choose_tokenizer(checkpoint.folder, given)
+        chosen, companions = _choose_tokenizer(found.folder, given)
         if chosen is not None:
             chosen.check_size(config.vocab_size)
         else:
             report(
                 f"{found.shown} has no tokenizer.json: evaluation and generation need --tokenizer"
             )
-        params = load_params(checkpoint, track=track)
+        params = load_params(checkpoint, mesh, track)
         run = RunConfig(
             run_dir=destination,
             model=config,
@@ -170,10 +181,13 @@ def retrofit_run(
     loop: LoopConfig,
     gate_bias: float,
     compare_tokens: int | None = None,
+    mesh: Mesh | None = None,
     *,
     report: Report,
 ) -> None:
     """Makes a run directory of a looped model from a run of a model without loops.
+
+    With several processes all must call it. Each reads and writes what its devices hold.
 
     Args:
       source: a run directory (its newest checkpoint) or one of its checkpoints/STEP folders.
@@ -181,6 +195,7 @@ def retrofit_run(
       gate_bias: the gates' bias at the start; see `interop.retrofit.retrofit`.
       compare_tokens: number of random tokens on which the two models are compared, 0 for none;
         default: 256, or four windows if that is more.
+      mesh: the devices that hold the parameters; default one device.
 
     Raises:
       InputError: there is no sound checkpoint, its model loops already, the destination is taken,
@@ -190,8 +205,8 @@ def retrofit_run(
         raise InputError(f"--compare_tokens is {compare_tokens}; it must be 0 or more")
     check_new_folder(destination)
     found = find_checkpoint(source)
-    source_params = read_params(found)
-    config, params = retrofit(found.config.model, source_params, loop, gate_bias)
+    source_params = read_params(found, mesh)
+    config, params = retrofit(found.config.model, source_params, loop, gate_bias, mesh)
     create_run(
         found.config.model_copy(
             update={"model": config, "run_dir": destination, "start_from": None}
@@ -206,22 +221,27 @@ def retrofit_run(
         report(line)
     if compare_tokens != 0:
         length = compare_tokens or max(256, 4 * loop.window)
-        for line in _compare(found, source_params, config, params, length):
+        for line in _compare(found, source_params, config, params, length, mesh):
             report(line)
 
 
-def quantize_run(source: str, destination: str, *, report: Report) -> None:
+def quantize_run(
+    source: str, destination: str, mesh: Mesh | None = None, *, report: Report
+) -> None:
     """Makes a run directory whose large weights are rounded to eight bits; see `quantize_params`.
+
+    With several processes all must call it. Each reads and writes what its devices hold.
 
     Args:
       source: a run directory (its newest checkpoint) or one of its checkpoints/STEP folders.
+      mesh: the devices that hold the parameters; default one device.
 
     Raises:
       InputError: there is no sound checkpoint, or the destination is taken; nothing is left then.
     """
     check_new_folder(destination)
     found = find_checkpoint(source)
-    params = quantize_params(read_params(found, quantized=True))
+    params = quantize_params(read_params(found, mesh, quantized=True))
     config = found.config
     create_run(
         config.model_copy(update={"run_dir": destination, "start_from": None}),
@@ -239,7 +259,9 @@ class _Source(NamedTuple):
     """What is imported."""
 
     folder: Path
-    """Its folder, on a disk."""
+    """A folder on a disk that has its files, at least those beside the weights."""
+    weights: Path
+    """The folder that has all of them, on a disk or in a bucket."""
     shown: str
     """Its name, for people."""
     origin: Mapping[str, str | None] | None = None
@@ -248,7 +270,8 @@ class _Source(NamedTuple):
 
 @contextlib.contextmanager
 def _open_source(source: str, given: Path | None, report: Report) -> Iterator[_Source]:
-    """The folder of a checkpoint to import, fetched from a bucket or from the Hub if it is there.
+    """The folder of a checkpoint to import, fetched from the Hub if it is there. Of a folder in a
+    bucket the files beside the weights are fetched.
 
     Args:
       given: a tokenizer to use instead of its own.
@@ -257,16 +280,15 @@ def _open_source(source: str, given: Path | None, report: Report) -> Iterator[_S
     if name is not None:
         snapshot = _fetch(name, given, report)
         origin = snapshot.name._asdict() | {"commit": snapshot.commit}
-        yield _Source(snapshot.folder, str(snapshot), origin)
+        yield _Source(snapshot.folder, snapshot.folder, str(snapshot), origin)
         return
-    with local_folder(expand(source), _is_imported) as folder:
-        yield _Source(folder, source)
+    with local_folder(expand(source), _is_companion) as folder:
+        yield _Source(folder, expand(source), source)
 
 
-def _is_imported(name: str) -> bool:
-    """Whether the import reads a file of a checkpoint's folder, by its name."""
-    patterns = (*COMPANIONS, "*.safetensors", "*.safetensors.index.json")
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+def _is_companion(name: str) -> bool:
+    """Whether the import reads a file beside the weights of a checkpoint, by its name."""
+    return any(fnmatch.fnmatch(name, pattern) for pattern in COMPANIONS)
 
 
 def _fetch(name: HubName, given: Path | None, report: Report) -> Snapshot:
@@ -321,12 +343,21 @@ def _advice(config: ModelConfig, destination: str) -> list[str]:
 
 
 def _compare(
-    found: Found, source_params: Any, config: ModelConfig, params: Any, length: int
+    found: Found,
+    source_params: Any,
+    config: ModelConfig,
+    params: Any,
+    length: int,
+    mesh: Mesh | None,
 ) -> list[str]:
     """How far a retrofitted model's predictions are from its source's, line by line."""
     loop, length = config.loop, min(length, config.max_length)
     tokens = jax.random.randint(jax.random.key(0), (1, length), 0, config.vocab_size)
-    difference = compare_models(found.config.model, source_params, config, params, tokens)
+    if mesh is not None:  # whose devices divide rows
+        tokens = np.repeat(tokens, whole_batch(1, mesh), axis=0)
+        tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec()))
+    models = (found.config.model, source_params, config, params)
+    difference = compare_models(*models, tokens, mesh)
     lines = [
         f"on {length} random tokens its logits are within {difference.largest_logit:.2g} of the "
         f"source's, its predictions {difference.kl_divergence:.2g} nats (KL) away"

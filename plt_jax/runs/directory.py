@@ -5,7 +5,8 @@ names.py lists the files of a run directory; resume.py checks and writes those o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +20,18 @@ from plt_jax.config import MeshConfig, RunConfig
 from plt_jax.config.yaml_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.decoding.quantization import dequantize_params
+from plt_jax.distributed import processes
 from plt_jax.distributed.mesh import abstract_arrays, make_mesh
 from plt_jax.errors import InputError
-from plt_jax.files import copy_file, new_folder, to_json, write_text
+from plt_jax.files import copy_file, new_folder, to_json, to_path, write_text
 from plt_jax.model.kernels import is_hopper
 from plt_jax.model.looping import with_loops
 from plt_jax.model.transformer import abstract_params
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, ORIGIN, locate
 from plt_jax.runs.quantized import is_quantized_checkpoint, load_quantized, to_parts
+
+WAIT_SECONDS = 300
+"""How long processes that write files together wait for one another."""
 
 
 class Found(NamedTuple):
@@ -155,6 +160,9 @@ def create_run(
 ) -> None:
     """Makes a run directory with one checkpoint, of step 0, that holds only parameters.
 
+    With several processes all must call it. Each writes the parameters that its devices hold, and
+    process 0 all else; it is complete when process 0 returns.
+
     Args:
       params: as `Transformer.init` gives them, unboxed, or as `quantize_params` does.
       tokenizer: the run's tokenizer, if there is one.
@@ -164,13 +172,34 @@ def create_run(
     Raises:
       InputError: the directory holds something, or cannot be written to; nothing is left then.
     """
-    with new_folder(config.directory) as directory:
-        write_text(directory / CONFIG, dump_config(config))
-        if tokenizer is not None:
-            tokenizer.save(directory)
-        (directory / HUGGINGFACE).mkdir()
-        for name, file in files.items():
-            copy_file(file, directory / HUGGINGFACE / name)
-        if origin is not None:
-            write_text(directory / HUGGINGFACE / ORIGIN, to_json(origin, indent=2) + "\n")
-        save_params(directory / CHECKPOINTS, 0, to_parts(params))
+    with _new_shared_folder(config.directory) as directory:
+        if processes.is_first():
+            write_text(directory / CONFIG, dump_config(config))
+            if tokenizer is not None:
+                tokenizer.save(directory)
+            (directory / HUGGINGFACE).mkdir()
+            for name, file in files.items():
+                copy_file(file, directory / HUGGINGFACE / name)
+            if origin is not None:
+                write_text(directory / HUGGINGFACE / ORIGIN, to_json(origin, indent=2) + "\n")
+        save_params(directory / CHECKPOINTS, 0, to_parts(params), WAIT_SECONDS)
+
+
+@contextlib.contextmanager
+def _new_shared_folder(path: Path) -> Iterator[Path]:
+    """Yields the folder of `new_folder`, which process 0 makes, in all processes.
+
+    Raises:
+      InputError: see `new_folder`.
+    """
+    # In a bucket the folder has its name from the beginning, and all have to see it empty.
+    processes.barrier("the destination is checked", WAIT_SECONDS)
+    if processes.is_first():
+        with new_folder(path) as folder:
+            processes.broadcast(str(folder), WAIT_SECONDS)
+            yield folder
+        return
+    try:
+        yield to_path(processes.broadcast("", WAIT_SECONDS))
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from plt_jax.data.tokenizer import HUGGINGFACE
 from plt_jax.files import check_new_folder
@@ -12,13 +13,21 @@ from plt_jax.interop.tokenizer_files import companion_files
 from plt_jax.runs.directory import create_run, find_checkpoint, read_params, tokenizer_of
 
 
-def export_params(path: str | Path, destination: str | Path, dtype: str | None = None) -> str:
+def export_params(
+    path: str | Path,
+    destination: str | Path,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+) -> str:
     """Makes a run directory with one checkpoint, of step 0, that holds the parameters alone.
+
+    With several processes all must call it. Each reads and writes what its devices hold.
 
     Args:
       path: a run directory (its newest checkpoint) or one of its checkpoints/STEP.
       destination: the new run directory.
       dtype: the dtype that the parameters are stored in; default their own.
+      mesh: the devices that hold the parameters; default one device.
 
     Returns:
       Two lines that say what was written.
@@ -29,7 +38,7 @@ def export_params(path: str | Path, destination: str | Path, dtype: str | None =
     """
     check_new_folder(destination)
     found = find_checkpoint(path)
-    params = read_params(found, dtype=dtype)
+    params = read_params(found, mesh, dtype)
     create_run(
         found.config.model_copy(update={"run_dir": str(destination), "start_from": None}),
         params,

@@ -14,6 +14,7 @@ from tests.training.runs import REPOSITORY
 
 COMMANDS = (
     "benchmarks.against_commit",
+    "benchmarks.bucket_saving",
     "benchmarks.decode_dtypes",
     "benchmarks.data",
     "benchmarks.data_in_bucket",

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
+from plt_jax.checkpoint import store
 from plt_jax.checkpoint.damage import refuse_damaged
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import Checkpoints, load_params
+from plt_jax.checkpoint.store import Checkpoints, load_params, stored_params
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError, InputError
 from tests.checkpoint.damage import files_of, flip_bit, save_steps
@@ -242,6 +243,36 @@ def test_parameters_are_read_where_the_optimizer_is_damaged(tmp_path):
 def test_parameters_are_read_into_another_dtype(saved, dtype):
     directory, params, _ = saved
     read = load_params(directory, 5, abstract(params), dtype=dtype)
+    assert_same(read, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
+
+
+def test_large_arrays_are_stored_in_pieces_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CHUNK_BYTES", 2**20)
+    params = {"x": jnp.zeros((2, 1024, 640))}
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(1, params, {"step": jnp.ones(2)}, batches())
+    found = stored_params(tmp_path, 1)["x"].storage_metadata.chunk_shape
+    assert 4 * np.prod(found) <= 2**20
+    assert all(size % piece == 0 for size, piece in zip((2, 1024, 640), found, strict=True))
+    # Zeros would be next to nothing if they were compressed.
+    assert (
+        sum((tmp_path / "1" / name).stat().st_size for name in files_of(tmp_path / "1"))
+        > params["x"].nbytes
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_arrays_above_the_limit_are_read_and_written_one_at_a_time(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(store, "CONCURRENT_BYTES", 1)
+    params = {"half": jnp.arange(64, dtype=jnp.bfloat16) / 7}
+    optimizer = make_optimizer_state(params)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(3, params, optimizer, {"position": 3})
+        checkpoints.wait()
+        restored = checkpoints.restore(3, abstract(params), abstract(optimizer))
+    assert_same(restored[0], params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored[1], optimizer))
+    read = load_params(tmp_path, 3, abstract(params), dtype=dtype)
     assert_same(read, jax.tree.map(lambda leaf: leaf.astype(dtype), params))
 
 

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from plt_jax import ModelConfig, load_huggingface, save_huggingface
+from plt_jax.interop import checkpoint_reader
 from plt_jax.model.transformer import abstract_params
 from tests.golden.huggingface import GOLDEN
 from tests.golden.test_looped_types import NANBEIGE, OURO
@@ -184,3 +185,32 @@ def test_one_loop_without_gates_is_a_plain_model(tmp_path):
     np.testing.assert_array_equal(
         forward(read)(read_params, tokens), forward(config)(params, tokens)
     )
+
+
+def test_devices_with_memory_of_their_own_get_the_same_layer_by_layer(monkeypatch):
+    expected, params = load_huggingface(TRANSFORMERS / "llama")
+    monkeypatch.setattr(checkpoint_reader, "_share_the_hosts_memory", lambda mesh: False)
+    made, shapes = checkpoint_reader.HostShards, []
+
+    def noted(shape, *others):
+        shapes.append(shape)
+        return made(shape, *others)
+
+    monkeypatch.setattr(checkpoint_reader, "HostShards", noted)
+    config, read = load_huggingface(TRANSFORMERS / "llama")
+    assert config == expected
+    assert_same(read, params)
+    stacked = {leaf.shape for leaf in jax.tree.leaves(params["layers"])}
+    assert shapes and not stacked & set(shapes)
+
+
+def test_parameters_that_share_the_readers_memory_can_be_donated():
+    _, params = load_huggingface(TRANSFORMERS / "llama")
+    shards = checkpoint_reader.HostShards((3, 4), np.dtype("float32"), params["head"].sharding)
+    ((_, values),) = shards.parts.items()
+    values[...] = np.arange(12).reshape(3, 4)
+    array = shards.to_array()
+    assert np.shares_memory(np.asarray(array), values)
+    doubled = jax.jit(lambda x: 2 * x, donate_argnums=0)(array)
+    np.testing.assert_array_equal(doubled, 2 * np.arange(12).reshape(3, 4))
+    np.testing.assert_array_equal(values, np.arange(12).reshape(3, 4))
