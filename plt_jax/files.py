@@ -270,7 +270,8 @@ def write_pieces(path: Path, pieces: Iterable[str]) -> None:
 def write_new(path: Path, text: str) -> bool:
     """Writes a file that does not exist yet; returns False, and writes nothing, if it does.
 
-    Of several processes that do so at once, on one machine or many, one succeeds.
+    Of several processes that do so at once, on one machine or many, one succeeds. (On a file system
+    without links several may, and the last one's file stays.)
 
     Raises:
       InputError: the file cannot be written.
@@ -281,19 +282,17 @@ def write_new(path: Path, text: str) -> bool:
 
             return write_generation(path, text, before=0) is not None
         unfinished = path.with_name(f".{path.name[:200]}.{uuid.uuid4().hex}{UNFINISHED}")
-        write_synced(unfinished, text)
         try:
+            write_synced(unfinished, text)
             os.link(unfinished, path)  # which, unlike renaming, replaces nothing
         except FileExistsError:
             return False
-        except OSError:  # this file system has no links
-            try:
-                with path.open("x", encoding="utf-8") as file:
-                    file.write(text)
-            except FileExistsError:
+        except OSError:
+            if path.exists():
                 return False
+            unfinished.replace(path)
         finally:
-            unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
         return True
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}") from error

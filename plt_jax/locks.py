@@ -18,7 +18,7 @@ from plt_jax.buckets.address import is_in_bucket
 from plt_jax.errors import FailedError, one_line
 
 LOCK = "lock.json"
-"""The object that tells of a lock, in a run directory in a bucket."""
+"""The object that tells of a lock, in a folder in a bucket."""
 BEAT_SECONDS = 10
 """How often the holder of a lock in a bucket writes it anew."""
 GONE_SECONDS = 60
@@ -58,12 +58,13 @@ class Lock(Protocol):
         ...
 
 
-def lock_of(directory: Path, take_over: bool = False) -> Lock:
-    """The lock of a run directory.
+def lock_of(directory: Path, take_over: bool | None = None) -> Lock:
+    """The lock of a folder.
 
     Args:
       take_over: whether to take it from a holder in a bucket that does not give it back, and may
-        still write it. On a disk a lock ends with its holder, so that there is nothing to take.
+        still write it; None where a user has no option to say so. On a disk a lock ends with its
+        holder, so that there is nothing to take.
     """
     return BucketLock(directory, take_over) if is_in_bucket(directory) else FolderLock(directory)
 
@@ -131,7 +132,7 @@ class FolderLock:
 
 
 class BucketLock:
-    """The right to write into a run directory in a bucket, which one process at a time has.
+    """The right to write into a folder in a bucket, which one process at a time has.
 
     An object tells of it, which its holder writes anew every BEAT_SECONDS. Each write names the
     generation that it replaces, so that of two processes only one can succeed. Who finds a lock
@@ -139,7 +140,7 @@ class BucketLock:
     clock of another machine is read.
     """
 
-    def __init__(self, folder: Path, take_over: bool = False):
+    def __init__(self, folder: Path, take_over: bool | None = None):
         self._path, self._take_over = folder / LOCK, take_over
         self._token = uuid.uuid4().hex
         self._generation, self._lost = 0, False
@@ -213,9 +214,10 @@ class BucketLock:
         held = self._read()
         if held.get("machine") == _machine() and not _is_running(held.get("process")):
             return True
+        hint = " (--take_over does not wait)" if self._take_over is False else ""
         print(
             f"{self._path} is there; waiting up to {GONE_SECONDS} s for a sign of its holder, "
-            f"{self.holder()} (--take_over does not wait)",
+            f"{self.holder()}{hint}",
             flush=True,
         )
         deadline = time.monotonic() + GONE_SECONDS

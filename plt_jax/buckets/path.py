@@ -72,19 +72,27 @@ class BucketPath(PosixGPath):
     def rglob(self, pattern: str) -> Iterator[BucketPath]:
         """The objects below this name whose last part matches a pattern."""
         found = patiently(self, lambda: file_system().find(str(self)))
-        paths = (type(self)(SCHEME + name) for name in found)
+        paths = (type(self)(SCHEME + name) for name in found if not name.endswith("/"))
         return (path for path in paths if fnmatch.fnmatchcase(path.name, pattern))
 
     def states_below(self) -> dict[str, tuple[int, int]]:
         """The size in bytes and the generation of every object below this name, by its path from
-        here; one listing tells them all."""
+        here; one listing tells them all. Objects that stand for folders are left out.
+
+        Raises:
+          InputError: an object has a name that no file can have, as a//b or a/../b.
+        """
         found = patiently(self, lambda: file_system().find(str(self), detail=True))
         prefix = str(self).removeprefix(SCHEME) + "/"
-        return {
-            name.removeprefix(prefix): (int(about["size"]), int(about["generation"]))
-            for name, about in found.items()
-            if name.startswith(prefix)
-        }
+        states = {}
+        for name, about in found.items():
+            inside = name.removeprefix(prefix)
+            if inside == name or inside.endswith("/") or not inside:
+                continue
+            if {"", ".", ".."} & set(inside.split("/")):
+                raise InputError(f"{SCHEME}{name} is not the name of a file; rename the object")
+            states[inside] = (int(about["size"]), int(about["generation"]))
+        return states
 
     def stat(self) -> os.stat_result:  # pyright: ignore[reportIncompatibleMethodOverride]
         found = patiently(self, super().stat)
@@ -170,6 +178,11 @@ class _Reader(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+    def readall(self) -> bytes:
+        content = self._path.read_range(self._position, self._size)
+        self._position += len(content)
+        return content
 
     def readinto(self, buffer: Any) -> int:
         end = min(self._position + len(buffer), self._size)

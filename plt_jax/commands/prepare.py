@@ -27,6 +27,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from plt_jax.buckets.address import is_in_bucket
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.corpus_writer import (
     CorpusOptions,
@@ -34,7 +35,7 @@ from plt_jax.data.corpus_writer import (
     UnitCallback,
     UnitResult,
     WorkUnit,
-    is_begun,
+    has_tokenizer,
     split_of,
     write_corpus,
 )
@@ -50,7 +51,7 @@ from plt_jax.data.tokenized_corpus import CorpusManifest
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, find_tokenizer, load_tokenizer
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import EXIT_STOPPED, InputError
-from plt_jax.files import check_reachable, expand
+from plt_jax.files import check_reachable, check_writable, expand
 
 SAMPLE_LENGTH = 64 * 2**20
 """Characters of text, from all files together, that a tokenizer is trained on, about."""
@@ -73,6 +74,9 @@ def main() -> int | None:
         arguments.vocab_size,
     )
     part = Part(arguments.part, arguments.of)
+    if is_in_bucket(out):
+        check_reachable(out)
+        check_writable(out)
     left_out = [
         path
         for path in find_files(arguments.inputs).left_out
@@ -165,7 +169,6 @@ def choose_tokenizer(
         raise InputError("give one of --tokenizer FILE and --vocab_size V")
     if arguments.tokenizer is not None:
         return load_tokenizer(find_tokenizer(arguments.tokenizer))
-    check_reachable(out)
     if part.number > 1:
         wait_for_tokenizer(out, part)
     if (out / TOKENIZER).exists():
@@ -179,10 +182,14 @@ def choose_tokenizer(
 def wait_for_tokenizer(out: Path, part: Part) -> None:
     """Waits until part 1 has trained the tokenizer of the corpus `out`."""
     said = float("-inf")
-    while not is_begun(out):
+    while not has_tokenizer(out):
         if time.monotonic() - said >= WAIT_LINE_SECONDS:
             said = time.monotonic()
-            print(f"{part} waits for the tokenizer, which part 1 trains ...", flush=True)
+            print(
+                f"{part} waits for the tokenizer, which part 1 trains: the same command with "
+                "--part 1 ...",
+                flush=True,
+            )
         time.sleep(WAIT_SECONDS)
 
 

@@ -27,6 +27,7 @@ from pydantic import NonNegativeInt
 
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.config.types import Section
+from plt_jax.data.cache import fingerprint
 from plt_jax.data.documents import (
     FilePiece,
     InputFile,
@@ -45,6 +46,7 @@ from plt_jax.files import (
     UNFINISHED,
     check_reachable,
     copy_file,
+    file_below,
     is_folder,
     read_json,
     states_below,
@@ -147,7 +149,7 @@ def write_corpus(
     units = group_pieces(split_files(files, options.shard_bytes), options.shard_bytes)
     own = units[part.number - 1 :: part.of]
     made_from = _made_from(files, options)
-    plan = {**made_from, "parts": part.of}
+    plan = {**made_from, "parts": part.of, "tokenizer": fingerprint([tokenizer.identity])}
     check_reachable(out)
     _check_same(out, plan, tokenizer)
     with _locked(out, part) as lock, _writable(out):
@@ -169,8 +171,12 @@ def write_corpus(
         return _write_manifest(out, [results[unit.index] for unit in units], made_from, tokenizer)
 
 
-def is_begun(out: Path) -> bool:
-    """Whether a call has begun to write the corpus `out`, so that its tokenizer is there."""
+def has_tokenizer(out: Path) -> bool:
+    """Whether a call has begun to write the corpus `out`, and its tokenizer is there."""
+    return _is_begun(out) and (out / TOKENIZER).exists() and (out / SPECIAL_TOKENS).exists()
+
+
+def _is_begun(out: Path) -> bool:
     return (out / PARTS / PLAN).exists()
 
 
@@ -368,16 +374,17 @@ def _claim(out: Path, plan: dict[str, Any], tokenizer: TextTokenizer) -> None:
     Raises:
       InputError: it is a folder of another corpus.
     """
-    if not is_begun(out):
+    if not _is_begun(out):
         (out / PARTS).mkdir(exist_ok=True)
-        tokenizer.save(out)
         write_new(out / PARTS / PLAN, json.dumps(plan))
     _check_same(out, plan, tokenizer)
+    if not has_tokenizer(out):
+        tokenizer.save(out)  # the same one, whoever does it
 
 
 def _check_same(out: Path, plan: dict[str, Any], tokenizer: TextTokenizer) -> None:
     """Raises InputError where `out` holds anything but this corpus, finished or not."""
-    if not is_begun(out):
+    if not _is_begun(out):
         names = [path.name for path in out.iterdir()] if is_folder(out) else []
         names = [name for name in names if not name.endswith(UNFINISHED)]
         if set(names) - {OLD_LOCK, PARTS, TOKENIZER, SPECIAL_TOKENS}:
@@ -385,15 +392,19 @@ def _check_same(out: Path, plan: dict[str, Any], tokenizer: TextTokenizer) -> No
                 f"--out {out} is not empty, and holds no tokenized corpus; choose another folder"
             )
         return
-    earlier = {"parts": 1} | read_json(out / PARTS / PLAN)
+    # Earlier versions knew neither parts nor the tokenizer's fingerprint.
+    known = {"parts": 1, "tokenizer": plan["tokenizer"]} | read_json(out / PARTS / PLAN)
+    other_tokenizer = known.pop("tokenizer") != plan["tokenizer"]
     for name, value in plan.items():
-        if earlier.get(name) != value:
-            shown = "" if name == "files" else f" ({earlier.get(name)} there, {value} here)"
+        if name != "tokenizer" and known.get(name) != value:
+            shown = "" if name == "files" else f" ({known.get(name)} there, {value} here)"
             raise InputError(
                 f"--out {out} was made with other {name}{shown}; give the same to go on with it, "
                 "or choose another folder"
             )
-    if load_tokenizer(out / TOKENIZER).identity != tokenizer.identity:
+    if not other_tokenizer and has_tokenizer(out):
+        other_tokenizer = load_tokenizer(out / TOKENIZER).identity != tokenizer.identity
+    if other_tokenizer:
         raise InputError(
             f"--out {out} was made with another tokenizer, {out / TOKENIZER}; give that one to go "
             "on with it, or choose another folder"
@@ -410,7 +421,9 @@ def _find_results(out: Path, units: Sequence[WorkUnit]) -> dict[int, UnitResult]
             return None
         try:
             result = UnitResult.model_validate_json(path.read_text(encoding="utf-8"))
-        except ValueError:  # the JSON file is damaged
+            for shard in result.shards:
+                file_below(out, shard.name)
+        except ValueError:  # the JSON file is damaged, or a shard is a link
             return None
         sizes = [there[shard.name].size for shard in result.shards if shard.name in there]
         return result if sizes == [shard.size for shard in result.shards] else None

@@ -97,6 +97,10 @@ def find_files(inputs: Sequence[str]) -> FoundFiles:
                 found.left_out.extend(left_out)
             elif not (path.exists() if is_in_bucket(path) else os.path.exists(path)):
                 raise InputError(f"there is no file or folder {path}")
+            elif is_in_bucket(path) and states_below(path):
+                raise InputError(
+                    f"{path} is an object, and the beginning of other objects' names; rename one"
+                )
             elif _kind(path):
                 found.files.append(InputFile(path, _state_of(path)))
             else:

@@ -157,7 +157,7 @@ def training_dataset(
     ]
     order = grain.MapDataset.select_from_datasets(orders, mixture)
     shuffled = _Shuffled(sources, packed, order)
-    ahead = max(source.ahead for source in sources)
+    ahead = min((source.ahead for source in sources if source.ahead), default=0)
     read_ahead = ReadAhead(ahead, shuffled.request) if ahead else None
     return batches_of(config, shuffled, rows, read_ahead)
 

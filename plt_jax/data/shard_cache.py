@@ -7,6 +7,7 @@ share. It has a bound: the shards that have been unused for longest make room fo
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -14,11 +15,12 @@ import os
 import queue
 import shutil
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -37,7 +39,14 @@ _PART_BYTES = 2**23
 """Bytes of a shard that one call of the service brings."""
 _ATTEMPTS = 8
 """How often a shard is fetched that other processes remove before it is opened."""
-_SUFFIX = ".array_record"
+_SUFFIX, _LOCK = ".array_record", ".lock"
+_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
+"""What a file system answers that has no locks."""
+_WAIT_SECONDS = 0.1
+"""Time between two looks for room, while other processes' shards are on their way."""
+_FAILED_SECONDS = 10
+"""For how long a shard that cannot be fetched lets all reads fail at once. Readers that read ahead
+have queued batches, each of which would wait for the bucket anew, also when the process ends."""
 
 
 class ShardCache:
@@ -54,24 +63,33 @@ class ShardCache:
         """Shards that this process has fetched."""
         self._fetching: dict[str, Future[Path]] = {}
         self._changing = threading.Lock()
+        self._failure: tuple[float, FailedError] | None = None
         self._open: weakref.WeakSet[CachedShard] = weakref.WeakSet()
 
     def check_room(self, shards: Sequence[Shard]) -> None:
-        """Checks that the shards of a run can be kept, or at least read.
+        """Checks that the shards of a corpus can be kept, or at least read.
 
         Raises:
-          InputError: `most_bytes` is too small, or the disk is too full.
+          InputError: `most_bytes` is too small, the disk is too full, or the folder cannot be used.
         """
-        largest, total = max(shard.size for shard in shards), sum(shard.size for shard in shards)
+        largest = max((shard.size for shard in shards), default=0)
         if self.most_bytes < LEAST_SHARDS * largest:
             raise InputError(
                 f"data.cache_gb is {self.most_bytes / 1e9:.3g}, but {LEAST_SHARDS} shards of "
                 f"{largest:,} bytes must have room; raise it to {LEAST_SHARDS * largest / 1e9:.3g} "
                 "or more, or prepare the corpus with a smaller --shard_mib"
             )
-        needed = min(self.most_bytes, total) - self._bytes_kept()
-        above = next(place for place in (self.folder, *self.folder.parents) if place.exists())
-        free = shutil.disk_usage(above).free
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = {path: state.st_size for path, state in self._files()}
+            missing = sum(shard.size for shard in shards if self.path_of(shard) not in kept)
+            needed = min(self.most_bytes - sum(kept.values()), missing)
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise InputError(
+                f"data.cache_dir {self.folder.parent} cannot keep shards ({error.strerror}); "
+                "choose another folder"
+            ) from error
         if needed > free:
             raise InputError(
                 f"data.cache_dir {self.folder.parent} has {free / 1e9:.3g} GB left, but "
@@ -102,14 +120,25 @@ class ShardCache:
         return self.folder / (shard.sha256 + _SUFFIX)
 
     def request(self, source: Path, shard: Shard) -> Future[Path]:
-        """Begins to fetch a shard, unless it is there or on its way; returns its path to come."""
+        """Begins to fetch a shard, unless it is there or on its way; returns its path to come.
+
+        Raises:
+          FailedError: the cache cannot be used.
+        """
         path = self.path_of(shard)
+        result: Future[Path] = Future()
         with self._changing:
             if (coming := self._fetching.get(shard.sha256)) is not None:
                 return coming
-            result: Future[Path] = Future()
-            if self._touch(path, shard):
+            try:
+                is_there = self._touch(path, shard)
+            except OSError as error:
+                raise self._unusable(error) from error
+            if is_there:
                 result.set_result(path)
+                return result
+            if self._failure is not None and time.monotonic() - self._failure[0] < _FAILED_SECONDS:
+                result.set_exception(self._failure[1])
                 return result
             self._fetching[shard.sha256] = result
         _fetches().put((self, source, shard, result))
@@ -117,16 +146,19 @@ class ShardCache:
 
     def fetch_now(self, source: Path, shard: Shard, result: Future[Path]) -> None:
         """Fetches a shard, and sets the result of its request."""
+        path, failure = None, None
         try:
             path = self._fetch(source, shard)
         except BaseException as error:
-            with self._changing:
-                del self._fetching[shard.sha256]
-            result.set_exception(error)
-            return
+            failure = error
         with self._changing:
             del self._fetching[shard.sha256]
             opened = list(self._open)
+            if isinstance(failure, FailedError):
+                self._failure = time.monotonic(), failure
+        if path is None:
+            result.set_exception(failure)
+            return
         for other in opened:
             other.close_if_removed()
         result.set_result(path)
@@ -153,17 +185,15 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             while not self._touch(path, shard):
                 with open(unfinished, "ab") as file:
-                    # The right to write it ends with this process, however that ends.
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                    # The right to write it, or to remove it, ends with this process.
+                    _lock(file)
                     if not _is_file_of(unfinished, file):
                         continue  # another process has finished it, or removed it, in the meantime
-                    with _alone_in(self.folder):
-                        self._make_room(shard.size, unfinished)
-                        file.truncate(shard.size)  # others count it from now on
+                    self._reserve(file, shard.size, unfinished)
                     try:
                         fetch_shard(source, shard, unfinished)
                     except BaseException:
-                        unfinished.unlink()
+                        unfinished.unlink(missing_ok=True)
                         raise
                     unfinished.replace(path)
                     with self._changing:
@@ -178,26 +208,36 @@ class ShardCache:
             if path.stat().st_size != shard.size:
                 path.unlink()
                 return False
-            with contextlib.suppress(PermissionError):  # another user has fetched it
+            with contextlib.suppress(OSError):  # another user's, or on a read-only disk
                 os.utime(path)
         except (FileNotFoundError, NotADirectoryError):
             return False
         return True
 
-    def _make_room(self, size: int, but: Path) -> None:
-        """Removes the shards that have been unused for longest, until `size` bytes have room.
+    def _reserve(self, file: BinaryIO, size: int, path: Path) -> None:
+        """Gives a file its size, for which the shards that have been unused for longest make room.
 
-        Those that are on their way stay.
+        Those that are on their way stay; if they leave no room, this waits for them.
         """
-        kept = [(path, state) for path, state in self._files() if path != but]
-        total = sum(state.st_size for _, state in kept)
-        for path, state in sorted(kept, key=lambda found: found[1].st_mtime_ns):
-            if total + size <= self.most_bytes:
-                return
-            if path.name.endswith(UNFINISHED) and _is_locked(path):
-                continue
-            path.unlink(missing_ok=True)
-            total -= state.st_size
+        while True:
+            with open(self.folder / _LOCK, "ab") as lock:
+                _lock(lock)
+                kept = [(found, state) for found, state in self._files() if found != path]
+                total, waiting = sum(state.st_size for _, state in kept), False
+                for found, state in sorted(kept, key=lambda one: one[1].st_mtime_ns):
+                    if total + size <= self.most_bytes:
+                        break
+                    if found.name.endswith(UNFINISHED):
+                        removed = _remove_left(found)
+                        waiting = waiting or not removed
+                    else:
+                        found.unlink(missing_ok=True)
+                        removed = True
+                    total -= state.st_size if removed else 0
+                if total + size <= self.most_bytes or not waiting:
+                    file.truncate(size)  # others count it from now on
+                    return
+            time.sleep(_WAIT_SECONDS)
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """The files of the cache, finished or not, and their states."""
@@ -205,11 +245,6 @@ class ShardCache:
             if path.name.endswith((_SUFFIX, UNFINISHED)):
                 with contextlib.suppress(FileNotFoundError):
                     yield path, path.stat()
-
-    def _bytes_kept(self) -> int:
-        if not self.folder.exists():
-            return 0
-        return sum(state.st_size for _, state in self._files())
 
     def _unusable(self, error: OSError) -> FailedError:
         return FailedError(
@@ -241,38 +276,34 @@ class CachedShard:
           InputError: the shard is missing or damaged in its bucket.
           FailedError: the bucket does not answer, or the cache cannot be written.
         """
+        reader = self._reader or self._open()
         try:
-            return self._opened().read(begin, length)
+            return reader.read(begin, length)
         except InputError:
-            # The copy may be damaged, or its bytes were on the way.
             if not self._cache.remove_damaged(self._shard):
                 raise
-            self._reader = None
-            return self._opened().read(begin, length)
+        return self._open().read(begin, length)
 
     def close_if_removed(self) -> None:
         """Closes the file if the cache has it no more: an open file would still fill the disk."""
         if self._reader is not None and not self._cache.path_of(self._shard).exists():
             self._reader = None
 
-    def _opened(self) -> ShardReader:
-        reader = self._reader
+    def _open(self) -> ShardReader:
         for _ in range(_ATTEMPTS):
-            if reader is not None:
-                break
             path = self._cache.request(self._source, self._shard).result()
             try:
                 reader = ShardReader(path, self._shard.tokens, self._dtype, self._source)
             except InputError:
-                if path.exists():
+                if not self._cache.remove_damaged(self._shard):
                     raise
-        if reader is None:
-            raise FailedError(
-                f"the shards in {self._cache.folder} are removed before they are read; raise "
-                "data.cache_gb"
-            )
-        self._reader = reader
-        return reader
+                continue  # the copy was damaged, or another process has removed it
+            self._reader = reader
+            return reader
+        raise FailedError(
+            f"the shards in {self._cache.folder} are removed before they are read; raise "
+            "data.cache_gb"
+        )
 
 
 def fetch_shard(source: Path, shard: Shard, target: Path) -> None:
@@ -317,27 +348,27 @@ def _is_file_of(path: Path, file: Any) -> bool:
         return False
 
 
-def _is_locked(path: Path) -> bool:
-    """Whether a process is writing an unfinished shard."""
+def _lock(file: BinaryIO) -> None:
+    """Waits for the right to a file, which ends when it is closed. Where there are no locks,
+    everyone has it: several processes may then fetch a shard, and write the same bytes."""
     try:
-        with open(path, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+
+
+def _remove_left(path: Path) -> bool:
+    """Removes an unfinished shard that no process is writing; returns whether it is gone."""
+    try:
+        with open(path, "r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
     except FileNotFoundError:
-        return False
-    except OSError:
         return True
-    return False
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other processes from making room in the folder at the same time."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    except OSError:
+        return False
+    return True
 
 
 @functools.cache

@@ -5,6 +5,7 @@ import gzip
 import json
 import threading
 import time
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow
@@ -14,8 +15,11 @@ import pytest
 from benchmarks.faults.bucket_server import Disturbance
 from plt_jax.commands import prepare
 from plt_jax.config.data import DataConfig
+from plt_jax.data import corpus_writer
 from plt_jax.data.corpus_writer import Part
+from plt_jax.data.documents import find_files, read_piece, split_files
 from plt_jax.data.tokenized_corpus import MANIFEST, find_problems, open_tokenized_corpus
+from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files import files_in, to_path
 from tests.data.corpora import OPTIONS, damage, make, same_corpus, upload
@@ -242,5 +246,64 @@ def test_what_cannot_work_is_refused_in_a_line(bucket_server, bucket, lines, tmp
     bucket_server.disturb = lambda request: (
         Disturbance(status=403) if request.method == "POST" else None
     )
-    refused = f"cannot write --out {bucket} (the account has no right"
-    assert_refused(run(lines, "--out", bucket, *words), refused)
+    result = run(lines, "--out", bucket, *words)
+    assert_refused(result, f"cannot write to {bucket}: the account has no right")
+    assert "training a tokenizer" not in result.out
+
+
+@pytest.mark.parametrize("name", ["dd//tmp/secret.txt", "dd/a//b.txt", "dd/./b.txt"])
+def test_objects_with_names_that_no_file_has_are_refused(bucket_server, bucket, tokenizer, name):
+    """Their parts would lead elsewhere, even to this machine's files."""
+    put(bucket_server, f"{bucket}/{name}", b"text")
+    with pytest.raises(InputError, match="is not the name of a file; rename the object"):
+        make(f"{bucket}/dd", f"{bucket}/far", tokenizer)
+
+
+def test_an_object_that_begins_the_names_of_others_is_refused(bucket_server, bucket):
+    for name in ("a.jsonl", "a.jsonl/b.jsonl"):
+        put(bucket_server, f"{bucket}/{name}", b'{"text": "x"}')
+    with pytest.raises(InputError, match="is an object, and the beginning of other"):
+        find_files([f"{bucket}/a.jsonl"])
+
+
+def put(bucket_server, path: str, content: bytes) -> None:
+    """Makes an object of any name, as other programs may."""
+    name = quote(path.removeprefix("gs://runs/"), safe="")
+    target = f"/upload/storage/v1/b/runs/o?uploadType=media&name={name}"
+    status, _, answer = bucket_server.call("POST", target, content)
+    assert status == 200, answer
+
+
+def test_large_texts_are_read_in_few_calls(bucket_server, bucket):
+    path = to_path(bucket) / "a.txt"
+    path.write_bytes(b"word " * 2**20)
+    before = len(bucket_server.requests)
+    (piece,) = split_files(find_files([str(path)]).files, 10**9)
+    (text,) = read_piece(piece, "text", lambda problem: None)
+    assert len(text) == 5 * 2**20
+    assert len(bucket_server.requests) - before < 25
+
+
+def test_of_two_tokenizers_at_once_one_goes_on(out, lines, documents, tokenizer, monkeypatch):
+    """Another call begins between a call's look at the folder and its own beginning."""
+    other, claim, calls = train_tokenizer(documents, 290, 2), corpus_writer._claim, []
+
+    def late(*arguments):
+        if not calls:
+            calls.append(1)
+            make(lines, out, other, part=Part(2, 2))
+        return claim(*arguments)
+
+    monkeypatch.setattr(corpus_writer, "_claim", late)
+    with pytest.raises(InputError, match="was made with another tokenizer"):
+        make(lines, out, tokenizer, part=Part(1, 2))
+    assert not isinstance(make(lines, out, other, part=Part(1, 2)), int)
+    assert open_tokenized_corpus(out).tokenizer.identity == other.identity
+
+
+def test_killed_behind_its_plan_it_goes_on(out, corpus, lines, tokenizer):
+    make(lines, out, tokenizer, part=Part(1, 2))
+    for name in ("tokenizer.json", "special_tokens.json"):
+        (to_path(out) / name).unlink()
+    assert not isinstance(make(lines, out, tokenizer, part=Part(2, 2)), int)
+    assert same_corpus(out, corpus)

@@ -193,6 +193,17 @@ def test_a_corpus_below_its_own_inputs_is_none_of_them(texts, tokenizer, tmp_pat
     assert make(tmp_path, tmp_path / "made", tokenizer) == first
 
 
+def test_a_shard_that_is_a_link_is_written_again(corpus, lines, tokenizer, tmp_path):
+    out = tmp_path / "made"
+    make(lines, out, tokenizer)
+    shard = out / "training-00001.array_record"
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    make(lines, out, tokenizer)
+    assert not shard.is_symlink()
+    assert same_corpus(out, corpus)
+
+
 def test_killed_before_its_plan_it_begins_again(lines, tokenizer, corpus, tmp_path):
     (tmp_path / f".tokenizer.json.1a{UNFINISHED}").write_text("half")
     make(lines, tmp_path, tokenizer)

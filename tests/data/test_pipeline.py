@@ -265,7 +265,7 @@ def test_examples_are_requested_in_the_order_in_which_they_are_read(make_config,
             events.append(("read", self, begin, length))
             return super().read(begin, length)
 
-    def source(seed: int) -> Source:
+    def source(seed: int, ahead: int) -> Source:
         stream = Watched(tokenized, shuffle_seed=seed)
 
         def request(begin: int, length: int) -> None:
@@ -274,7 +274,7 @@ def test_examples_are_requested_in_the_order_in_which_they_are_read(make_config,
         return Source(f"source {seed}", stream, ahead=ahead, request=request)
 
     dataset = training_dataset(
-        make_config(data={"prefetch": 0}), [source(0), source(1)], np.array(rows)
+        make_config(data={"prefetch": 0}), [source(0, 50), source(1, ahead)], np.array(rows)
     )
     batches = iter(dataset)
     beginning = batches.get_state()

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -43,6 +44,10 @@ def tokens_on_disk(corpus: Path) -> list[np.ndarray]:
     return found
 
 
+def files(cache: ShardCache) -> list[Path]:
+    return [path for path in cache.folder.iterdir() if path.name != ".lock"]
+
+
 def bytes_in(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir())
 
@@ -71,7 +76,7 @@ def test_a_small_cache_gives_every_span_and_stays_within_its_bound(corpus, far, 
         tokens, _ = shards[index].read(begin, 50)
         assert np.array_equal(tokens, expected[index][begin : begin + 50])
         assert bytes_in(cache.folder) <= cache.most_bytes
-        assert {path.suffix for path in cache.folder.iterdir()} == {".array_record"}
+        assert {path.suffix for path in files(cache)} == {".array_record"}
     assert open_but_removed(cache.folder) == []
 
 
@@ -143,7 +148,7 @@ def test_a_damaged_object_is_refused_by_name(far, tmp_path, kind, message):
         cached(far, cache)[0].read(0, 5)
     assert str(far.folder / shard.name) in str(refused.value)
     assert message in str(refused.value)
-    assert not list(cache.folder.iterdir())
+    assert not files(cache)
 
 
 def test_a_killed_fetch_is_begun_again(corpus, far, tmp_path):
@@ -151,7 +156,7 @@ def test_a_killed_fetch_is_begun_again(corpus, far, tmp_path):
     cache.folder.mkdir()
     (cache.folder / f".{shard.sha256}{UNFINISHED}").write_bytes(b"half" * shard.size)
     assert np.array_equal(cached(far, cache)[0].read(0, 10**6)[0], tokens_on_disk(corpus)[0])
-    assert [path.name for path in cache.folder.iterdir()] == [cache.path_of(shard).name]
+    assert [path.name for path in files(cache)] == [cache.path_of(shard).name]
 
 
 def test_what_killed_processes_have_left_makes_room_but_not_what_is_on_its_way(far, tmp_path):
@@ -180,7 +185,10 @@ def test_errors_that_pass_are_not_noticed_and_others_are_one_line(
     with pytest.raises(FailedError, match=r"cannot fetch the shard gs://.*has no right to do this"):
         cached(far, cache)[1].read(0, 5)
     bucket_server.disturb = lambda _: None
-    assert len(cached(far, cache)[1].read(0, 5)[0]) == 5  # a failure is not kept
+    with pytest.raises(FailedError, match="cannot fetch the shard"):
+        cached(far, cache)[2].read(0, 5)  # at once: reads that are queued must not wait, too
+    monkeypatch.setattr("plt_jax.data.shard_cache._FAILED_SECONDS", 0)
+    assert len(cached(far, cache)[1].read(0, 5)[0]) == 5
 
 
 def test_a_request_comes_before_its_reading(bucket_server, far, tmp_path):
@@ -196,8 +204,66 @@ def test_a_request_comes_before_its_reading(bucket_server, far, tmp_path):
     assert len(asked) == len(shards)
 
 
-def test_a_cache_that_cannot_be_written_is_one_line(far, tmp_path):
+def test_a_missing_shard_is_asked_for_once(bucket_server, far, tmp_path):
+    shard = far.manifest.shards[0]
+    (far.folder / shard.name).unlink()
+    with pytest.raises(InputError, match="is missing; bring it back"):
+        cached(far, ShardCache(tmp_path / "shards", 10**9))[0].read(0, 5)
+    assert fetches(bucket_server, far)[shard.name] == 1
+
+
+def test_many_processes_stay_within_the_bound_together(corpus, far, tmp_path):
+    """Each has more on its way than has room."""
+    largest = max(shard.size for shard in far.manifest.shards)
+    caches = [ShardCache(tmp_path / "shards", 2 * largest) for _ in range(4)]
+    expected, most, ended = tokens_on_disk(corpus), [], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.001):
+            with (
+                contextlib.suppress(FileNotFoundError),
+                open(tmp_path / "shards" / ".lock") as lock,
+            ):
+                fcntl.flock(lock, fcntl.LOCK_EX)  # nobody makes room while it counts
+                most.append(bytes_in(tmp_path / "shards"))
+
+    found: dict[tuple[int, int], np.ndarray] = {}
+
+    def read(number: int) -> None:
+        shards = cached(far, caches[number])
+        for index in random.Random(number).sample(range(len(shards)), 6):
+            found[number, index] = shards[index].read(0, 10**6)[0]
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(4)]
+    watcher = threading.Thread(target=watch)
+    for thread in (*threads, watcher):
+        thread.start()
+    for thread in threads:
+        thread.join()
+    ended.set()
+    watcher.join()
+    assert len(found) == 4 * 6
+    for (_, index), tokens in found.items():
+        assert np.array_equal(tokens, expected[index])
+    assert largest < max(most) <= 2 * largest
+
+
+def test_file_systems_without_locks_are_used_all_the_same(corpus, far, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    shard = far.manifest.shards[0]
+    cache = ShardCache(tmp_path / "shards", LEAST_SHARDS * shard.size)
+    shards, expected = cached(far, cache), tokens_on_disk(corpus)
+    for index in random.Random(0).choices(range(len(shards)), k=20):
+        assert np.array_equal(shards[index].read(0, 10**6)[0], expected[index])
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(bucket, far, tmp_path):
     (tmp_path / "shards").write_text("a file")
+    with pytest.raises(InputError, match=r"data\.cache_dir .* cannot keep shards \("):
+        open_tokenized_corpus(bucket, DataConfig(cache_dir=str(tmp_path)))
     with pytest.raises(FailedError, match=r"cannot use the cache of shards .*shards \("):
         cached(far, ShardCache(tmp_path / "shards", 10**9))[0].read(0, 5)
 
