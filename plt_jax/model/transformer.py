@@ -133,7 +133,7 @@ class Transformer(nn.Module):
     def setup(self):
         self.top = declare(self, top_parameters(self.config))
         self.stacks = {
-            name: block_stack(self.config, stack, name)
+            name: block_stack(self.config, stack, name, self.is_initializing())
             for name, stack in stacks_of(self.config).items()
         }
 
