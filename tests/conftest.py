@@ -96,6 +96,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 _programs: dict[Hashable, Any] = {}
 """The train programs of a file's tests, by what they depend on."""
 
+BETWEEN_STEPS = (
+    *("log_every", "evaluate_every", "checkpoint_every", "hang_after", "sample_prompt"),
+    *("profile_from", "profile_steps", "wandb_project"),
+)
+"""Fields of TrainingConfig that say what is done between steps, and reach no program."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs():
@@ -109,7 +115,9 @@ def shared_programs():
     build = TrainProgram.build
 
     def build_once(config, mesh):
-        key = (config.model, config.optimizer, config.training, config.sequence_length, mesh)
+        training = config.training.model_copy(update=dict.fromkeys(BETWEEN_STEPS))
+        seed = config.seed if training.loop_counts else None
+        key = (config.model, config.optimizer, training, config.sequence_length, seed, mesh)
         if key not in _programs:
             _programs[key] = build(config, mesh)
         return dataclasses.replace(_programs[key], config=config)
