@@ -9,6 +9,7 @@ The three tiers are markers, which pyproject.toml explains:
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import os
 import sys
@@ -143,6 +144,24 @@ def finished(tmp_path_factory):
     from tests.training.runs import finished_run  # imports half of the package
 
     return finished_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def task_files():
+    """Lets lm_eval read the files of its own tasks once, of which every command reads all again,
+    for seven seconds."""
+    from lm_eval.tasks import _index  # imports half of the world
+
+    read, own = _index.load_yaml, Path(_index.__file__).parent
+    read_once = functools.cache(functools.partial(read, resolve_func=False, recursive=True))
+
+    def load(path, **settings):
+        usual = settings == {"resolve_func": False, "recursive": True}
+        return read_once(path) if usual and own in path.parents else read(path, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_index, "load_yaml", load)
+        yield
 
 
 @pytest.fixture(scope="session")
