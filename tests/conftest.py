@@ -9,6 +9,7 @@ The three tiers are markers, which pyproject.toml explains:
 
 import ctypes
 import dataclasses
+import functools
 import gc
 import os
 import sys
@@ -96,6 +97,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 _programs: dict[Hashable, Any] = {}
 """The train programs of a file's tests, by what they depend on."""
 
+BETWEEN_STEPS = (
+    *("log_every", "evaluate_every", "checkpoint_every", "hang_after", "sample_prompt"),
+    *("profile_from", "profile_steps", "wandb_project"),
+)
+"""Fields of TrainingConfig that say what is done between steps, and reach no program."""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs():
@@ -109,7 +116,9 @@ def shared_programs():
     build = TrainProgram.build
 
     def build_once(config, mesh):
-        key = (config.model, config.optimizer, config.training, config.sequence_length, mesh)
+        training = config.training.model_copy(update=dict.fromkeys(BETWEEN_STEPS))
+        seed = config.seed if training.loop_counts else None
+        key = (config.model, config.optimizer, training, config.sequence_length, seed, mesh)
         if key not in _programs:
             _programs[key] = build(config, mesh)
         return dataclasses.replace(_programs[key], config=config)
@@ -135,6 +144,24 @@ def finished(tmp_path_factory):
     from tests.training.runs import finished_run  # imports half of the package
 
     return finished_run(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="session")
+def task_files():
+    """Lets lm_eval read the files of its own tasks once, of which every command reads all again,
+    for seven seconds."""
+    from lm_eval.tasks import _index  # imports half of the world
+
+    read, own = _index.load_yaml, Path(_index.__file__).parent
+    read_once = functools.cache(functools.partial(read, resolve_func=False, recursive=True))
+
+    def load(path, **settings):
+        usual = settings == {"resolve_func": False, "recursive": True}
+        return read_once(path) if usual and own in path.parents else read(path, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_index, "load_yaml", load)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -75,17 +75,16 @@ def make_evaluate(
         ("evaluation.batch_size", batch_size),
         ("data.sequence_length", config.sequence_length),
     )
+    # Evaluations of one process share what they compile, since they jit the same function.
     whole = NamedSharding(mesh, PartitionSpec())
-    sums_of = jax.jit(
-        lambda params, batch: batch_sums(config.model, params, batch, jnp.asarray(token_bytes)),
-        out_shardings=whole,
-    )
+    sums_of = jax.jit(batch_sums, static_argnums=0, out_shardings=whole)
 
     def evaluate(params: Any, examples: Examples, limit: int | None) -> Evaluation:
         nats, tokens, text_bytes = np.zeros(config.model.loop.count), 0, 0
         with use_mesh(mesh):
             for batch in evaluation_batches(examples, batch_size, limit, layout.rows):
-                sums = jax.device_get(sums_of(params, layout.place(batch)))
+                sums = sums_of(config.model, params, layout.place(batch), token_bytes)
+                sums = jax.device_get(sums)
                 nats += sums.nats_L.astype(np.float64)
                 tokens, text_bytes = tokens + int(sums.tokens), text_bytes + int(sums.text_bytes)
         return Evaluation([score(n, tokens, text_bytes) for n in nats], tokens, text_bytes)

@@ -268,10 +268,13 @@ def remat_policy(remat: Remat) -> Callable[..., Any]:
     }[remat]
 
 
-def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> nn.Module:
+def block_stack(config: ModelConfig, stack: Stack, name: str, initializing: bool) -> nn.Module:
     """All layers of a stack as one module: `stack(x, context, shared) -> (x, LayerOutputs)`.
 
     A scan over layers: parameters, `shared` and the LayerOutputs have a leading axis J.
+
+    Args:
+      initializing: whether the module draws its parameters, instead of reading them.
     """
     block = Block
     if config.remat != "none":
@@ -283,6 +286,8 @@ def block_stack(config: ModelConfig, stack: Stack, name: str | None = None) -> n
         block,
         variable_axes={"params": 0},
         split_rngs={"params": True},
+        # The check traces every layer twice. What a seed draws has always been drawn with it.
+        check_constancy_invariants=initializing,
         in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType] - flax takes trees of axes
         length=stack.layers,
         unroll=min(config.layer_unroll, stack.layers),

@@ -203,6 +203,7 @@ def run_loops(
                 later_loop,
                 variable_broadcast="params",
                 split_rngs={"params": False},
+                check_constancy_invariants=False,  # it would trace the loop twice
                 length=loop.count - 1,
             )
             hidden_BTD, (output_LBTD, later) = later_loops(

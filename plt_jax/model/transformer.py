@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.linen.spmd import with_logical_constraint
 
 from plt_jax.config import ModelConfig
-from plt_jax.config.model import PARTS, Part
+from plt_jax.config.model import Part
 from plt_jax.distributed.axes import devices_along, sharded_axes
 from plt_jax.errors import InputError
 from plt_jax.model.block import (
@@ -133,7 +133,7 @@ class Transformer(nn.Module):
     def setup(self):
         self.top = declare(self, top_parameters(self.config))
         self.stacks = {
-            name: block_stack(self.config, stack, name)
+            name: block_stack(self.config, stack, name, self.is_initializing())
             for name, stack in stacks_of(self.config).items()
         }
 
@@ -256,16 +256,17 @@ class Transformer(nn.Module):
         states = self.loop_states(tokens, segment_ids, positions)
         return self.logits(states.output_LBTD[-1])
 
-    def declare_all(self) -> None:
-        """Declares every parameter, by one pass over one token.
+    def declare_one(self, name: str) -> None:
+        """Declares the parameters outside the layers and, if it has this name, one stack, which
+        runs over one token.
 
-        `init(key, method="declare_all")` gives the parameters of `init(key, tokens)` in a fraction
-        of its time and memory.
+        `init(key, name, method="declare_one")["params"][name]` is that of `init(key, tokens)`, in a
+        fraction of its time and memory.
         """
-        rotation = rope_rotation(self.config, jnp.zeros((1, 1), jnp.int32))
-        x_BTD = jnp.zeros((1, 1, self.config.width), jnp.dtype(self.config.dtype))
-        for part in PARTS:
-            self.layers(part, x_BTD, Context(rotation, None))
+        if name in self.stacks:
+            rotation = rope_rotation(self.config, jnp.zeros((1, 1), jnp.int32))
+            x_BTD = jnp.zeros((1, 1, self.config.width), jnp.dtype(self.config.dtype))
+            self.stacks[name](x_BTD, Context(rotation, None), None)
 
     def logits_by_loop(
         self,

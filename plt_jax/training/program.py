@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from plt_jax.config import RunConfig
+from plt_jax.config import ModelConfig, RunConfig
 from plt_jax.distributed.mesh import BatchLayout, abstract_arrays, batch_layout, use_mesh
 from plt_jax.model.transformer import Transformer, abstract_params
 from plt_jax.training.guard import Limits
@@ -90,19 +90,16 @@ class TrainProgram:
     def init_params(self) -> Any:
         """Fresh parameters from the run's seed; each device draws its own shard, so that no device
         ever holds all of them."""
-        model = Transformer(self.config.model)
         shardings = _shardings(self.abstract_state.params)
-
-        def init(key: jax.Array, name: str) -> Any:
-            return nn.unbox(model.init(key, method="declare_all")["params"])[name]
-
         # One program for each top-level parameter: random numbers take several times the memory of
-        # what they become. The mesh is not current, since initialisation runs the model on one
+        # what they become. The mesh is not current, since initialisation runs a stack on one
         # token, which cannot be sharded.
         key = jax.random.key(self.config.seed)
         return {
             name: jax.block_until_ready(
-                jax.jit(init, static_argnums=1, out_shardings=shardings[name])(key, name)
+                jax.jit(_init, static_argnums=(0, 1), out_shardings=shardings[name])(
+                    self.config.model, name, key
+                )
             )
             for name in shardings
         }
@@ -127,6 +124,12 @@ class TrainProgram:
         are donated."""
         with use_mesh(self.mesh):
             return self.jitted_step(state, batch, limits)
+
+
+def _init(config: ModelConfig, name: str, key: jax.Array) -> Any:
+    """A model's top-level parameter of a name, fresh from a key."""
+    variables: Any = Transformer(config).init(key, name, method="declare_one")
+    return nn.unbox(variables["params"])[name]
 
 
 def _shardings(abstract: Any) -> Any:

@@ -4,6 +4,7 @@ one; prints what it found as JSON.
 Runs in a process of its own: `python -m tests.distributed.decode_worker`.
 """
 
+import functools
 import json
 import re
 import sys
@@ -18,7 +19,6 @@ import pytest
 
 from plt_jax import (
     Sampling,
-    Transformer,
     decode_step,
     generate,
     init_cache,
@@ -36,7 +36,7 @@ from plt_jax.serving.prefix_cache import PrefixCache
 from plt_jax.serving.scheduler import Scheduler
 from plt_jax.serving.slots import SlotModel
 from tests.decoding import plain_kernel
-from tests.models import random_params, random_tokens, small_config
+from tests.models import forward, random_params, random_tokens, small_config
 from tests.serving.fake_slots import run_to_end
 from tests.serving.test_slots import random_requests
 
@@ -55,6 +55,18 @@ CASES = {
 }
 
 
+BATCH = 8
+
+
+@functools.cache
+def forward_logits(config, weights_dtype: str | None) -> tuple[Any, np.ndarray, np.ndarray]:
+    """Parameters, tokens [BATCH, 13], and the logits of the forward pass."""
+    params, tokens = random_params(config), random_tokens(config, BATCH, 13)
+    if weights_dtype:
+        params = dequantize_params(quantize_params(params))
+    return params, np.asarray(tokens), np.asarray(forward(config)(params, tokens))
+
+
 def decode(
     mesh: dict,
     batch: int,
@@ -66,10 +78,8 @@ def decode(
 ) -> dict:
     """Prefill in two ragged chunks, then steps; the largest difference to the forward pass."""
     config = small_config(scheme, loops, window=3, vocab_size=32, **settings)
-    params, tokens = random_params(config), random_tokens(config, batch, 13)
-    if weights_dtype:
-        params = dequantize_params(quantize_params(params))
-    expected = np.asarray(jax.jit(Transformer(config).apply)({"params": params}, tokens))
+    params, tokens, expected = forward_logits(config, weights_dtype)
+    tokens, expected = tokens[:batch], expected[:batch]
     difference = 0.0
     with use_mesh(mesh):
         placed = jax.device_put(params, shardings_of(abstract_params(config), mesh))
@@ -79,13 +89,14 @@ def decode(
         first = np.minimum(4 + np.arange(batch) % 2, 5)
         fill, step = (jax.jit(run, static_argnums=0) for run in (prefill, decode_step))
         logits, cache = fill(config, weights, tokens[:, :5], jnp.asarray(first), cache)
-        rest = np.stack([tokens[row, start : start + 4] for row, start in enumerate(first)])
-        logits, cache = fill(config, weights, rest, jnp.full(batch, 4), cache)
+        # As wide as the first chunk, and lengths of the same kind, so that it is the same program.
+        rest = np.stack([tokens[row, start : start + 5] for row, start in enumerate(first)])
+        logits, cache = fill(config, weights, rest, jnp.asarray(np.full(batch, 4)), cache)
         for more in range(3):
             at = first + 4 + more
             got = np.asarray(logits)
             difference = max(difference, np.abs(got - expected[np.arange(batch), at - 1]).max())
-            new = jnp.asarray(np.asarray(tokens)[np.arange(batch), at])
+            new = jnp.asarray(tokens[np.arange(batch), at])
             logits, cache = step(config, weights, new, cache)
     return {
         "difference": float(difference),

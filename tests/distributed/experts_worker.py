@@ -23,7 +23,7 @@ from plt_jax.model.transformer import abstract_params
 from plt_jax.training.program import TrainProgram
 from tests.distributed import worker
 from tests.distributed.decode_worker import largest_gather
-from tests.models import random_params, random_tokens, small_config
+from tests.models import forward, random_params, random_tokens, small_config
 
 MESHES = {
     "expert 8": {"data": 1, "expert": 8},
@@ -81,22 +81,9 @@ def one_layer(mesh: dict) -> dict[str, float]:
     Its router sends all tokens to two experts. On every mesh that is more than HEADROOM times an
     even share of what their devices take, so that they need more than one round.
     """
-    config = small_config(layers=1, moe=MOE | {"dense_layers": 0, "bias_update_rate": None})
-    weights = {name: leaf[0] for name, leaf in random_params(config)["layers"].items()}
-    x_BTD = jnp.abs(jax.random.normal(jax.random.key(0), (8, 12, config.width)))
-    weights["router"] = weights["router"].at[:, SKEWED].add(3.0)
-
-    def run(routed):
-        def loss(weights, x_BTD):
-            out_BTD, statistics = routed(config.moe, weights, x_BTD)
-            total = jnp.sum(jnp.sin(out_BTD)) + 10 * auxiliary_loss(config.moe, [statistics])
-            return total, (out_BTD, statistics)
-
-        return jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(weights, x_BTD)
-
-    expected = worker.named(jax.device_get(run(local_experts)))
+    expected = layer_on_one_device()
     with use_mesh(make_mesh(RunConfig(mesh=mesh).mesh)), counted_rounds() as rounds:
-        got = worker.named(jax.device_get(run(routed_experts)))
+        got = run_layer(routed_experts)
         jax.effects_barrier()
     differences = worker.largest_differences(expected, got)
     return {
@@ -106,6 +93,27 @@ def one_layer(mesh: dict) -> dict[str, float]:
         "dropped": float(got["0.1.1.dropped"]),
         "rounds": max(rounds),
     }
+
+
+@functools.cache
+def layer_on_one_device() -> dict[str, np.ndarray]:
+    return run_layer(local_experts)
+
+
+def run_layer(routed) -> dict[str, np.ndarray]:
+    """What a mixture computes and its gradients, by name."""
+    config = small_config(layers=1, moe=MOE | {"dense_layers": 0, "bias_update_rate": None})
+    weights = {name: leaf[0] for name, leaf in random_params(config)["layers"].items()}
+    x_BTD = jnp.abs(jax.random.normal(jax.random.key(0), (8, 12, config.width)))
+    weights["router"] = weights["router"].at[:, SKEWED].add(3.0)
+
+    def loss(weights, x_BTD):
+        out_BTD, statistics = routed(config.moe, weights, x_BTD)
+        total = jnp.sum(jnp.sin(out_BTD)) + 10 * auxiliary_loss(config.moe, [statistics])
+        return total, (out_BTD, statistics)
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    return worker.named(jax.device_get(run(weights, x_BTD)))
 
 
 @contextlib.contextmanager
@@ -157,28 +165,28 @@ def decode(mesh: dict, weights_dtype: str | None = None) -> dict:
     params, tokens = random_params(config), random_tokens(config, 3, 8)
     if weights_dtype:
         params = dequantize_params(quantize_params(params))
-    expected = jax.jit(lambda params: Transformer(config).apply({"params": params}, tokens))(params)
+    expected = forward(config)(params, tokens)
     mesh = make_mesh(RunConfig(mesh=mesh).mesh)
     placed = jax.device_put(params, shardings_of(abstract_params(config), mesh))
     difference = 0.0
     with use_mesh(mesh):
         weights = prepare_for_decode(config, placed, weights_dtype)
-        step = jax.jit(decode_step, static_argnums=0)
         fill = jax.jit(prefill, static_argnums=0)
         logits, cache = fill(
             config, weights, tokens[:, :5], jnp.full(3, 5), init_cache(config, 3, 12)
         )
+        lowered = jax.jit(decode_step, static_argnums=0).lower(config, weights, tokens[:, 0], cache)
+        step = lowered.compile()
         for position in range(5, 9):
             got = np.asarray(logits)
             difference = max(difference, np.abs(got - expected[:, position - 1]).max())
             if position < 8:
-                logits, cache = step(config, weights, tokens[:, position], cache)
-        program = step.lower(config, weights, tokens[:, 0], cache).compile().as_text()
+                logits, cache = step(weights, tokens[:, position], cache)
     experts = weights.layers[1]["expert_gate_up"]
     return {
         "difference": float(difference),
         "shard": jax.tree.leaves(experts)[0].addressable_shards[0].data.shape,
-        "largest gather": largest_gather(program),
+        "largest gather": largest_gather(step.as_text()),
     }
 
 

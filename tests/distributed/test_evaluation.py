@@ -93,7 +93,7 @@ def in_run(run, words) -> list[object]:
 
 
 @pytest.fixture(scope="module")
-def alone(home, uses):
+def alone(home, uses, task_files):
     """The run that one device has evaluated, and what it generates."""
     run = home / "alone"
     shutil.copytree(home / "run", run)

@@ -26,6 +26,8 @@ from lm_eval.tasks import TaskManager
 
 from plt_jax.evaluation.harness import HarnessModel
 
+pytestmark = pytest.mark.usefixtures("task_files")
+
 PAIRS = [
     ("the state of our", " union"),
     ("", "peace goes on"),

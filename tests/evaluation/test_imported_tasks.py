@@ -11,6 +11,8 @@ from tests.training.runs import assert_refused, command, output_of
 
 pytest.importorskip("lm_eval", reason="needs lm_eval (pip install 'plt_jax[lm_eval]')")
 
+pytestmark = pytest.mark.usefixtures("task_files")
+
 THE_FOX = "the quick brown fox jumps"
 GENERATE = """
 output_type: generate_until

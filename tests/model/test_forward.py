@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from plt_jax import ModelConfig, Transformer
 from plt_jax.errors import InputError
+from plt_jax.model import block
+from plt_jax.model.block import apply_block
 from plt_jax.model.looping import with_loops
 from plt_jax.model.loss import cross_entropy
 from tests import reference
@@ -296,6 +298,19 @@ def test_recomputation_is_kept_apart_where_no_scan_does_it(unroll, kept):
     program = jax.make_jaxpr(forward_of(config, random_tokens(config, B, T)))
     text = str(program(random_params(config)))
     assert "prevent_cse=" in text and f"prevent_cse={not kept}" not in text
+
+
+def test_a_layer_is_traced_once_for_the_first_loop_and_once_for_all_later_ones(monkeypatch):
+    traced = []
+
+    def counting(*inputs, **settings):
+        traced.append(inputs)
+        return apply_block(*inputs, **settings)
+
+    monkeypatch.setattr(block, "apply_block", counting)
+    config = small_config("plt", 4, layers=3)
+    jax.eval_shape(forward_of(config, random_tokens(config, B, T)), random_params(config))
+    assert len(traced) == 2
 
 
 def forward_of(config, tokens):

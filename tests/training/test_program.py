@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from plt_jax import Transformer
 from plt_jax.config import RunConfig
 from plt_jax.errors import InputError
 from plt_jax.training.program import TrainProgram
@@ -17,6 +18,14 @@ def test_the_seed_decides_the_start():
     assert not np.array_equal(one.params["head"], other.params["head"])
     assert int(one.step) == 0
     assert {leaf.dtype for leaf in jax.tree.leaves(one.params)} == {jnp.dtype("float32")}
+
+
+def test_equal_models_are_drawn_by_the_same_programs(monkeypatch):
+    build(make_config()).init_params()
+    traced = []
+    monkeypatch.setattr(Transformer, "declare_one", lambda *given: traced.append(given))
+    build(make_config(seed=1)).init_params()
+    assert traced == []
 
 
 def test_a_fresh_state_has_the_abstract_states_shapes_dtypes_and_shardings():
