@@ -34,6 +34,8 @@ from plt_jax.errors import InputError
 from plt_jax.files import copy_file, files_in, to_path, write_text
 from plt_jax.reports.tables import table_of
 
+SETTLE_SECONDS = 2
+"""Time in which shards that were requested last arrive, before the next way begins."""
 COLUMNS = (
     ("first", "first batch s", "{:.2f}"),
     ("median", "later: median ms", "{:.1f}"),
@@ -167,6 +169,8 @@ def waits(reading: Reading, arguments) -> dict[str, float]:
         next(batches)
         found.append(time.perf_counter() - start)
         time.sleep(arguments.step)
+    del batches
+    time.sleep(SETTLE_SECONDS)
     first, later = found[0], sorted(1000 * wait for wait in found[1:])
     return {
         "first": first,
