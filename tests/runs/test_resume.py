@@ -142,7 +142,7 @@ def test_the_fields_that_may_change_are_decided_on_purpose():
             "model.layer_unroll",
             "model.loop.exit_threshold",
         ],
-        *["data.cache_dir", "data.prefetch", "data.sources.path"],
+        *["data.cache_dir", "data.cache_gb", "data.prefetch", "data.sources.path"],
         *["data.synthetic.test_difficulties", "tokenizer.path"],
         *["training.steps", "training.accumulate", "training.log_every"],
         *["training.evaluate_every", "training.checkpoint_every", "training.hang_after"],
