@@ -23,12 +23,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.faults.bucket_server import BUCKET, BucketServer, Disturbance
+from benchmarks.faults.buckets import is_shard
 from plt_jax.benchmarks.machine import machine
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import RunConfig
 from plt_jax.config.data import DataConfig
 from plt_jax.data.pipeline import Source, training_dataset
-from plt_jax.data.shard_cache import LEAST_SHARDS, ShardCache
+from plt_jax.data.shard_cache import LEAST_SHARDS
 from plt_jax.data.tokenized_corpus import TokenizedCorpus, open_tokenized_corpus
 from plt_jax.errors import InputError
 from plt_jax.files import copy_file, files_in, to_path, write_text
@@ -58,13 +59,13 @@ def main() -> None:
     if min(arguments.batch, arguments.batches - 1, arguments.rounds) < 1:
         raise InputError("--batch and --rounds must be at least 1, --batches at least 2")
     near = open_tokenized_corpus(arguments.corpus)
-    with serving(arguments.latency), tempfile.TemporaryDirectory() as home:
+    with serving(arguments.latency) as count_fetches, tempfile.TemporaryDirectory() as home:
         bucket = to_path(f"gs://{BUCKET}/corpus")
         for name in files_in(near.folder):
             copy_file(near.folder / name, bucket / name)
         rounds = [
             {
-                label: waits(read(Path(home, f"{number}"), bucket, near), arguments)
+                label: waits(read(Path(home, f"{number}"), bucket, near), count_fetches, arguments)
                 for label, read in WAYS.items()
             }
             for number in range(arguments.rounds)
@@ -95,36 +96,41 @@ def main() -> None:
 
 
 @contextmanager
-def serving(latency: float) -> Iterator[None]:
-    """Runs a bucket in another process, which this one uses from now on."""
+def serving(latency: float) -> Iterator[Callable[[], int]]:
+    """Runs a bucket in another process, which this one uses from now on. Yields a function that
+    returns how many shards have been asked for so far."""
     context = multiprocessing.get_context("spawn")
     own, its = context.Pipe()
     process = context.Process(target=serve, args=(its, latency), daemon=True)
     process.start()
     os.environ.update(own.recv())
+
+    def count_fetches() -> int:
+        own.send(None)
+        return own.recv()
+
     try:
-        yield
+        yield count_fetches
     finally:
         process.terminate()
         process.join()
 
 
 def serve(pipe: Connection, latency: float) -> None:
-    """Serves a bucket whose answers are late, until the process is ended."""
+    """Serves a bucket whose answers are late, until the process is ended; tells how many shards
+    have been asked for, whenever it is asked. (A shard smaller than 8 MiB is one call.)"""
     with BucketServer(lambda _: Disturbance(delay=latency)) as server:
         pipe.send(server.environment)
-        time.sleep(10**9)
+        while True:
+            pipe.recv()
+            pipe.send(sum(is_shard(request) for request in server.requests))
 
 
-Reading = tuple[Source, ShardCache | None]
-"""A corpus to read, and where its shards are kept."""
+def on_a_disk(home: Path, bucket: Path, near: TokenizedCorpus) -> Source:
+    return Source("the corpus", near.stream("training"))
 
 
-def on_a_disk(home: Path, bucket: Path, near: TokenizedCorpus) -> Reading:
-    return Source("the corpus", near.stream("training")), None
-
-
-def in_a_bucket(home: Path, bucket: Path, share: float, ahead: bool) -> Reading:
+def in_a_bucket(home: Path, bucket: Path, share: float, ahead: bool) -> Source:
     """The corpus in the bucket, with a cache for a share of its bytes."""
     shards = open_tokenized_corpus(bucket).shards("training")
     most = sum(shard.size for shard in shards) * share
@@ -138,10 +144,10 @@ def in_a_bucket(home: Path, bucket: Path, share: float, ahead: bool) -> Reading:
         source = source._replace(
             ahead=far.cache.examples_ahead(shards), request=far.request("training")
         )
-    return source, far.cache
+    return source
 
 
-WAYS: dict[str, Callable[[Path, Path, TokenizedCorpus], Reading]] = {
+WAYS: dict[str, Callable[[Path, Path, TokenizedCorpus], Source]] = {
     "disk": on_a_disk,
     "bucket": lambda home, bucket, near: in_a_bucket(home / "whole", bucket, 1.01, True),
     "bucket, warm": lambda home, bucket, near: in_a_bucket(home / "whole", bucket, 1.01, True),
@@ -152,10 +158,9 @@ WAYS: dict[str, Callable[[Path, Path, TokenizedCorpus], Reading]] = {
 }
 
 
-def waits(reading: Reading, arguments) -> dict[str, float]:
+def waits(source: Source, count_fetches: Callable[[], int], arguments) -> dict[str, float]:
     """Seconds that the first step waits for its batch, milliseconds of the later ones, and the
     number of shards that were fetched."""
-    source, cache = reading
     config = RunConfig.model_validate(
         {
             "model": {"max_length": arguments.length},
@@ -163,7 +168,7 @@ def waits(reading: Reading, arguments) -> dict[str, float]:
         }
     )
     batches, found = iter(training_dataset(config, [source])), []
-    before = cache.fetched if cache else 0
+    before = count_fetches()
     for _ in range(arguments.batches):
         start = time.perf_counter()
         next(batches)
@@ -176,7 +181,7 @@ def waits(reading: Reading, arguments) -> dict[str, float]:
         "first": first,
         "median": statistics.median(later),
         "slowest": later[min(len(later) * 99 // 100, len(later) - 1)],
-        "fetched": cache.fetched - before if cache else 0,
+        "fetched": count_fetches() - before,
     }
 
 

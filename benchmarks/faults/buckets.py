@@ -136,6 +136,7 @@ def corpus_in_bucket(trial: Trial, **sections: Any) -> Path:
 
 
 def is_shard(request: Request) -> bool:
+    """Whether a shard of a corpus is asked for."""
     return request.method == "GET" and request.name.endswith(".array_record")
 
 
@@ -154,12 +155,18 @@ def shards_err(trial: Trial) -> str:
     return f"{count[0]} calls for shards disturbed; bit for bit"
 
 
-def shard_vanishes(trial: Trial) -> str:
-    """A shard that no copy is left of is gone or damaged: it must be named."""
+def killed_run(trial: Trial) -> Path:
+    """The configuration of a run that reads its corpus in the bucket and has been killed."""
     config = corpus_in_bucket(trial)
     process = trial.sandbox.start(config)
     process.wait_for_step(trial.draw.randint(1, STEPS - 6))
     process.kill()
+    return config
+
+
+def shard_vanishes(trial: Trial) -> str:
+    """A shard that no copy is left of is gone or damaged: it must be named."""
+    config = killed_run(trial)
     shutil.rmtree(config.parent / "cache")
     folder = to_path(f"{trial.sandbox.runs}/{trial.name}-corpus")
     shards = open_tokenized_corpus(trial.sandbox.corpus).shards("training")
@@ -174,10 +181,7 @@ def shard_vanishes(trial: Trial) -> str:
 
 def copies_are_damaged(trial: Trial) -> str:
     """Copies of shards on the disk are damaged or gone: they must be fetched again."""
-    config = corpus_in_bucket(trial)
-    process = trial.sandbox.start(config)
-    process.wait_for_step(trial.draw.randint(1, STEPS - 6))
-    process.kill()
+    config = killed_run(trial)
     copies = list((config.parent / "cache" / "shards").glob("*.array_record"))
     chosen = trial.draw.sample(copies, min(3, len(copies)))
     for path in chosen:

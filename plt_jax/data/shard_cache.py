@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from plt_jax.data.shards import Shard, ShardReader
+from plt_jax.data.shards import Shard, ShardReader, damaged_file, missing_file
 from plt_jax.data.streams import TokenSpan
 from plt_jax.errors import FailedError, InputError
 from plt_jax.files import UNFINISHED, read_range
@@ -55,12 +55,10 @@ class ShardCache:
     def __init__(self, folder: Path, most_bytes: int):
         """
         Args:
-          folder: the folder of the shards; it is made when the first one is fetched.
+          folder: the folder of the shards, made if need be.
           most_bytes: bytes that the shards may have together.
         """
         self.folder, self.most_bytes = folder, most_bytes
-        self.fetched = 0
-        """Shards that this process has fetched."""
         self._fetching: dict[str, Future[Path]] = {}
         self._changing = threading.Lock()
         self._failure: tuple[float, FailedError] | None = None
@@ -196,8 +194,6 @@ class ShardCache:
                         unfinished.unlink(missing_ok=True)
                         raise
                     unfinished.replace(path)
-                    with self._changing:
-                        self.fetched += 1
             return path
         except OSError as error:
             raise self._unusable(error) from error
@@ -321,10 +317,7 @@ def fetch_shard(source: Path, shard: Shard, target: Path) -> None:
             try:
                 part = read_range(source, begin, end)
             except FileNotFoundError as error:
-                raise InputError(
-                    f"the shard {source} is missing; bring it back, or run plt_jax.data.prepare "
-                    "again as before, which writes missing shards"
-                ) from error
+                raise missing_file(source) from error
             except OSError as error:
                 raise FailedError(f"cannot fetch the shard {source}: {error.strerror}") from error
             digest.update(part)
@@ -334,10 +327,7 @@ def fetch_shard(source: Path, shard: Shard, target: Path) -> None:
         what = "its SHA-256 is not the manifest's"
         if received != shard.size:
             what = f"it has {received:,} bytes instead of {shard.size:,}"
-        raise InputError(
-            f"{source} is damaged ({what}); bring back a good copy, or delete it and run "
-            "plt_jax.data.prepare again as before, which writes missing shards"
-        )
+        raise damaged_file(source, what)
 
 
 def _is_file_of(path: Path, file: Any) -> bool:

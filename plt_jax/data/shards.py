@@ -49,6 +49,23 @@ class Shard(Section):
     """SHA-256 of the file, in hexadecimal."""
 
 
+def missing_file(path: Path, reason: str | None = None) -> InputError:
+    """What is said of a shard that is not there, or for another reason cannot be read."""
+    what = "is missing" if reason is None else f"cannot be read ({reason})"
+    return InputError(
+        f"the shard {path} {what}; bring it back, or run plt_jax.data.prepare again as before, "
+        "which writes missing shards"
+    )
+
+
+def damaged_file(path: Path, reason: object) -> InputError:
+    """What is said of a file of a corpus that is not as it was written."""
+    return InputError(
+        f"{path} is damaged ({_first_line(reason)}); bring back a good copy, or delete it and run "
+        "plt_jax.data.prepare again as before, which writes missing shards"
+    )
+
+
 class ShardWriter:
     """Writes documents to a new shard, whose file is complete once `close` has returned."""
 
@@ -127,17 +144,15 @@ class ShardReader:
         """
         self._name, self._tokens, self._dtype = source or path, tokens, dtype
         if not path.is_file():  # array_record would fail only at the first read
-            raise InputError(
-                f"the shard {self._name} is missing; bring it back, or prepare it again"
-            )
+            raise missing_file(self._name)
         records = -(-tokens // RECORD_TOKENS)
         try:
             self._reader = array_record_module.ArrayRecordReader(str(path), _READER_OPTIONS)
             found = self._reader.num_records()
         except RuntimeError as error:
-            raise self._damaged(error) from error
+            raise damaged_file(self._name, error) from error
         if found != records:
-            raise self._damaged(f"it has {found} records instead of {records}")
+            raise damaged_file(self._name, f"it has {found} records instead of {records}")
 
     def __len__(self) -> int:
         return self._tokens
@@ -153,7 +168,7 @@ class ShardReader:
         try:
             records = self._reader.read(first, last)
         except (RuntimeError, IndexError) as error:
-            raise self._damaged(error) from error
+            raise damaged_file(self._name, error) from error
         pieces, new = [], np.zeros((last - first) * RECORD_TOKENS, np.int64)
         for number, record in enumerate(records):
             tokens, starts = self._parse(record, first + number)
@@ -173,7 +188,7 @@ class ShardReader:
             _, numbers = self.read(begin, _FLUSH_TOKENS)
             found += int(numbers[-1])
         if found != documents:
-            raise self._damaged(f"it has {found:,} documents instead of {documents:,}")
+            raise damaged_file(self._name, f"it has {found:,} documents instead of {documents:,}")
 
     def _parse(self, record: bytes, number: int) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of a record, and the places of documents' first tokens among them.
@@ -186,19 +201,13 @@ class ShardReader:
             starts = np.frombuffer(record, _COUNT, count, _COUNT.itemsize)
             tokens = np.frombuffer(record, self._dtype, -1, _COUNT.itemsize * (1 + count))
         except ValueError as error:
-            raise self._damaged(f"record {number} is no record of tokens") from error
+            raise damaged_file(self._name, f"record {number} is no record of tokens") from error
         expected = min(RECORD_TOKENS, self._tokens - number * RECORD_TOKENS)
         if len(tokens) != expected or np.any(starts >= expected):
-            raise self._damaged(
-                f"record {number} has {len(tokens):,} tokens instead of {expected:,}"
+            raise damaged_file(
+                self._name, f"record {number} has {len(tokens):,} tokens instead of {expected:,}"
             )
         return tokens, starts
-
-    def _damaged(self, reason: object) -> InputError:
-        return InputError(
-            f"the shard {self._name} is damaged ({_first_line(reason)}); bring back a good copy, "
-            "or delete it and run plt_jax.data.prepare again as before, which writes missing shards"
-        )
 
 
 def _first_line(reason: object) -> str:

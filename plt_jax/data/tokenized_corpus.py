@@ -25,7 +25,7 @@ from plt_jax.buckets.address import is_in_bucket
 from plt_jax.config.data import DataConfig
 from plt_jax.config.types import Section
 from plt_jax.data.shard_cache import ShardCache, fetch_shard, shard_cache
-from plt_jax.data.shards import Shard, ShardReader, Split
+from plt_jax.data.shards import Shard, ShardReader, Split, damaged_file, missing_file
 from plt_jax.data.special_tokens import SPECIAL_TOKENS
 from plt_jax.data.streams import JoinedStream, TokenStream
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
@@ -238,18 +238,14 @@ def _sizes_in_bucket(folder: Path) -> dict[str, int] | None:
 
 
 def _check_size(path: Path, shard: Shard, in_bucket: Mapping[str, int] | None) -> None:
-    reason = "there is no such object"
     try:
         size = path.stat().st_size if in_bucket is None else in_bucket.get(shard.name)
     except OSError as error:
-        size, reason = None, error.strerror
+        raise missing_file(path, error.strerror) from error
     if size is None:
-        raise InputError(
-            f"the shard {path} cannot be read ({reason}); bring it back, or run "
-            "plt_jax.data.prepare again as before, which writes missing shards"
-        )
+        raise missing_file(path)
     if size != shard.size:
-        raise _differs(path, f"it has {size:,} bytes instead of {shard.size:,}")
+        raise damaged_file(path, f"it has {size:,} bytes instead of {shard.size:,}")
 
 
 def check_sha256(path: Path, expected: str) -> None:
@@ -260,17 +256,10 @@ def check_sha256(path: Path, expected: str) -> None:
     except OSError as error:
         raise InputError(f"cannot read {path} ({error.strerror})") from error
     if found != expected:
-        raise _differs(path, "its SHA-256 is not the manifest's")
+        raise damaged_file(path, "its SHA-256 is not the manifest's")
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's contents, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _differs(path: Path, reason: str) -> InputError:
-    return InputError(
-        f"{path} is damaged ({reason}); bring back a good copy, or delete it and run "
-        "plt_jax.data.prepare again as before, which writes missing shards"
-    )
