@@ -51,6 +51,12 @@ def is_folder(path: Path) -> bool:
     return path.is_dir() if is_in_bucket(path) else os.path.isdir(path)
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is a file, a folder or an object of this name; False also for a name that no
+    file system can have."""
+    return path.exists() if is_in_bucket(path) else os.path.exists(path)
+
+
 def check_reachable(path: Path) -> None:
     """Raises InputError if a path leads into a bucket that does not exist, or cannot be read."""
     if is_in_bucket(path):

@@ -58,6 +58,25 @@ class Lock(Protocol):
         ...
 
 
+def lock_file(file: int, wait: bool) -> bool | None:
+    """Takes the lock of an open file or folder, which ends when that is closed.
+
+    Args:
+      file: its descriptor. Network file systems lock what is open for writing alone.
+      wait: whether to wait for the process that has it.
+
+    Returns:
+      Whether this process has it now; None on a file system without locks.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 def lock_of(directory: Path, take_over: bool | None = None) -> Lock:
     """The lock of a folder.
 
@@ -104,13 +123,9 @@ class FolderLock:
         if self.is_held or not self._folder.is_dir():
             return True
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if lock_file(descriptor, wait=False) is False:
             os.close(descriptor)
             return False
-        except OSError:
-            pass  # this file system has no locks
         self._descriptor = descriptor
         return True
 

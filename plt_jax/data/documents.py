@@ -24,6 +24,7 @@ from plt_jax.files import (
     expand,
     file_state,
     is_folder,
+    is_there,
     states_below,
     to_path,
 )
@@ -95,7 +96,7 @@ def find_files(inputs: Sequence[str]) -> FoundFiles:
                     )
                 found.files.extend(known)
                 found.left_out.extend(left_out)
-            elif not (path.exists() if is_in_bucket(path) else os.path.exists(path)):
+            elif not is_there(path):
                 raise InputError(f"there is no file or folder {path}")
             elif is_in_bucket(path) and states_below(path):
                 raise InputError(

@@ -7,8 +7,6 @@ share. It has a bound: the shards that have been unused for longest make room fo
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import functools
 import hashlib
 import os
@@ -28,6 +26,7 @@ from plt_jax.data.shards import Shard, ShardReader, damaged_file, missing_file
 from plt_jax.data.streams import TokenSpan
 from plt_jax.errors import FailedError, InputError
 from plt_jax.files import UNFINISHED, read_range
+from plt_jax.locks import lock_file
 
 FETCHES = 16
 """Shards that a process fetches at once."""
@@ -40,8 +39,6 @@ _PART_BYTES = 2**23
 _ATTEMPTS = 8
 """How often a shard is fetched that other processes remove before it is opened."""
 _SUFFIX, _LOCK = ".array_record", ".lock"
-_NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
-"""What a file system answers that has no locks."""
 _WAIT_SECONDS = 0.1
 """Time between two looks for room, while other processes' shards are on their way."""
 _FAILED_SECONDS = 10
@@ -184,16 +181,19 @@ class ShardCache:
             while not self._touch(path, shard):
                 with open(unfinished, "ab") as file:
                     # The right to write it, or to remove it, ends with this process.
-                    _lock(file)
+                    lock_file(file.fileno(), wait=True)
                     if not _is_file_of(unfinished, file):
                         continue  # another process has finished it, or removed it, in the meantime
                     self._reserve(file, shard.size, unfinished)
                     try:
                         fetch_shard(source, shard, unfinished)
+                        with self._counting():
+                            unfinished.replace(path)
+                    except FileNotFoundError:
+                        continue  # without locks others fetch it, too, and one has finished it
                     except BaseException:
                         unfinished.unlink(missing_ok=True)
                         raise
-                    unfinished.replace(path)
             return path
         except OSError as error:
             raise self._unusable(error) from error
@@ -216,8 +216,7 @@ class ShardCache:
         Those that are on their way stay; if they leave no room, this waits for them.
         """
         while True:
-            with open(self.folder / _LOCK, "ab") as lock:
-                _lock(lock)
+            with self._counting():
                 kept = [(found, state) for found, state in self._files() if found != path]
                 total, waiting = sum(state.st_size for _, state in kept), False
                 for found, state in sorted(kept, key=lambda one: one[1].st_mtime_ns):
@@ -234,6 +233,14 @@ class ShardCache:
                     file.truncate(size)  # others count it from now on
                     return
             time.sleep(_WAIT_SECONDS)
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Keeps other processes from giving files sizes or names: who counts bytes meanwhile would
+        miss a file that changes its name."""
+        with open(self.folder / _LOCK, "ab") as lock:
+            lock_file(lock.fileno(), wait=True)
+            yield
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         """The files of the cache, finished or not, and their states."""
@@ -338,27 +345,18 @@ def _is_file_of(path: Path, file: Any) -> bool:
         return False
 
 
-def _lock(file: BinaryIO) -> None:
-    """Waits for the right to a file, which ends when it is closed. Where there are no locks,
-    everyone has it: several processes may then fetch a shard, and write the same bytes."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-
-
 def _remove_left(path: Path) -> bool:
     """Removes an unfinished shard that no process is writing; returns whether it is gone."""
     try:
         with open(path, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
+            if lock_file(file.fileno(), wait=False):
+                path.unlink(missing_ok=True)
+                return True
     except FileNotFoundError:
         return True
     except OSError:
-        return False
-    return True
+        pass  # another user's
+    return False
 
 
 @functools.cache

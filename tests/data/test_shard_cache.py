@@ -253,11 +253,22 @@ def test_file_systems_without_locks_are_used_all_the_same(corpus, far, tmp_path,
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    shard = far.manifest.shards[0]
-    cache = ShardCache(tmp_path / "shards", LEAST_SHARDS * shard.size)
-    shards, expected = cached(far, cache), tokens_on_disk(corpus)
-    for index in random.Random(0).choices(range(len(shards)), k=20):
-        assert np.array_equal(shards[index].read(0, 10**6)[0], expected[index])
+    most = 3 * LEAST_SHARDS * far.manifest.shards[0].size
+    expected, found = tokens_on_disk(corpus), []
+
+    def read(number: int) -> None:
+        shards = cached(far, ShardCache(tmp_path / "shards", most))
+        for index in random.Random(0).choices(range(len(shards)), k=20):  # all the same
+            found.append((index, shards[index].read(0, 10**6)[0]))
+
+    threads = [threading.Thread(target=read, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 3 * 20
+    for index, tokens in found:
+        assert np.array_equal(tokens, expected[index])
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(bucket, far, tmp_path):
