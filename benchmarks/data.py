@@ -24,7 +24,8 @@ from plt_jax.benchmarks.machine import machine
 from plt_jax.benchmarks.rounds import interleave, positive_integers, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import RunConfig
-from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.corpus_units import CorpusOptions
+from plt_jax.data.corpus_writer import write_corpus
 from plt_jax.data.pipeline import Source, training_dataset
 from plt_jax.data.streams import DocumentStream, TokenStream
 from plt_jax.data.tokenized_corpus import CorpusManifest, TokenizedCorpus, open_tokenized_corpus

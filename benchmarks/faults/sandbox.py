@@ -21,7 +21,8 @@ import yaml
 
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.checkpoint.steps import is_complete, list_steps
-from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.corpus_units import CorpusOptions
+from plt_jax.data.corpus_writer import write_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.files import is_folder, to_path
 from plt_jax.runs.directory import open_trained

@@ -196,7 +196,8 @@ def kill_preparation(trial: Trial) -> str:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from plt_jax.data.corpus_writer import CorpusOptions, write_corpus\n"
+        "from plt_jax.data.corpus_units import CorpusOptions\n"
+        "from plt_jax.data.corpus_writer import write_corpus\n"
         "from plt_jax.data.tokenizer import load_tokenizer\n"
         "texts, out, tokenizer, pause = sys.argv[1:]\n"
         "write_corpus([texts], Path(out), load_tokenizer(tokenizer),\n"

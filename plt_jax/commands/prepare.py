@@ -29,16 +29,8 @@ from rich.progress import (
 
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.commands.parser import CommandParser
-from plt_jax.data.corpus_writer import (
-    CorpusOptions,
-    Part,
-    UnitCallback,
-    UnitResult,
-    WorkUnit,
-    has_tokenizer,
-    split_of,
-    write_corpus,
-)
+from plt_jax.data.corpus_units import CorpusOptions, UnitResult, WorkUnit, split_of
+from plt_jax.data.corpus_writer import Part, UnitCallback, has_tokenizer, write_corpus
 from plt_jax.data.documents import (
     counted,
     describe_left_out,

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from benchmarks.data import as_array, tokens_consumed
-from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.corpus_units import CorpusOptions
+from plt_jax.data.corpus_writer import write_corpus
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.distributed.chips import CHIPS

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from plt_jax.data.corpus_writer import CorpusOptions, Part, write_corpus
+from plt_jax.data.corpus_units import CorpusOptions
+from plt_jax.data.corpus_writer import Part, write_corpus
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.files import copy_file, files_in, to_path
 

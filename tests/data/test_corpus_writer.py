@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from plt_jax.data import corpus_writer
-from plt_jax.data.corpus_writer import split_of
+from plt_jax.data.corpus_units import split_of
 from plt_jax.data.tokenized_corpus import (
     MANIFEST,
     CorpusManifest,

@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 import plt_jax
 from plt_jax.checkpoint.manifest import MANIFEST, OWN, _dump, find_damage
 from plt_jax.config.yaml_file import load_resolved
-from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.corpus_units import CorpusOptions
+from plt_jax.data.corpus_writer import write_corpus
 from plt_jax.data.token_bytes import token_bytes
 from plt_jax.data.tokenized_corpus import find_problems, open_tokenized_corpus
 from plt_jax.data.tokenizer import load_tokenizer

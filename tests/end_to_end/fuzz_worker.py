@@ -27,7 +27,8 @@ import jax
 import yaml
 
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.corpus_units import CorpusOptions
+from plt_jax.data.corpus_writer import write_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_STOPPED
 from tests.end_to_end.drawn_configs import Case, base, drawn, nested

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from benchmarks.faults.bucket_server import Disturbance
-from plt_jax.data.corpus_writer import CorpusOptions, write_corpus
+from plt_jax.data.corpus_units import CorpusOptions
+from plt_jax.data.corpus_writer import write_corpus
 from plt_jax.data.shard_cache import LEAST_SHARDS
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
