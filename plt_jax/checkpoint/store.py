@@ -12,12 +12,11 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from plt_jax.buckets.address import is_in_bucket
+from plt_jax.checkpoint.byte_limits import byte_limit, bytes_read, shard_bytes
 from plt_jax.checkpoint.manifest import (
     MANIFEST,
     MARK,
@@ -53,9 +53,6 @@ _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|\.orbax-checkpoint-tmp).*")
 CHUNK_BYTES = 2**22
 """The most bytes of a stored piece of an array. A piece is read as a whole by each process that
 needs some of it."""
-CONCURRENT_BYTES = 2**26
-"""The most bytes that a process reads or writes at a time, unless that is less than a sixteenth of
-what it holds, or than what has to be read at once."""
 FAILURES = (OSError, ValueError, RuntimeError)
 """What orbax, tensorstore (a ValueError for a full disk) and JAX raise where saving fails."""
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -347,7 +344,7 @@ def _saving(trees: Any) -> ocp.Context:
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     arrays = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
-    context.memory.write_concurrent_bytes = _limit(arrays, map(_shard_bytes, arrays))
+    context.memory.write_concurrent_bytes = byte_limit(arrays, map(shard_bytes, arrays))
     return context
 
 
@@ -364,57 +361,11 @@ def _loading(stored: Any, wanted: Any) -> ocp.Context:
             by_shape.setdefault(tuple(leaf.shape), []).append(leaf)
     context = ocp.Context()
     arrays = jax.tree.leaves(wanted)
-    context.memory.read_concurrent_bytes = _limit(
+    context.memory.read_concurrent_bytes = byte_limit(
         arrays,
-        (_bytes_read(array, leaf) for leaf in arrays for array in by_shape.get(leaf.shape, ())),
+        (bytes_read(array, leaf) for leaf in arrays for array in by_shape.get(leaf.shape, ())),
     )
     return context
-
-
-def _shard_shape(leaf: Any) -> tuple[int, ...]:
-    sharding = leaf.sharding
-    return tuple(leaf.shape if sharding is None else sharding.shard_shape(leaf.shape))
-
-
-def _bytes_read(stored: Any, wanted: Any) -> int:
-    """The bytes, in the wanted dtype, of the stored pieces that a shard of an array may overlap.
-
-    Where it overlaps pieces that are not all its own, those of all shards on this process's devices
-    are read at once: a piece would be read again for a shard that is read later.
-    """
-    pieces = stored.storage_metadata.chunk_shape or stored.shape
-    shard, count = _shard_shape(wanted), 1
-    for size, part, piece in zip(stored.shape, shard, pieces, strict=True):
-        overlaps = [
-            math.ceil((start + part) / piece) - start // piece
-            for start in range(0, size, max(part, 1))
-        ]
-        count *= piece * max(overlaps, default=1)
-    itemsize = max(np.dtype(leaf.dtype).itemsize for leaf in (stored, wanted))
-    return itemsize * count * (_shards_held(wanted) if count > math.prod(shard) else 1)
-
-
-def _shards_held(leaf: Any) -> int:
-    """The number of different shards of an array on this process's devices."""
-    if leaf.sharding is None:
-        return 1
-    places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-    return len({str(place) for place in places})
-
-
-def _shard_bytes(leaf: Any) -> int:
-    return np.dtype(leaf.dtype).itemsize * math.prod(_shard_shape(leaf))
-
-
-def _limit(arrays: Iterable[Any], sizes: Iterable[int]) -> int:
-    """The bytes that may be read or written at a time.
-
-    Args:
-      arrays: what this process reads or writes, with shardings or on one device.
-      sizes: the bytes that must fit at once; orbax refuses a shard that reaches the limit.
-    """
-    held = sum(_shard_bytes(leaf) * _shards_held(leaf) for leaf in arrays)
-    return max(CONCURRENT_BYTES, held // 16, *(size + 1 for size in sizes))
 
 
 def _bucket_errors(path: Path) -> AbstractContextManager[None]:

@@ -31,13 +31,8 @@ from plt_jax.buckets.address import is_in_bucket
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.corpus_units import CorpusOptions, UnitResult, WorkUnit, split_of
 from plt_jax.data.corpus_writer import Part, UnitCallback, has_tokenizer, write_corpus
-from plt_jax.data.documents import (
-    counted,
-    describe_left_out,
-    find_files,
-    read_piece,
-    split_files,
-)
+from plt_jax.data.documents import read_piece, split_files
+from plt_jax.data.input_files import counted, describe_left_out, find_files
 from plt_jax.data.shards import SPLITS
 from plt_jax.data.tokenized_corpus import CorpusManifest
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, find_tokenizer, load_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from plt_jax.config.data import DataConfig
-from plt_jax.data.documents import describe_left_out, is_collection, walk
+from plt_jax.data.input_files import describe_left_out, is_collection, walk
 from plt_jax.errors import InputError, naming
 from plt_jax.files import check_regular, expand
 

@@ -32,12 +32,8 @@ from plt_jax.data.corpus_units import (
     result_path,
     unfinished_name,
 )
-from plt_jax.data.documents import (
-    InputFile,
-    counted,
-    find_files,
-    split_files,
-)
+from plt_jax.data.documents import split_files
+from plt_jax.data.input_files import InputFile, counted, find_files
 from plt_jax.data.shards import SPLITS
 from plt_jax.data.special_tokens import SPECIAL_TOKENS
 from plt_jax.data.tokenized_corpus import MANIFEST, CorpusManifest, file_sha256

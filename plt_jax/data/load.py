@@ -10,7 +10,7 @@ from plt_jax.config import RunConfig
 from plt_jax.config.data import SourceConfig
 from plt_jax.data.cache import fingerprint
 from plt_jax.data.corpus import NO_DATA, left_out_of, load_corpus, read_documents
-from plt_jax.data.documents import counted
+from plt_jax.data.input_files import counted
 from plt_jax.data.packing import Examples, PackedExamples
 from plt_jax.data.pipeline import Source, batches_of, epochs_read, training_dataset
 from plt_jax.data.shards import SPLITS, Split

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from plt_jax.checkpoint import store
+from plt_jax.checkpoint import byte_limits, store
 from plt_jax.checkpoint.damage import refuse_damaged
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.steps import list_steps
@@ -263,7 +263,7 @@ def test_large_arrays_are_stored_in_pieces_as_they_are(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_arrays_above_the_limit_are_read_and_written_one_at_a_time(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(store, "CONCURRENT_BYTES", 1)
+    monkeypatch.setattr(byte_limits, "CONCURRENT_BYTES", 1)
     params = {"half": jnp.arange(64, dtype=jnp.bfloat16) / 7}
     optimizer = make_optimizer_state(params)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:

@@ -17,7 +17,8 @@ from plt_jax.commands import prepare
 from plt_jax.config.data import DataConfig
 from plt_jax.data import corpus_writer
 from plt_jax.data.corpus_writer import Part
-from plt_jax.data.documents import find_files, read_piece, split_files
+from plt_jax.data.documents import read_piece, split_files
+from plt_jax.data.input_files import find_files
 from plt_jax.data.tokenized_corpus import MANIFEST, find_problems, open_tokenized_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import InputError

@@ -11,13 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plt_jax.data import documents as module
-from plt_jax.data.documents import (
-    FilePiece,
-    describe_left_out,
-    find_files,
-    read_piece,
-    split_files,
-)
+from plt_jax.data.documents import FilePiece, read_piece, split_files
+from plt_jax.data.input_files import describe_left_out, find_files
 from plt_jax.errors import InputError
 
 COMPRESSORS = ("gz", "bz2", "xz", "zst")

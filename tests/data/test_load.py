@@ -5,7 +5,7 @@ import re
 import numpy as np
 
 from plt_jax.data.corpus import load_corpus, read_documents
-from plt_jax.data.documents import counted
+from plt_jax.data.input_files import counted
 from plt_jax.data.load import examples_from_text, load_data, validation_examples
 from plt_jax.data.pipeline import evaluation_batches
 
