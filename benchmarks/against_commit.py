@@ -27,7 +27,7 @@ from plt_jax.benchmarks.machine import machine
 from plt_jax.benchmarks.rounds import ratios, spread
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.errors import FailedError, InputError
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 COMMIT, WORKING_TREE = "commit", "working_tree"

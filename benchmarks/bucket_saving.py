@@ -32,7 +32,8 @@ from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import InputError
-from plt_jax.files import to_path, write_text
+from plt_jax.files.paths import to_path
+from plt_jax.files.writing import write_text
 from plt_jax.reports.tables import table_of
 
 ARRAYS = 4

@@ -32,7 +32,7 @@ from plt_jax.data.tokenized_corpus import CorpusManifest, TokenizedCorpus, open_
 from plt_jax.data.tokens import TokenizedDocuments
 from plt_jax.distributed.chips import CHIPS
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.reports.tables import table_of
 from plt_jax.runs.configuration import load_config

@@ -32,7 +32,9 @@ from plt_jax.data.pipeline import Source, training_dataset
 from plt_jax.data.shard_cache import LEAST_SHARDS
 from plt_jax.data.tokenized_corpus import TokenizedCorpus, open_tokenized_corpus
 from plt_jax.errors import InputError
-from plt_jax.files import copy_file, files_in, to_path, write_text
+from plt_jax.files.folders import copy_file
+from plt_jax.files.paths import files_in, to_path
+from plt_jax.files.writing import write_text
 from plt_jax.reports.tables import table_of
 
 SETTLE_SECONDS = 2

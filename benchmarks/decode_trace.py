@@ -23,7 +23,7 @@ from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import ModelConfig
 from plt_jax.config.variants import NO_LOOP, variants_of
 from plt_jax.errors import FailedError
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 from plt_jax.runs.configuration import load_config
 
 MOST_SHOWN = 40

@@ -36,7 +36,7 @@ from plt_jax.config import CheckpointConfig
 from plt_jax.config.variants import Variant
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 from plt_jax.reports.tables import table_of
 from plt_jax.training.guard import Limits
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.distributed.chips import GIB, parse_topology
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 from plt_jax.reports.tables import aligned
 
 Row = dict[str, Any]

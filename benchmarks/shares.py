@@ -29,7 +29,7 @@ from typing import Any
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import MeshConfig, ModelConfig, ProcessesConfig, RunConfig
 from plt_jax.errors import FailedError, InputError
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 from plt_jax.reports.tables import table_of
 
 USES = ("read", "evaluate", "generate", "export")

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.data.corpus import read_documents
-from plt_jax.files import expand, write_text
+from plt_jax.files.paths import expand
+from plt_jax.files.writing import write_text
 
 LEFT_OUT = {"site-packages", "test", "tests", "idle_test"}
 

@@ -24,7 +24,7 @@ from benchmarks.faults.trial import Trial
 from plt_jax.benchmarks.machine import machine
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.errors import EXIT_DONE, EXIT_FAILED, InputError
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 
 
 def main() -> int:

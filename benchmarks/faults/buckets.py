@@ -17,7 +17,8 @@ from benchmarks.faults.storage import draw_file, stop_behind_two_checkpoints
 from benchmarks.faults.trial import Fault, Trial, require_error_line
 from plt_jax.checkpoint.manifest import MANIFEST
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
-from plt_jax.files import copy_file, files_in, to_path
+from plt_jax.files.folders import copy_file
+from plt_jax.files.paths import files_in, to_path
 
 
 @functools.cache

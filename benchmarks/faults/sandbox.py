@@ -24,7 +24,7 @@ from plt_jax.checkpoint.steps import is_complete, list_steps
 from plt_jax.data.corpus_units import CorpusOptions
 from plt_jax.data.corpus_writer import write_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
-from plt_jax.files import is_folder, to_path
+from plt_jax.files.paths import is_folder, to_path
 from plt_jax.runs.directory import open_trained
 from plt_jax.runs.metrics_file import read_metrics, without_times
 from plt_jax.runs.names import CHECKPOINTS

@@ -14,7 +14,7 @@ from benchmarks.faults.trial import Fault, Trial, require, require_error_line
 from plt_jax.checkpoint.manifest import File, find_damage, read_manifest, write_manifest
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.data.tokenized_corpus import MANIFEST, open_tokenized_corpus
-from plt_jax.files import files_in
+from plt_jax.files.paths import files_in
 from plt_jax.runs.names import CHECKPOINTS
 
 

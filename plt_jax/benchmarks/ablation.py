@@ -33,7 +33,7 @@ from plt_jax.decoding.generation import BLOCK
 from plt_jax.distributed import processes, rendezvous
 from plt_jax.errors import EXIT_STOPPED, InputError
 from plt_jax.evaluation.exact_match import EXACT_MATCH, TEST_PROBLEMS, evaluate_exact_match
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 from plt_jax.model.costs import count_parameters, flops_by_loop
 from plt_jax.runs.metrics_file import read_metrics
 from plt_jax.runs.names import CONFIG

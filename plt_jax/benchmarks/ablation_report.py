@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from plt_jax.benchmarks.decode_report import new_figure, save_figure
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 from plt_jax.reports.tables import aligned, table_of
 
 Report = dict[str, Any]

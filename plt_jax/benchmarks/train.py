@@ -33,7 +33,7 @@ from plt_jax.config.variants import NO_LOOP, Variant, variants_of
 from plt_jax.distributed.chips import peak_flops
 from plt_jax.distributed.mesh import make_mesh, use_mesh
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 from plt_jax.model.arithmetic import train_flops
 from plt_jax.model.attention import choose_backend
 from plt_jax.reports.tables import table_of

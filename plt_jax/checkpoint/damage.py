@@ -13,7 +13,7 @@ from plt_jax.checkpoint.manifest import find_damage, has_checksums
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.distributed import processes
 from plt_jax.errors import InputError
-from plt_jax.files import to_path
+from plt_jax.files.paths import to_path
 
 DAMAGED = ".damaged"
 """How the names of checkpoints end that were moved aside."""

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plt_jax.errors import InputError
-from plt_jax.files import MOST_JSON_BYTES, file_below, files_in, read_bounded, write_synced
+from plt_jax.files.paths import files_in
+from plt_jax.files.reading import MOST_JSON_BYTES, file_below, read_bounded
+from plt_jax.files.writing import write_synced
 
 MANIFEST = "manifest.json"
 MARK: dict[str, Any] = {"manifest": MANIFEST}

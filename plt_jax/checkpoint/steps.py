@@ -6,7 +6,7 @@ from pathlib import Path
 
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.checkpoint.manifest import MANIFEST
-from plt_jax.files import is_folder, to_path
+from plt_jax.files.paths import is_folder, to_path
 
 
 def list_steps(directory: str | Path) -> list[int]:

@@ -42,7 +42,8 @@ from plt_jax.checkpoint.steps import is_complete, is_step, list_steps
 from plt_jax.config import CheckpointConfig
 from plt_jax.distributed import processes
 from plt_jax.errors import FailedError, InputError
-from plt_jax.files import is_folder, remove_tree, to_path
+from plt_jax.files.folders import remove_tree
+from plt_jax.files.paths import is_folder, to_path
 
 # Orbax logs every save and restore in several lines, and failures with their stack traces. What
 # users need to know is printed here.

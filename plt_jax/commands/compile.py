@@ -23,7 +23,7 @@ from plt_jax.decoding.options import WEIGHTS
 from plt_jax.distributed.chips import CHIPS, parse_topology
 from plt_jax.distributed.gpus import GPUS, names_gpus, parse_gpus
 from plt_jax.errors import InputError
-from plt_jax.files import write_text
+from plt_jax.files.writing import write_text
 
 DESCRIPTION = """\
 Compile a configuration's train step, or its decode step, for devices that are not here. For TPU

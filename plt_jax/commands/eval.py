@@ -15,7 +15,8 @@ from plt_jax.commands.device_options import DeviceOptions, add_dtype
 from plt_jax.commands.parser import CommandParser, integers
 from plt_jax.data.corpus import left_out_of
 from plt_jax.errors import InputError
-from plt_jax.files import check_writable, to_json
+from plt_jax.files.paths import check_writable
+from plt_jax.files.writing import to_json
 
 if TYPE_CHECKING:  # it imports JAX
     from jax.sharding import Mesh

@@ -38,7 +38,7 @@ from plt_jax.data.tokenized_corpus import CorpusManifest
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, find_tokenizer, load_tokenizer
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import EXIT_STOPPED, InputError
-from plt_jax.files import check_reachable, check_writable, expand
+from plt_jax.files.paths import check_reachable, check_writable, expand
 
 SAMPLE_LENGTH = 64 * 2**20
 """Characters of text, from all files together, that a tokenizer is trained on, about."""

@@ -12,7 +12,7 @@ import sys
 from plt_jax.commands.parser import CommandParser
 from plt_jax.data.tokenized_corpus import find_problems
 from plt_jax.errors import EXIT_DONE, EXIT_FAILED
-from plt_jax.files import expand
+from plt_jax.files.paths import expand
 
 
 def main() -> int:

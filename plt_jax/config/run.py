@@ -20,7 +20,7 @@ from plt_jax.config.training import (
     TrainingConfig,
 )
 from plt_jax.config.types import BucketOrPathText, MayChange, Section
-from plt_jax.files import to_path
+from plt_jax.files.paths import to_path
 
 
 class RunConfig(Section):

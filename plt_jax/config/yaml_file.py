@@ -13,7 +13,7 @@ import yaml
 from plt_jax.config import RunConfig
 from plt_jax.config.renamed import present_name, with_present_names
 from plt_jax.errors import InputError
-from plt_jax.files import read_bounded
+from plt_jax.files.reading import read_bounded
 
 MOST_BYTES = 2**20
 """Bytes of the largest configuration file."""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from plt_jax.errors import InputError, naming
-from plt_jax.files import expand, replaced_file
+from plt_jax.files.paths import expand
+from plt_jax.files.writing import replaced_file
 
 _FORMAT = "1"
 """Version of how tokenizers and tokens are made; raise it to stop old files from being reused."""

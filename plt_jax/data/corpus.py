@@ -8,7 +8,8 @@ from typing import NamedTuple
 from plt_jax.config.data import DataConfig
 from plt_jax.data.input_files import describe_left_out, is_collection, walk
 from plt_jax.errors import InputError, naming
-from plt_jax.files import check_regular, expand
+from plt_jax.files.paths import expand
+from plt_jax.files.reading import check_regular
 
 NO_DATA = (
     "the configuration names no data to train on; give data.source (--data.source FOLDER with .txt "

@@ -20,7 +20,8 @@ from plt_jax.data.tokenized_corpus import file_sha256
 from plt_jax.data.tokenizer import TextTokenizer
 from plt_jax.data.tokens import encode_documents, token_dtype
 from plt_jax.errors import InputError
-from plt_jax.files import UNFINISHED, copy_file, write_text
+from plt_jax.files.folders import copy_file
+from plt_jax.files.writing import UNFINISHED, write_text
 
 PARTS = "parts"
 """The folder of a corpus in which units are marked as finished."""

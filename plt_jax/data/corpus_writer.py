@@ -40,17 +40,9 @@ from plt_jax.data.tokenized_corpus import MANIFEST, CorpusManifest, file_sha256
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.data.tokens import token_dtype
 from plt_jax.errors import InputError
-from plt_jax.files import (
-    UNFINISHED,
-    check_reachable,
-    file_below,
-    is_folder,
-    read_json,
-    states_below,
-    to_path,
-    write_new,
-    write_text,
-)
+from plt_jax.files.paths import check_reachable, is_folder, states_below, to_path
+from plt_jax.files.reading import file_below, read_json
+from plt_jax.files.writing import UNFINISHED, write_new, write_text
 from plt_jax.locks import FolderLock, Lock, lock_of
 
 PLAN = "plan.json"

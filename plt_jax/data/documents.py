@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.data.input_files import COMPRESSED, JSON_LINES, PARQUET, InputFile, kind_of, readable
 from plt_jax.errors import InputError
-from plt_jax.files import to_path
+from plt_jax.files.paths import to_path
 
 MOST_LINE_BYTES = 2**26
 """Bytes of the longest line of JSON that is read."""

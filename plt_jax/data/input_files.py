@@ -13,16 +13,16 @@ from typing import NamedTuple
 
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.errors import InputError
-from plt_jax.files import (
+from plt_jax.files.paths import (
     FileState,
     check_reachable,
-    check_regular,
     expand,
     file_state,
     is_folder,
     is_there,
     states_below,
 )
+from plt_jax.files.reading import check_regular
 
 TEXT, JSON_LINES, PARQUET = (".txt",), (".jsonl", ".ndjson", ".json"), (".parquet",)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")

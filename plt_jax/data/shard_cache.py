@@ -25,7 +25,8 @@ import numpy as np
 from plt_jax.data.shards import Shard, ShardReader, damaged_file, missing_file
 from plt_jax.data.streams import TokenSpan
 from plt_jax.errors import FailedError, InputError
-from plt_jax.files import UNFINISHED, read_range
+from plt_jax.files.reading import read_range
+from plt_jax.files.writing import UNFINISHED
 from plt_jax.locks import lock_file
 
 FETCHES = 16

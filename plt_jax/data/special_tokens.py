@@ -16,7 +16,7 @@ from pydantic import NonNegativeInt
 from tokenizers import Tokenizer
 
 from plt_jax.errors import InputError
-from plt_jax.files import read_json
+from plt_jax.files.reading import read_json
 
 BOS_NAMES = ("<|bos|>", "<s>", "<|begin_of_text|>", "<|endoftext|>")
 EOS_NAMES = ("<|eos|>", "</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>")

@@ -30,15 +30,8 @@ from plt_jax.data.special_tokens import SPECIAL_TOKENS
 from plt_jax.data.streams import JoinedStream, TokenStream
 from plt_jax.data.tokenizer import TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
-from plt_jax.files import (
-    MOST_JSON_BYTES,
-    check_reachable,
-    check_regular,
-    expand,
-    file_below,
-    read_bounded,
-    states_below,
-)
+from plt_jax.files.paths import check_reachable, expand, states_below
+from plt_jax.files.reading import MOST_JSON_BYTES, check_regular, file_below, read_bounded
 
 MANIFEST = "manifest.json"
 OPEN_SHARDS = 64

@@ -25,7 +25,9 @@ from plt_jax.data.special_tokens import (
     special_tokens_by_name,
 )
 from plt_jax.errors import InputError
-from plt_jax.files import expand, read_bounded, to_path, write_text
+from plt_jax.files.paths import expand, to_path
+from plt_jax.files.reading import read_bounded
+from plt_jax.files.writing import write_text
 from plt_jax.hub.download import Report, open_snapshot
 from plt_jax.hub.names import name_unless_path
 

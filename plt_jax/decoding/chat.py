@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from plt_jax.data.special_tokens import special_tokens_by_name
 from plt_jax.data.tokenizer import TextTokenizer
 from plt_jax.errors import InputError
-from plt_jax.files import read_json
+from plt_jax.files.reading import read_json
 
 MOST_CHARACTERS = 2**24
 """Characters of the longest text that a template may make."""

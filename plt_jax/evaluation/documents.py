@@ -28,7 +28,7 @@ from plt_jax.errors import InputError, naming
 from plt_jax.evaluation.likelihood import Scored, in_batches, nll_by_loop
 from plt_jax.evaluation.perplexity import score
 from plt_jax.evaluation.results import write_results
-from plt_jax.files import to_json
+from plt_jax.files.writing import to_json
 from plt_jax.reports.tables import table_of
 from plt_jax.runs.directory import Trained, open_trained
 

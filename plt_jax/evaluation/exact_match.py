@@ -21,7 +21,7 @@ from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.evaluation.results import write_results
-from plt_jax.files import to_json
+from plt_jax.files.writing import to_json
 from plt_jax.model.looping import with_loops
 from plt_jax.reports.tables import table_of
 from plt_jax.runs.directory import Trained, open_trained

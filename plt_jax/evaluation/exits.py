@@ -31,7 +31,7 @@ from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
 from plt_jax.evaluation.perplexity import score
 from plt_jax.evaluation.results import write_results
-from plt_jax.files import to_json
+from plt_jax.files.writing import to_json
 from plt_jax.model.transformer import Transformer
 from plt_jax.reports.tables import aligned
 from plt_jax.runs.directory import open_trained

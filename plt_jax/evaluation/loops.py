@@ -26,7 +26,7 @@ from plt_jax.distributed.mesh import mesh_axes, use_mesh, whole_batch
 from plt_jax.errors import InputError
 from plt_jax.evaluation import loop_measures as measures
 from plt_jax.evaluation.results import write_results
-from plt_jax.files import to_json
+from plt_jax.files.writing import to_json
 from plt_jax.model.attention import blend
 from plt_jax.model.block import KeysValues, apply_block, stacks_in
 from plt_jax.model.layers import Rotation, embed, rms_norm, rope_rotation

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from plt_jax.distributed import processes
-from plt_jax.files import write_pieces
+from plt_jax.files.writing import write_pieces
 
 
 def write_results(path: Path, pieces: Iterable[str]) -> None:

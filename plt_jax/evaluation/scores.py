@@ -15,7 +15,7 @@ from plt_jax.distributed.mesh import make_mesh
 from plt_jax.errors import InputError
 from plt_jax.evaluation.perplexity import make_evaluate
 from plt_jax.evaluation.results import write_results
-from plt_jax.files import to_json
+from plt_jax.files.writing import to_json
 from plt_jax.model.looping import with_loops
 from plt_jax.runs.directory import open_trained
 

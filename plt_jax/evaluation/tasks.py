@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from plt_jax.errors import InputError
-from plt_jax.files import to_json
+from plt_jax.files.writing import to_json
 
 if TYPE_CHECKING:  # JAX is imported late, and lm_eval is an extra
     from jax.sharding import Mesh

@@ -8,7 +8,7 @@ import re
 from typing import NamedTuple
 
 from plt_jax.errors import InputError
-from plt_jax.files import expand
+from plt_jax.files.paths import expand
 
 _FORM = re.compile(r"([\w.-]+/[\w.-]+)(?:@(\w[\w./-]*))?", re.ASCII)
 

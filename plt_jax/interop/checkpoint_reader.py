@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.distributed.mesh import make_mesh, shardings_of
 from plt_jax.errors import InputError
-from plt_jax.files import expand, is_folder, read_json
+from plt_jax.files.paths import expand, is_folder
+from plt_jax.files.reading import read_json
 from plt_jax.interop.config_json import CONFIG
 from plt_jax.interop.config_reader import read_config
 from plt_jax.interop.options import DTYPES

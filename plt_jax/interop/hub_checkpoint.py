@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from plt_jax.config import ModelConfig
 from plt_jax.errors import InputError, naming
-from plt_jax.files import read_json
+from plt_jax.files.reading import read_json
 from plt_jax.hub.download import Report, Snapshot, open_snapshot
 from plt_jax.hub.names import HubName
 from plt_jax.interop.config_json import CONFIG

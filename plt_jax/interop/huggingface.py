@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from plt_jax.config import ModelConfig
 from plt_jax.distributed import processes
-from plt_jax.files import new_folder
+from plt_jax.files.folders import new_folder
 from plt_jax.interop.checkpoint_reader import load_params, open_huggingface
 from plt_jax.interop.checkpoint_writer import check_exportable, write_huggingface
 from plt_jax.interop.options import SHARD_BYTES

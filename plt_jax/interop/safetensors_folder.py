@@ -25,7 +25,8 @@ from safetensors.numpy import save_file
 
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.errors import InputError
-from plt_jax.files import check_regular, local_file, read_json, read_range
+from plt_jax.files.folders import local_file
+from plt_jax.files.reading import check_regular, read_json, read_range
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 

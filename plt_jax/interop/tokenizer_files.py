@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from plt_jax.data.tokenizer import TextTokenizer, load_tokenizer
-from plt_jax.files import copy_file, read_json
+from plt_jax.files.folders import copy_file
+from plt_jax.files.reading import read_json
 
 COMPANIONS = (
     "config.json",

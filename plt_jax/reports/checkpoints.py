@@ -19,7 +19,7 @@ from plt_jax.checkpoint.retention import reasons_to_keep
 from plt_jax.checkpoint.steps import is_step, list_steps
 from plt_jax.config.yaml_file import load_resolved
 from plt_jax.errors import InputError
-from plt_jax.files import files_in
+from plt_jax.files.paths import files_in
 from plt_jax.reports.tables import aligned
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from plt_jax.files import replaced_file
+from plt_jax.files.writing import replaced_file
 from plt_jax.runs.metrics_file import read_metrics
 
 

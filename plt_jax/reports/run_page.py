@@ -15,7 +15,8 @@ from plt_jax.checkpoint.steps import list_steps
 from plt_jax.config import RunConfig
 from plt_jax.config.yaml_file import dump_config
 from plt_jax.errors import InputError
-from plt_jax.files import is_folder, to_path, write_text
+from plt_jax.files.paths import is_folder, to_path
+from plt_jax.files.writing import write_text
 from plt_jax.model.costs import count_parameters, describe_loops
 from plt_jax.reports.checkpoints import tabulate
 from plt_jax.reports.html import compose_page, section_html, table_html

@@ -11,7 +11,7 @@ from plt_jax.config import RunConfig
 from plt_jax.config.yaml_file import load_resolved, merge, read_yaml, validate
 from plt_jax.data.tokenizer import TOKENIZER
 from plt_jax.errors import InputError, naming
-from plt_jax.files import to_path
+from plt_jax.files.paths import to_path
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, locate
 
 

@@ -28,7 +28,9 @@ from plt_jax.decoding.quantization import quantize_params
 from plt_jax.distributed import processes
 from plt_jax.distributed.mesh import whole_batch
 from plt_jax.errors import InputError
-from plt_jax.files import check_new_folder, expand, local_folder, new_folder, to_path, write_text
+from plt_jax.files.folders import check_new_folder, local_folder, new_folder
+from plt_jax.files.paths import expand, to_path
+from plt_jax.files.writing import write_text
 from plt_jax.hub.download import Snapshot, fetch
 from plt_jax.hub.names import HubName, name_unless_path, read_name
 from plt_jax.hub.upload import MODEL_CARD, check_push, push

@@ -23,7 +23,9 @@ from plt_jax.decoding.quantization import dequantize_params
 from plt_jax.distributed import processes
 from plt_jax.distributed.mesh import abstract_arrays, make_mesh
 from plt_jax.errors import InputError
-from plt_jax.files import copy_file, new_folder, to_json, to_path, write_text
+from plt_jax.files.folders import copy_file, new_folder
+from plt_jax.files.paths import to_path
+from plt_jax.files.writing import to_json, write_text
 from plt_jax.model.kernels import is_hopper
 from plt_jax.model.looping import with_loops
 from plt_jax.model.transformer import abstract_params

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from plt_jax.data.tokenizer import HUGGINGFACE
-from plt_jax.files import check_new_folder
+from plt_jax.files.folders import check_new_folder
 from plt_jax.interop.tokenizer_files import companion_files
 from plt_jax.runs.directory import create_run, find_checkpoint, read_params, tokenizer_of
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_jax.errors import InputError
-from plt_jax.files import check_regular
+from plt_jax.files.reading import check_regular
 from plt_jax.runs.names import METRICS
 
 MOST_BYTES = 2**20

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.checkpoint.steps import is_step
 from plt_jax.errors import InputError
-from plt_jax.files import check_reachable, expand
+from plt_jax.files.paths import check_reachable, expand
 
 CONFIG, TEXT, CHECKPOINTS, METRICS = "config.yaml", "text.json", "checkpoints", "metrics.jsonl"
 ORIGIN = "hub.json"

@@ -19,7 +19,9 @@ from plt_jax.config.types import MAY_CHANGE, Section
 from plt_jax.config.yaml_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
 from plt_jax.errors import InputError
-from plt_jax.files import UNFINISHED, check_reachable, copy_file, files_in, write_text
+from plt_jax.files.folders import copy_file
+from plt_jax.files.paths import check_reachable, files_in
+from plt_jax.files.writing import UNFINISHED, write_text
 from plt_jax.locks import LOCK, Lock
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, TEXT, locate
 

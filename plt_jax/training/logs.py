@@ -12,7 +12,8 @@ from pathlib import Path
 from plt_jax.buckets.address import is_in_bucket
 from plt_jax.distributed import processes
 from plt_jax.errors import FailedError, InputError
-from plt_jax.files import copy_file, files_in, remove_folder
+from plt_jax.files.folders import copy_file, remove_folder
+from plt_jax.files.paths import files_in
 from plt_jax.locks import Lock
 from plt_jax.runs.names import METRICS
 from plt_jax.training.trackers import WANDB_RUN

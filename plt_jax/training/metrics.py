@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from plt_jax.errors import FailedError
-from plt_jax.files import to_json, write_text
+from plt_jax.files.writing import to_json, write_text
 from plt_jax.runs.metrics_file import read_metrics
 from plt_jax.runs.names import METRICS
 from plt_jax.training.trackers import Tracker

@@ -13,23 +13,10 @@ from benchmarks.faults.bucket_server import Disturbance
 from plt_jax.buckets import service
 from plt_jax.buckets.service import check_bucket, generation_of, write_generation
 from plt_jax.errors import InputError
-from plt_jax.files import (
-    check_new_folder,
-    check_writable,
-    copy_file,
-    file_state,
-    files_in,
-    new_folder,
-    read_json,
-    remove_tree,
-    replaced_file,
-    states_below,
-    to_path,
-    write_new,
-    write_pieces,
-    write_synced,
-    write_text,
-)
+from plt_jax.files.folders import check_new_folder, copy_file, new_folder, remove_tree
+from plt_jax.files.paths import check_writable, file_state, files_in, states_below, to_path
+from plt_jax.files.reading import read_json
+from plt_jax.files.writing import replaced_file, write_new, write_pieces, write_synced, write_text
 
 
 @pytest.fixture
@@ -103,7 +90,7 @@ def test_files_of_any_size_come_and_go_whole(folder, tmp_path):
 def test_what_another_process_writes_is_seen(bucket, bucket_server):
     """From the first look at a bucket on, in a process that has not listed one before."""
     code = (
-        "import sys; from plt_jax.files import to_path; path = to_path(sys.argv[1])\n"
+        "import sys; from plt_jax.files.paths import to_path; path = to_path(sys.argv[1])\n"
         "for _ in sys.stdin: print(path.exists() and [one.name for one in path.iterdir()])\n"
     )
     seen = []

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from plt_jax import files
 from plt_jax.checkpoint import store
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.checkpoint.store import Checkpoints, load_params, save_params
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError
+from plt_jax.files import folders
 from tests.checkpoint.damage import save_steps
 from tests.disks import read_only, small_disk
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_removed_is_named_and_the_new_one_is_there(tmp_path, monk
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     save_steps(tmp_path, 1)
-    monkeypatch.setattr(files.shutil, "rmtree", fail)
+    monkeypatch.setattr(folders.shutil, "rmtree", fail)
     with pytest.raises(FailedError) as failed:
         save_steps(tmp_path, 2, config=CheckpointConfig(keep=1, keep_best=0))
     message = f"cannot remove the checkpoint {tmp_path / '1'}: Operation not permitted"

@@ -5,7 +5,8 @@ from pathlib import Path
 from plt_jax.data.corpus_units import CorpusOptions
 from plt_jax.data.corpus_writer import Part, write_corpus
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
-from plt_jax.files import copy_file, files_in, to_path
+from plt_jax.files.folders import copy_file
+from plt_jax.files.paths import files_in, to_path
 
 OPTIONS = CorpusOptions(validation_fraction=0.3, shard_bytes=3000)
 """About six shards of each split for the documents below."""

@@ -22,7 +22,7 @@ from plt_jax.data.input_files import find_files
 from plt_jax.data.tokenized_corpus import MANIFEST, find_problems, open_tokenized_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import InputError
-from plt_jax.files import files_in, to_path
+from plt_jax.files.paths import files_in, to_path
 from tests.data.corpora import OPTIONS, damage, make, same_corpus, upload
 from tests.training.runs import assert_refused, command
 

@@ -22,7 +22,7 @@ from plt_jax.data.tokenized_corpus import (
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.data.tokens import encode_documents
 from plt_jax.errors import InputError
-from plt_jax.files import UNFINISHED
+from plt_jax.files.writing import UNFINISHED
 from tests.data.corpora import OPTIONS, damage, make, same_corpus
 from tests.training.runs import REPOSITORY, assert_refused, command, environment
 

@@ -17,7 +17,8 @@ from plt_jax.config.data import DataConfig
 from plt_jax.data.shard_cache import FETCHES, LEAST_SHARDS, CachedShard, ShardCache
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.errors import FailedError, InputError
-from plt_jax.files import UNFINISHED, to_path
+from plt_jax.files.paths import to_path
+from plt_jax.files.writing import UNFINISHED
 from tests.data.corpora import damage, upload
 
 

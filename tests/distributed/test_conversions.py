@@ -10,7 +10,7 @@ from plt_jax import save_huggingface
 from plt_jax.checkpoint.manifest import MANIFEST, find_damage, own_files, read_manifest
 from plt_jax.checkpoint.store import save_params
 from plt_jax.data.tokenizer_training import train_tokenizer
-from plt_jax.files import to_path
+from plt_jax.files.paths import to_path
 from plt_jax.runs.directory import find_checkpoint, read_params
 from tests.distributed.commands import run_together
 from tests.models import random_params, small_config

@@ -15,7 +15,8 @@ from benchmarks.faults.bucket_server import Disturbance
 from plt_jax import locks
 from plt_jax.checkpoint.steps import list_steps
 from plt_jax.errors import FailedError, InputError
-from plt_jax.files import files_in, to_path, write_text
+from plt_jax.files.paths import files_in, to_path
+from plt_jax.files.writing import write_text
 from plt_jax.locks import LOCK, lock_of
 from plt_jax.runs.metrics_file import read_metrics
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, METRICS

@@ -13,7 +13,7 @@ from plt_jax.data.corpus_writer import write_corpus
 from plt_jax.data.shard_cache import LEAST_SHARDS
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
 from plt_jax.data.tokenizer_training import train_tokenizer
-from plt_jax.files import to_path
+from plt_jax.files.paths import to_path
 from plt_jax.training import trainer
 from tests.data.corpora import upload
 from tests.training.runs import (

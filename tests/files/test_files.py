@@ -1,4 +1,4 @@
-"""Reading what strangers made, and writing whole files: plt_jax/files.py."""
+"""Reading what strangers made, and writing whole files: plt_jax/files."""
 
 import json
 import math
@@ -7,17 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from plt_jax import files
 from plt_jax.errors import InputError, one_line
-from plt_jax.files import (
-    file_below,
-    read_bounded,
-    read_json,
-    replaced_file,
-    to_json,
-    write_pieces,
-    write_text,
-)
+from plt_jax.files import reading
+from plt_jax.files.reading import file_below, read_bounded, read_json
+from plt_jax.files.writing import replaced_file, to_json, write_pieces, write_text
 
 
 @pytest.mark.parametrize(
@@ -71,7 +64,7 @@ def test_links_and_what_is_no_file_are_refused(tmp_path):
 )
 def test_broken_json_is_one_line(tmp_path, monkeypatch, content, message):
     if b"xx" in content:
-        monkeypatch.setattr(files, "MOST_JSON_BYTES", 900)
+        monkeypatch.setattr(reading, "MOST_JSON_BYTES", 900)
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(InputError, match=message) as raised:
         read_json(tmp_path / "a.json")
