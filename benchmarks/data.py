@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -92,16 +92,20 @@ def main() -> None:
     )
     print(text)
     if arguments.out:
-        folder = Path(arguments.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        found = {
-            "command": " ".join(["python -m benchmarks.data", *sys.argv[1:]]),
-            "machine": machine(),
-            "rows": rows,
-            "consumed": consumed,
-        }
-        write_text(folder / "data.json", json.dumps(found, indent=1) + "\n")
-        write_text(folder / "data.txt", text + "\n")
+        found = {"command": command_of("benchmarks.data"), "rows": rows, "consumed": consumed}
+        write_figures(Path(arguments.out) / "data", found, text)
+
+
+def command_of(module: str) -> str:
+    return " ".join([f"python -m {module}", *sys.argv[1:]])
+
+
+def write_figures(path: Path, found: Mapping[str, object], text: str) -> None:
+    """Writes PATH.json, to which the machine is added, and PATH.txt."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figures = json.dumps({**found, "machine": machine()}, indent=1)
+    write_text(path.with_suffix(".json"), figures + "\n")
+    write_text(path.with_suffix(".txt"), text + "\n")
 
 
 def as_array(corpus: TokenizedCorpus) -> TokenStream:

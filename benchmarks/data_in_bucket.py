@@ -10,11 +10,9 @@ batch. In every round each way of reading begins with an empty cache, but for "w
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +20,9 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from benchmarks.data import command_of, write_figures
 from benchmarks.faults.bucket_server import BUCKET, BucketServer, Disturbance
 from benchmarks.faults.buckets import is_shard
-from plt_jax.benchmarks.machine import machine
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import RunConfig
 from plt_jax.config.data import DataConfig
@@ -34,7 +32,6 @@ from plt_jax.data.tokenized_corpus import TokenizedCorpus, open_tokenized_corpus
 from plt_jax.errors import InputError
 from plt_jax.files.folders import copy_file
 from plt_jax.files.paths import files_in, to_path
-from plt_jax.files.writing import write_text
 from plt_jax.reports.tables import table_of
 
 SETTLE_SECONDS = 2
@@ -85,16 +82,12 @@ def main() -> None:
     text = table_of(COLUMNS, rows)
     print(text)
     if arguments.out:
-        folder = Path(arguments.out)
-        folder.mkdir(parents=True, exist_ok=True)
         found = {
-            "command": " ".join(["python -m benchmarks.data_in_bucket", *sys.argv[1:]]),
-            "machine": machine(),
+            "command": command_of("benchmarks.data_in_bucket"),
             "shards": [shard.size for shard in near.shards("training")],
             "rounds": rounds,
         }
-        write_text(folder / "data_in_bucket.json", json.dumps(found, indent=1) + "\n")
-        write_text(folder / "data_in_bucket.txt", text + "\n")
+        write_figures(Path(arguments.out) / "data_in_bucket", found, text)
 
 
 @contextmanager

@@ -78,7 +78,8 @@ def test_of_processes_that_start_at_once_one_trains(folder, hurried):
 
 def test_the_lock_of_a_killed_process_of_this_machine_is_free_at_once(folder, bucket_server):
     code = (
-        "import sys, time; from plt_jax.locks import lock_of; from plt_jax.files.paths import to_path; "
+        "import sys, time; from plt_jax.locks import lock_of; "
+        "from plt_jax.files.paths import to_path; "
         "print(lock_of(to_path(sys.argv[1])).take(), flush=True); time.sleep(100)"
     )
     child = subprocess.Popen(

@@ -19,6 +19,18 @@ def make(
     return write_corpus([str(source)], out, tokenizer, options, workers, lambda *_: advance, part)
 
 
+def stop_at(count: int):
+    """What `make` calls with each finished unit: it stops the call at the unit of this number."""
+    seen = []
+
+    def advance(unit, done):
+        seen.append(unit.index)
+        if len(seen) == count:
+            raise KeyboardInterrupt
+
+    return advance
+
+
 def upload(corpus: Path, to: Path) -> None:
     """Copies a corpus into a bucket."""
     for name in files_in(corpus):

@@ -23,7 +23,7 @@ from plt_jax.data.tokenized_corpus import MANIFEST, find_problems, open_tokenize
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.errors import InputError
 from plt_jax.files.paths import files_in, to_path
-from tests.data.corpora import OPTIONS, damage, make, same_corpus, upload
+from tests.data.corpora import OPTIONS, damage, make, same_corpus, stop_at, upload
 from tests.training.runs import assert_refused, command
 
 
@@ -72,15 +72,8 @@ def test_damage_is_found_named_and_mended(bucket, corpus, lines, tokenizer, kind
 
 
 def test_what_is_finished_is_not_made_again(bucket_server, bucket, corpus, lines, tokenizer):
-    seen = []
-
-    def stop_at_third(unit, done):
-        seen.append(unit.index)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        make(lines, bucket, tokenizer, advance=stop_at_third)
+        make(lines, bucket, tokenizer, advance=stop_at(3))
     with pytest.raises(InputError, match="is not a tokenized corpus, or is not finished"):
         open_tokenized_corpus(bucket)
     shards = [name for name in files_in(to_path(bucket)) if name.endswith(".array_record")]

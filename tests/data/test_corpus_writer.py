@@ -23,7 +23,7 @@ from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.data.tokens import encode_documents
 from plt_jax.errors import InputError
 from plt_jax.files.writing import UNFINISHED
-from tests.data.corpora import OPTIONS, damage, make, same_corpus
+from tests.data.corpora import OPTIONS, damage, make, same_corpus, stop_at
 from tests.training.runs import REPOSITORY, assert_refused, command, environment
 
 
@@ -56,15 +56,9 @@ def test_several_processes_make_the_same(corpus, lines, tokenizer, tmp_path):
 
 
 def test_what_is_finished_is_not_made_again(corpus, lines, tokenizer, tmp_path):
-    out, seen = tmp_path / "made", []
-
-    def stop_at_third(unit, done):
-        seen.append(unit.index)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-
+    out = tmp_path / "made"
     with pytest.raises(KeyboardInterrupt):
-        make(lines, out, tokenizer, advance=stop_at_third)
+        make(lines, out, tokenizer, advance=stop_at(3))
     with pytest.raises(InputError, match="is not a tokenized corpus, or is not finished"):
         open_tokenized_corpus(out)
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.array_record")}
