@@ -62,7 +62,7 @@ def require_error_line(ended: ProcessExit, code: int, *parts: str, alone: bool =
     """Checks that a process ended with an exit code and one error line that holds all parts.
 
     Args:
-      alone: whether stack traces are refused; libraries print some in threads of their own.
+      alone: whether further error lines are refused.
 
     Returns:
       The line.
@@ -76,5 +76,5 @@ def require_error_line(ended: ProcessExit, code: int, *parts: str, alone: bool =
     require(not alone or len(lines) == 1, f"{len(lines)} error lines instead of one")
     for part in parts:
         require(part in lines[0], f"{part!r} is not in the error {lines[0]!r}")
-    require(not alone or "Traceback" not in ended.error, "there is a stack trace")
+    require("Traceback" not in ended.error, "there is a stack trace")
     return lines[0]

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from plt_jax.commands.background_traces import divert_background_traces
 from plt_jax.config.renamed import present_name
 from plt_jax.errors import (
     EXIT_BAD_INPUT,
@@ -144,8 +145,11 @@ def run_command(main: Callable[[], int | None]) -> None:
 
     An InputError becomes one line and exit code 2, a FailedError one line and exit code 1. If the
     program that read the output has ended, the command ends silently with exit code 1. Any other
-    error becomes one line, too, which says how to see its traceback (TRACEBACK).
+    error becomes one line, too, which says how to see its traceback (TRACEBACK). Stack traces that
+    libraries print in the background go to a file, unless TRACEBACK asks for them.
     """
+    if not os.environ.get(TRACEBACK):
+        divert_background_traces()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what it cannot show otherwise

@@ -15,6 +15,12 @@ from plt_jax.config import RunConfig
 from plt_jax.errors import InputError
 
 
+@pytest.fixture(autouse=True)
+def pytest_keeps_its_hooks(monkeypatch):
+    """Commands of this process do not replace the hooks with which pytest sees failed threads."""
+    monkeypatch.setattr("plt_jax.commands.parser.divert_background_traces", lambda: None)
+
+
 @pytest.fixture
 def parse(tmp_path):
     """Parses options behind the name of a config that sets training.steps and clip_norm."""

@@ -216,6 +216,7 @@ def command(name: str, *words: object) -> Result:
     """Runs train.py, eval.py or the module plt_jax.generate in this process, as its user would."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with (
+        mock.patch("plt_jax.commands.parser.divert_background_traces"),  # pytest has hooks, too
         mock.patch("sys.argv", [name, *map(str, words)]),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
