@@ -1,31 +1,25 @@
 """Chat templates: messages become the text that a chat model was trained on.
 
-A template comes with a model, from anyone. It runs in Jinja's sandbox, where it reaches neither
-files nor Python's internals, and its text is bounded.
+A template comes with a model, from anyone. It runs in Jinja's sandbox, in a process of its own with
+limits (template_process.py).
 """
 
 from __future__ import annotations
 
-import datetime
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.sandbox
 from tokenizers import Tokenizer
 
 from plt_jax.data.special_tokens import special_tokens_by_name
 from plt_jax.data.tokenizer import TextTokenizer
+from plt_jax.decoding.template_process import template_process
 from plt_jax.errors import InputError
 from plt_jax.files.reading import read_json
 
-MOST_CHARACTERS = 2**24
-"""Characters of the longest text that a template may make."""
 DEFAULT = "default"
 """The name of the template that is used if none is named."""
 
@@ -36,10 +30,6 @@ _TAG = "<the-last-message-ends-here>"
 
 Message = Mapping[str, Any]
 """A message has a `role` (system, user, assistant) and a `content`."""
-
-
-class ChatRefusedError(InputError):
-    """A template refuses messages, as some do with those of the system."""
 
 
 class ChatTemplate(NamedTuple):
@@ -58,28 +48,18 @@ class ChatTemplate(NamedTuple):
             with the content of the last message, which the model continues.
 
         Raises:
-          InputError: the template is broken, refuses the messages, or makes too long a text.
+          InputError: the template is broken, refuses the messages (ChatRefusedError), or needs
+            more than the limits of template_process.py.
         """
         if not add_generation_prompt:
             *before, last = messages
             messages = [*before, {**last, "content": f"{last['content']}{_TAG} "}]
-        try:
-            pieces = _compile(self.source).generate(
-                messages=messages,
-                add_generation_prompt=add_generation_prompt,
-                tools=None,
-                documents=None,
-                **self.variables,
-            )
-            text = "".join(_bounded(pieces))
-        except InputError:
-            raise
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise ChatRefusedError(f"the chat template refuses the messages: {error}") from error
-        except Exception as error:  # a template can call methods of strings and lists wrongly
-            raise InputError(
-                f"the chat template is broken: {type(error).__name__}: {error}"
-            ) from error
+        given = {
+            "messages": list(map(dict, messages)),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        absent = {"tools": None, "documents": None}
+        text = template_process().render(self.source, {**given, **absent, **self.variables})
         return text if add_generation_prompt else _cut(text)
 
 
@@ -256,15 +236,6 @@ def _token_text(value: Any) -> str | None:
     return None
 
 
-def _bounded(pieces: Iterator[str]) -> Iterator[str]:
-    length = 0
-    for piece in pieces:
-        length += len(piece)
-        if length > MOST_CHARACTERS:
-            raise InputError(f"the chat template makes more than {MOST_CHARACTERS:,} characters")
-        yield piece
-
-
 def _cut(text: str) -> str:
     """The text up to the tag behind the last message's content."""
     before, tag, behind = text.rpartition(_TAG)
@@ -272,51 +243,3 @@ def _cut(text: str) -> str:
         raise InputError("the chat template leaves out the last message; it cannot be continued")
     # A template that strips the content has taken the space behind the tag away.
     return before if behind.startswith(" ") else before.rstrip()
-
-
-class _Generation(jinja2.ext.Extension):
-    """Reads `{% generation %}`, by which transformers marks the assistant's tokens, as no tag."""
-
-    tags: ClassVar[set[str]] = {"generation"}
-
-    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """A sandbox in which products have bounds."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        size, times = (left, right) if hasattr(left, "__len__") else (right, left)
-        if hasattr(size, "__len__") and len(size) * times > MOST_CHARACTERS:
-            raise InputError(f"the chat template makes more than {MOST_CHARACTERS:,} characters")
-        if operator == "**" and abs(right) > 1000:
-            raise InputError("the chat template computes too large a power")
-        return super().call_binop(context, operator, left, right)
-
-
-@functools.lru_cache(8)
-def _compile(source: str) -> jinja2.Template:
-    """A template in the environment that transformers renders it in."""
-    environment = _Environment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda layout: datetime.datetime.now().strftime(layout)
-    return environment.from_string(source)
-
-
-def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, **layout: Any
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **layout)
-
-
-def _refuse(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

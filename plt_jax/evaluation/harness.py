@@ -23,8 +23,9 @@ from rich.progress import Progress
 
 from plt_jax.config import MeshConfig
 from plt_jax.data.tokenizer import HUGGINGFACE
-from plt_jax.decoding.chat import ChatRefusedError, ChatTemplate, Message, load_chat_template
+from plt_jax.decoding.chat import ChatTemplate, Message, load_chat_template
 from plt_jax.decoding.generation import GenerationRequest, stream
+from plt_jax.decoding.template_process import ChatRefusedError
 from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError

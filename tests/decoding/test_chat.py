@@ -1,18 +1,15 @@
 """Chat templates: rendered as transformers renders them, in a sandbox, within bounds."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plt_jax.decoding.chat import (
-    MOST_CHARACTERS,
-    ChatTemplate,
-    _encode_quoting,
-    encode_chat,
-    load_chat_template,
-)
+from plt_jax.decoding import template_process
+from plt_jax.decoding.chat import ChatTemplate, _encode_quoting, encode_chat, load_chat_template
+from plt_jax.decoding.template_process import MOST_CHARACTERS, TemplateProcess
 from plt_jax.errors import InputError
 from tests.tokenizers_of_kinds import KINDS, tokenizer_of
 
@@ -89,6 +86,58 @@ def test_broken_and_hostile_templates_are_refused(source, message):
     with pytest.raises(InputError, match=message) as raised:
         render(source)
     assert "\n" not in str(raised.value)
+
+
+ENDLESS = "{% for i in range(9999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLED = (
+    "{% set all = namespace(x='a') %}{% for i in range(40) %}{% set all.x = all.x ~ all.x %}"
+    "{% endfor %}"
+)
+
+
+def test_a_template_that_computes_too_long_is_ended_and_others_go_on(monkeypatch):
+    process = TemplateProcess()
+    assert process.render("{{ x }}", {"x": "before"}) == "before"
+    monkeypatch.setattr(template_process, "SECONDS", 0.5)
+    with pytest.raises(InputError, match="is broken: it computes for more than 0 seconds"):
+        process.render(ENDLESS, {})
+    monkeypatch.undo()
+    assert process.render("{{ x }}", {"x": "behind"}) == "behind"
+
+
+@pytest.mark.parametrize("source", [DOUBLED, "{{ '%2147483640d' | format(1) }}"])
+def test_a_template_that_needs_too_much_memory_is_refused(source):
+    with pytest.raises(InputError, match=r"is broken: (it needs too much memory|OverflowError)"):
+        render(source)
+    assert render("{{ bos_token }}") == "<s>"
+
+
+def test_a_process_that_has_ended_is_replaced():
+    process = TemplateProcess()
+    assert process.render("a", {}) == "a"
+    process._process.kill()
+    process._process.wait()
+    assert process.render("b", {}) == "b"
+
+
+def test_threads_get_their_own_texts():
+    process = TemplateProcess()
+    with ThreadPoolExecutor(8) as pool:
+        texts = list(pool.map(lambda i: process.render("{{ x }}", {"x": f"{i}" * 999}), range(64)))
+    assert texts == [f"{i}" * 999 for i in range(64)]
+
+
+def test_messages_nested_too_deeply_are_refused():
+    content = []
+    for _ in range(100_000):
+        content = [content]
+    with pytest.raises(InputError, match="too deeply nested"):
+        render(CHATML, [{"role": "user", "content": content}])
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\nb\r\u2028c", "\0", "naïve 日本 \U000f0000"])
+def test_every_character_reaches_a_template_and_comes_back(text):
+    assert render("{{ messages[0].content }}", [{"role": "user", "content": text}]) == text
 
 
 def files(folder, **contents):
