@@ -19,6 +19,8 @@ from plt_jax.errors import FailedError, one_line
 
 LOCK = "lock.json"
 """The object that tells of a lock, in a folder in a bucket."""
+LOCK_FILE = ".lock"
+"""The file that is locked in the place of a folder, where folders cannot be, as on NFS."""
 BEAT_SECONDS = 10
 """How often the holder of a lock in a bucket writes it anew."""
 GONE_SECONDS = 60
@@ -93,7 +95,8 @@ class FolderLock:
 
     It ends with the process, however that ends. A process that is spawned with the lock among its
     arguments shares it: then it ends with the last of them. The lock is the folder's own, so that
-    no file tells of it. On file systems without locks, everyone has the right.
+    no file tells of it; on network file systems, which lock files alone, it is that of LOCK_FILE,
+    which stays. On file systems without locks, everyone has the right.
     """
 
     def __init__(self, folder: Path):
@@ -123,7 +126,12 @@ class FolderLock:
         if self.is_held or not self._folder.is_dir():
             return True
         descriptor = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-        if lock_file(descriptor, wait=False) is False:
+        taken = lock_file(descriptor, wait=False)
+        if taken is None:
+            os.close(descriptor)
+            descriptor = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+            taken = lock_file(descriptor, wait=False)
+        if taken is False:
             os.close(descriptor)
             return False
         self._descriptor = descriptor

@@ -1,8 +1,11 @@
 """Of all processes one may write into a run directory, on a disk and in a bucket."""
 
+import errno
+import fcntl
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -14,7 +17,7 @@ from benchmarks.faults.bucket_server import Disturbance
 from plt_jax import locks
 from plt_jax.errors import FailedError
 from plt_jax.files.paths import to_path
-from plt_jax.locks import LOCK, BucketLock, FolderLock, lock_of
+from plt_jax.locks import LOCK, LOCK_FILE, BucketLock, FolderLock, lock_of
 
 
 @pytest.fixture
@@ -43,6 +46,38 @@ def test_a_folder_has_one_writer_at_a_time(tmp_path):
     assert not list(tmp_path.iterdir())
     assert FolderLock(tmp_path / "missing").take()
     assert isinstance(lock_of(tmp_path), FolderLock)
+
+
+def without_locks(kinds):
+    """A replacement for fcntl.flock on a file system that cannot lock some kinds of files."""
+    flock = fcntl.flock
+
+    def lock(file, operation):
+        if stat.S_IFMT(os.fstat(file).st_mode) in kinds:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(file, operation)
+
+    return lock
+
+
+def test_where_folders_cannot_be_locked_a_file_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", without_locks([stat.S_IFDIR]))
+    one, other = FolderLock(tmp_path), FolderLock(tmp_path)
+    assert one.take() and one.take()
+    assert not other.take()
+    one.release()
+    assert other.take()
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK_FILE]
+    other.release()
+    (tmp_path / LOCK_FILE).unlink()
+    (tmp_path / LOCK_FILE).symlink_to(tmp_path.parent / "elsewhere")
+    with pytest.raises(OSError, match="symbolic link"):
+        one.take()
+
+
+def test_where_nothing_can_be_locked_everyone_may_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", without_locks([stat.S_IFDIR, stat.S_IFREG]))
+    assert FolderLock(tmp_path).take() and FolderLock(tmp_path).take()
 
 
 def test_a_bucket_has_one_writer_at_a_time(folder, hurried):

@@ -43,13 +43,11 @@ from plt_jax.errors import InputError
 from plt_jax.files.paths import check_reachable, is_folder, states_below, to_path
 from plt_jax.files.reading import file_below, read_json
 from plt_jax.files.writing import UNFINISHED, write_new, write_text
-from plt_jax.locks import FolderLock, Lock, lock_of
+from plt_jax.locks import LOCK_FILE, FolderLock, Lock, lock_of
 
 PLAN = "plan.json"
 READS = 16
 """Small files that are read at once."""
-OLD_LOCK = ".lock"
-"""A file that earlier versions left in every corpus."""
 
 
 class Part(NamedTuple):
@@ -224,7 +222,7 @@ def _check_same(out: Path, plan: dict[str, Any], tokenizer: TextTokenizer) -> No
     if not _is_begun(out):
         names = [path.name for path in out.iterdir()] if is_folder(out) else []
         names = [name for name in names if not name.endswith(UNFINISHED)]
-        if set(names) - {OLD_LOCK, PARTS, TOKENIZER, SPECIAL_TOKENS}:
+        if set(names) - {LOCK_FILE, PARTS, TOKENIZER, SPECIAL_TOKENS}:
             raise InputError(
                 f"--out {out} is not empty, and holds no tokenized corpus; choose another folder"
             )

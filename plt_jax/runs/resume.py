@@ -22,7 +22,7 @@ from plt_jax.errors import InputError
 from plt_jax.files.folders import copy_file
 from plt_jax.files.paths import check_reachable, files_in
 from plt_jax.files.writing import UNFINISHED, write_text
-from plt_jax.locks import LOCK, Lock
+from plt_jax.locks import LOCK, LOCK_FILE, Lock
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, TEXT, locate
 
 
@@ -94,7 +94,7 @@ def check_directory(config: RunConfig) -> list[str]:
         raise InputError(f"--run_dir {directory} is a file; choose another")
     if not (directory / CONFIG).exists():
         names = [path.name for path in directory.iterdir()] if directory.exists() else []
-        if any(not name.endswith(UNFINISHED) and name != LOCK for name in names):
+        if any(not name.endswith(UNFINISHED) and name not in (LOCK, LOCK_FILE) for name in names):
             raise InputError(
                 f"--run_dir {directory} is not empty and holds no {CONFIG}, so it is not a run to "
                 "resume; choose another"

@@ -43,6 +43,8 @@ def test_a_new_or_empty_directory_may_be_used_and_is_not_made(finished, tmp_path
     (tmp_path / "empty").mkdir()
     assert check_directory(at(finished.config, tmp_path / "empty")) == []
     assert not list((tmp_path / "empty").iterdir())
+    (tmp_path / "empty" / ".lock").touch()  # of a run on NFS that was killed while it started
+    assert check_directory(at(finished.config, tmp_path / "empty")) == []
 
 
 def test_files_and_foreign_directories_are_refused(finished, tmp_path):
