@@ -25,6 +25,7 @@ COMMANDS = (
     "benchmarks.interop",
     "benchmarks.llama_peer",
     "benchmarks.products",
+    "benchmarks.recipe",
     "benchmarks.saving",
     "benchmarks.scaling",
     "benchmarks.serve_http",
