@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from plt_jax.config import LoopConfig, ModelConfig, MoEConfig, RunConfig
     from plt_jax.decoding.cache import Cache, init_cache
+    from plt_jax.decoding.early_exit import ExitRule
     from plt_jax.decoding.generation import generate
     from plt_jax.decoding.prefill import prefill
     from plt_jax.decoding.sampling import Sampling
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 # arguments, and JAX takes seconds to import.
 _HOME = {
     "Cache": "decoding.cache",
+    "ExitRule": "decoding.early_exit",
     "InputError": "errors",
     "LoopConfig": "config",
     "MoEConfig": "config",
@@ -41,6 +43,7 @@ _HOME = {
 
 __all__ = [
     "Cache",
+    "ExitRule",
     "InputError",
     "LoopConfig",
     "MoEConfig",

@@ -18,7 +18,7 @@ WINDOWED_SCHEMES = ("plt", "loop_kv_share_window")  # loops > 1 blend loop 1's K
 SCHEMES = ("no_loop", "vanilla_loop", "clp", "clp_kv_share", "plt", "loop_kv_share_window")
 
 
-def forward(settings, params, tokens, segment_ids=None, positions=None):
+def forward(settings, params, tokens, segment_ids=None, positions=None, exits=None):
     """Tokens [B, T] -> logits [B, T, V] and what every loop produced.
 
     Args:
@@ -30,6 +30,9 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
       segment_ids: integers [B, T], or None if each row is one document. Documents are runs of equal
         consecutive ids; where an id returns later, another document begins.
       positions: integers [B, T], which only RoPE reads; None: they restart at 0 in each document.
+      exits: integers [B, T], the last loop of each position, from 1; None: all run all loops. In
+        later loops, others read there the keys and values of its last one. The logits are those
+        behind each position's last loop; what is returned of later ones means nothing.
 
     Returns:
       dict: "logits" [B, T, V]; "hidden_loops", a list of L arrays [B, T, D], what reads each loop
@@ -68,6 +71,7 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
         x = embedded
         first_kv = [None] * settings.layers  # per layer, (k, v) of loop 1
         hidden_loops, raw_loops, readouts, gate_means = [], [], [], []
+        last_kv = {}  # per layer, (k, v) of the loop before
         for index in range(loop.count):
             if index > 0 and loop.scheme in SHIFTED_SCHEMES:
                 carried = shift(hidden_loops[index - 1], document)
@@ -79,9 +83,13 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
                 layer = layer_arrays(params, j)
                 if "router_bias" in layer:
                     layer["router_bias"] = layer["router_bias"][index]
+                ended = None
+                if exits is not None and index > 0:
+                    ended = (jnp.asarray(exits)[:, :, None, None] <= index, last_kv[j])
                 x, own_kv, gates = decoder_layer(
-                    settings, layer, x, first_kv[j], causal, windowed, rotation
+                    settings, layer, x, first_kv[j], causal, windowed, rotation, ended
                 )
+                last_kv[j] = own_kv
                 gate_means.append(None if gates is None else jnp.mean(gates, axis=(1, 2)))
                 if index == 0:
                     first_kv[j] = own_kv
@@ -91,6 +99,11 @@ def forward(settings, params, tokens, segment_ids=None, positions=None):
                 x = rms_norm(x, between, settings.norm_epsilon)
             hidden_loops.append(x)
         hidden_loops[-1] = readouts[-1]
+        if exits is not None:
+            last = jnp.asarray(exits)[None, :, :, None] - 1
+            ended = jnp.take_along_axis(jnp.stack(raw_loops), last, axis=0)[0]
+            read = once(ended, coda)
+            hidden_loops[-1] = rms_norm(read, params["final_norm"], settings.norm_epsilon)
 
         head = params["embedding"].T if settings.tied_embeddings else params["head"]
         logits = hidden_loops[-1] @ head
@@ -153,11 +166,12 @@ def shift(hidden, document):
 # ---- one decoder layer ----
 
 
-def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
+def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation, ended=None):
     """Layer input [B, T, D] -> output [B, T, D], own (k, v), each [B, T, K, H], and gates
     [B, T, N], or None if there are none.
 
-    first_kv is None in loop 1, and this layer's (k, v) of loop 1 in later loops.
+    first_kv is None in loop 1, and this layer's (k, v) of loop 1 in later loops. ended is None, or
+    bool [B, T, 1, 1] of the positions whose loops have ended, and the (k, v) that they keep.
     """
     epsilon, scheme = settings.norm_epsilon, settings.loop.scheme
 
@@ -175,6 +189,9 @@ def decoder_layer(settings, layer, x, first_kv, causal, windowed, rotation):
     elif settings.qk_norm:
         q, k = rms_norm(q, layer["q_norm"], epsilon), rms_norm(k, layer["k_norm"], epsilon)
     q, k = apply_rope(q, rotation), apply_rope(k, rotation)
+    if ended is not None:
+        over, (kept_k, kept_v) = ended
+        k, v = jnp.where(over, kept_k, k), jnp.where(over, kept_v, v)
 
     g = None
     if first_kv is None or scheme in ("vanilla_loop", "clp"):

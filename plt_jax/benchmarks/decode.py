@@ -33,6 +33,7 @@ from plt_jax.config import ModelConfig, MoEConfig
 from plt_jax.config.model import PARTS
 from plt_jax.config.variants import NO_LOOP, variants_of
 from plt_jax.decoding.cache import Cache, init_cache
+from plt_jax.decoding.early_exit import ExitRule
 from plt_jax.decoding.generation import (
     BLOCK,
     GenerationState,
@@ -274,20 +275,25 @@ class Workload:
         lengths = jnp.full_like(cache.lengths, self.context)
         return fill_with_noise(cache).replace(lengths=lengths)
 
-    def decode_seconds(self, row: PreparedVariant) -> float:
-        """Seconds of `tokens` decode steps, after one step that is not timed."""
+    def decode_seconds(self, row: PreparedVariant, rule: ExitRule | None = None) -> float:
+        """Seconds of `tokens` decode steps, after one step that is not timed.
+
+        Args:
+          rule: where tokens stop their loops; default none, all loops run.
+        """
         state = GenerationState(
             self.cache(row.config),
             # Different tokens, or all sequences would choose the same experts.
             jnp.arange(self.batch, dtype=jnp.int32) % row.config.vocab_size,
             jnp.ones(self.batch, bool),
             jnp.int32(0),
+            None if rule is None else jnp.zeros(2, jnp.int32),
         )
         keys_B = jax.random.split(jax.random.key(0), self.batch)
         run = functools.partial(
             advance,
             row.config,
-            TokenChoice(Sampling()),
+            TokenChoice(Sampling(), exit_rule=rule),
             row.weights,
             keys_B,
             np.full((self.batch, 1), -1),

@@ -63,6 +63,13 @@ def main() -> None:
         help="draw among the most probable tokens that together have this probability",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument(
+        "--exit",
+        metavar="RULE",
+        help="stop a token's loops early, in schemes without a shift: at the first prediction that "
+        "is less than NUMBER nats from the loop before (kl:NUMBER), or has an entropy below NUMBER "
+        "(entropy:NUMBER), or where the exit gate reaches NUMBER (gate[:NUMBER])",
+    )
     add_decoding_options(parser)
     add_dtype(parser, "parameters", "as they are stored")
     devices = DeviceOptions(parser)
@@ -71,6 +78,7 @@ def main() -> None:
         raise InputError("--system is the system's message of a chat; give --chat with it")
     import jax
 
+    from plt_jax.decoding.early_exit import parse_rule
     from plt_jax.decoding.sampling import Sampling
     from plt_jax.decoding.text import stream_text
     from plt_jax.decoding.weights import prepare_for_decode
@@ -82,6 +90,7 @@ def main() -> None:
     mesh = devices.connect(arguments)
     trained = open_trained(arguments.path, mesh, arguments.loops, True, arguments.dtype)
     config = trained.config.model
+    rule = None if arguments.exit is None else parse_rule(arguments.exit, config)
     with use_mesh(mesh):
         weights = prepare_for_decode(config, trained.params, arguments.weights)
         trained = trained._replace(params=None)  # so that the devices hold the weights once
@@ -95,6 +104,7 @@ def main() -> None:
             jax.random.key(arguments.seed),
             arguments.cache_dtype,
             arguments.stop,
+            rule,
         )
         if not arguments.chat:
             sys.stdout.write(arguments.prompt)

@@ -14,9 +14,10 @@ import numpy as np
 from plt_jax.config import ModelConfig
 from plt_jax.decoding.cache import Cache, init_cache
 from plt_jax.decoding.checks import check_prompts, check_stop_tokens
+from plt_jax.decoding.early_exit import ExitRule, check_rule
 from plt_jax.decoding.prefill import prefill
 from plt_jax.decoding.sampling import Sampling, sample
-from plt_jax.decoding.step import decode_step
+from plt_jax.decoding.step import decode_step, step_until_exit
 from plt_jax.decoding.weights import DecodeWeights, Params, prepare_for_decode
 from plt_jax.distributed.axes import shard
 from plt_jax.errors import InputError
@@ -32,6 +33,20 @@ NOT_FINITE = -1
 """The token of a step whose logits are not finite."""
 
 _prefill = jax.jit(prefill, static_argnums=0, donate_argnums=4)
+
+
+class Generated(NamedTuple):
+    """New tokens, and how they came about."""
+
+    tokens: np.ndarray
+    """int32 [B, n]."""
+    log_probabilities: np.ndarray
+    """float32 [B, n], in nats; 0 if they were not asked for."""
+    decoded: int
+    """The number of tokens that decode steps have read, without those of rows that had stopped. 0
+    without an exit rule, for which nothing is counted."""
+    loops: int
+    """The loops that these tokens ran, together."""
 
 
 class GenerationRequest(NamedTuple):
@@ -53,12 +68,17 @@ class GenerationRequest(NamedTuple):
     """Whether log-probabilities are computed; else they are 0."""
     cache_dtype: jnp.dtype | str | None = None
     """The cache's dtype; see `init_cache`."""
+    exit_rule: ExitRule | None = None
+    """Where new tokens stop their loops, in schemes without a shift; default none, all loops run.
+    Those of prompts always run all."""
 
     def check(self, config: ModelConfig) -> None:
         """Raises InputError for a request that the model cannot serve; see `generate`."""
         self.sampling.check()
         check_prompts(config, self.prompts, self.max_new_tokens)
         check_stop_tokens(config, self.sampling, self.stop_tokens, len(self.prompts))
+        if self.exit_rule is not None:
+            check_rule(config, self.exit_rule)
 
     def keys(self) -> jax.Array:
         """One key per prompt [B].
@@ -107,6 +127,7 @@ def generate(
     stop_tokens: Sequence[Sequence[int]] | None = None,
     log_probabilities: bool = False,
     cache_dtype: jnp.dtype | str | None = None,
+    exit_rule: ExitRule | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Continues every prompt; the arguments are those of GenerationRequest.
 
@@ -121,25 +142,32 @@ def generate(
 
     Raises:
       InputError: a prompt is empty, holds an unknown token, or leaves no room for max_new_tokens
-        within config.max_length; a stop token lies outside of the vocabulary; or keys or lists of
-        stop tokens are not one per prompt; or a logit is not finite.
+        within config.max_length; a stop token lies outside of the vocabulary; keys or lists of
+        stop tokens are not one per prompt; the model's steps cannot end by the exit rule; or a
+        logit is not finite.
     """
     request = GenerationRequest(
-        prompts, max_new_tokens, sampling, key, stop_tokens, log_probabilities, cache_dtype
+        *(prompts, max_new_tokens, sampling, key, stop_tokens, log_probabilities, cache_dtype),
+        exit_rule=exit_rule,
     )
-    tokens, logs = generate_all(config, params, request)
-    return (tokens, logs) if log_probabilities else tokens
+    made = generate_all(config, params, request)
+    return (made.tokens, made.log_probabilities) if log_probabilities else made.tokens
 
 
 def generate_all(
     config: ModelConfig, params: Params | DecodeWeights, request: GenerationRequest
-) -> tuple[np.ndarray, np.ndarray]:
-    """The new tokens and their log-probabilities, [B, max_new_tokens] each; see `generate`."""
+) -> Generated:
+    """All new tokens, [B, max_new_tokens]; see `generate`."""
     blocks = list(_generate_blocks(config, params, request, BLOCK))
-    tokens, logs = (np.concatenate(arrays, axis=1) for arrays in zip(*blocks, strict=True))
+    tokens = np.concatenate([block.tokens for block in blocks], axis=1)
+    logs = np.concatenate([block.log_probabilities for block in blocks], axis=1)
     missing = request.max_new_tokens - tokens.shape[1]
-    tokens = np.pad(tokens, ((0, 0), (0, missing)), mode="edge")
-    return tokens, np.pad(logs, ((0, 0), (0, missing)))
+    return Generated(
+        np.pad(tokens, ((0, 0), (0, missing)), mode="edge"),
+        np.pad(logs, ((0, 0), (0, missing))),
+        sum(block.decoded for block in blocks),
+        sum(block.loops for block in blocks),
+    )
 
 
 def stream(
@@ -151,13 +179,13 @@ def stream(
       InputError: at the call, or at a step whose logits are not finite; see `generate`.
     """
     blocks = _generate_blocks(config, params, request, STREAMED_BLOCK)
-    return (column for tokens, _ in blocks for column in tokens.T)
+    return (column for block in blocks for column in block.tokens.T)
 
 
 def _generate_blocks(
     config: ModelConfig, params: Params | DecodeWeights, request: GenerationRequest, block: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields tokens and log-probabilities [B, n], n up to `block`; refuses at the call."""
+) -> Iterator[Generated]:
+    """Yields up to `block` tokens of each row at a time; refuses at the call."""
     request.check(config)
     keys_B, cache = request.keys(), request.empty_cache(config)
     return _run(config, prepare_for_decode(config, params), request, keys_B, cache, block)
@@ -170,6 +198,8 @@ class TokenChoice(NamedTuple):
     """How tokens are drawn; without stop tokens, which are data."""
     log_probabilities: bool = False
     """Whether log-probabilities are computed; else they are 0."""
+    exit_rule: ExitRule | None = None
+    """Where tokens stop their loops."""
 
 
 class GenerationState(flax.struct.PyTreeNode):
@@ -182,6 +212,8 @@ class GenerationState(flax.struct.PyTreeNode):
     """bool [B], the rows that have not met a stop token."""
     index: jax.Array
     """int32 scalar, the index of those tokens among the new ones, from 0."""
+    decoded_and_loops: jax.Array | None = None
+    """int32 [2], see `Generated`; None without an exit rule."""
 
 
 def _run(
@@ -191,25 +223,31 @@ def _run(
     keys_B: jax.Array,
     cache: Cache,
     block: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Iterator[Generated]:
     rows = len(request.prompts)
     # Stop tokens are data, as prompts are: others compile nothing anew.
-    choice = TokenChoice(request.sampling._replace(stop_tokens=()), request.log_probabilities)
+    sampling, rule = request.sampling._replace(stop_tokens=()), request.exit_rule
+    choice = TokenChoice(sampling, request.log_probabilities, rule)
     stops_BM = request.stops()
     logits_BV, cache = prefill_prompts(config, weights, request.prompts, cache)
     state = GenerationState(
-        cache, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), jnp.zeros((), jnp.int32)
+        *(cache, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), jnp.zeros((), jnp.int32)),
+        None if rule is None else jnp.zeros(2, jnp.int32),
     )
     tokens_B, logs_B, running_B = _choose(choice, logits_BV, keys_B, stops_BM, state)
     state = state.replace(tokens_B=tokens_B, running_B=running_B)
-    yield _checked(np.asarray(tokens_B)[:, None]), np.asarray(logs_B)[:, None]
-    done = 1
+    yield Generated(_checked(np.asarray(tokens_B)[:, None]), np.asarray(logs_B)[:, None], 0, 0)
+    done, counted = 1, np.zeros(2, int)
     while done < request.max_new_tokens and np.any(state.running_B):
         count = min(block, request.max_new_tokens - done)
         state, tokens_nB, logs_nB = advance(config, choice, weights, keys_B, stops_BM, state, count)
         new = int(state.index) + 1 - done
         done += new
-        yield _checked(np.asarray(tokens_nB[:new]).T), np.asarray(logs_nB[:new]).T
+        before = counted
+        if state.decoded_and_loops is not None:
+            counted = np.asarray(state.decoded_and_loops)
+        tokens_Bn, logs_Bn = np.asarray(tokens_nB[:new]).T, np.asarray(logs_nB[:new]).T
+        yield Generated(_checked(tokens_Bn), logs_Bn, *map(int, counted - before))
 
 
 def _checked(tokens_Bn: np.ndarray) -> np.ndarray:
@@ -253,8 +291,7 @@ def advance(
 
     def step(carry):
         state, done, tokens_nB, logs_nB = carry
-        logits_BV, cache = decode_step(config, weights, state.tokens_B, state.cache)
-        state = state.replace(cache=cache, index=state.index + 1)
+        logits_BV, state = _next_logits(config, choice.exit_rule, weights, state)
         tokens_B, logs_B, running_B = _choose(choice, logits_BV, keys_B, stops_BM, state)
         state = state.replace(tokens_B=tokens_B, running_B=running_B)
         return state, done + 1, tokens_nB.at[done].set(tokens_B), logs_nB.at[done].set(logs_B)
@@ -262,6 +299,23 @@ def advance(
     nothing = jnp.zeros((BLOCK, B), jnp.int32), jnp.zeros((BLOCK, B), jnp.float32)
     state, _, tokens_nB, logs_nB = jax.lax.while_loop(goes_on, step, (state, 0, *nothing))
     return state.replace(index=shard(state.index)), shard(tokens_nB), shard(logs_nB)
+
+
+def _next_logits(
+    config: ModelConfig, rule: ExitRule | None, weights: DecodeWeights, state: GenerationState
+) -> tuple[jax.Array, GenerationState]:
+    """Appends the newest tokens to the cache; the logits behind them [B, V], and the state."""
+    if rule is None:
+        logits_BV, cache = decode_step(config, weights, state.tokens_B, state.cache)
+    else:
+        running_B = state.running_B
+        logits_BV, cache, loops_B = step_until_exit(
+            config, weights, rule, state.tokens_B, state.cache, running_B
+        )
+        assert state.decoded_and_loops is not None
+        counted = jnp.stack([jnp.sum(running_B), jnp.sum(jnp.where(running_B, loops_B, 0))])
+        state = state.replace(decoded_and_loops=state.decoded_and_loops + counted)
+    return logits_BV, state.replace(cache=cache, index=state.index + 1)
 
 
 @partial(jax.jit, static_argnums=0)

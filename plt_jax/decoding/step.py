@@ -10,7 +10,6 @@ position. Layers that do not loop have one row.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -21,6 +20,7 @@ from plt_jax.config.model import Part
 from plt_jax.decoding.attention import attend, attend_gated, shard_map_attention
 from plt_jax.decoding.cache import Cache, LayerCache, Slots, Stored, shard_cache, write
 from plt_jax.decoding.checks import check_step
+from plt_jax.decoding.early_exit import ExitRule, RunCore, run_until_exit
 from plt_jax.decoding.fused_attention import FUSED_OPS, attend_rows_fused, decode_kernel
 from plt_jax.decoding.ops import DECODE_OPS, embed_tokens, head_logits, hidden_scale_of, norms_of
 from plt_jax.decoding.placement import CacheShard
@@ -117,8 +117,34 @@ def step_logits(
     return head_logits(weights, read_B1D)[:, 0], cache
 
 
-RunCore = Callable[[range, jax.Array, Cache], tuple[jax.Array, Cache]]
-"""See `_run_rows`; the part is the core."""
+def step_until_exit(
+    config: ModelConfig,
+    weights: DecodeWeights,
+    rule: ExitRule,
+    tokens: jax.Array,
+    cache: Cache,
+    running_B: jax.Array,
+) -> tuple[jax.Array, Cache, jax.Array]:
+    """Does what `step_logits` does, but stops the loops where the rule says so; see early_exit.py.
+
+    Args:
+      running_B: bool, the sequences that matter; no loop runs for the others alone.
+
+    Returns:
+      Logits, the cache, and the number of loops that each sequence has run, int32 [B].
+    """
+    E_B1D = embed_tokens(weights, tokens[:, None], config.dtype)
+    norms = norms_of(config, weights)
+    run_rows = partial(_run_rows, config, weights, cache.capacity)
+    first_B1D, cache = run_rows("prelude", range(1), E_B1D, cache)
+    run_core = partial(run_rows, "core")
+    last_B1D, logits_BV, loops_B, cache = run_until_exit(
+        config, weights, rule, norms, run_core, first_B1D, cache, running_B
+    )
+    if logits_BV is None:
+        coda_B1D, cache = run_rows("coda", range(1), last_B1D, cache)
+        logits_BV = head_logits(weights, norms.final(coda_B1D))[:, 0]
+    return logits_BV, cache.replace(lengths=cache.lengths + 1), loops_B
 
 
 def _run_loops_together(

@@ -10,6 +10,7 @@ import jax
 
 from plt_jax.config import ModelConfig
 from plt_jax.data.tokenizer import TextTokenizer, behind
+from plt_jax.decoding.early_exit import ExitRule
 from plt_jax.decoding.generation import GenerationRequest, stream
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.weights import DecodeWeights, Params
@@ -28,6 +29,7 @@ def stream_text(
     key: jax.Array,
     cache_dtype: str | None = None,
     stops: Sequence[str] = (),
+    exit_rule: ExitRule | None = None,
 ) -> Iterator[str]:
     """Yields the continuation of a prompt, piece by piece.
 
@@ -39,6 +41,7 @@ def stream_text(
         them.
       cache_dtype: the cache's dtype; see `init_cache`.
       stops: strings, which may be names of special tokens.
+      exit_rule: where new tokens stop their loops; default none, all loops run.
 
     Raises:
       InputError: at the call: the prompt is longer than the context, or an argument is out of its
@@ -47,7 +50,9 @@ def stream_text(
     sampling = sampling._replace(stop_tokens=(*sampling.stop_tokens, *tokenizer.special.eos))
     if len(prompt) < config.max_length:
         max_new_tokens = min(max_new_tokens, config.max_length - len(prompt))
-    request = GenerationRequest([prompt], max_new_tokens, sampling, key, cache_dtype=cache_dtype)
+    request = GenerationRequest(
+        *([prompt], max_new_tokens, sampling, key), cache_dtype=cache_dtype, exit_rule=exit_rule
+    )
     tokens = (int(token) for (token,) in stream(config, params, request))
     # An end token has no text, even if its tokenizer does not call it special.
     own = itertools.takewhile(lambda token: token not in tokenizer.special.eos, tokens)

@@ -49,6 +49,10 @@ class DecodeWeights(flax.struct.PyTreeNode):
     final norm, or where there is none."""
     hidden_scale: jax.Array | None
     """float32 [D], the learned scale of the previous loop's output, if it is learned."""
+    exit_gate: jax.Array | None
+    """float32 [D, 1], the exit gate's weights; None without a gate."""
+    exit_gate_bias: jax.Array | None
+    """float32 [1]."""
     head: Weight | None
     """[V, D]; None where the embedding is the head."""
     layers: tuple[dict[str, Any], ...]
@@ -130,6 +134,8 @@ def _prepare_top(config: ModelConfig, params: Params, dtype: str | None) -> Deco
         final_norm=_shard_weight("final_norm", params["final_norm"]),
         loop_norm=_shard_weight("loop_norm", params.get("loop_norm")),
         hidden_scale=_shard_weight("hidden_scale", params.get("hidden_scale")),
+        exit_gate=_shard_weight("exit_gate", params.get("exit_gate")),
+        exit_gate_bias=_shard_weight("exit_gate_bias", params.get("exit_gate_bias")),
         head=_shard_weight("head", head),
         layers=(),
     )

@@ -188,7 +188,7 @@ def score(
         prompts += [prompts[-1]] * (batch_size - len(batch))
         answers = [encoder.answer(problem) for problem in batch]
         request = GenerationRequest(prompts, max(map(len, answers)), sampling)
-        tokens_BT, _ = generate_all(config, weights, request)
+        tokens_BT = generate_all(config, weights, request).tokens
         correct += [
             row[: len(answer)] == answer
             for row, answer in zip(tokens_BT.tolist(), answers, strict=False)

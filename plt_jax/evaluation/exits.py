@@ -1,17 +1,12 @@
 """Early exit: the loops that each token needs by a rule, and the loss that the fewer loops cost.
 
-A rule is one of:
-  kl:NUMBER       the first loop whose prediction is less than NUMBER nats (KL) from the loop before
-  entropy:NUMBER  the first loop whose prediction has an entropy of less than NUMBER nats
-  gate[:NUMBER]   the first loop by which the exit gate's probability to have exited is NUMBER
-Tokens for which it holds nowhere run all loops. All loops of all earlier tokens are computed, as by
-models that decode all loops: what a token would read of loops that earlier tokens did not run, no
-rule says.
+The rules are those of decoding/early_exit.py. Tokens for which one holds nowhere run all loops. All
+loops of all earlier tokens are computed here. Decoding by a rule does not compute them, and reads
+those of a token's last loop in their place.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +20,7 @@ from plt_jax.config import MeshConfig, ModelConfig
 from plt_jax.data.load import examples_for
 from plt_jax.data.pipeline import evaluation_batches
 from plt_jax.data.token_bytes import token_bytes
+from plt_jax.decoding.early_exit import ExitRule, parse_rule
 from plt_jax.distributed.axes import shard
 from plt_jax.distributed.mesh import batch_layout, make_mesh, use_mesh, whole_batch
 from plt_jax.errors import InputError
@@ -37,22 +33,11 @@ from plt_jax.reports.tables import aligned
 from plt_jax.runs.directory import open_trained
 
 EXITS = "exits.json"
-KINDS = ("kl", "entropy", "gate")
 LOGITS = 2**25
 """Logits that are computed at once, at most: 128 MiB in float32."""
 
 
 Numbers = np.ndarray | jax.Array
-
-
-class ExitRule(NamedTuple):
-    """When a token runs no further loop; see the top of this file."""
-
-    kind: str
-    threshold: float
-
-    def __str__(self) -> str:
-        return f"{self.kind}:{self.threshold:g}"
 
 
 class LoopPredictions(NamedTuple):
@@ -107,31 +92,8 @@ class ExitReport(NamedTuple):
 
 
 def parse_rules(text: str, model: ModelConfig) -> list[ExitRule]:
-    """The rules in a list such as `kl:0.01,entropy:0.5,gate`.
-
-    Raises:
-      InputError: a rule is unknown or has no number, the model has no exit gate, or has one loop.
-    """
-    loop, rules = model.loop, []
-    for word in text.split(","):
-        kind, _, number = word.strip().partition(":")
-        if kind == "gate" and not loop.exit_gate:
-            raise InputError("--exit gate needs a model with an exit gate (model.loop.exit_gate)")
-        if kind == "gate" and not number:
-            number = str(loop.exit_threshold)
-        try:
-            threshold = float(number)
-        except ValueError:
-            threshold = math.nan
-        if kind not in KINDS or not threshold > 0.0:
-            raise InputError(
-                f"--exit {word.strip()!r} is no rule; give kl:NUMBER, entropy:NUMBER or "
-                "gate[:NUMBER], with a number above 0"
-            )
-        rules.append(ExitRule(kind, threshold))
-    if loop.count == 1:
-        raise InputError(f"--exit needs loops to exit from, but {loop.scheme} runs one")
-    return rules
+    """The rules in a list such as `kl:0.01,entropy:0.5,gate`; see `parse_rule`."""
+    return [parse_rule(word, model) for word in text.split(",")]
 
 
 def loops_needed(rule: ExitRule, predictions: LoopPredictions) -> np.ndarray:
@@ -250,7 +212,7 @@ def note_on(model: ModelConfig) -> str:
         )
     return (
         f"note: {model.loop.scheme} decodes its loops one after another, so that a step's time "
-        "grows with them; plt_jax.generate runs all of them"
+        "grows with them; plt_jax.generate --exit RULE leaves out what a rule does not need"
     )
 
 

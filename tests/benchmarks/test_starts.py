@@ -20,6 +20,7 @@ COMMANDS = (
     "benchmarks.data_in_bucket",
     "benchmarks.decode_targets",
     "benchmarks.decode_trace",
+    "benchmarks.early_exit",
     "benchmarks.faults",
     "benchmarks.grouped",
     "benchmarks.interop",
