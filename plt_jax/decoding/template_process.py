@@ -7,9 +7,9 @@ internals, but not from computing for ever, so it runs in a process that can be 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
-import signal
 import subprocess
 import sys
 import threading
@@ -75,7 +75,13 @@ class TemplateProcess:
         if process is None or process.poll() is not None:
             process = self._process = _start()
         assert process.stdin is not None and process.stdout is not None
-        timer = threading.Timer(SECONDS, process.kill)
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(SECONDS, end)
         timer.start()
         try:
             process.stdin.write(request)
@@ -85,13 +91,23 @@ class TemplateProcess:
             line = b""
         finally:
             timer.cancel()
+            timer.join()  # or it could end the process during the next request
+        if not line.endswith(b"\n") or late.is_set():
+            self._process = None
+            _end(process)
         if line.endswith(b"\n"):
             return json.loads(line)
-        self._process = None
-        process.kill()
-        late = process.wait() == -signal.SIGKILL
-        limit = f"for more than {SECONDS:.0f} seconds" if late else "until its process ends"
+        limit = f"for more than {SECONDS:g} seconds" if late.is_set() else "until its process ends"
         raise InputError(f"the chat template is broken: it computes {limit}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):  # of what it has not read
+            pipe.close()
 
 
 def _start() -> subprocess.Popen[bytes]:
