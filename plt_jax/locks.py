@@ -129,7 +129,8 @@ class FolderLock:
         taken = lock_file(descriptor, wait=False)
         if taken is None:
             os.close(descriptor)
-            descriptor = os.open(self._folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+            descriptor = os.open(self._folder / LOCK_FILE, flags, mode=0o666)
             taken = lock_file(descriptor, wait=False)
         if taken is False:
             os.close(descriptor)

@@ -15,9 +15,10 @@ import pytest
 
 from benchmarks.faults.bucket_server import Disturbance
 from plt_jax import locks
-from plt_jax.errors import FailedError
+from plt_jax.errors import FailedError, InputError
 from plt_jax.files.paths import to_path
 from plt_jax.locks import LOCK, LOCK_FILE, BucketLock, FolderLock, lock_of
+from plt_jax.runs.resume import make_directory, take_lock
 
 
 @pytest.fixture
@@ -73,6 +74,17 @@ def test_where_folders_cannot_be_locked_a_file_is(tmp_path, monkeypatch):
     (tmp_path / LOCK_FILE).symlink_to(tmp_path.parent / "elsewhere")
     with pytest.raises(OSError, match="symbolic link"):
         one.take()
+
+
+def test_a_run_begins_in_a_new_folder_where_a_file_is_locked(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", without_locks([stat.S_IFDIR]))
+    folder = tmp_path / "run"
+    lock = FolderLock(folder)
+    take_lock(lock, folder)  # nobody can have begun a run there
+    make_directory(folder, lock)
+    assert lock.is_held and (folder / LOCK_FILE).stat().st_mode & 0o111 == 0
+    with pytest.raises(InputError, match="another process trains in --run_dir"):
+        take_lock(FolderLock(folder), folder)
 
 
 def test_where_nothing_can_be_locked_everyone_may_write(tmp_path, monkeypatch):

@@ -15,7 +15,8 @@ from plt_jax.commands.parser import CommandParser
 from plt_jax.data.tokenizer import HUGGINGFACE
 from plt_jax.errors import InputError
 
-if TYPE_CHECKING:  # it imports JAX
+if TYPE_CHECKING:  # they import JAX
+    from plt_jax.decoding.early_exit import ExitRule
     from plt_jax.runs.directory import Trained
 
 
@@ -78,7 +79,6 @@ def main() -> None:
         raise InputError("--system is the system's message of a chat; give --chat with it")
     import jax
 
-    from plt_jax.decoding.early_exit import parse_rule
     from plt_jax.decoding.sampling import Sampling
     from plt_jax.decoding.text import stream_text
     from plt_jax.decoding.weights import prepare_for_decode
@@ -88,9 +88,9 @@ def main() -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     sampling.check()
     mesh = devices.connect(arguments)
+    rule = None if arguments.exit is None else exit_rule(arguments)
     trained = open_trained(arguments.path, mesh, arguments.loops, True, arguments.dtype)
     config = trained.config.model
-    rule = None if arguments.exit is None else parse_rule(arguments.exit, config)
     with use_mesh(mesh):
         weights = prepare_for_decode(config, trained.params, arguments.weights)
         trained = trained._replace(params=None)  # so that the devices hold the weights once
@@ -112,6 +112,23 @@ def main() -> None:
             sys.stdout.write(piece)
             sys.stdout.flush()
     print()
+
+
+def exit_rule(arguments: Namespace) -> ExitRule:
+    """The rule of --exit, which is checked before the parameters are read.
+
+    Raises:
+      InputError: it is no rule, or the model's loops cannot end by it.
+    """
+    from plt_jax.decoding.early_exit import check_rule, parse_rule
+    from plt_jax.runs.directory import find_checkpoint
+
+    model = find_checkpoint(arguments.path).config.model
+    loops = model.loop.count if arguments.loops is None else arguments.loops
+    model = model.model_copy(update={"loop": model.loop.model_copy(update={"count": loops})})
+    rule = parse_rule(arguments.exit, model)
+    check_rule(model, rule)
+    return rule
 
 
 def encode(arguments: Namespace, trained: Trained) -> list[int]:

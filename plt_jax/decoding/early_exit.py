@@ -51,28 +51,37 @@ def parse_rule(word: str, model: ModelConfig) -> ExitRule:
     Raises:
       InputError: it is unknown or has no number, the model has no exit gate, or has one loop.
     """
-    loop = model.loop
     kind, _, number = word.strip().partition(":")
-    if kind == "gate" and not loop.exit_gate:
-        raise InputError("--exit gate needs a model with an exit gate (model.loop.exit_gate)")
     if kind == "gate" and not number:
-        number = str(loop.exit_threshold)
+        number = str(model.loop.exit_threshold)
     try:
-        threshold = float(number)
+        rule = ExitRule(kind, float(number))
     except ValueError:
-        threshold = math.nan
-    if kind not in KINDS or not threshold > 0.0:
+        rule = ExitRule(kind, math.nan)
+    _check_kind(model, rule, f"--exit {word.strip()!r}")
+    return rule
+
+
+def _check_kind(model: ModelConfig, rule: ExitRule, shown: str) -> None:
+    """Raises InputError unless the rule can be told from what the model computes.
+
+    Args:
+      shown: the rule, as the message calls it.
+    """
+    if rule.kind not in KINDS or not rule.threshold > 0.0:
         raise InputError(
-            f"--exit {word.strip()!r} is no rule; give kl:NUMBER, entropy:NUMBER or "
-            "gate[:NUMBER], with a number above 0"
+            f"{shown} is no rule; give kl:NUMBER, entropy:NUMBER or gate[:NUMBER], with a number "
+            "above 0"
         )
-    if loop.count == 1:
-        raise InputError(f"--exit needs loops to exit from, but {loop.scheme} runs one")
-    return ExitRule(kind, threshold)
+    if rule.kind == "gate" and not model.loop.exit_gate:
+        raise InputError(f"{shown} needs a model with an exit gate (model.loop.exit_gate)")
+    if model.loop.count == 1:
+        raise InputError(f"{shown} needs loops to exit from, but {model.loop.scheme} runs one")
 
 
 def check_rule(config: ModelConfig, rule: ExitRule) -> None:
-    """Raises InputError unless steps of the model can end by the rule."""
+    """Raises InputError unless decode steps of the model can end by the rule."""
+    _check_kind(config, rule, f"the exit rule {rule}")
     if config.loop.shifted:
         raise InputError(
             f"{config.loop.scheme} decodes all loops in one pass, so that no loop can be left out; "

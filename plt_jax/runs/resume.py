@@ -170,7 +170,7 @@ def make_directory(directory: Path, lock: Lock) -> None:
     except OSError as error:
         raise InputError(f"cannot make --run_dir {directory}: {error.strerror}") from error
     take_lock(lock, directory)
-    if any(directory.iterdir()):
+    if any(path.name != LOCK_FILE for path in directory.iterdir()):
         raise InputError(
             f"another process has begun a run in --run_dir {directory} meanwhile; start again to "
             "resume it, or choose another"

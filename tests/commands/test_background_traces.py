@@ -94,6 +94,43 @@ def test_without_a_place_for_the_file_they_are_dropped(tmp_path):
 
 
 def test_warnings_and_other_logs_are_shown(tmp_path):
-    done = run("warnings.warn('careful'); logging.error('seen')", tmp_path)
-    assert "careful" in done.stderr and "seen" in done.stderr
+    slow = "logging.getLogger('asyncio').warning('slow')"
+    done = run(f"warnings.warn('careful'); logging.error('seen'); {slow}", tmp_path)
+    assert "careful" in done.stderr and "seen" in done.stderr and "slow" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_file_says_where_it_failed(tmp_path):
+    run("in_a_thread(); BadEnd()", tmp_path)
+    (path,) = tmp_path.iterdir()
+    stored = path.read_text("utf-8")
+    assert "in thread Thread-" in stored and "BadEnd.__del__" in stored
+
+
+def test_a_failure_while_another_is_written_waits_for_it(tmp_path):
+    # The path of the file is asked for while the first trace is written.
+    body = (
+        "import tempfile; plain = tempfile.mkstemp; "
+        "tempfile.mkstemp = lambda **names: (BadEnd(), plain(**names))[1]; in_a_thread()"
+    )
+    done = run(body, tmp_path)
+    assert done.returncode == 0
+    (path,) = tmp_path.iterdir()
+    stored = path.read_text("utf-8")
+    assert stored.index("division by zero") < stored.index("in a destructor")
+
+
+def test_a_disk_that_is_full_behind_the_files_name_is_said(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)); "
+    done = run(f"{limit}in_a_thread(); in_a_thread()", tmp_path)
+    assert done.stderr == (
+        "note: something failed in the background; its stack traces could not be stored\n"
+    )
+
+
+@pytest.mark.parametrize("stream", ["sys.stderr = None", "sys.stderr.close()"])
+def test_without_stderr_nothing_is_announced_and_one_file_is_made(tmp_path, stream):
+    done = run(f"{stream}; in_a_thread(); in_a_thread(); in_a_thread()", tmp_path)
+    assert (done.stdout, done.stderr) == ("", "")
+    (path,) = tmp_path.iterdir()
+    assert path.read_text("utf-8").count("division by zero") == 3

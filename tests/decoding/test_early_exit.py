@@ -14,6 +14,7 @@ from plt_jax.decoding.early_exit import ExitRule, check_rule, parse_rule, run_un
 from plt_jax.decoding.generation import GenerationRequest, generate_all
 from plt_jax.decoding.ops import Norms
 from plt_jax.decoding.step import step_logits, step_until_exit
+from plt_jax.runs.directory import open_trained
 from plt_jax.training import trainer
 from tests import reference
 from tests.models import random_params, random_tokens, reference_settings, small_config
@@ -232,6 +233,10 @@ def test_generation_counts_its_loops_and_gives_what_steps_give():
     [
         (small_config("plt", 2), ExitRule("entropy", 1.0), "plt decodes all loops in one pass"),
         (CASES["vanilla-2"], ExitRule("kl", 0.1), "no third loop to leave out"),
+        (CASES["vanilla-2"], ExitRule("entropi", 0.5), "exit rule entropi:0.5 is no rule"),
+        (CASES["vanilla-2"], ExitRule("entropy", float("nan")), "entropy:nan is no rule"),
+        (CASES["window-2"], ExitRule("gate", 0.5), "needs a model with an exit gate"),
+        (small_config("vanilla_loop", 1), ExitRule("entropy", 1.0), "vanilla_loop runs one"),
         (CASES["vanilla-3-of-the-middle"], ExitRule("kl", 0.1), "need the layers behind the loops"),
     ],
 )
@@ -260,6 +265,15 @@ def test_the_command_ends_loops_by_a_rule(tmp_path):
     with contextlib.redirect_stdout(io.StringIO()):
         trainer.train(config)
     words = ["plt_jax.generate", home / "run", "--prompt", "the", "--max_new_tokens", 6]
-    everything = output_of(*words)
-    assert output_of(*words, "--exit", "entropy:1e-30") == everything
-    assert output_of(*words, "--exit", "entropy:1e30").startswith("the")
+    trained = open_trained(home / "run")
+    prompt = trained.tokenizer.encode_prompt("the")
+
+    def expected(rule):
+        request = GenerationRequest([prompt], 6, exit_rule=rule)
+        (tokens,) = generate_all(trained.config.model, trained.params, request).tokens
+        return "the" + trained.tokenizer.decode_continuation(prompt, tokens.tolist()) + "\n"
+
+    assert output_of(*words) == expected(None)
+    never, always = output_of(*words, "--exit", "entropy:1e-30"), ExitRule("entropy", 1e30)
+    assert never == expected(None)
+    assert output_of(*words, "--exit", "entropy:1e30") == expected(always) != never

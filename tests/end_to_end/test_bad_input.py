@@ -156,7 +156,7 @@ def test_a_path_that_is_no_run(tmp_path):
         (["--seed", "x"], ["invalid int value: 'x'"]),
         (["--temperature", "nan"], ["temperature is nan"]),
         (["--exit", "often"], ["--exit 'often' is no rule; give kl:NUMBER"]),
-        (["--exit", "gate"], ["--exit gate needs a model with an exit gate"]),
+        (["--exit", "gate"], ["--exit 'gate' needs a model with an exit gate"]),
         (["--exit", "entropy:1"], ["plt decodes all loops in one pass"]),
     ],
 )

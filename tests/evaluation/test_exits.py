@@ -99,7 +99,7 @@ def test_rules_are_read_with_the_gates_own_threshold():
         ("entropy:x", GATED, "'entropy:x' is no rule"),
         ("", GATED, "'' is no rule"),
         ("patience:3", GATED, "'patience:3' is no rule"),
-        ("gate", small_config("plt"), "gate needs a model with an exit gate"),
+        ("gate", small_config("plt"), "'gate' needs a model with an exit gate"),
         ("kl:1", small_config("no_loop", 1), "no_loop runs one"),
     ],
 )
