@@ -1,13 +1,14 @@
 """Renders chat templates in a process of its own, which template_process.py starts.
 
 This file runs by itself, without plt_jax and JAX, so that it starts in a tenth of a second. Each
-line of its input is a request in JSON, `{"source": ..., "variables": {...}}`, and each line of its
-output the answer: `{"text": ...}`, or `{"refused": ...}` from a template that does not take the
-messages, or `{"broken": ...}` from one that fails.
+line of its input is a request in JSON, `{"source": ..., "variables": {...}}`. The first line of its
+output says that it is ready. Each later one is an answer: `{"text": ...}`, or `{"refused": ...}`
+from a template that does not take the messages, or `{"broken": ...}` from one that fails.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
@@ -50,12 +51,12 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
-_most_characters = 0
+_most_characters = 0.0
 
 
 def _check_length(length: int) -> None:
     if length > _most_characters:
-        raise _TooMuchError(f"it makes more than {_most_characters:,} characters")
+        raise _TooMuchError(f"it makes more than {_most_characters:,.0f} characters")
 
 
 def _bounded(pieces: Iterator[str]) -> Iterator[str]:
@@ -81,9 +82,20 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, **layout: Any
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **layout)
+    # Other arguments of json.dumps call what they are given, outside of the sandbox.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> NoReturn:
@@ -105,13 +117,32 @@ def _answer(request: str) -> dict[str, str]:
         return {"broken": f"{type(error).__name__}: {error}"}
 
 
+def _reply(request: str) -> str:
+    try:
+        return json.dumps(_answer(request))
+    except MemoryError:
+        return json.dumps({"broken": "it needs too much memory"})
+
+
 def main() -> None:
-    """Answers every line of the input: `template_sandbox.py MEMORY_BYTES MOST_CHARACTERS`."""
+    """Answers every line: `template_sandbox.py MEMORY_BYTES MOST_CHARACTERS SECONDS`."""
     global _most_characters  # the limits are those of the process, which has no other use
-    memory, _most_characters = map(int, sys.argv[1:])
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    memory, _most_characters, seconds = map(float, sys.argv[1:])
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (int(memory), int(memory)))
+    print("ready", flush=True)
     for line in sys.stdin:
-        print(json.dumps(_answer(line)), flush=True)
+        _limit_processor_time(seconds)
+        print(_reply(line), flush=True)
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """Ends this process if it computes longer, in case nobody is there any more to end it."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = int(used.ru_utime + used.ru_stime + 2 * seconds) + 1
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    with contextlib.suppress(ValueError, OSError):  # a lower limit of its own
+        resource.setrlimit(resource.RLIMIT_CPU, (most, hard))
 
 
 if __name__ == "__main__":

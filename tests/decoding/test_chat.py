@@ -1,7 +1,13 @@
 """Chat templates: rendered as transformers renders them, in a sandbox, within bounds."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -73,6 +79,7 @@ def test_the_last_message_can_be_continued(content):
         ("{{ 'a' * 3000000000 }}", f"more than {MOST_CHARACTERS:,} characters"),
         ("{{ 9 ** 99999 }}", "too large a power"),
         ("{{ 1 / 0 }}", "broken: ZeroDivisionError"),
+        ("{{ messages | tojson(default=raise_exception) }}", "broken: TypeError"),
         ("{{ namespace.__init__.__globals__ }}", "refuses the messages"),
         ("{% for i in range(1000000000) %}x{% endfor %}", "is broken: OverflowError"),
         ("{% include '/etc/passwd' %}", "chat template"),
@@ -115,9 +122,67 @@ def test_a_template_that_needs_too_much_memory_is_refused(source):
 def test_a_process_that_has_ended_is_replaced():
     process = TemplateProcess()
     assert process.render("a", {}) == "a"
-    process._process.kill()
-    process._process.wait()
+    ended = process._process
+    ended.kill()
+    ended.wait()
     assert process.render("b", {}) == "b"
+    assert ended.stdin.closed and ended.stdout.closed
+    process.close()
+    process.close()
+    assert process.render("c", {}) == "c"
+    process.close()
+
+
+def test_an_interrupted_template_leaves_no_answer_for_the_next_one():
+    process = TemplateProcess()
+    assert process.render("{{ x }}", {"x": "before"}) == "before"
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        process.render(ENDLESS, {})
+    assert process.render("{{ x }}", {"x": "behind"}) == "behind"
+    process.close()
+
+
+def test_a_request_that_waits_for_others_too_long_is_refused(monkeypatch):
+    process = TemplateProcess()
+    monkeypatch.setattr(template_process, "SECONDS", 0.2)
+    with process._lock, pytest.raises(InputError, match="other requests take too long"):
+        process.render("a", {})
+
+
+def test_a_process_that_does_not_start_says_why(monkeypatch):
+    monkeypatch.setattr(template_process, "_SANDBOX", Path("/no/such/file.py"))
+    process = TemplateProcess()
+    with pytest.raises(InputError, match=r"chat templates does not start: .*No such file"):
+        process.render("a", {})
+
+
+def test_what_json_does_not_have_is_refused():
+    with pytest.raises(InputError, match="hold what JSON cannot"):
+        render(CHATML, [{"role": "user", "content": {1, 2}}])
+
+
+def test_the_process_ends_by_itself_when_nobody_is_left_to_end_it():
+    limits = [str(2**30), "1000", "0.4"]
+    child = subprocess.Popen(
+        [sys.executable, "-P", template_process._SANDBOX, *limits],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert child.stdout.readline() == b"ready\n"
+    request = {"source": ENDLESS, "variables": {}}
+    child.communicate(json.dumps(request).encode() + b"\n", timeout=60)
+    assert child.returncode == -signal.SIGXCPU
+
+
+def test_secrets_of_the_environment_are_kept_from_templates(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    process = TemplateProcess()
+    process.render("a", {})
+    environment = Path(f"/proc/{process._process.pid}/environ")
+    if environment.exists():
+        assert b"secret" not in environment.read_bytes()
+    process.close()
 
 
 def test_threads_get_their_own_texts():
