@@ -15,13 +15,13 @@ share the work. OUT/STUDY.txt is the table.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import re
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ from plt_jax.config.yaml_file import merge, read_yaml
 from plt_jax.errors import EXIT_STOPPED, InputError
 from plt_jax.evaluation.exact_match import evaluate_exact_match
 from plt_jax.files.writing import write_text
+from plt_jax.locks import lock_file
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.reports.tables import table_of
 from plt_jax.runs.configuration import load_config
@@ -79,10 +80,17 @@ class Study:
         try:
             self._config = str(values.pop("config"))
             self._rate = float(values.pop("learning_rate"))
-            self.rows: dict[str, Any] = {k: v or {} for k, v in values.pop("rows").items()}
-            self.baselines: list[str] = values.pop("baselines")
+            self.rows: dict[str, Any] = {
+                str(name): sections or {} for name, sections in dict(values.pop("rows")).items()
+            }
+            self.baselines: list[str] = list(values.pop("baselines"))
         except KeyError as error:
             raise InputError(f"{path} has no {error.args[0]}") from error
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{path}: a value is of the wrong type: {error}") from error
+        folders = Counter(map(_folder_of, self.rows))
+        if alike := [name for name in self.rows if folders[_folder_of(name)] > 1]:
+            raise InputError(f"{path}: the rows {' and '.join(alike)} have one folder; rename one")
         if values:
             raise InputError(f"{path}: unknown key {next(iter(values))}")
         if unknown := [name for name in self.baselines if name not in self.rows]:
@@ -100,14 +108,24 @@ class Study:
         Raises:
           InputError: a value is refused.
         """
-        row = re.sub(r"[^\w.-]+", "_", job.row)
-        folder = runs / self.name / row / f"rate_{self.rate(job):.4g}" / f"seed_{job.seed}"
+        folder = (
+            runs
+            / self.name
+            / _folder_of(job.row)
+            / f"rate_{self.rate(job):.4g}"
+            / f"seed_{job.seed}"
+        )
         own = {
             "seed": job.seed,
             "run_dir": str(folder),
             "optimizer": {"learning_rate": self.rate(job)},
         }
         return load_config(self._config, merge(self.rows[job.row], own))
+
+
+def _folder_of(row: str) -> str:
+    """The name of a row's folder."""
+    return re.sub(r"[^\w.-]+", "_", row)
 
 
 def wanted(row: str, results: Results, seeds: int) -> list[Job]:
@@ -153,12 +171,7 @@ def claim(folder: Path) -> Iterator[bool]:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_name(f"{folder.name}.lock"), "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        yield lock_file(lock.fileno(), wait=False) is not False
 
 
 def run(study: Study, job: Job, runs: Path) -> dict[str, Any] | None:
@@ -182,7 +195,13 @@ def run(study: Study, job: Job, runs: Path) -> dict[str, Any] | None:
 
 def table(study: Study, results: Results) -> str:
     """One line per row: its best rate, its score there, and the differences to the baselines."""
-    config = study.config(Job(next(iter(study.rows)), 0, 0), Path("unused"))
+
+    def flops(name: str) -> float:
+        config = study.config(Job(name, 0, 0), Path("unused"))
+        return sum(loop.total for loop in flops_by_loop(config.model, config.sequence_length))
+
+    first = next(iter(study.rows))
+    config = study.config(Job(first, 0, 0), Path("unused"))
     metric = metric_of({"task": config.data.synthetic.task})
     scores = {name: scores_by_seed(name, results, metric) for name in study.rows}
     lines = []
@@ -191,10 +210,9 @@ def table(study: Study, results: Results) -> str:
             continue
         losses = losses_by_rate(name, results)
         best = best_rate(losses)
-        model = study.config(Job(name, 0, 0), Path("unused")).model
         line = {
             "label": name,
-            "flops": sum(loop.total for loop in flops_by_loop(model, config.sequence_length)),
+            "flops": flops(name) / flops(first),
             "rates": len(losses),
             "rate": study.rate(Job(name, best, 0)),
             "loss": losses[best],
@@ -209,11 +227,9 @@ def table(study: Study, results: Results) -> str:
                 each = [scores[name][seed] - scores[baseline][seed] for seed in both]
                 line[baseline] = statistics.fmean(each)
         lines.append(line)
-    for line in reversed(lines):  # the first one last, by which all are divided
-        line["flops"] /= lines[0]["flops"]
     difference = metric.form.replace("{:", "{:+")
     columns = (
-        ("flops", "x FLOPs", "{:.2f}"),
+        ("flops", f"x FLOPs of {first}", "{:.2f}"),
         ("rates", "rates", "{}"),
         ("rate", "best rate", "{:.2g}"),
         ("loss", "its loss, seed 0", "{:.4f}"),

@@ -73,6 +73,9 @@ def write_study(home, name="study", **changes):
         ({"baselines": ["plt-3"]}, "baselines names plt-3, which is no row"),
         ({"rows": {"plt-2": {"model": {"loop": {"windows": 3}}}}}, "windows"),
         ({"rows": {"plt-2": {"model": {"width": 7}}}}, "width"),
+        ({"rows": None}, "of the wrong type"),
+        ({"learning_rate": "fast"}, "of the wrong type"),
+        ({"rows": {"plt-2": None, "a b": None, "a,b": None}}, "a b and a,b have one folder"),
     ],
 )
 def test_a_broken_study_is_refused(home, changes, message):
