@@ -17,7 +17,7 @@ from benchmarks.faults.storage import draw_file, stop_behind_two_checkpoints
 from benchmarks.faults.trial import Fault, Trial, require_error_line
 from plt_jax.checkpoint.manifest import MANIFEST
 from plt_jax.data.tokenized_corpus import open_tokenized_corpus
-from plt_jax.files.folders import copy_file
+from plt_jax.files.folders import copy_file, remove_tree
 from plt_jax.files.paths import files_in, to_path
 
 
@@ -40,6 +40,9 @@ def in_bucket(fault: Fault) -> Fault:
             return fault(trial._replace(sandbox=sandbox))
         finally:
             server.disturb = lambda _: None
+            # The emulator looks at all of its objects whenever a folder is listed.
+            for folder in to_path(f"gs://{BUCKET}").iterdir():
+                remove_tree(folder)
 
     return in_the_bucket
 
