@@ -10,6 +10,7 @@ a later call continues it. FOLDER/faults.txt is the table. Small disks need root
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import shutil
@@ -17,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.faults.buckets import stop_bucket_server
 from benchmarks.faults.campaign import judge, read_rows, table, undisturbed
 from benchmarks.faults.kinds import FAULTS
 from benchmarks.faults.sandbox import Sandbox
@@ -43,7 +45,10 @@ def main() -> int:
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     rows = read_rows(out / "faults.jsonl")
-    with tempfile.TemporaryDirectory(dir=arguments.home, ignore_cleanup_errors=True) as home:
+    with contextlib.ExitStack() as ended:
+        ended.callback(stop_bucket_server)
+        folder = tempfile.TemporaryDirectory(dir=arguments.home, ignore_cleanup_errors=True)
+        home = ended.enter_context(folder)
         sandbox = Sandbox(Path(home))
         expected = undisturbed(sandbox)
         for kind, (fault, times) in kinds.items():

@@ -24,9 +24,16 @@ from plt_jax.files.paths import files_in, to_path
 @functools.cache
 def bucket_server() -> BucketServer:
     """The service of all trials, which this process and those that it starts use from now on."""
-    server = BucketServer().__enter__()  # it ends with the process
+    server = BucketServer().__enter__()
     os.environ.update(server.environment)
     return server
+
+
+def stop_bucket_server() -> None:
+    """Ends the service, if there is one. Its threads would keep this process from ending."""
+    if bucket_server.cache_info().currsize:
+        bucket_server().__exit__()
+        bucket_server.cache_clear()
 
 
 def in_bucket(fault: Fault) -> Fault:

@@ -1,6 +1,8 @@
 """The campaign of faults: its own parts, and one fault that needs no training."""
 
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,29 @@ from benchmarks.faults import campaign, signals
 from benchmarks.faults.kinds import FAULTS
 from benchmarks.faults.sandbox import ProcessExit, RunResult, Sandbox, damage
 from benchmarks.faults.trial import Trial, require, require_error_line
-from tests.training.runs import assert_refused, command
+from tests.training.runs import REPOSITORY, assert_refused, command, environment
 
 
 def test_at_least_fifty_faults_are_tried():
     assert sum(times for _, times in FAULTS.values()) >= 50
+
+
+def test_the_campaign_ends_with_its_bucket():
+    # A thread of the emulator that is left keeps a process from ending.
+    program = (
+        "from benchmarks.faults.buckets import bucket_server, stop_bucket_server; "
+        "bucket_server(); stop_bucket_server(); stop_bucket_server(); print('ends')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment(),
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == "ends\n"
 
 
 @pytest.mark.parametrize("kind", ["flipped", "truncated", "missing"])
