@@ -185,6 +185,10 @@ class ShardCache:
                     lock_file(file.fileno(), wait=True)
                     if not _is_file_of(unfinished, file):
                         continue  # another process has finished it, or removed it, in the meantime
+                    if self._touch(path, shard):
+                        # Another process had finished it just before this file was made.
+                        unfinished.unlink(missing_ok=True)
+                        continue
                     self._reserve(file, shard.size, unfinished)
                     try:
                         fetch_shard(source, shard, unfinished)

@@ -1,7 +1,6 @@
 """Chat templates: rendered as transformers renders them, in a sandbox, within bounds."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -136,7 +135,9 @@ def test_a_process_that_has_ended_is_replaced():
 def test_an_interrupted_template_leaves_no_answer_for_the_next_one():
     process = TemplateProcess()
     assert process.render("{{ x }}", {"x": "before"}) == "before"
-    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    # To this thread: another one would not end the wait of this one.
+    to_here = threading.get_ident(), signal.SIGINT
+    threading.Timer(0.5, signal.pthread_kill, to_here).start()
     with pytest.raises(KeyboardInterrupt):
         process.render(ENDLESS, {})
     assert process.render("{{ x }}", {"x": "behind"}) == "behind"
