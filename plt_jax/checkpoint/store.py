@@ -1,4 +1,4 @@
-"""Writing and reading checkpoints: the only file that knows orbax.
+"""Writing and reading checkpoints, by orbax (orbax_settings.py says how).
 
 A checkpoint is a folder named by its step. It holds the parameters, the optimizer's state and the
 data iterator's state, so that evaluation can read the parameters alone and training can resume
@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
-import os
 import re
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from plt_jax.buckets.address import is_in_bucket
-from plt_jax.checkpoint.byte_limits import byte_limit, bytes_read, shard_bytes
 from plt_jax.checkpoint.manifest import (
     MANIFEST,
     MARK,
@@ -37,6 +34,15 @@ from plt_jax.checkpoint.manifest import (
     validation_loss,
     write_manifest,
 )
+from plt_jax.checkpoint.orbax_settings import (
+    FAILURES,
+    UNREADABLE,
+    bucket_errors,
+    loading,
+    reason,
+    saving,
+    unreadable,
+)
 from plt_jax.checkpoint.retention import reasons_to_keep
 from plt_jax.checkpoint.steps import is_complete, is_step, list_steps
 from plt_jax.config import CheckpointConfig
@@ -45,19 +51,8 @@ from plt_jax.errors import FailedError, InputError
 from plt_jax.files.folders import remove_tree
 from plt_jax.files.paths import is_folder, to_path
 
-# Orbax logs every save and restore in several lines, and failures with their stack traces. What
-# users need to know is printed here.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-
 UNFINISHED, DELETED = ".unfinished", ".deleted"
 _LEFTOVER = re.compile(rf"\d+({UNFINISHED}|{DELETED}|\.orbax-checkpoint-tmp).*")
-CHUNK_BYTES = 2**22
-"""The most bytes of a stored piece of an array. A piece is read as a whole by each process that
-needs some of it."""
-FAILURES = (OSError, ValueError, RuntimeError)
-"""What orbax, tensorstore (a ValueError for a full disk) and JAX raise where saving fails."""
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
-"""What they raise where files are missing or not as expected."""
 _numbers = itertools.count()
 """Numbers of saves, for the keys under which processes exchange checksums."""
 
@@ -133,7 +128,7 @@ class Checkpoints:
             unfinished = final.with_name(final.name + UNFINISHED)
         trees = {"params": params, "optimizer": optimizer, "data": data}
         try:
-            with _saving(trees), _bucket_errors(final):
+            with saving(trees), bucket_errors(final):
                 path = str(unfinished)
                 response = ocp.save_checkpointables_async(path, trees, custom_metadata=MARK)
         except FAILURES as error:
@@ -177,15 +172,15 @@ class Checkpoints:
         if earlier.exists():
             del wanted["data"]
         try:
-            with _bucket_errors(path):
+            with bucket_errors(path):
                 stored = [
                     ocp.metadata(str(path), name).metadata for name in ("params", "optimizer")
                 ]
-                with _loading(stored, [params, optimizer]):
+                with loading(stored, [params, optimizer]):
                     restored = ocp.load_checkpointables(str(path), wanted)
             data = restored.get("data") or json.loads(earlier.read_text(encoding="utf-8"))
         except UNREADABLE as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         return restored["params"], restored["optimizer"], data
 
     def _complete(
@@ -198,7 +193,7 @@ class Checkpoints:
     ) -> None:
         """Waits until all files are written, adds the manifest, gives the checkpoint its name, and
         removes the checkpoints that are no longer kept."""
-        with _bucket_errors(final):
+        with bucket_errors(final):
             response.result()
         files = _gather_checksums(unfinished, number, self._patience)
         if files is None:
@@ -218,7 +213,7 @@ class Checkpoints:
     def _failed(self, final: Path, error: Exception) -> FailedError:
         steps = list_steps(self._directory)
         last = f"the last complete one is of step {steps[-1]}" if steps else "there is none yet"
-        return FailedError(f"cannot save the checkpoint {final}: {_reason(error)}; {last}")
+        return FailedError(f"cannot save the checkpoint {final}: {reason(error)}; {last}")
 
 
 def save_params(directory: str | Path, step: int, params: Any, patience: int = 300) -> None:
@@ -239,13 +234,13 @@ def save_params(directory: str | Path, step: int, params: Any, patience: int = 3
             path.parent.mkdir(exist_ok=True)
         processes.barrier("the folder of the checkpoint is made", patience)
         trees = {"params": params}
-        with _saving(trees), _bucket_errors(path):
+        with saving(trees), bucket_errors(path):
             ocp.save_checkpointables(str(path), trees, custom_metadata=MARK)
         files = _gather_checksums(path, next(_numbers), patience)
         if files is not None:
             write_manifest(path, files)
     except FAILURES as error:
-        raise OSError(_reason(error)) from error
+        raise OSError(reason(error)) from error
 
 
 def _gather_checksums(checkpoint: Path, number: int, patience: int) -> dict[str, File] | None:
@@ -276,10 +271,10 @@ def stored_params(directory: str | Path, step: int) -> Any:
     """
     path = (to_path(directory) / str(step)).absolute()
     try:
-        with _bucket_errors(path):
+        with bucket_errors(path):
             return ocp.metadata(str(path), "params").metadata
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 def load_params(
@@ -310,10 +305,10 @@ def load_params(
         elif as_stored and not differing:
             abstract = jax.tree.map(lambda to, of: to.update(dtype=of.dtype), abstract, stored)
         if not differing:
-            with _loading(stored, abstract), _bucket_errors(path):
+            with loading(stored, abstract), bucket_errors(path):
                 return ocp.load_checkpointables(str(path), {"params": abstract})["params"]
     except UNREADABLE as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     raise InputError(
         f"cannot read the checkpoint {path}: {differing}; it was trained with another config"
     )
@@ -336,67 +331,11 @@ def differing_shapes(stored: Any, wanted: Any) -> str:
     return ""
 
 
-def _saving(trees: Any) -> ocp.Context:
-    """How arrays are written: in small pieces, so that processes of any other mesh read little more
-    than their parts, and as they are, since compressing them takes longer than writing them."""
-    context = ocp.Context()
-    # A folder that cannot be made fails at once, with its reason.
-    context.asynchronous.create_directories_asynchronously = False
-    context.array.saving.use_compression = False
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    arrays = [leaf for leaf in jax.tree.leaves(trees) if isinstance(leaf, jax.Array)]
-    context.memory.write_concurrent_bytes = byte_limit(arrays, map(shard_bytes, arrays))
-    return context
-
-
-def _loading(stored: Any, wanted: Any) -> ocp.Context:
-    """How arrays are read: a few shards at a time.
-
-    Args:
-      stored: what the checkpoint says of its arrays.
-      wanted: abstract arrays. Those of one shape may be stored in any order.
-    """
-    by_shape: dict[tuple[int, ...], list[Any]] = {}
-    for leaf in jax.tree.leaves(stored):
-        if getattr(leaf, "storage_metadata", None) is not None:
-            by_shape.setdefault(tuple(leaf.shape), []).append(leaf)
-    context = ocp.Context()
-    arrays = jax.tree.leaves(wanted)
-    context.memory.read_concurrent_bytes = byte_limit(
-        arrays,
-        (bytes_read(array, leaf) for leaf in arrays for array in by_shape.get(leaf.shape, ())),
-    )
-    return context
-
-
-def _bucket_errors(path: Path) -> AbstractContextManager[None]:
-    """Raises what orbax lets through of a bucket's errors as an OSError."""
-    if not is_in_bucket(path):
-        return nullcontext()
-    from plt_jax.buckets.service import as_os_errors  # its packages are an extra
-
-    return as_os_errors(path)
-
-
 def _is_leftover(entry: Path) -> bool:
     """Whether an entry of the folder of checkpoints is what an interrupted save or removal left."""
     if is_step(entry.name):
         return not is_complete(entry)
     return _LEFTOVER.fullmatch(entry.name) is not None
-
-
-def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"cannot read the checkpoint {path}: {_reason(error)}")
-
-
-def _reason(error: Exception) -> str:
-    """The reason why files could not be written or read, in a few words."""
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # tensorstore's ValueError has it
-    if code:
-        return os.strerror(int(code[1]))
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _wait_for(folder: Path, patience: int) -> None:
@@ -427,4 +366,4 @@ def _remove(checkpoint: Path) -> None:
             checkpoint.rename(doomed)
         remove_tree(doomed)
     except OSError as error:
-        raise FailedError(f"cannot remove the checkpoint {checkpoint}: {_reason(error)}") from error
+        raise FailedError(f"cannot remove the checkpoint {checkpoint}: {reason(error)}") from error

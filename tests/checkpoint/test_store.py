@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from orbax.checkpoint import v1 as ocp
 
-from plt_jax.checkpoint import byte_limits, store
+from plt_jax.checkpoint import byte_limits, orbax_settings
 from plt_jax.checkpoint.damage import refuse_damaged
 from plt_jax.checkpoint.manifest import find_damage
 from plt_jax.checkpoint.steps import list_steps
@@ -247,7 +247,7 @@ def test_parameters_are_read_into_another_dtype(saved, dtype):
 
 
 def test_large_arrays_are_stored_in_pieces_as_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(orbax_settings, "CHUNK_BYTES", 2**20)
     params = {"x": jnp.zeros((2, 1024, 640))}
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(1, params, {"step": jnp.ones(2)}, batches())
