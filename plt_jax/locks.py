@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import multiprocessing.reduction
@@ -19,6 +20,10 @@ from plt_jax.errors import FailedError, one_line
 
 LOCK = "lock.json"
 """The object that tells of a lock, in a folder in a bucket."""
+_NO_LOCKS = frozenset(
+    (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS, errno.EINVAL, errno.EBADF)
+)
+"""What file systems answer that have no locks, or, the last of them, none for folders."""
 LOCK_FILE = ".lock"
 """The file that is locked in the place of a folder, where folders cannot be, as on NFS."""
 BEAT_SECONDS = 10
@@ -69,13 +74,18 @@ def lock_file(file: int, wait: bool) -> bool | None:
 
     Returns:
       Whether this process has it now; None on a file system without locks.
+
+    Raises:
+      OSError: the lock cannot be had for another reason, such as a disk that does not answer.
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         return False
-    except OSError:
-        return None
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            return None
+        raise
     return True
 
 

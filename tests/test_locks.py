@@ -92,6 +92,15 @@ def test_where_nothing_can_be_locked_everyone_may_write(tmp_path, monkeypatch):
     assert FolderLock(tmp_path).take() and FolderLock(tmp_path).take()
 
 
+def test_a_disk_that_does_not_answer_is_no_disk_without_locks(tmp_path, monkeypatch):
+    def fail(file, operation):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(InputError, match=r"cannot open --run_dir .*: Input/output error"):
+        take_lock(FolderLock(tmp_path), tmp_path)
+
+
 def test_a_bucket_has_one_writer_at_a_time(folder, hurried):
     one, other = lock_of(folder), lock_of(folder)
     assert isinstance(one, BucketLock)
