@@ -125,6 +125,23 @@ def test_several_processes_fetch_a_shard_once(bucket_server, corpus, far, tmp_pa
     assert len(times) == len(expected)
 
 
+def test_a_shard_that_is_finished_while_its_file_is_opened_is_not_fetched_again(
+    bucket_server, far, tmp_path, monkeypatch
+):
+    (shard, *_) = far.manifest.shards
+    ShardCache(tmp_path / "shards", 10**9).request(far.folder / shard.name, shard).result()
+    late, looks, touch = ShardCache(tmp_path / "shards", 10**9), [], ShardCache._touch
+
+    def look(cache, path, shard):
+        looks.append(path)
+        return len(looks) > 1 and touch(cache, path, shard)  # at first it was not there yet
+
+    monkeypatch.setattr(ShardCache, "_touch", look)
+    assert late._fetch(far.folder / shard.name, shard) == late.path_of(shard)
+    assert set(fetches(bucket_server, far).values()) == {1}
+    assert not list((tmp_path / "shards").glob("*.unfinished"))
+
+
 @pytest.mark.parametrize("kind", ["missing", "truncated", "flipped"])
 def test_a_damaged_copy_is_fetched_again(corpus, far, tmp_path, kind):
     cache, expected = ShardCache(tmp_path / "shards", 10**9), tokens_on_disk(corpus)
