@@ -63,7 +63,7 @@ def _eight_bits_on_cpu(x_MD: jax.Array, weight: Quantized) -> jax.Array:
     halves = jnp.stack([high_MD, low_MD]).astype(jnp.int8).reshape(-1, x_MD.shape[-1])
     # Behind the barrier they are made once, and not again for every output.
     halves = jax.lax.optimization_barrier(halves)
-    sums = jnp.einsum("MD,...D->M...", halves, weight.values, preferred_element_type=jnp.int32)
+    sums = _product_on_cpu(halves, weight.values, jnp.int32)
     high, low = sums.astype(jnp.float32).reshape(2, len(x_MD), *sums.shape[1:])
     step = jnp.expand_dims(step_M1[:, 0], range(1, high.ndim))
     return (high + low / LOW_STEPS) * step * weight.scales[..., 0]
@@ -73,11 +73,25 @@ def _product(x_MD: jax.Array, weight: jax.Array) -> jax.Array:
     return jnp.einsum("MD,...D->M...", x_MD, weight, preferred_element_type=jnp.float32)
 
 
+def _product_on_cpu(
+    x_MD: jax.Array, weight: jax.Array, sums: jax.typing.DTypeLike = jnp.float32
+) -> jax.Array:
+    """As `_product`, with sums of any dtype.
+
+    Of a weight [2, F, D], which is one on a mesh, XLA would write a copy in another order, those of
+    all layers at the same time, were it not the first factor.
+    """
+    if weight.ndim == 2:
+        return jnp.einsum("MD,ND->MN", x_MD, weight, preferred_element_type=sums)
+    made_2FM = jnp.einsum("aFD,MD->aFM", weight, x_MD, preferred_element_type=sums)
+    return jnp.moveaxis(made_2FM, -1, 0)
+
+
 def _linear_on_cpu(x_MD: jax.Array, weight: jax.Array) -> jax.Array:
     """The fastest form that XLA has for few rows on a CPU (benchmarks/results/decode.md)."""
     rows = x_MD.shape[0]
     if x_MD.dtype == jnp.bfloat16:
-        return on_two_rows(lambda x: _product(x, weight), x_MD, axis=0)
+        return on_two_rows(lambda x: _product_on_cpu(x, weight), x_MD, axis=0)
     if 1 < rows <= MOST_SUMMED_ROWS:
         # XLA fuses this sum into one pass over the weights for all rows, at the speed of memory;
         # its product takes 1.5 times as long or more (and so does the sum with x as the first
@@ -87,7 +101,7 @@ def _linear_on_cpu(x_MD: jax.Array, weight: jax.Array) -> jax.Array:
         x_MD, weight = jax.lax.optimization_barrier((x_MD, weight))
         x = jnp.expand_dims(x_MD, range(1, weight.ndim))
         return jnp.sum(weight[None] * x, axis=-1)
-    return _product(x_MD, weight)
+    return _product_on_cpu(x_MD, weight)
 
 
 def on_two_rows(product: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
