@@ -151,7 +151,7 @@ def measure(child: dict[str, Any]) -> None:
     from plt_jax.evaluation.scores import evaluate_trained
     from plt_jax.model.transformer import abstract_params
     from plt_jax.runs.conversion import export_run
-    from plt_jax.runs.directory import find_checkpoint, open_trained
+    from plt_jax.runs.directory import find_checkpoint, open_for_decoding, open_trained
 
     rendezvous.initialize(ProcessesConfig(**child["processes"]))
     mesh = make_mesh(MESH)
@@ -167,11 +167,10 @@ def measure(child: dict[str, Any]) -> None:
         from plt_jax.decoding.generation import generate
         from plt_jax.decoding.weights import prepare_for_decode
 
-        trained = open_trained(run, mesh)
+        trained = open_for_decoding(run, mesh)
         config = trained.config.model
         with use_mesh(mesh):
             weights = prepare_for_decode(config, trained.params)
-            del trained
             generate(config, weights, [[1, 2, 3]], 8)
 
     def export() -> None:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from plt_jax.buckets.address import is_in_bucket
@@ -47,7 +46,7 @@ from plt_jax.checkpoint.retention import reasons_to_keep
 from plt_jax.checkpoint.steps import is_complete, is_step, list_steps
 from plt_jax.config import CheckpointConfig
 from plt_jax.distributed import processes
-from plt_jax.errors import FailedError, InputError
+from plt_jax.errors import FailedError
 from plt_jax.files.folders import remove_tree
 from plt_jax.files.paths import is_folder, to_path
 
@@ -261,74 +260,6 @@ def _gather_checksums(checkpoint: Path, number: int, patience: int) -> dict[str,
 def can_resume(directory: str | Path, step: int) -> bool:
     """Whether a checkpoint holds an optimizer's state, which resuming needs."""
     return (to_path(directory) / str(step) / "optimizer").exists()
-
-
-def stored_params(directory: str | Path, step: int) -> Any:
-    """What a checkpoint says of its parameters: a tree of dicts, with shapes and dtypes.
-
-    Raises:
-      InputError: the checkpoint cannot be read.
-    """
-    path = (to_path(directory) / str(step)).absolute()
-    try:
-        with bucket_errors(path):
-            return ocp.metadata(str(path), "params").metadata
-    except UNREADABLE as error:
-        raise unreadable(path, error) from error
-
-
-def load_params(
-    directory: str | Path,
-    step: int,
-    abstract: Any,
-    as_stored: bool = False,
-    dtype: str | None = None,
-) -> Any:
-    """The parameters of a checkpoint.
-
-    Args:
-      directory: the folder of the checkpoints.
-      step: the checkpoint's step.
-      abstract: a tree of abstract arrays, whose shapes, dtypes and shardings the result has.
-      as_stored: whether to keep the dtypes that the arrays were stored in.
-      dtype: the dtype of all arrays, instead of those of `abstract`.
-
-    Raises:
-      InputError: the checkpoint cannot be read, or its arrays have other shapes.
-    """
-    path = (to_path(directory) / str(step)).absolute()
-    stored = stored_params(directory, step)
-    try:
-        differing = differing_shapes(stored, abstract)
-        if dtype is not None:
-            abstract = jax.tree.map(lambda to: to.update(dtype=np.dtype(dtype)), abstract)
-        elif as_stored and not differing:
-            abstract = jax.tree.map(lambda to, of: to.update(dtype=of.dtype), abstract, stored)
-        if not differing:
-            with loading(stored, abstract), bucket_errors(path):
-                return ocp.load_checkpointables(str(path), {"params": abstract})["params"]
-    except UNREADABLE as error:
-        raise unreadable(path, error) from error
-    raise InputError(
-        f"cannot read the checkpoint {path}: {differing}; it was trained with another config"
-    )
-
-
-def differing_shapes(stored: Any, wanted: Any) -> str:
-    """A text about the first parameter whose shape differs between two trees; "" if none does."""
-
-    def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_leaves_with_path(tree)
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape)
-            for path, leaf in leaves
-        }
-
-    stored, wanted = shapes(stored), shapes(wanted)
-    for name in sorted(stored | wanted):
-        if stored.get(name) != wanted.get(name):
-            return f"{name} has shape {stored.get(name)} there, and {wanted.get(name)} in the model"
-    return ""
 
 
 def _is_leftover(entry: Path) -> bool:

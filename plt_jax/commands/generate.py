@@ -83,17 +83,16 @@ def main() -> None:
     from plt_jax.decoding.text import stream_text
     from plt_jax.decoding.weights import prepare_for_decode
     from plt_jax.distributed.mesh import use_mesh
-    from plt_jax.runs.directory import open_trained
+    from plt_jax.runs.directory import open_for_decoding
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     sampling.check()
     mesh = devices.connect(arguments)
     rule = None if arguments.exit is None else exit_rule(arguments)
-    trained = open_trained(arguments.path, mesh, arguments.loops, True, arguments.dtype)
+    trained = open_for_decoding(arguments.path, mesh, arguments.loops, arguments.dtype)
     config = trained.config.model
     with use_mesh(mesh):
         weights = prepare_for_decode(config, trained.params, arguments.weights)
-        trained = trained._replace(params=None)  # so that the devices hold the weights once
         pieces = stream_text(
             config,
             weights,

@@ -40,13 +40,13 @@ def main() -> None:
             raise InputError(
                 f"{package} is not installed, which serving needs: pip install 'plt_jax[serve]'"
             )
-    from plt_jax.runs.directory import open_trained
+    from plt_jax.runs.directory import open_for_decoding
 
     with listening(arguments.host, arguments.port) as listener:
         mesh = serving_mesh(getattr(arguments, "mesh.tensor"))
         # Nothing here keeps the parameters, which `build` lays out anew.
         model, metrics = build(
-            open_trained(arguments.path, mesh, arguments.loops, quantized=True), arguments, mesh
+            open_for_decoding(arguments.path, mesh, arguments.loops), arguments, mesh
         )
         serve(model, metrics, listener, arguments.drain_seconds)
 
@@ -183,7 +183,6 @@ def build(
     chunk = min(arguments.prefill_tokens or usual, context)
     with use_mesh(mesh):
         weights = prepare_for_decode(config, trained.params, arguments.weights)
-    trained = trained._replace(params=None)  # so that the device holds the weights once
     slots = SlotModel(config, weights, arguments.slots, context, chunk, arguments.cache_dtype, mesh)
     print("compiling the programs, which takes a minute or more", file=sys.stderr, flush=True)
     slots.compile()

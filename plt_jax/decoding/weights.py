@@ -8,9 +8,8 @@ be copies; the weights that multiply one input are fused; and every weight has i
 
 from __future__ import annotations
 
-import operator
+import itertools
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import flax.struct
@@ -92,39 +91,22 @@ def prepare_for_decode(
             )
         return params
     declared: Params = unboxed(params)
-    lay_out = _prepare_on_mesh if mesh_is_active() else _prepare
-    return lay_out(config, declared, dtype)
-
-
-def _prepare(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWeights:
-    if dtype == "int8":
-        params = quantize_params(params)
-    layers = tuple(
-        _prepare_layer(config, jax.tree.map(operator.itemgetter(j), params[part]))
-        for part, stack in stacks_of(config).items()
-        for j in range(stack.layers)
-    )
-    return _prepare_top(config, _top_of(config, params), dtype).replace(layers=layers)
-
-
-def _prepare_on_mesh(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWeights:
-    """As `_prepare`, one layer after the other, since weights travel between devices in copies."""
-    layers = tuple(
-        jax.block_until_ready(_prepare_layer_of(config, params[part], j, dtype))
-        for part, stack in stacks_of(config).items()
-        for j in range(stack.layers)
-    )
-    top = jax.jit(_prepare_top, static_argnums=(0, 2))(config, _top_of(config, params), dtype)
-    return top.replace(layers=layers)
-
-
-def _top_of(config: ModelConfig, params: Params) -> Params:
-    """The parameters that no layer has."""
-    return {name: params[name] for name in params if name not in stacks_of(config)}
+    top = _prepare_top(config, declared, dtype)
+    stacks = [
+        _prepare_stack(config, declared[name], stack.layers, dtype)
+        for name, stack in stacks_of(config).items()
+    ]
+    return top.replace(layers=tuple(itertools.chain(*stacks)))
 
 
 def _prepare_top(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWeights:
     """The weights that no layer has."""
+    names = [name for name in params if name not in stacks_of(config)]
+    program = _lay_out_top_at_once if mesh_is_active() else _lay_out_top
+    return program(config, {name: params[name] for name in names}, dtype)
+
+
+def _lay_out_top(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWeights:
     if dtype == "int8":
         params = quantize_params(params)
     embedding, head = (in_dtype(params.get(name), config.dtype) for name in ("embedding", "head"))
@@ -141,28 +123,47 @@ def _prepare_top(config: ModelConfig, params: Params, dtype: str | None) -> Deco
     )
 
 
-@partial(jax.jit, static_argnums=(0, 3))
-def _prepare_layer_of(
-    config: ModelConfig, stacked: Weights, layer: int, dtype: str | None
+def _prepare_stack(
+    config: ModelConfig, stacked: Weights, layers: int, dtype: str | None
+) -> list[dict[str, Any]]:
+    """The weights of each layer of a stack; see `DecodeWeights`.
+
+    Weights that are fused are asked for together, and let go before the next ones, the largest
+    first. So where they are read on demand, all of them never lie in memory twice.
+    """
+    fused = [names for names in FUSED.values() if names[0] in stacked]
+    others = [name for name in stacked if name not in itertools.chain(*fused)]
+    laid_out: list[dict[str, Any]] = [{} for _ in range(layers)]
+    program = _lay_out_layer_at_once if mesh_is_active() else _lay_out_layer
+    for names in (*fused, others):
+        declared = {name: stacked[name] for name in names}
+        for index, layer in enumerate(laid_out):
+            # On a mesh, weights travel between devices in copies, those of one layer at a time.
+            layer |= jax.block_until_ready(program(config, declared, index, dtype))
+        del declared  # before the next ones are read
+    return laid_out
+
+
+def _lay_out_layer(
+    config: ModelConfig, stacked: Weights, index: int | jax.Array, dtype: str | None
 ) -> dict[str, Weight]:
-    """As `_prepare_layer`, of a layer of stacked ones."""
+    """Lays out some of a layer's weights."""
 
     def of_layer(weights: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(weights, layer, keepdims=False)
+        if isinstance(index, int):
+            return weights[index]
+        return jax.lax.dynamic_index_in_dim(weights, index, keepdims=False)
 
-    declared = jax.tree.map(of_layer, stacked)
+    declared = jax.tree.map(of_layer, dict(stacked))
     if dtype == "int8":
         declared = quantize_params(declared)
-    return _prepare_layer(config, declared)
+    return {name: _shard_weight(name, weight) for name, weight in _fuse(config, declared).items()}
 
 
-def _prepare_layer(config: ModelConfig, declared: Weights) -> dict[str, Weight]:
-    """Lays out the weights of one layer; see `DecodeWeights`."""
+def _fuse(config: ModelConfig, declared: Weights) -> dict[str, Weight]:
+    """Lays out some of a layer's weights; of those that are fused, all or none are there."""
     left, dtype = dict(declared), jnp.dtype(config.dtype)
     K, H = config.kv_heads, config.head_width
-
-    def laid_out(lay_out: Callable[..., jax.Array], *names: str) -> Weight:
-        return jax.tree.map(lay_out, *(in_dtype(left.pop(name), dtype) for name in names))
 
     # Scales take the same steps as their weights, with a width of 1.
     def join_qkv(q_DNH: jax.Array, k_DKH: jax.Array, v_DKH: jax.Array) -> jax.Array:
@@ -175,26 +176,48 @@ def _prepare_layer(config: ModelConfig, declared: Weights) -> dict[str, Weight]:
     def join_outputs_first(*weights: jax.Array) -> jax.Array:
         return jnp.stack([outputs_first(weight) for weight in weights], axis=-3)
 
-    fused: dict[str, Weight] = {
-        "qkv": laid_out(join_qkv, *"qkv"),
-        "o": laid_out(lambda o_NHD: o_NHD.reshape(-1, o_NHD.shape[-1]).T, "o"),
+    def join_heads(q_NH: jax.Array, k_KH: jax.Array, v_KH: jax.Array) -> jax.Array:
+        return jnp.concatenate([q_NH.reshape(K, -1, H), k_KH[:, None], v_KH[:, None]], axis=1)
+
+    def repeat_norm(q_norm_H: jax.Array, k_norm_H: jax.Array) -> jax.Array:
+        return jnp.stack([q_norm_H] * (config.heads // K) + [k_norm_H])[:, None]
+
+    products: dict[str, Callable[..., jax.Array]] = {
+        "qkv": join_qkv,
+        "o": lambda o_NHD: o_NHD.reshape(-1, o_NHD.shape[-1]).T,
+        **dict.fromkeys(("gate_up", "shared_gate_up", "expert_gate_up"), join_outputs_first),
+        **dict.fromkeys(("down", "shared_down", "expert_down"), outputs_first),
     }
-    if config.qkv_bias:
-        q_NH, k_KH, v_KH = (left.pop(f"{name}_bias") for name in "qkv")
-        grouped = [q_NH.reshape(K, -1, H), k_KH[:, None], v_KH[:, None]]
-        fused["qkv_bias"] = jnp.concatenate(grouped, axis=1)
-    if config.qk_norm and config.qk_norm_over == "head":
-        norms = [left.pop("q_norm")] * (config.heads // K) + [left.pop("k_norm")]
-        fused["qk_norm"] = jnp.stack(norms)[:, None]
-    for gate, up, down, fused_in, fused_out in (
-        ("ffn_gate", "ffn_up", "ffn_down", "gate_up", "down"),
-        ("shared_gate_proj", "shared_up", "shared_down", "shared_gate_up", "shared_down"),
-        ("expert_gate", "expert_up", "expert_down", "expert_gate_up", "expert_down"),
-    ):
-        if gate in left:
-            fused[fused_in] = laid_out(join_outputs_first, gate, up)
-            fused[fused_out] = laid_out(outputs_first, down)
-    return {name: _shard_weight(name, weight) for name, weight in (left | fused).items()}
+    small: dict[str, Callable[..., jax.Array]] = {"qkv_bias": join_heads}
+    if config.qk_norm_over == "head":
+        small["qk_norm"] = repeat_norm
+    fused = {}
+    for name, lay_out in (products | small).items():
+        if FUSED[name][0] in left:
+            weights = [left.pop(declared_name) for declared_name in FUSED[name]]
+            if name in products:
+                weights = [in_dtype(weight, dtype) for weight in weights]
+            fused[name] = jax.tree.map(lay_out, *weights)
+    return left | fused
+
+
+_lay_out_top_at_once = jax.jit(_lay_out_top, static_argnums=(0, 2))
+_lay_out_layer_at_once = jax.jit(_lay_out_layer, static_argnums=(0, 3))
+
+FUSED = {
+    "expert_gate_up": ("expert_gate", "expert_up"),
+    "expert_down": ("expert_down",),
+    "gate_up": ("ffn_gate", "ffn_up"),
+    "down": ("ffn_down",),
+    "shared_gate_up": ("shared_gate_proj", "shared_up"),
+    "shared_down": ("shared_down",),
+    "qkv": ("q", "k", "v"),
+    "o": ("o",),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "qk_norm": ("q_norm", "k_norm"),
+}
+"""The declared weights that are laid out as one, or in another way than they are declared; the
+largest first. (Norms over all heads stay as they are declared.)"""
 
 
 DECODE_AXES = {

@@ -6,7 +6,7 @@ names.py lists the files of a run directory; resume.py checks and writes those o
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +14,9 @@ import jax
 from jax.sharding import Mesh
 
 from plt_jax.checkpoint.damage import refuse_damaged
+from plt_jax.checkpoint.params import OnDemand, ParamsReader
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import load_params, save_params
+from plt_jax.checkpoint.store import save_params
 from plt_jax.config import MeshConfig, RunConfig
 from plt_jax.config.yaml_file import dump_config, load_resolved
 from plt_jax.data.tokenizer import HUGGINGFACE, TOKENIZER, TextTokenizer, load_tokenizer
@@ -30,7 +31,7 @@ from plt_jax.model.kernels import is_hopper
 from plt_jax.model.looping import with_loops
 from plt_jax.model.transformer import abstract_params
 from plt_jax.runs.names import CHECKPOINTS, CONFIG, ORIGIN, locate
-from plt_jax.runs.quantized import is_quantized_checkpoint, load_quantized, to_parts
+from plt_jax.runs.quantized import QuantizedReader, is_quantized_checkpoint, to_parts
 
 WAIT_SECONDS = 300
 """How long processes that write files together wait for one another."""
@@ -54,14 +55,13 @@ class Trained(NamedTuple):
     tokenizer: TextTokenizer
     step: int
     params: Any
-    """See `read_params`."""
+    """See `read_params`, or `params_on_demand`."""
 
 
 def open_trained(
     path: str | Path,
     mesh: Mesh | None = None,
     loops: int | None = None,
-    quantized: bool = False,
     dtype: str | None = None,
 ) -> Trained:
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
@@ -70,13 +70,31 @@ def open_trained(
       mesh: the mesh of the parameters, by the rules of distributed/mesh.py; default one device. It
         need not be the one that they were trained on.
       loops: number of loops to run; default as many as the model was trained with.
-      quantized, dtype: see `read_params`.
+      dtype: see `read_params`.
 
     Raises:
       InputError: the path is neither, holds no checkpoint, or has no tokenizer; or the scheme
         cannot run so many loops.
     """
-    found = find_checkpoint(path)
+    return _open(find_checkpoint(path), loops, lambda found: read_params(found, mesh, dtype))
+
+
+def open_for_decoding(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    loops: int | None = None,
+    dtype: str | None = None,
+) -> Trained:
+    """As `open_trained`, for `prepare_for_decode`, which reads parameters where it lays them out.
+
+    So all parameters and all laid out weights are never in memory together. Weights that are stored
+    in eight bits stay so.
+    """
+    return _open(find_checkpoint(path), loops, lambda found: params_on_demand(found, mesh, dtype))
+
+
+def _open(found: Found, loops: int | None, read: Callable[[Found], Any]) -> Trained:
+    """Opens a checkpoint, whose parameters `read` reads; see `open_trained`."""
     directory, config, step = found
     # The tokenizer is read first, since the parameters take longer.
     tokenizer = tokenizer_of(found)
@@ -85,7 +103,7 @@ def open_trained(
             f"{directory} was imported without a tokenizer; import it again with --tokenizer FILE"
         )
     tokenizer.check_size(config.model.vocab_size)
-    params = read_params(found, mesh, dtype, quantized)
+    params = read(found)
     # This machine need not have the kernels that the model was trained with.
     moe = config.model.moe.model_copy(update={"grouped_product": "auto"})
     kernels = {"attention": "auto", "moe": moe}
@@ -142,15 +160,36 @@ def read_params(
       InputError: the checkpoint is damaged, cannot be read, or has other shapes than its
         configuration.
     """
+    reader = _reader_of(found, mesh, dtype)
+    params = reader.read(reader.abstract)
+    if quantized or isinstance(reader, ParamsReader):
+        return params
+    return dequantize_params(params, dtype or "float32")
+
+
+def params_on_demand(found: Found, mesh: Mesh | None = None, dtype: str | None = None) -> OnDemand:
+    """A checkpoint's parameters, each of which is read where it is asked for. Those that are stored
+    in eight bits are as `quantize_params` gives them.
+
+    The arguments and errors are those of `read_params`; a parameter that cannot be read is found
+    out where it is asked for.
+    """
+    reader = _reader_of(found, mesh, dtype)
+    return OnDemand(reader.abstract, reader.read)
+
+
+def _reader_of(
+    found: Found, mesh: Mesh | None, dtype: str | None
+) -> ParamsReader | QuantizedReader:
+    """What reads a checkpoint's parameters, once its files are found to be whole."""
     if found.config.checkpoint.verify:
         refuse_damaged(found.directory / CHECKPOINTS, found.step, ["params"])
     boxed = abstract_params(found.config.model)
     abstract = abstract_arrays(boxed, mesh or make_mesh(MeshConfig(), jax.local_devices()[:1]))
     directory = found.directory / CHECKPOINTS
-    if not is_quantized_checkpoint(directory, found.step):
-        return load_params(directory, found.step, abstract, as_stored=True, dtype=dtype)
-    params = load_quantized(directory, found.step, abstract)
-    return params if quantized else dequantize_params(params, dtype or "float32")
+    if is_quantized_checkpoint(directory, found.step):
+        return QuantizedReader(directory, found.step, abstract)
+    return ParamsReader(directory, found.step, abstract, as_stored=True, dtype=dtype)
 
 
 def create_run(

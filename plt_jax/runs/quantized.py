@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from plt_jax.checkpoint.store import load_params, stored_params
+from plt_jax.checkpoint.params import ParamsReader, stored_params
 from plt_jax.decoding.quantization import Quantized, is_quantized, quantize_params
 
 PARTS = {"values", "scales"}
@@ -27,19 +27,31 @@ def is_quantized_checkpoint(directory: str | Path, step: int) -> bool:
     return _holds_parts(stored_params(directory, step))
 
 
-def load_quantized(directory: str | Path, step: int, abstract: Any) -> Any:
-    """The parameters of such a checkpoint, as `quantize_params` gives them.
+class QuantizedReader:
+    """Reads parameters of such a checkpoint, all or some, as `quantize_params` gives them."""
 
-    Args:
-      abstract: abstract arrays of the parameters before they were rounded, with their shardings.
+    abstract: Any
+    """The tree of abstract arrays, with Quantized ones."""
 
-    Raises:
-      InputError: see `load_params`.
-    """
-    rounded = jax.tree.map(
-        _placed, jax.eval_shape(quantize_params, abstract), abstract, is_leaf=is_quantized
-    )
-    return _from_parts(load_params(directory, step, to_parts(rounded), as_stored=True))
+    def __init__(self, directory: str | Path, step: int, abstract: Any):
+        """Reads what the checkpoint says of its arrays.
+
+        Args:
+          abstract: abstract arrays of the parameters before they were rounded, with their
+            shardings.
+
+        Raises:
+          InputError: see ParamsReader.
+        """
+        rounded = jax.tree.map(
+            _placed, jax.eval_shape(quantize_params, abstract), abstract, is_leaf=is_quantized
+        )
+        self._reader = ParamsReader(directory, step, to_parts(rounded), as_stored=True)
+        self.abstract = _from_parts(self._reader.abstract)
+
+    def read(self, wanted: Any) -> Any:
+        """See ParamsReader."""
+        return _from_parts(self._reader.read(to_parts(wanted)))
 
 
 def to_parts(params: Any) -> Any:

@@ -14,8 +14,9 @@ from plt_jax.checkpoint.damage import (
     refuse_damaged,
     set_aside,
 )
+from plt_jax.checkpoint.params import load_params
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import Checkpoints, load_params
+from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.config import RunConfig
 from plt_jax.distributed import processes
 from plt_jax.errors import InputError, naming

@@ -10,8 +10,9 @@ import pytest
 
 from plt_jax.checkpoint import store
 from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.params import load_params
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import Checkpoints, load_params, save_params
+from plt_jax.checkpoint.store import Checkpoints, save_params
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError
 from plt_jax.files import folders

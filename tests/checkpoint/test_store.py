@@ -15,8 +15,9 @@ from orbax.checkpoint import v1 as ocp
 from plt_jax.checkpoint import byte_limits, orbax_settings
 from plt_jax.checkpoint.damage import refuse_damaged
 from plt_jax.checkpoint.manifest import find_damage
+from plt_jax.checkpoint.params import load_params, stored_params
 from plt_jax.checkpoint.steps import list_steps
-from plt_jax.checkpoint.store import Checkpoints, load_params, stored_params
+from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.config import CheckpointConfig
 from plt_jax.errors import FailedError, InputError
 from tests.checkpoint.damage import files_of, flip_bit, save_steps

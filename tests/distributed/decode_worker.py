@@ -31,7 +31,7 @@ from plt_jax.decoding import fused_attention, mosaic_kernel
 from plt_jax.decoding.quantization import dequantize_params, quantize_params
 from plt_jax.distributed.mesh import abstract_arrays, make_mesh, shardings_of, use_mesh
 from plt_jax.model.transformer import abstract_params
-from plt_jax.runs.quantized import load_quantized, to_parts
+from plt_jax.runs.quantized import QuantizedReader, to_parts
 from plt_jax.serving.prefix_cache import PrefixCache
 from plt_jax.serving.scheduler import Scheduler
 from plt_jax.serving.slots import SlotModel
@@ -187,7 +187,8 @@ def read_quantized(mesh) -> dict:
     stored = quantize_params(random_params(config))
     with tempfile.TemporaryDirectory() as folder:
         save_params(folder, 0, to_parts(stored))
-        found = load_quantized(folder, 0, abstract_arrays(abstract_params(config), mesh))
+        reader = QuantizedReader(folder, 0, abstract_arrays(abstract_params(config), mesh))
+        found = reader.read(reader.abstract)
     down = found["layers"]["ffn_down"]
     return {
         "equal": jax.tree.all(jax.tree.map(np.array_equal, found, stored)),

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from plt_jax.checkpoint.store import load_params, stored_params
+from plt_jax.checkpoint.params import load_params, stored_params
 from plt_jax.config import MeshConfig
 from plt_jax.distributed.mesh import make_mesh
 

@@ -9,7 +9,12 @@ from plt_jax.config import MeshConfig, MoEConfig
 from plt_jax.decoding.quantization import dequantize_params, is_quantized, quantize_params
 from plt_jax.distributed.mesh import make_mesh
 from plt_jax.runs.conversion import quantize_run
-from plt_jax.runs.directory import open_trained
+from plt_jax.runs.directory import (
+    find_checkpoint,
+    open_for_decoding,
+    open_trained,
+    read_params,
+)
 from tests.interop.damage import (
     assert_command_refused,
     assert_same_params,
@@ -21,6 +26,11 @@ from tests.training.runs import command
 
 MIXTURE = MoEConfig(experts=4, dense_layers=1, experts_per_token=2, expert_width=8, shared_width=8)
 SETTINGS = {"vocab_size": 270, "max_length": 32}
+
+
+def stored_in(run, mesh=None):
+    """The parameters of a quantized run as they are stored."""
+    return read_params(find_checkpoint(run), mesh, quantized=True)
 
 
 def make_quantized(folder, config):
@@ -40,9 +50,9 @@ def runs(request, tmp_path_factory):
 def test_a_quantized_run_holds_the_rounded_weights(runs):
     config, source, rounded, lines = runs
     expected = quantize_params(random_params(config))
-    found = open_trained(rounded, quantized=True)
-    assert_same_params(found.params, expected)
-    assert is_quantized(found.params["layers"]["q"])
+    assert_same_params(stored_in(rounded), expected)
+    assert is_quantized(stored_in(rounded)["layers"]["q"])
+    found = open_trained(rounded)
     assert found.tokenizer.decode(found.tokenizer.encode("peace")) == "peace"
     assert "int8" in lines[0] and str(source) in lines[0]
     assert lines[1] == f"written to {rounded}"
@@ -55,7 +65,7 @@ def test_without_asking_it_is_read_as_the_numbers_it_stands_for(runs):
     assert_same_params(params, dequantize_params(quantize_params(random_params(config))))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
     # Rounding them again gives the stored numbers.
-    again, stored = quantize_params(params), open_trained(rounded, quantized=True).params
+    again, stored = quantize_params(params), stored_in(rounded)
     for one, other in zip(jax.tree.leaves(again), jax.tree.leaves(stored), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
@@ -63,14 +73,15 @@ def test_without_asking_it_is_read_as_the_numbers_it_stands_for(runs):
 def test_it_is_read_onto_a_mesh(runs):
     config, _, rounded, _ = runs
     mesh = make_mesh(MeshConfig(), jax.local_devices()[:1])
-    params = open_trained(rounded, mesh, quantized=True).params
+    params = stored_in(rounded, mesh)
     assert_same_params(params, quantize_params(random_params(config)))
     assert {leaf.sharding.mesh for leaf in jax.tree.leaves(params)} == {mesh}
 
 
 def test_a_quantized_run_and_the_option_decode_the_same(runs):
     config, source, rounded, _ = runs
-    stored = prepare_for_decode(config, open_trained(rounded, quantized=True).params)
+    stored = prepare_for_decode(config, open_for_decoding(rounded).params)
+    assert_same_params(stored, prepare_for_decode(config, stored_in(rounded)))
     at_start = prepare_for_decode(config, open_trained(source).params, "int8")
     assert_same_params(stored, at_start)
 
@@ -78,8 +89,7 @@ def test_a_quantized_run_and_the_option_decode_the_same(runs):
 def test_quantizing_again_changes_nothing(runs, tmp_path):
     _, _, rounded, _ = runs
     quantize_run(str(rounded), str(tmp_path / "again"), report=lambda line: None)
-    again = open_trained(tmp_path / "again", quantized=True).params
-    assert_same_params(again, open_trained(rounded, quantized=True).params)
+    assert_same_params(stored_in(tmp_path / "again"), stored_in(rounded))
 
 
 def test_it_takes_less_room(tmp_path):
