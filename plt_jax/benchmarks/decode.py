@@ -36,6 +36,7 @@ from plt_jax.decoding.cache import Cache, init_cache
 from plt_jax.decoding.early_exit import ExitRule
 from plt_jax.decoding.generation import (
     BLOCK,
+    EarlyExits,
     GenerationState,
     TokenChoice,
     advance,
@@ -287,13 +288,13 @@ class Workload:
             jnp.arange(self.batch, dtype=jnp.int32) % row.config.vocab_size,
             jnp.ones(self.batch, bool),
             jnp.int32(0),
-            None if rule is None else jnp.zeros(2, jnp.int32),
+            None if rule is None else EarlyExits.by(rule),
         )
         keys_B = jax.random.split(jax.random.key(0), self.batch)
         run = functools.partial(
             advance,
             row.config,
-            TokenChoice(Sampling(), exit_rule=rule),
+            TokenChoice(Sampling()),
             row.weights,
             keys_B,
             np.full((self.batch, 1), -1),

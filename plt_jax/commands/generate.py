@@ -80,7 +80,7 @@ def main() -> None:
     import jax
 
     from plt_jax.decoding.sampling import Sampling
-    from plt_jax.decoding.text import stream_text
+    from plt_jax.decoding.text import TextStream
     from plt_jax.decoding.weights import prepare_for_decode
     from plt_jax.distributed.mesh import use_mesh
     from plt_jax.runs.directory import open_for_decoding
@@ -93,7 +93,7 @@ def main() -> None:
     config = trained.config.model
     with use_mesh(mesh):
         weights = prepare_for_decode(config, trained.params, arguments.weights)
-        pieces = stream_text(
+        pieces = TextStream(
             config,
             weights,
             trained.tokenizer,
@@ -111,6 +111,9 @@ def main() -> None:
             sys.stdout.write(piece)
             sys.stdout.flush()
     print()
+    if rule is not None and pieces.tokens.decoded:
+        run = pieces.tokens.loops / pieces.tokens.decoded
+        print(f"{run:.2f} of {config.loop.count} loops a token", file=sys.stderr)
 
 
 def exit_rule(arguments: Namespace) -> ExitRule:

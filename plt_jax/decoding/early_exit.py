@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -30,16 +31,16 @@ from plt_jax.model.moe import float32_product
 KINDS = ("kl", "entropy", "gate")
 
 
-class ExitRule(NamedTuple):
-    """When a token runs no further loop.
+class ExitRule(flax.struct.PyTreeNode):
+    """When a token runs no further loop. Rules of one kind share a program.
 
     kl: the first loop whose prediction is less than the threshold, in nats (KL), from the loop
     before. entropy: the first loop whose prediction has an entropy below it, in nats. gate: the
     first loop by which the exit gate's probability to have exited is at least the threshold.
     """
 
-    kind: str
-    threshold: float
+    kind: str = flax.struct.field(pytree_node=False)
+    threshold: float | jax.Array
 
     def __str__(self) -> str:
         return f"{self.kind}:{self.threshold:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -170,16 +171,31 @@ def generate_all(
     )
 
 
-def stream(
-    config: ModelConfig, params: Params | DecodeWeights, request: GenerationRequest
-) -> Iterator[np.ndarray]:
-    """Yields the new tokens int32 [B] of each step, until all rows have stopped.
+class TokenStream(Iterator[np.ndarray]):
+    """The new tokens int32 [B] of each step, until all rows have stopped."""
 
-    Raises:
-      InputError: at the call, or at a step whose logits are not finite; see `generate`.
-    """
-    blocks = _generate_blocks(config, params, request, STREAMED_BLOCK)
-    return (column for block in blocks for column in block.tokens.T)
+    decoded, loops = 0, 0
+    """Counts of what has been generated so far; see `Generated`."""
+
+    def __init__(
+        self, config: ModelConfig, params: Params | DecodeWeights, request: GenerationRequest
+    ):
+        """Prefills the prompts.
+
+        Raises:
+          InputError: here, or at a step whose logits are not finite; see `generate`.
+        """
+        self._blocks = _generate_blocks(config, params, request, STREAMED_BLOCK)
+        self._columns = self._count_and_split()
+
+    def __next__(self) -> np.ndarray:
+        return next(self._columns)
+
+    def _count_and_split(self) -> Iterator[np.ndarray]:
+        for block in self._blocks:
+            self.decoded += block.decoded
+            self.loops += block.loops
+            yield from block.tokens.T
 
 
 def _generate_blocks(
@@ -198,8 +214,23 @@ class TokenChoice(NamedTuple):
     """How tokens are drawn; without stop tokens, which are data."""
     log_probabilities: bool = False
     """Whether log-probabilities are computed; else they are 0."""
-    exit_rule: ExitRule | None = None
-    """Where tokens stop their loops."""
+
+
+class EarlyExits(flax.struct.PyTreeNode):
+    """Where tokens stop their loops, and how many have run; see `Generated`."""
+
+    rule: ExitRule
+    """Its threshold is an array, so that others compile nothing anew."""
+    decoded: jax.Array
+    """int32 scalar."""
+    loops: jax.Array
+    """int32 scalar."""
+
+    @classmethod
+    def by(cls, rule: ExitRule) -> EarlyExits:
+        """Those of a request, before its first token."""
+        threshold = jnp.asarray(rule.threshold, jnp.float32)
+        return cls(rule.replace(threshold=threshold), *jnp.zeros(2, jnp.int32))
 
 
 class GenerationState(flax.struct.PyTreeNode):
@@ -212,8 +243,8 @@ class GenerationState(flax.struct.PyTreeNode):
     """bool [B], the rows that have not met a stop token."""
     index: jax.Array
     """int32 scalar, the index of those tokens among the new ones, from 0."""
-    decoded_and_loops: jax.Array | None = None
-    """int32 [2], see `Generated`; None without an exit rule."""
+    exits: EarlyExits | None = None
+    """None if all tokens run all loops."""
 
 
 def _run(
@@ -226,28 +257,27 @@ def _run(
 ) -> Iterator[Generated]:
     rows = len(request.prompts)
     # Stop tokens are data, as prompts are: others compile nothing anew.
-    sampling, rule = request.sampling._replace(stop_tokens=()), request.exit_rule
-    choice = TokenChoice(sampling, request.log_probabilities, rule)
+    choice = TokenChoice(request.sampling._replace(stop_tokens=()), request.log_probabilities)
     stops_BM = request.stops()
     logits_BV, cache = prefill_prompts(config, weights, request.prompts, cache)
     state = GenerationState(
         *(cache, jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool), jnp.zeros((), jnp.int32)),
-        None if rule is None else jnp.zeros(2, jnp.int32),
+        None if request.exit_rule is None else EarlyExits.by(request.exit_rule),
     )
     tokens_B, logs_B, running_B = _choose(choice, logits_BV, keys_B, stops_BM, state)
     state = state.replace(tokens_B=tokens_B, running_B=running_B)
     yield Generated(_checked(np.asarray(tokens_B)[:, None]), np.asarray(logs_B)[:, None], 0, 0)
-    done, counted = 1, np.zeros(2, int)
+    done, before = 1, (0, 0)
     while done < request.max_new_tokens and np.any(state.running_B):
         count = min(block, request.max_new_tokens - done)
         state, tokens_nB, logs_nB = advance(config, choice, weights, keys_B, stops_BM, state, count)
         new = int(state.index) + 1 - done
         done += new
-        before = counted
-        if state.decoded_and_loops is not None:
-            counted = np.asarray(state.decoded_and_loops)
         tokens_Bn, logs_Bn = np.asarray(tokens_nB[:new]).T, np.asarray(logs_nB[:new]).T
-        yield Generated(_checked(tokens_Bn), logs_Bn, *map(int, counted - before))
+        exits = state.exits
+        counted = (0, 0) if exits is None else (int(exits.decoded), int(exits.loops))
+        yield Generated(_checked(tokens_Bn), logs_Bn, *map(operator.sub, counted, before))
+        before = counted
 
 
 def _checked(tokens_Bn: np.ndarray) -> np.ndarray:
@@ -291,7 +321,7 @@ def advance(
 
     def step(carry):
         state, done, tokens_nB, logs_nB = carry
-        logits_BV, state = _next_logits(config, choice.exit_rule, weights, state)
+        logits_BV, state = _next_logits(config, weights, state)
         tokens_B, logs_B, running_B = _choose(choice, logits_BV, keys_B, stops_BM, state)
         state = state.replace(tokens_B=tokens_B, running_B=running_B)
         return state, done + 1, tokens_nB.at[done].set(tokens_B), logs_nB.at[done].set(logs_B)
@@ -302,20 +332,21 @@ def advance(
 
 
 def _next_logits(
-    config: ModelConfig, rule: ExitRule | None, weights: DecodeWeights, state: GenerationState
+    config: ModelConfig, weights: DecodeWeights, state: GenerationState
 ) -> tuple[jax.Array, GenerationState]:
     """Appends the newest tokens to the cache; the logits behind them [B, V], and the state."""
-    if rule is None:
+    exits, running_B = state.exits, state.running_B
+    if exits is None:
         logits_BV, cache = decode_step(config, weights, state.tokens_B, state.cache)
     else:
-        running_B = state.running_B
         logits_BV, cache, loops_B = step_until_exit(
-            config, weights, rule, state.tokens_B, state.cache, running_B
+            config, weights, exits.rule, state.tokens_B, state.cache, running_B
         )
-        assert state.decoded_and_loops is not None
-        counted = jnp.stack([jnp.sum(running_B), jnp.sum(jnp.where(running_B, loops_B, 0))])
-        state = state.replace(decoded_and_loops=state.decoded_and_loops + counted)
-    return logits_BV, state.replace(cache=cache, index=state.index + 1)
+        exits = exits.replace(
+            decoded=exits.decoded + jnp.sum(running_B),
+            loops=exits.loops + jnp.sum(jnp.where(running_B, loops_B, 0)),
+        )
+    return logits_BV, state.replace(cache=cache, index=state.index + 1, exits=exits)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,7 +11,7 @@ import jax
 from plt_jax.config import ModelConfig
 from plt_jax.data.tokenizer import TextTokenizer, behind
 from plt_jax.decoding.early_exit import ExitRule
-from plt_jax.decoding.generation import GenerationRequest, stream
+from plt_jax.decoding.generation import GenerationRequest, TokenStream
 from plt_jax.decoding.sampling import Sampling
 from plt_jax.decoding.weights import DecodeWeights, Params
 
@@ -19,44 +19,55 @@ _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def stream_text(
-    config: ModelConfig,
-    params: Params | DecodeWeights,
-    tokenizer: TextTokenizer,
-    prompt: Sequence[int],
-    max_new_tokens: int,
-    sampling: Sampling,
-    key: jax.Array,
-    cache_dtype: str | None = None,
-    stops: Sequence[str] = (),
-    exit_rule: ExitRule | None = None,
-) -> Iterator[str]:
-    """Yields the continuation of a prompt, piece by piece.
+class TextStream(Iterator[str]):
+    """The continuation of a prompt, piece by piece.
 
     It ends at an end token, before the first of `stops`, at max_new_tokens, or where the context is
     full.
-
-    Args:
-      prompt: tokens from the beginning of a document on, as `TextTokenizer.encode_prompt` gives
-        them.
-      cache_dtype: the cache's dtype; see `init_cache`.
-      stops: strings, which may be names of special tokens.
-      exit_rule: where new tokens stop their loops; default none, all loops run.
-
-    Raises:
-      InputError: at the call: the prompt is longer than the context, or an argument is out of its
-        range.
     """
-    sampling = sampling._replace(stop_tokens=(*sampling.stop_tokens, *tokenizer.special.eos))
-    if len(prompt) < config.max_length:
-        max_new_tokens = min(max_new_tokens, config.max_length - len(prompt))
-    request = GenerationRequest(
-        *([prompt], max_new_tokens, sampling, key), cache_dtype=cache_dtype, exit_rule=exit_rule
-    )
-    tokens = (int(token) for (token,) in stream(config, params, request))
-    # An end token has no text, even if its tokenizer does not call it special.
-    own = itertools.takewhile(lambda token: token not in tokenizer.special.eos, tokens)
-    return decode_incrementally(own, tokenizer, prompt, stops)
+
+    tokens: TokenStream
+    """What it reads."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params | DecodeWeights,
+        tokenizer: TextTokenizer,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling,
+        key: jax.Array,
+        cache_dtype: str | None = None,
+        stops: Sequence[str] = (),
+        exit_rule: ExitRule | None = None,
+    ):
+        """Prefills the prompt.
+
+        Args:
+          prompt: tokens from the beginning of a document on, as `TextTokenizer.encode_prompt` gives
+            them.
+          cache_dtype: the cache's dtype; see `init_cache`.
+          stops: strings, which may be names of special tokens.
+          exit_rule: where new tokens stop their loops; default none, all loops run.
+
+        Raises:
+          InputError: the prompt is longer than the context, or an argument is out of its range.
+        """
+        sampling = sampling._replace(stop_tokens=(*sampling.stop_tokens, *tokenizer.special.eos))
+        if len(prompt) < config.max_length:
+            max_new_tokens = min(max_new_tokens, config.max_length - len(prompt))
+        request = GenerationRequest(
+            *([prompt], max_new_tokens, sampling, key), cache_dtype=cache_dtype, exit_rule=exit_rule
+        )
+        self.tokens = TokenStream(config, params, request)
+        tokens = (int(token) for (token,) in self.tokens)
+        # An end token has no text, even if its tokenizer does not call it special.
+        own = itertools.takewhile(lambda token: token not in tokenizer.special.eos, tokens)
+        self._pieces = decode_incrementally(own, tokenizer, prompt, stops)
+
+    def __next__(self) -> str:
+        return next(self._pieces)
 
 
 def decode_incrementally(

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from plt_jax.config import MeshConfig
 from plt_jax.data.tokenizer import HUGGINGFACE
 from plt_jax.decoding.chat import ChatTemplate, Message, load_chat_template
-from plt_jax.decoding.generation import GenerationRequest, stream
+from plt_jax.decoding.generation import GenerationRequest, TokenStream
 from plt_jax.decoding.template_process import ChatRefusedError
 from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
 from plt_jax.distributed.mesh import make_mesh, use_mesh, whole_batch
@@ -322,7 +322,7 @@ class HarnessModel(LM):
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(self._seed), number))
         with use_mesh(self._mesh):
             request = GenerationRequest(prompts, most, sampling, keys(numbers))
-            steps = stream(self._config, self._weights, request)
+            steps = TokenStream(self._config, self._weights, request)
             for count, column in enumerate(steps, start=1):
                 for answer, token in zip(answers, column.tolist(), strict=False):
                     answer.push(token)

@@ -14,7 +14,7 @@ from plt_jax.checkpoint.store import Checkpoints
 from plt_jax.config import RunConfig
 from plt_jax.data.load import check_named
 from plt_jax.decoding.sampling import Sampling
-from plt_jax.decoding.text import stream_text
+from plt_jax.decoding.text import TextStream
 from plt_jax.distributed import processes, rendezvous
 from plt_jax.distributed.mesh import use_mesh
 from plt_jax.errors import FailedError
@@ -261,5 +261,5 @@ def print_sample(setup: RunSetup, params: Any) -> None:
     tokenizer = setup.data.tokenizer
     tokens = tokenizer.encode_prompt(prompt)
     with use_mesh(setup.mesh):
-        pieces = stream_text(config.model, params, tokenizer, tokens, SAMPLE_TOKENS, sampling, seed)
+        pieces = TextStream(config.model, params, tokenizer, tokens, SAMPLE_TOKENS, sampling, seed)
         print(f"a sample:\n{prompt}{''.join(pieces)}\n")

@@ -11,14 +11,14 @@ import pytest
 
 from plt_jax import InputError, generate, init_cache, prefill, prepare_for_decode
 from plt_jax.decoding.early_exit import ExitRule, check_rule, parse_rule, run_until_exit
-from plt_jax.decoding.generation import GenerationRequest, generate_all
+from plt_jax.decoding.generation import GenerationRequest, TokenStream, advance, generate_all
 from plt_jax.decoding.ops import Norms
 from plt_jax.decoding.step import step_logits, step_until_exit
 from plt_jax.runs.directory import open_trained
 from plt_jax.training import trainer
 from tests import reference
 from tests.models import random_params, random_tokens, reference_settings, small_config
-from tests.training.runs import make_home, output_of, tiny_config
+from tests.training.runs import command, make_home, output_of, tiny_config
 
 LENGTHS = np.array([5, 2, 7])
 STEPS = 9
@@ -43,7 +43,7 @@ RULES = [
     or (kind == "entropy" and not config.has_coda)
     or (kind == "kl" and not config.has_coda and config.loop.count > 2)
 ]
-step = jax.jit(step_until_exit, static_argnums=(0, 2))
+step = jax.jit(step_until_exit, static_argnums=0)
 
 
 def decode(config, rule, tokens_BT, rows=slice(None)):
@@ -274,6 +274,24 @@ def test_the_command_ends_loops_by_a_rule(tmp_path):
         return "the" + trained.tokenizer.decode_continuation(prompt, tokens.tolist()) + "\n"
 
     assert output_of(*words) == expected(None)
-    never, always = output_of(*words, "--exit", "entropy:1e-30"), ExitRule("entropy", 1e30)
-    assert never == expected(None)
-    assert output_of(*words, "--exit", "entropy:1e30") == expected(always) != never
+    never = command(*words, "--exit", "entropy:1e-30")
+    always = command(*words, "--exit", "entropy:1e30")
+    assert never.out == expected(None)
+    assert always.out == expected(ExitRule("entropy", 1e30)) != never.out
+    # The first of the six is read off the prompt, whose tokens run all loops.
+    assert (never.err, always.err) == ("2.00 of 2 loops a token\n", "1.00 of 2 loops a token\n")
+
+
+def test_other_thresholds_and_blocks_compile_nothing_anew():
+    config = CASES["vanilla-4"]
+    prompts = [tokens_of(config)[0, :3].tolist()]
+
+    def generated(threshold):
+        request = GenerationRequest(prompts, 7, exit_rule=ExitRule("entropy", threshold))
+        stream = TokenStream(config, random_params(config), request)
+        return len(list(stream)), stream.decoded, stream.loops
+
+    assert generated(1e-30) == (7, 6, 24)
+    programs = advance._cache_size()
+    assert generated(1e30) == (7, 6, 6)
+    assert advance._cache_size() == programs

@@ -6,7 +6,7 @@ import pytest
 
 from plt_jax import InputError, Sampling, generate
 from plt_jax.decoding import generation
-from plt_jax.decoding.generation import GenerationRequest, stream
+from plt_jax.decoding.generation import GenerationRequest, TokenStream
 from tests.models import forward, random_params, small_config
 
 CONFIG = small_config("plt", 3, window=3)
@@ -157,7 +157,7 @@ def test_log_probabilities_are_the_models_own(sampling, seed):
 @pytest.mark.parametrize("block", [1, 2, 5])
 def test_tokens_do_not_depend_on_blocks(continuation, monkeypatch, block):
     monkeypatch.setattr(generation, "STREAMED_BLOCK", block)
-    steps = list(stream(CONFIG, random_params(CONFIG), GenerationRequest(PROMPTS, NEW)))
+    steps = list(TokenStream(CONFIG, random_params(CONFIG), GenerationRequest(PROMPTS, NEW)))
     np.testing.assert_array_equal(np.stack(steps, axis=1), continuation)
 
 
@@ -169,7 +169,7 @@ def test_more_tokens_than_a_block(monkeypatch):
     generation.advance.clear_cache()
     tokens = run([[3, 1]], new=new)
     monkeypatch.setattr(generation, "STREAMED_BLOCK", 1)
-    one_by_one = list(stream(CONFIG, random_params(CONFIG), GenerationRequest([[3, 1]], new)))
+    one_by_one = list(TokenStream(CONFIG, random_params(CONFIG), GenerationRequest([[3, 1]], new)))
     np.testing.assert_array_equal(tokens[0], np.concatenate(one_by_one))
     generation.advance.clear_cache()
 
@@ -228,7 +228,9 @@ def test_generation_ends_when_all_rows_have_stopped(continuation):
     stops = tuple(sorted({int(continuation[row][row]) for row in range(3)}))
     expected = [until_stop(row, set(stops)) for row in continuation.tolist()]
     sampling = Sampling(stop_tokens=stops)
-    steps = list(stream(CONFIG, random_params(CONFIG), GenerationRequest(PROMPTS, NEW, sampling)))
+    steps = list(
+        TokenStream(CONFIG, random_params(CONFIG), GenerationRequest(PROMPTS, NEW, sampling))
+    )
     last_stop = max(min(row.index(s) for s in stops if s in row) for row in continuation.tolist())
     assert len(steps) == last_stop + 1 <= 3
     np.testing.assert_array_equal(np.stack(steps, axis=1), np.array(expected)[:, : len(steps)])
@@ -239,7 +241,7 @@ def test_generation_ends_when_all_rows_have_stopped(continuation):
 
 
 def stream_request(config, params, *asked, **options):
-    return stream(config, params, GenerationRequest(*asked, **options))
+    return TokenStream(config, params, GenerationRequest(*asked, **options))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from tokenizers import processors
 from plt_jax import InputError, Sampling, generate
 from plt_jax.data.tokenizer_training import train_tokenizer
 from plt_jax.decoding import text
-from plt_jax.decoding.text import stream_text
+from plt_jax.decoding.text import TextStream
 from tests.models import random_params, small_config
 
 CONFIG = small_config("plt", 2, vocab_size=258, max_length=40)
@@ -23,7 +23,7 @@ def tokenizer():
 
 def pieces(tokenizer, prompt="state", new=12, sampling=Sampling(), seed=0):
     key, tokens = jax.random.key(seed), tokenizer.encode_prompt(prompt)
-    return list(stream_text(CONFIG, random_params(CONFIG), tokenizer, tokens, new, sampling, key))
+    return list(TextStream(CONFIG, random_params(CONFIG), tokenizer, tokens, new, sampling, key))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_characters_of_several_bytes_come_whole(tokenizer, monkeypatch, continua
         assert request.sampling.stop_tokens == (5, tokenizer.eos)
         yield from (np.array([token]) for token in [*tokens, tokenizer.eos])
 
-    monkeypatch.setattr(text, "stream", planned)
+    monkeypatch.setattr(text, "TokenStream", planned)
     out = pieces(tokenizer, sampling=Sampling(stop_tokens=(5,)))
     assert "".join(out) == tokenizer.decode(tokens)
     whole = "".join(out[:-1]) if cut else "".join(out)
@@ -76,7 +76,7 @@ def test_it_ends_where_the_context_is_full(tokenizer, monkeypatch):
         asked.append(len(request.prompts[0]) + request.max_new_tokens)
         return iter(())
 
-    monkeypatch.setattr(text, "stream", planned)
+    monkeypatch.setattr(text, "TokenStream", planned)
     assert "".join(pieces(tokenizer, prompt="s" * 30, new=100)) == ""
     assert asked == [CONFIG.max_length]
 

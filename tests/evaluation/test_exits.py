@@ -86,7 +86,8 @@ def test_the_gate_exits_where_the_published_code_does(folder):
 
 def test_rules_are_read_with_the_gates_own_threshold():
     rules = parse_rules("kl:0.01, entropy:2,gate,gate:0.5", GATED)
-    assert rules == [("kl", 0.01), ("entropy", 2.0), ("gate", 0.7), ("gate", 0.5)]
+    expected = [("kl", 0.01), ("entropy", 2.0), ("gate", 0.7), ("gate", 0.5)]
+    assert rules == [ExitRule(*one) for one in expected]
     assert str(rules[0]) == "kl:0.01"
 
 
