@@ -8,6 +8,9 @@ the row's best one, until a lower and a higher rate are both worse. The best rat
 with the other seeds. Rates are judged by the held-out loss, rows by their scores: exact match on
 synthetic tasks, bits per byte on text.
 
+A row with `steps_without_loops: N` is trained without loops for its first N steps, at a constant
+rate. It then gets its loops as by `plt_jax.convert retrofit`, and is trained for the steps left.
+
 OUT/STUDY.jsonl gets a line per finished run. A later call continues it, and calls side by side
 share the work. OUT/STUDY.txt is the table.
 """
@@ -34,6 +37,7 @@ from plt_jax.benchmarks.ablation_report import Metric, from_json, metric_of
 from plt_jax.benchmarks.machine import machine
 from plt_jax.commands.parser import CommandParser, run_command
 from plt_jax.config import RunConfig
+from plt_jax.config.variants import NO_LOOP
 from plt_jax.config.yaml_file import merge, read_yaml
 from plt_jax.errors import EXIT_STOPPED, InputError
 from plt_jax.evaluation.exact_match import evaluate_exact_match
@@ -42,8 +46,11 @@ from plt_jax.locks import lock_file
 from plt_jax.model.costs import flops_by_loop
 from plt_jax.reports.tables import table_of
 from plt_jax.runs.configuration import load_config
+from plt_jax.runs.conversion import retrofit_run
 from plt_jax.training.trainer import train
 
+OTHER_DATA = 1000
+"""What is added to the seed of the first steps, so that the later ones do not read their data."""
 WAIT_SECONDS = 5.0
 """How long a call waits for runs of calls beside it before it looks for work again."""
 
@@ -81,9 +88,14 @@ class Study:
             self._config = str(values.pop("config"))
             self._rate = float(values.pop("learning_rate"))
             self.rows: dict[str, Any] = {
-                str(name): sections or {} for name, sections in dict(values.pop("rows")).items()
+                str(name): dict(sections or {})
+                for name, sections in dict(values.pop("rows")).items()
             }
             self.baselines: list[str] = list(values.pop("baselines"))
+            self._steps_without_loops = {
+                name: int(sections.pop("steps_without_loops", 0))
+                for name, sections in self.rows.items()
+            }
         except KeyError as error:
             raise InputError(f"{path} has no {error.args[0]}") from error
         except (TypeError, ValueError) as error:
@@ -95,32 +107,58 @@ class Study:
             raise InputError(f"{path}: unknown key {next(iter(values))}")
         if unknown := [name for name in self.baselines if name not in self.rows]:
             raise InputError(f"{path}: baselines names {unknown[0]}, which is no row")
-        for name in self.rows:
-            self.config(Job(name, 0, 0), Path("unused"))
+        for name, steps in self._steps_without_loops.items():
+            config = self.config(Job(name, 0, 0), Path("unused"))
+            looped = config.model.loop.scheme != "no_loop"
+            if steps and not (looped and steps > 0 and config.training.steps > 0):
+                raise InputError(
+                    f"{path}: {name} has steps_without_loops {steps}; give it to a looped row, "
+                    "with fewer steps than training has"
+                )
 
     def rate(self, job: Job) -> float:
         """A run's learning rate."""
         return self._rate * 2.0**job.doublings
 
-    def config(self, job: Job, runs: Path) -> RunConfig:
+    def config(self, job: Job, runs: Path, start_from: Path | None = None) -> RunConfig:
         """A run's configuration; its directory is below `runs`.
+
+        Args:
+          start_from: the run that it starts from, if the row is first trained without loops.
 
         Raises:
           InputError: a value is refused.
         """
-        folder = (
-            runs
-            / self.name
-            / _folder_of(job.row)
-            / f"rate_{self.rate(job):.4g}"
-            / f"seed_{job.seed}"
-        )
-        own = {
+        own: dict[str, Any] = {
             "seed": job.seed,
-            "run_dir": str(folder),
+            "run_dir": str(self._folder(job, runs)),
             "optimizer": {"learning_rate": self.rate(job)},
         }
-        return load_config(self._config, merge(self.rows[job.row], own))
+        if start_from is not None:
+            own["start_from"] = str(start_from)
+        config = load_config(self._config, merge(self.rows[job.row], own))
+        left = config.training.steps - self._steps_without_loops[job.row]
+        return config.model_copy(
+            update={"training": config.training.model_copy(update={"steps": left})}
+        )
+
+    def config_without_loops(self, job: Job, runs: Path) -> RunConfig | None:
+        """The configuration of a run's first steps; None if it has loops from the beginning."""
+        if not (steps := self._steps_without_loops[job.row]):
+            return None
+        config = NO_LOOP.apply_to_run(self.config(job, runs))
+        return config.model_copy(
+            update={
+                "seed": job.seed + OTHER_DATA,
+                "run_dir": str(config.directory.with_name(f"seed_{job.seed}_without_loops")),
+                "optimizer": config.optimizer.model_copy(update={"schedule": "constant"}),
+                "training": config.training.model_copy(update={"steps": steps}),
+            }
+        )
+
+    def _folder(self, job: Job, runs: Path) -> Path:
+        rate = f"rate_{self.rate(job):.4g}"
+        return runs / self.name / _folder_of(job.row) / rate / f"seed_{job.seed}"
 
 
 def _folder_of(row: str) -> str:
@@ -177,6 +215,16 @@ def claim(folder: Path) -> Iterator[bool]:
 def run(study: Study, job: Job, runs: Path) -> dict[str, Any] | None:
     """Trains and scores a run. Returns its line, None if a signal has stopped it."""
     config, start = study.config(job, runs), time.monotonic()
+    if first := study.config_without_loops(job, runs):
+        if train(first).stopped:
+            return None
+        jax.clear_caches()
+        looped = config.directory.with_name(f"seed_{job.seed}_start")
+        if not looped.exists():
+            loop = config.model.loop
+            # It is complete as soon as it is there.
+            retrofit_run(str(first.directory), str(looped), loop, loop.gate_bias, 0, report=print)
+        config = study.config(job, runs, looped)
     if train(config).stopped:
         return None
     if config.data.synthetic.task != "none":
@@ -197,8 +245,13 @@ def table(study: Study, results: Results) -> str:
     """One line per row: its best rate, its score there, and the differences to the baselines."""
 
     def flops(name: str) -> float:
-        config = study.config(Job(name, 0, 0), Path("unused"))
-        return sum(loop.total for loop in flops_by_loop(config.model, config.sequence_length))
+        job, unused = Job(name, 0, 0), Path("unused")
+        return sum(
+            config.training.steps * loop.total
+            for config in (study.config_without_loops(job, unused), study.config(job, unused))
+            if config is not None
+            for loop in flops_by_loop(config.model, config.sequence_length)
+        )
 
     first = next(iter(study.rows))
     config = study.config(Job(first, 0, 0), Path("unused"))

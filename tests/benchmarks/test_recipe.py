@@ -5,14 +5,19 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
 from benchmarks import recipe
 from benchmarks.recipe import Job, Study, main, open_jobs, read_results, table, wanted
+from plt_jax.config.yaml_file import load_resolved
 from plt_jax.errors import InputError
+from plt_jax.runs.directory import open_trained
 from plt_jax.training.trainer import Outcome
 from tests.training.runs import REPOSITORY, make_home, tiny_values, write_config
+
+NO_LOOP = {"model": {"loop": {"scheme": "no_loop", "count": 1}}}
 
 
 def results_of(losses, row="a", seed=0):
@@ -59,7 +64,7 @@ def write_study(home, name="study", **changes):
         "config": str(write_config(home / "config.yaml", values)),
         "learning_rate": 1e-2,
         "baselines": ["plt-2"],
-        "rows": {"no_loop": {"model": {"loop": {"scheme": "no_loop", "count": 1}}}, "plt-2": None},
+        "rows": {"no_loop": NO_LOOP, "plt-2": None},
     } | changes
     path = home / f"{name}.yaml"
     path.write_text(yaml.safe_dump(study, sort_keys=False), encoding="utf-8")
@@ -75,6 +80,10 @@ def write_study(home, name="study", **changes):
         ({"rows": {"plt-2": {"model": {"width": 7}}}}, "width"),
         ({"rows": None}, "of the wrong type"),
         ({"learning_rate": "fast"}, "of the wrong type"),
+        ({"rows": {"plt-2": {"steps_without_loops": "few"}}}, "of the wrong type"),
+        ({"rows": {"plt-2": {"steps_without_loops": 2}}}, "fewer steps than training has"),
+        ({"rows": {"plt-2": {"steps_without_loops": -1}}}, "fewer steps than training has"),
+        ({"rows": {"plt-2": NO_LOOP | {"steps_without_loops": 1}}}, "give it to a looped row"),
         ({"rows": {"plt-2": None, "a b": None, "a,b": None}}, "a b and a,b have one folder"),
     ],
 )
@@ -148,6 +157,39 @@ def test_it_trains_each_run_once_and_goes_on(home, capsys, monkeypatch):
         (home / "out" / "study.txt").read_text().split("\n\n")[0] + "\n"
     )
     assert len(list((home / "runs").rglob("checkpoints"))) == len(results)  # to be looked at
+
+
+@pytest.mark.slow(reason="trains two runs")
+def test_a_row_may_begin_without_loops(home):
+    row = {"model": {"loop": {"gate_bias": 3.0}}, "steps_without_loops": 1}
+    study = Study(write_study(home, "begin", rows={"plt-2": None, "begun": row}))
+    job, runs = Job("begun", 1, 4), home / "runs"
+    line = recipe.run(study, job, runs)
+    assert line["row"] == "begun" and math.isfinite(line["loss"])
+    folder = runs / "begin" / "begun" / "rate_0.02"
+    first, start, last = (
+        load_resolved(folder / name / "config.yaml")
+        for name in ("seed_4_without_loops", "seed_4_start", "seed_4")
+    )
+    assert (first.model.loop.scheme, first.training.steps) == ("no_loop", 1)
+    assert first.optimizer.schedule == "constant" and first.seed != last.seed == 4
+    assert last.start_from == str(folder / "seed_4_start") and last.training.steps == 1
+    assert start.model == last.model and start.model.loop.gate_bias == 3.0
+    trained, begun = (open_trained(folder / name).params for name in ("seed_4", "seed_4_start"))
+    assert not np.array_equal(trained["embedding"], begun["embedding"])
+    np.testing.assert_array_equal(
+        begun["embedding"], open_trained(folder / "seed_4_without_loops").params["embedding"]
+    )
+    # A call that was stopped goes on where it was.
+    assert recipe.run(study, job, runs)["loss"] == line["loss"]
+    plain, mixed = (float(row.split()[1]) for row in table(study, rows_of(study)).splitlines()[1:])
+    assert plain == 1.0 > mixed > 0.6
+
+
+def rows_of(study):
+    """A result of each row of a study."""
+    lines = [line(row, 0, 0, 1.0, 0.5) for row in study.rows]
+    return {Job(one["row"], 0, 0): one for one in lines}
 
 
 def test_a_run_that_another_call_trains_is_left_to_it(home, monkeypatch):
