@@ -9,7 +9,8 @@ with the other seeds. Rates are judged by the held-out loss, rows by their score
 synthetic tasks, bits per byte on text.
 
 A row with `steps_without_loops: N` is trained without loops for its first N steps, at a constant
-rate. It then gets its loops as by `plt_jax.convert retrofit`, and is trained for the steps left.
+rate behind a warmup. It then gets its loops as by `plt_jax.convert retrofit`. The steps left begin
+anew with a warmup and the optimizer's state. On text they read the same corpus in another order.
 
 OUT/STUDY.jsonl gets a line per finished run. A later call continues it, and calls side by side
 share the work. OUT/STUDY.txt is the table.
@@ -50,7 +51,8 @@ from plt_jax.runs.conversion import retrofit_run
 from plt_jax.training.trainer import train
 
 OTHER_DATA = 1000
-"""What is added to the seed of the first steps, so that the later ones do not read their data."""
+"""What is added to the seed of the first steps, so that the later ones do not begin with their data
+again."""
 WAIT_SECONDS = 5.0
 """How long a call waits for runs of calls beside it before it looks for work again."""
 
@@ -93,8 +95,7 @@ class Study:
             }
             self.baselines: list[str] = list(values.pop("baselines"))
             self._steps_without_loops = {
-                name: int(sections.pop("steps_without_loops", 0))
-                for name, sections in self.rows.items()
+                name: sections.pop("steps_without_loops", 0) for name, sections in self.rows.items()
             }
         except KeyError as error:
             raise InputError(f"{path} has no {error.args[0]}") from error
@@ -108,6 +109,8 @@ class Study:
         if unknown := [name for name in self.baselines if name not in self.rows]:
             raise InputError(f"{path}: baselines names {unknown[0]}, which is no row")
         for name, steps in self._steps_without_loops.items():
+            if type(steps) is not int:
+                raise InputError(f"{path}: {name} has steps_without_loops {steps}; give a number")
             config = self.config(Job(name, 0, 0), Path("unused"))
             looped = config.model.loop.scheme != "no_loop"
             if steps and not (looped and steps > 0 and config.training.steps > 0):
@@ -115,6 +118,7 @@ class Study:
                     f"{path}: {name} has steps_without_loops {steps}; give it to a looped row, "
                     "with fewer steps than training has"
                 )
+            self.config_without_loops(Job(name, 0, 0), Path("unused"))
 
     def rate(self, job: Job) -> float:
         """A run's learning rate."""

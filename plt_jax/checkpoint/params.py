@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +45,18 @@ class ParamsReader:
         self._stored = stored_params(directory, step)
         try:
             differing = differing_shapes(self._stored, abstract)
+            if dtype is not None:
+                abstract = jax.tree.map(lambda to: to.update(dtype=np.dtype(dtype)), abstract)
+            elif as_stored and not differing:
+                abstract = jax.tree.map(
+                    lambda to, of: to.update(dtype=of.dtype), abstract, self._stored
+                )
         except UNREADABLE as error:
             raise unreadable(self._path, error) from error
         if differing:
             raise InputError(
                 f"cannot read the checkpoint {self._path}: {differing}; it was trained with "
                 "another config"
-            )
-        if dtype is not None:
-            abstract = jax.tree.map(lambda to: to.update(dtype=np.dtype(dtype)), abstract)
-        elif as_stored:
-            abstract = jax.tree.map(
-                lambda to, of: to.update(dtype=of.dtype), abstract, self._stored
             )
         self.abstract = abstract
 
@@ -82,21 +81,35 @@ class OnDemand(Mapping[str, Any]):
     So a reader that asks for one after the other never holds all of them.
     """
 
-    def __init__(self, abstract: Mapping[str, Any], read: Callable[[Any], Any]):
+    def __init__(
+        self,
+        abstract: Mapping[str, Any],
+        read: Callable[[Any], Any],
+        others: Mapping[str, Any] | None = None,
+    ):
         """Reads nothing yet.
 
         Args:
           abstract: nested dicts of what `read` takes for each parameter.
           read: returns the parameters of nested dicts that have some branches of `abstract`.
+          others: what stands in the place of some parameters, by their names.
         """
-        self._abstract, self._read = abstract, read
+        self._abstract, self._read, self._others = abstract, read, dict(others or {})
 
     def __getitem__(self, name: str) -> Any:
         """A parameter, or the tree below a name."""
+        if name in self._others:
+            return self._others[name]
         wanted = self._abstract[name]
         if isinstance(wanted, Mapping):
             return OnDemand(wanted, lambda below: self._read({name: below})[name])
         return self._read({name: wanted})[name]
+
+    def together(self, names: Iterable[str]) -> dict[str, Any]:
+        """Some parameters, which are read at the same time."""
+        wanted = {name: self._abstract[name] for name in names if name not in self._others}
+        read = self._read(wanted) if wanted else {}
+        return read | {name: self._others[name] for name in names if name in self._others}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._abstract)
@@ -107,9 +120,9 @@ class OnDemand(Mapping[str, Any]):
     def __contains__(self, name: object) -> bool:
         return name in self._abstract  # Mapping would read the parameter
 
-    def __or__(self, others: Mapping[str, Any]) -> Mapping[str, Any]:
-        """These parameters, with others in the place of some, as of dicts."""
-        return ChainMap(dict(others), self)  # pyright: ignore[reportArgumentType]
+    def __or__(self, others: Mapping[str, Any]) -> OnDemand:
+        """These parameters, with others in the place of some, as of dicts (see `with_loops`)."""
+        return OnDemand(self._abstract, self._read, {**self._others, **others})
 
 
 def load_params(

@@ -69,7 +69,8 @@ def main() -> None:
         metavar="RULE",
         help="stop a token's loops early, in schemes without a shift: at the first prediction that "
         "is less than NUMBER nats from the loop before (kl:NUMBER), or has an entropy below NUMBER "
-        "(entropy:NUMBER), or where the exit gate reaches NUMBER (gate[:NUMBER])",
+        "(entropy:NUMBER), or where the exit gate reaches NUMBER (gate[:NUMBER]); the mean number "
+        "of loops is printed on stderr",
     )
     add_decoding_options(parser)
     add_dtype(parser, "parameters", "as they are stored")
@@ -89,7 +90,7 @@ def main() -> None:
     sampling.check()
     mesh = devices.connect(arguments)
     rule = None if arguments.exit is None else exit_rule(arguments)
-    trained = open_for_decoding(arguments.path, mesh, arguments.loops, arguments.dtype)
+    trained = open_for_decoding(arguments.path, mesh, arguments.loops, dtype=arguments.dtype)
     config = trained.config.model
     with use_mesh(mesh):
         weights = prepare_for_decode(config, trained.params, arguments.weights)

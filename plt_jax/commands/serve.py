@@ -44,10 +44,8 @@ def main() -> None:
 
     with listening(arguments.host, arguments.port) as listener:
         mesh = serving_mesh(getattr(arguments, "mesh.tensor"))
-        # Nothing here keeps the parameters, which `build` lays out anew.
-        model, metrics = build(
-            open_for_decoding(arguments.path, mesh, arguments.loops), arguments, mesh
-        )
+        trained = open_for_decoding(arguments.path, mesh, arguments.loops)
+        model, metrics = build(trained, arguments, mesh)
         serve(model, metrics, listener, arguments.drain_seconds)
 
 

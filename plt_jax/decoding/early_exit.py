@@ -32,7 +32,7 @@ KINDS = ("kl", "entropy", "gate")
 
 
 class ExitRule(flax.struct.PyTreeNode):
-    """When a token runs no further loop. Rules of one kind share a program.
+    """When a token runs no further loop. The threshold is data: rules of one kind compile once.
 
     kl: the first loop whose prediction is less than the threshold, in nats (KL), from the loop
     before. entropy: the first loop whose prediction has an entropy below it, in nats. gate: the

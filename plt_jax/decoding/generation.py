@@ -174,8 +174,11 @@ def generate_all(
 class TokenStream(Iterator[np.ndarray]):
     """The new tokens int32 [B] of each step, until all rows have stopped."""
 
-    decoded, loops = 0, 0
-    """Counts of what has been generated so far; see `Generated`."""
+    decoded: int = 0
+    """Of what has been generated so far; see `Generated`. Tokens are generated a few at a time, so
+    that it may count some that were not taken yet."""
+    loops: int = 0
+    """The same."""
 
     def __init__(
         self, config: ModelConfig, params: Params | DecodeWeights, request: GenerationRequest
@@ -185,14 +188,14 @@ class TokenStream(Iterator[np.ndarray]):
         Raises:
           InputError: here, or at a step whose logits are not finite; see `generate`.
         """
-        self._blocks = _generate_blocks(config, params, request, STREAMED_BLOCK)
-        self._columns = self._count_and_split()
+        blocks = _generate_blocks(config, params, request, STREAMED_BLOCK)
+        self._columns = self._count_and_split(blocks)
 
     def __next__(self) -> np.ndarray:
         return next(self._columns)
 
-    def _count_and_split(self) -> Iterator[np.ndarray]:
-        for block in self._blocks:
+    def _count_and_split(self, blocks: Iterator[Generated]) -> Iterator[np.ndarray]:
+        for block in blocks:
             self.decoded += block.decoded
             self.loops += block.loops
             yield from block.tokens.T
@@ -229,7 +232,7 @@ class EarlyExits(flax.struct.PyTreeNode):
     @classmethod
     def by(cls, rule: ExitRule) -> EarlyExits:
         """Those of a request, before its first token."""
-        threshold = jnp.asarray(rule.threshold, jnp.float32)
+        threshold = jnp.array(rule.threshold, jnp.float32)  # a copy, since it is donated
         return cls(rule.replace(threshold=threshold), *jnp.zeros(2, jnp.int32))
 
 

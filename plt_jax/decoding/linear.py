@@ -78,8 +78,9 @@ def _product_on_cpu(
 ) -> jax.Array:
     """As `_product`, with sums of any dtype.
 
-    Of a weight [2, F, D], which is one on a mesh, XLA would write a copy in another order, those of
-    all layers at the same time, were it not the first factor.
+    On a mesh a weight may be [2, F, D], since `linear` does not fold it there. It must be the first
+    factor: as the second one XLA would write out a transposed copy of it, of all layers at the same
+    time.
     """
     if weight.ndim == 2:
         return jnp.einsum("MD,ND->MN", x_MD, weight, preferred_element_type=sums)

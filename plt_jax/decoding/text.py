@@ -27,7 +27,7 @@ class TextStream(Iterator[str]):
     """
 
     tokens: TokenStream
-    """What it reads."""
+    """The tokens that it reads, and the counts of them."""
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ be copies; the weights that multiply one input are fused; and every weight has i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -65,6 +65,22 @@ class DecodeWeights(flax.struct.PyTreeNode):
     "shared_down"."""
 
 
+FUSED = {
+    "expert_gate_up": ("expert_gate", "expert_up"),
+    "expert_down": ("expert_down",),
+    "gate_up": ("ffn_gate", "ffn_up"),
+    "down": ("ffn_down",),
+    "shared_gate_up": ("shared_gate_proj", "shared_up"),
+    "shared_down": ("shared_down",),
+    "qkv": ("q", "k", "v"),
+    "o": ("o",),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "qk_norm": ("q_norm", "k_norm"),
+}
+"""The declared weights that become one weight of a layer, or that are laid out in another way; the
+largest first. `_fuse` says how."""
+
+
 def prepare_for_decode(
     config: ModelConfig, params: Params | DecodeWeights, dtype: str | None = None
 ) -> DecodeWeights:
@@ -103,7 +119,7 @@ def _prepare_top(config: ModelConfig, params: Params, dtype: str | None) -> Deco
     """The weights that no layer has."""
     names = [name for name in params if name not in stacks_of(config)]
     program = _lay_out_top_at_once if mesh_is_active() else _lay_out_top
-    return program(config, {name: params[name] for name in names}, dtype)
+    return program(config, _take(params, names), dtype)
 
 
 def _lay_out_top(config: ModelConfig, params: Params, dtype: str | None) -> DecodeWeights:
@@ -129,19 +145,27 @@ def _prepare_stack(
     """The weights of each layer of a stack; see `DecodeWeights`.
 
     Weights that are fused are asked for together, and let go before the next ones, the largest
-    first. So where they are read on demand, all of them never lie in memory twice.
+    first. So where they are read on demand, the weights of one product of all layers are in memory
+    twice, and no others.
     """
     fused = [names for names in FUSED.values() if names[0] in stacked]
     others = [name for name in stacked if name not in itertools.chain(*fused)]
     laid_out: list[dict[str, Any]] = [{} for _ in range(layers)]
     program = _lay_out_layer_at_once if mesh_is_active() else _lay_out_layer
     for names in (*fused, others):
-        declared = {name: stacked[name] for name in names}
+        declared = _take(stacked, names)
         for index, layer in enumerate(laid_out):
-            # On a mesh, weights travel between devices in copies, those of one layer at a time.
+            # On a mesh weights travel between devices in copies, which shall be those of one layer.
+            # Everywhere a layer has to be made before what it is made of is let go.
             layer |= jax.block_until_ready(program(config, declared, index, dtype))
         del declared  # before the next ones are read
     return laid_out
+
+
+def _take(params: Params, names: Sequence[str]) -> dict[str, Any]:
+    """Some parameters. A tree that reads them on demand reads these together."""
+    together = getattr(params, "together", None)
+    return {name: params[name] for name in names} if together is None else together(names)
 
 
 def _lay_out_layer(
@@ -161,7 +185,10 @@ def _lay_out_layer(
 
 
 def _fuse(config: ModelConfig, declared: Weights) -> dict[str, Weight]:
-    """Lays out some of a layer's weights; of those that are fused, all or none are there."""
+    """Lays out some of a layer's weights; of those that are fused, all or none are there.
+
+    Norms over all heads stay as they are declared.
+    """
     left, dtype = dict(declared), jnp.dtype(config.dtype)
     K, H = config.kv_heads, config.head_width
 
@@ -203,22 +230,6 @@ def _fuse(config: ModelConfig, declared: Weights) -> dict[str, Weight]:
 
 _lay_out_top_at_once = jax.jit(_lay_out_top, static_argnums=(0, 2))
 _lay_out_layer_at_once = jax.jit(_lay_out_layer, static_argnums=(0, 3))
-
-FUSED = {
-    "expert_gate_up": ("expert_gate", "expert_up"),
-    "expert_down": ("expert_down",),
-    "gate_up": ("ffn_gate", "ffn_up"),
-    "down": ("ffn_down",),
-    "shared_gate_up": ("shared_gate_proj", "shared_up"),
-    "shared_down": ("shared_down",),
-    "qkv": ("q", "k", "v"),
-    "o": ("o",),
-    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
-    "qk_norm": ("q_norm", "k_norm"),
-}
-"""The declared weights that are laid out as one, or in another way than they are declared; the
-largest first. (Norms over all heads stay as they are declared.)"""
-
 
 DECODE_AXES = {
     "embedding": ("decode_width", None),

@@ -62,6 +62,7 @@ def open_trained(
     path: str | Path,
     mesh: Mesh | None = None,
     loops: int | None = None,
+    *,
     dtype: str | None = None,
 ) -> Trained:
     """Opens a run directory (its newest checkpoint) or one of its `checkpoints/STEP` folders.
@@ -83,12 +84,17 @@ def open_for_decoding(
     path: str | Path,
     mesh: Mesh | None = None,
     loops: int | None = None,
+    *,
     dtype: str | None = None,
 ) -> Trained:
     """As `open_trained`, for `prepare_for_decode`, which reads parameters where it lays them out.
 
     So all parameters and all laid out weights are never in memory together. Weights that are stored
     in eight bits stay so.
+
+    Raises:
+      InputError: see `open_trained`; `prepare_for_decode` raises it, too, where a parameter cannot
+        be read, such as where its checkpoint has been removed since.
     """
     return _open(find_checkpoint(path), loops, lambda found: params_on_demand(found, mesh, dtype))
 

@@ -282,6 +282,14 @@ def test_the_command_ends_loops_by_a_rule(tmp_path):
     assert (never.err, always.err) == ("2.00 of 2 loops a token\n", "1.00 of 2 loops a token\n")
 
 
+def test_a_rule_with_an_array_can_be_used_again():
+    config, rule = CASES["vanilla-2"], ExitRule("entropy", jnp.float32(0.5))
+    one, other = (
+        generate(config, random_params(config), [[1, 2]], 3, exit_rule=rule) for _ in range(2)
+    )
+    np.testing.assert_array_equal(one, other)
+
+
 def test_other_thresholds_and_blocks_compile_nothing_anew():
     config = CASES["vanilla-4"]
     prompts = [tokens_of(config)[0, :3].tolist()]

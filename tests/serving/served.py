@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from plt_jax.commands import serve
-from plt_jax.runs.directory import open_trained
+from plt_jax.runs.directory import open_for_decoding
 from tests.tokenizers_of_kinds import byte_level, write_chain_model
 from tests.training.runs import output_of
 
@@ -61,4 +61,4 @@ def options(**changed) -> Namespace:
 
 def build(run: Path, **changed):
     """The model and its numbers; the engine does not run yet."""
-    return serve.build(open_trained(run), options(**changed))
+    return serve.build(open_for_decoding(run), options(**changed))
