@@ -6,24 +6,29 @@ import weakref
 import jax
 import pytest
 
+from plt_jax.checkpoint.params import ParamsReader
 from plt_jax.commands import serve
 from plt_jax.errors import InputError
-from plt_jax.runs.directory import open_trained
 from plt_jax.serving.slots import SlotModel
-from tests.serving.served import import_model, options
+from tests.serving.served import build, import_model
 
 
 def test_the_parameters_are_not_kept_beside_the_weights(tmp_path, monkeypatch):
-    held, seen = [open_trained(import_model(tmp_path))], []
-    query = weakref.ref(held[0].params["layers"]["q"])
+    read, held, seen = ParamsReader.read, [], []
+
+    def recorded(reader, wanted):
+        found = read(reader, wanted)
+        held.extend(weakref.ref(array) for array in jax.tree.leaves(found.get("layers")))
+        return found
 
     def look(model):
         gc.collect()
-        seen.append(query())
+        seen.append([array() for array in held if array() is not None])
 
+    monkeypatch.setattr(ParamsReader, "read", recorded)
     monkeypatch.setattr(SlotModel, "compile", look)
-    serve.build(held.pop(), options())
-    assert seen == [None]
+    build(import_model(tmp_path))
+    assert held and seen == [[]]
 
 
 def test_more_devices_than_there_are_are_refused():
