@@ -32,7 +32,7 @@ from plt_jax.errors import FailedError, InputError
 from plt_jax.files.writing import write_text
 from plt_jax.reports.tables import table_of
 
-USES = ("read", "evaluate", "generate", "export")
+USES = ("read", "evaluate", "lay_out", "generate", "export")
 PROCESSES, DEVICES = 2, 4
 MESH = MeshConfig(data=1, fsdp=4, tensor=2)
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -146,6 +146,8 @@ def measure(child: dict[str, Any]) -> None:
     """Measures one use in one of the processes, and prints it to stderr as JSON."""
     import jax
 
+    from plt_jax.decoding.generation import generate as generate_tokens
+    from plt_jax.decoding.weights import DecodeWeights, prepare_for_decode
     from plt_jax.distributed import processes, rendezvous
     from plt_jax.distributed.mesh import abstract_arrays, make_mesh, use_mesh
     from plt_jax.evaluation.scores import evaluate_trained
@@ -163,23 +165,24 @@ def measure(child: dict[str, Any]) -> None:
     def evaluate() -> None:
         evaluate_trained(run, text, 4, mesh=mesh)
 
-    def generate() -> None:
-        from plt_jax.decoding.generation import generate
-        from plt_jax.decoding.weights import prepare_for_decode
-
+    def lay_out() -> tuple[ModelConfig, DecodeWeights]:
         trained = open_for_decoding(run, mesh)
         config = trained.config.model
         with use_mesh(mesh):
-            weights = prepare_for_decode(config, trained.params)
-            generate(config, weights, [[1, 2, 3]], 8)
+            return config, jax.block_until_ready(prepare_for_decode(config, trained.params))
+
+    def generate() -> None:
+        with use_mesh(mesh):
+            generate_tokens(*lay_out(), [[1, 2, 3]], 8)
 
     def export() -> None:
         target = f"{run}/exported"
         export_run(run, target, None, 16 * MEBIBYTE, mesh=mesh, report=lambda line: None)
 
-    uses: dict[str, Callable[[], None]] = {
+    uses: dict[str, Callable[[], Any]] = {
         "read": read,
         "evaluate": evaluate,
+        "lay_out": lay_out,
         "generate": generate,
         "export": export,
     }
@@ -196,7 +199,7 @@ def measure(child: dict[str, Any]) -> None:
     processes.barrier("both are measured", 300)
 
 
-def peak_of(use: Callable[[], None]) -> int:
+def peak_of(use: Callable[[], Any]) -> int:
     """The most memory while a function runs, over that before it, in bytes."""
     before, done, most = resident(), threading.Event(), [0]
 

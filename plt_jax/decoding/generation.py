@@ -178,7 +178,7 @@ class TokenStream(Iterator[np.ndarray]):
     """Of what has been generated so far; see `Generated`. Tokens are generated a few at a time, so
     that it may count some that were not taken yet."""
     loops: int = 0
-    """The same."""
+    """The loops that these tokens ran, together."""
 
     def __init__(
         self, config: ModelConfig, params: Params | DecodeWeights, request: GenerationRequest

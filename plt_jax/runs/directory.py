@@ -168,9 +168,7 @@ def read_params(
     """
     reader = _reader_of(found, mesh, dtype)
     params = reader.read(reader.abstract)
-    if quantized or isinstance(reader, ParamsReader):
-        return params
-    return dequantize_params(params, dtype or "float32")
+    return params if quantized else dequantize_params(params, dtype or "float32")
 
 
 def params_on_demand(found: Found, mesh: Mesh | None = None, dtype: str | None = None) -> OnDemand:
